@@ -1,0 +1,40 @@
+"""The `dat` namespace of torch.ops, and the built libraries that bring kernels for a device to it."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("dat", "DEF")
+
+
+def load(name: str) -> str | None:
+    """Load the built library `name` ("_C_cpu", "_C_cuda") into torch.ops.dat; returns why it is not there, None when it is."""
+    found = sorted(Path(__file__).parents[1].glob(f"{name}*.so"))
+    if not found:
+        return f"dat/{name}.so was not built"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{found[0]} does not load: {error}"
+    return None
+
+
+def load_all() -> dict[str, str | None]:
+    """Load what this torch can use; warns once where the CPU library is missing."""
+    missing = {"_C_cpu": load("_C_cpu")}
+    if torch.version.cuda is None:
+        missing["_C_cuda"] = "this torch has no CUDA"
+    else:
+        missing["_C_cuda"] = load("_C_cuda")
+    if missing["_C_cpu"]:
+        warnings.warn(
+            f"dat.ops runs on its slow PyTorch reference: {missing['_C_cpu']} (reinstall where there is a C++ compiler)",
+            stacklevel=2,
+        )
+    elif missing["_C_cuda"] and torch.cuda.is_available():
+        warnings.warn(
+            f"dat.ops runs on its slow PyTorch reference on CUDA devices: {missing['_C_cuda']} (reinstall where there is nvcc)",
+            stacklevel=2,
+        )
+    return missing

@@ -1,0 +1,168 @@
+"""Readable PyTorch versions of the ops: what each one means, the oracle of its tests, and the fallback without a built library."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def _axis(location: Tensor, size: int, align_corners: bool) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    """Linear interpolation along one axis of `size` cells.
+
+    Returns for the two neighbouring cells (index clamped into the map, whether it lies inside, weight, the weight's
+    derivative by the location).
+    """
+    factor = float(size - 1 if align_corners else size)
+    pixel = location * factor - (0.0 if align_corners else 0.5)
+    # Anything beyond one cell outside samples zero, and clamping keeps the cast to integers defined; NaN goes the same way.
+    pixel = torch.where(pixel > -2, pixel, -2.0).clamp(max=size + 1)
+    low = pixel.detach().floor()
+    fraction = pixel - low
+    taps = []
+    for step, weight, slope in ((0, 1 - fraction, -factor), (1, fraction, factor)):
+        index = low.long() + step
+        taps.append((index.clamp(0, max(size - 1, 0)), (index >= 0) & (index < size), weight, slope))
+    return taps
+
+
+def _corners(
+    value: Tensor, shapes: Shapes, locations: Tensor, align_corners: bool
+) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
+    """For each level, its corners: (index [B, Q*P, H], inside [B, Q, H, P, 1], row [B, Q, H, P, D], weight, its d/dx, its d/dy [B, Q, H, P]).
+
+    Rows outside the map are zero, whatever the clamped index finds there.
+    """
+    Q = locations.shape[1]
+    start = 0
+    for level, (height, width) in enumerate(shapes):
+        x, y = locations[:, :, :, level].unbind(-1)
+        corners = []
+        if height and width and x.numel():
+            for i, row_inside, wy, dy in _axis(y, height, align_corners):
+                for j, column_inside, wx, dx in _axis(x, width, align_corners):
+                    index = (start + i * width + j).transpose(2, 3).flatten(1, 2)
+                    inside = (row_inside & column_inside).unsqueeze(-1)
+                    corners.append(
+                        (index, inside, torch.where(inside, _gather(value, index, Q), 0.0), wy * wx, wy * dx, dy * wx)
+                    )
+        yield level, corners
+        start += height * width
+
+
+def _gather(value: Tensor, index: Tensor, num_queries: int) -> Tensor:
+    """Rows `index` [B, Q*P, H] of `value` [B, S, H, D], as [B, Q, H, P, D]."""
+    rows = value.gather(1, index.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]))
+    return rows.unflatten(1, (num_queries, -1)).transpose(2, 3)
+
+
+def deform_sample(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | None = None, *, align_corners: bool = False
+) -> Tensor:
+    """See `dat.ops.deform_sample`; differentiable any number of times."""
+    B, Q, H, L, P, _ = locations.shape
+    wide = value.to(locations.dtype)
+    levels = []
+    for _, corners in _corners(wide, shapes, locations, align_corners):
+        out = wide.new_zeros(B, Q, H, P, value.shape[-1])
+        for _, _, row, weight, _, _ in corners:
+            out = out + weight.unsqueeze(-1) * row
+        levels.append(out)
+    sampled = torch.stack(levels, 3)
+    if weights is not None:
+        sampled = (sampled * weights.to(sampled.dtype).unsqueeze(-1)).sum((3, 4))
+    return sampled.to(value.dtype)
+
+
+def deform_sample_backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: Shapes,
+    locations: Tensor,
+    weights: Tensor | None = None,
+    *,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `deform_sample` by value, locations and weights (an empty tensor where weights is None), themselves differentiable."""
+    B, Q, H, L, P, _ = locations.shape
+    wide, grad = value.to(locations.dtype), grad.to(locations.dtype)
+    if weights is None:
+        scaled = sample_grad = grad
+    else:
+        sample_grad = grad[:, :, :, None, None]
+        scaled = sample_grad * weights.to(grad.dtype).unsqueeze(-1)
+    grad_value = torch.zeros_like(wide)
+    grad_locations, grad_weights = [], []
+    for level, corners in _corners(wide, shapes, locations, align_corners):
+        by_x = by_y = by_weight = torch.zeros_like(locations[:, :, :, level, :, 0])
+        of_sample = sample_grad[:, :, :, 0 if weights is not None else level]
+        of_scaled = scaled[:, :, :, level]
+        for index, inside, row, weight, weight_dx, weight_dy in corners:
+            dot = (row * of_scaled).sum(-1)
+            by_x = by_x + weight_dx * dot
+            by_y = by_y + weight_dy * dot
+            by_weight = by_weight + weight * (row * of_sample).sum(-1)
+            # A row outside the map is zero whatever it holds: its clamped index must receive nothing.
+            update = torch.where(inside, weight.unsqueeze(-1) * of_scaled, 0.0).transpose(2, 3).flatten(1, 2)
+            grad_value = grad_value.scatter_add(1, index.unsqueeze(-1).expand_as(update), update)
+        grad_locations.append(torch.stack((by_x, by_y), -1))
+        grad_weights.append(by_weight)
+    by_weights = torch.stack(grad_weights, 3) if weights is not None else grad.new_empty(0)
+    return grad_value.to(value.dtype), torch.stack(grad_locations, 3), by_weights
+
+
+def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """See `dat.ops.ms_deform_attn`."""
+    return deform_sample(value, shapes, *sampling_points(shapes, reference, offsets, logits))
+
+
+def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations [B, Q, H, L, P, 2] and attention weights [B, Q, H, L, P] of multi-scale deformable attention, at least float32.
+
+    Deformable DETR, equation 3 and appendix A.4: offsets are counted in pixels of their level around a reference point,
+    or in half boxes divided by the number of points around a reference box.
+    """
+    dtype = torch.promote_types(torch.promote_types(reference.dtype, offsets.dtype), torch.float32)
+    reference, offsets = reference.to(dtype), offsets.to(dtype)
+    center = reference[:, :, None, :, None, :2]
+    if reference.shape[-1] == 2:
+        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=offsets.device)
+        locations = center + offsets / sizes[:, None]
+    else:
+        locations = center + offsets / offsets.shape[-2] * reference[:, :, None, :, None, 2:] * 0.5
+    weights = F.softmax(logits.to(dtype).flatten(-2), -1).view_as(logits)
+    return locations, weights
+
+
+def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """DAT's continuous relative position bias (equation 5): [B, h, H*W, N] looked up in `table` [h, T_h, T_w]."""
+    (H, W), (B, groups, N, _) = size, positions.shape
+
+    def grid(length: int) -> Tensor:
+        index = torch.arange(length, dtype=positions.dtype, device=positions.device)
+        # The 2023 release spans -1..1 from first to last cell; a map of one cell has only its first.
+        return index / max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
+
+    query = torch.stack((grid(W).expand(H, W), grid(H)[:, None].expand(H, W)), -1).flatten(0, 1)
+    displacement = (query[:, None] - positions.flatten(0, 1)[:, None]) * 0.5
+    tables = table.unflatten(0, (groups, -1)).expand(B, -1, -1, -1, -1).flatten(0, 1).to(positions.dtype)
+    bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return bias.unflatten(0, (B, groups)).flatten(1, 2)
+
+
+def deform_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    table: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    scale: float,
+    align_corners: bool = True,
+) -> Tensor:
+    """See `dat.ops.deform_attn`."""
+    bias = None if table is None else position_bias(table, positions, size, align_corners).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
