@@ -64,7 +64,7 @@ SampleArgs make_args(
   args.B = value.size(0), args.S = value.size(1), args.H = value.size(2), args.D = value.size(3);
   args.Q = locations.size(1), args.L = static_cast<int64_t>(levels.size()), args.P = locations.size(4);
   args.levels = levels.data();
-  args.align_corners = align_corners;
+  args.align_corners = align_corners, args.weighted = weights.has_value();
   args.value = value.const_data_ptr();
   args.locations = locations.const_data_ptr();
   args.weights = weights ? weights->const_data_ptr() : nullptr;

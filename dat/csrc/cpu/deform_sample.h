@@ -9,13 +9,13 @@ namespace dat {
 
 enum class ValueType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Sizes and contiguous arrays of one call; null weights ask for every sample. Locations, weights and their gradients are in
+// Sizes and contiguous arrays of one call; without weights it returns every sample. Locations, weights and their gradients are in
 // the dtype of the sums: float64 for float64 values, else float32.
 struct SampleArgs {
   ValueType type;
   int64_t B, S, H, D, Q, L, P;
   const Level* levels;
-  bool align_corners;
+  bool align_corners, weighted;
   const void* value;
   const void* locations;
   const void* weights;

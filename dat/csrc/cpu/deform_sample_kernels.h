@@ -93,8 +93,8 @@ void forward(const SampleArgs& args, void* out, void* scratch, int64_t begin, in
       const int64_t first = head * samples;
       s.prepare(locations + 2 * first, weights ? weights + first : nullptr, samples, args.align_corners);
       const T* value = image + h * args.D;
-      T* to = static_cast<T*>(out) + (weights ? head : first) * args.D;
-      if (weights) {
+      T* to = static_cast<T*>(out) + (args.weighted ? head : first) * args.D;
+      if (args.weighted) {
         GatherChannels<T, Real, kLanes<Real>>::run(s, value, stride, 0, samples, to, args.D);
       } else {
         for (int64_t k = 0; k < samples; k++)

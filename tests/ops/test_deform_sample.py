@@ -1,0 +1,303 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.samples import SAMPLES, Sample
+from torch.nn import functional as F
+
+from dat.ops import MISSING, deform_sample, reference
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory():
+    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+def close(ours, exact, tolerance):
+    assert ours.shape == exact.shape
+    if exact.numel():
+        scale = max(exact.abs().max().item(), 1e-6)
+        torch.testing.assert_close(ours.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * scale)
+
+
+def call(sample, tensors):
+    value, locations, *weights = (t for t in tensors if t is not None)
+    return deform_sample(value, sample.shapes, locations, *weights, align_corners=sample.align_corners)
+
+
+def grid_sample(sample, value, locations, weights):
+    """The oracle: torch's own grid_sample, level by level."""
+    B, Q, H, L, P, _ = locations.shape
+    starts = [sum(h * w for h, w in sample.shapes[:level]) for level in range(L)]
+    levels = []
+    for level, (h, w) in enumerate(sample.shapes):
+        image = value[:, starts[level] : starts[level] + h * w].permute(0, 2, 3, 1).reshape(B * H, -1, h, w)
+        grid = locations[:, :, :, level].transpose(1, 2).reshape(B * H, Q, P, 2) * 2 - 1
+        out = F.grid_sample(image, grid, padding_mode="zeros", align_corners=sample.align_corners)
+        levels.append(out.view(B, H, -1, Q, P).permute(0, 3, 1, 4, 2))
+    out = torch.stack(levels, 3)
+    return out if weights is None else (out * weights.unsqueeze(-1)).sum((3, 4))
+
+
+def test_the_cpu_library_is_in_use():
+    assert MISSING["_C_cpu"] is None
+
+
+@every_device
+@every_sample
+def test_forward_and_gradients_equal_the_reference_in_float64(sample, device):
+    tensors = [t for t in replace(sample, device=device).tensors() if t is not None]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = call(sample, leaves)
+    assert out.dtype == sample.dtype
+    grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+    ours = torch.autograd.grad(out, leaves, grad)
+
+    exact = [t.detach().double() for t in tensors]
+    value, locations, *weights = exact
+    kwargs = {"align_corners": sample.align_corners}
+    close(out, reference.deform_sample(value, sample.shapes, locations, *weights, **kwargs), TOLERANCE[sample.dtype])
+    theirs = reference.deform_sample_backward(grad.double(), value, sample.shapes, locations, *weights, **kwargs)
+    for by_ours, by_reference, leaf in zip(ours, theirs, leaves, strict=False):
+        assert by_ours.dtype == leaf.dtype
+        close(by_ours, by_reference, TOLERANCE[sample.dtype])
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reference_equals_grid_sample_with_gradients(weighted, align_corners):
+    sample = Sample(dtype=torch.float64, weighted=weighted, align_corners=align_corners)
+    leaves = [t.requires_grad_() for t in sample.tensors() if t is not None]
+    value, locations, *weights = leaves
+    ours = reference.deform_sample(value, sample.shapes, locations, *weights, align_corners=align_corners)
+    theirs = grid_sample(sample, value, locations, weights[0] if weights else None)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    grad = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@every_device
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradcheck_once_and_twice(weighted, align_corners, device):
+    sample = Sample(B=1, H=2, D=3, Q=2, P=2, shapes=((3, 4), (2, 2)), dtype=torch.float64, weighted=weighted)
+    sample = replace(sample, align_corners=align_corners, device=device)
+    leaves = [t.requires_grad_() for t in sample.tensors() if t is not None]
+    # The backward on a GPU adds by atomics, in any order.
+    tolerance = 1e-10 if device == "cuda" else 0.0
+    assert torch.autograd.gradcheck(lambda *t: call(sample, t), leaves, nondet_tol=tolerance)
+    assert torch.autograd.gradgradcheck(lambda *t: call(sample, t), leaves, nondet_tol=tolerance)
+
+
+@every_device
+@every_sample
+def test_opcheck(sample, device):
+    value, locations, weights = replace(sample, device=device).tensors()
+    value, locations = value.requires_grad_(), locations.requires_grad_()
+    args = (value, locations, weights, sample.flat_shapes(), sample.align_corners)
+    torch.library.opcheck(torch.ops.dat.deform_sample, args, atol=TOLERANCE[sample.dtype], rtol=0)
+
+
+def test_opcheck_of_the_backward():
+    sample = Sample(dtype=torch.float64)
+    value, locations, weights = sample.tensors()
+    grad = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    args = (grad, value, locations, weights, sample.flat_shapes(), False)
+    torch.library.opcheck(torch.ops.dat.deform_sample_backward, args)
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.B and s.Q and s.P and s.D], ids=lambda sample: sample.name)
+def test_compiles_whole_forward_and_backward(sample):
+    def loss(*tensors):
+        return call(sample, tensors).float().square().sum()
+
+    tensors = [t for t in sample.tensors() if t is not None]
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_compiles_with_inductor_for_every_size_at_once():
+    compilations = 0
+
+    def backend(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    compiled = torch.compile(deform_sample, fullgraph=True, dynamic=True, backend=backend)
+    # Sizes that happen to be equal in the first call would be taken for the same symbol: they all differ.
+    for B, Q, shapes in ((4, 11, ((5, 7), (6, 9))), (5, 12, ((8, 6), (4, 9))), (6, 6, ((10, 3), (5, 5)))):
+        value, locations, weights = Sample(B=B, Q=Q, shapes=shapes).tensors()
+        torch.testing.assert_close(
+            compiled(value, shapes, locations, weights), deform_sample(value, shapes, locations, weights)
+        )
+    assert compilations == 1
+    sample = Sample()
+    value, locations, weights = sample.tensors()
+    inductor = torch.compile(deform_sample, fullgraph=True)
+    torch.testing.assert_close(
+        inductor(value, sample.shapes, locations, weights), deform_sample(value, sample.shapes, locations, weights)
+    )
+
+
+def test_exports():
+    class Model(torch.nn.Module):
+        def forward(self, value, locations, weights):
+            return deform_sample(value, Sample.shapes, locations, weights)
+
+    tensors = Sample(Q=6).tensors()
+    queries = torch.export.Dim("queries")
+    exported = torch.export.export(Model(), tensors, dynamic_shapes=(None, {1: queries}, {1: queries}))
+    other = Sample(Q=9).tensors()
+    torch.testing.assert_close(exported.module()(*other), Model()(*other))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_locations_that_are_not_numbers_or_far_away_sample_zero(dtype, device):
+    wild = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9, -3e9, 1.5, -0.5], device=device)
+    for axis in range(2):
+        locations = torch.full((1, len(wild), 1, 1, 1, 2), 0.5, device=device)
+        locations[0, :, 0, 0, 0, axis] = wild
+        locations.requires_grad_()
+        value = torch.ones(1, 12, 1, 8, device=device, dtype=dtype, requires_grad=True)
+        out = deform_sample(value, ((3, 4),), locations)
+        assert out.count_nonzero() == 0
+        by_value, by_locations = torch.autograd.grad(out, (value, locations), torch.ones_like(out))
+        assert by_value.count_nonzero() == 0
+        assert by_locations.count_nonzero() == 0
+
+
+@every_device
+def test_rows_that_no_sample_touches_may_hold_anything(device):
+    value = torch.full((1, 12, 1, 8), float("nan"), device=device)
+    value[0, 5] = 1.0
+    inside = torch.tensor([(1 + 0.5) / 4, (1 + 0.5) / 3], device=device).view(1, 1, 1, 1, 1, 2)
+    outside = inside.new_full((1, 1, 1, 1, 1, 2), 2.0)
+    locations = torch.cat((outside, outside), 1)
+    assert deform_sample(value, ((3, 4),), locations).count_nonzero() == 0
+
+
+@every_device
+def test_backward_is_deterministic(device):
+    if device == "cuda":
+        pytest.skip("the gradient by value adds by atomics on CUDA devices")
+    sample = Sample(B=2, Q=500, P=4, D=16)
+    leaves = [t.requires_grad_() for t in sample.tensors()]
+    first, second = (torch.autograd.grad(call(sample, leaves).square().sum(), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    sample = Sample(B=2, Q=400, P=4, D=16)
+    leaves = [t.requires_grad_() for t in sample.tensors()]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            out = call(sample, leaves)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_device
+def test_autocast_keeps_locations_in_float32(device):
+    sample = Sample(device=device)
+    value, locations, weights = sample.tensors()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = deform_sample(value, sample.shapes, locations, weights)
+    assert out.dtype == torch.bfloat16
+    expected = deform_sample(value.bfloat16(), sample.shapes, locations, weights)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_vmap_equals_a_loop():
+    sample = Sample()
+    value, locations, weights = sample.tensors()
+    values = torch.stack((value, value * 2, -value))
+    mapped = torch.vmap(lambda v: deform_sample(v, sample.shapes, locations, weights))(values)
+    looped = torch.stack([deform_sample(v, sample.shapes, locations, weights) for v in values])
+    torch.testing.assert_close(mapped, looped)
+
+
+def test_flops_are_counted_through_the_op():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sample = Sample()
+    leaves = [t.requires_grad_() for t in sample.tensors()]
+    with FlopCounterMode(display=False) as counter:
+        out = call(sample, leaves)
+    forward = 8 * 2 * 5 * 3 * 3 * 2 * 8
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+VALUE, LOCATIONS, WEIGHTS = Sample().tensors()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args"),
+    [
+        (ValueError, r"value must be \[B, S, H, D\]", (VALUE[0], Sample.shapes, LOCATIONS, WEIGHTS)),
+        (TypeError, "value must be float32.*got torch.int64", (VALUE.long(), Sample.shapes, LOCATIONS, WEIGHTS)),
+        (TypeError, "shapes must be .* got a tensor", (VALUE, torch.tensor(Sample.shapes), LOCATIONS, WEIGHTS)),
+        (ValueError, "shapes .* S = 39", (VALUE, ((5, 7), (3, 1), (2, 1)), LOCATIONS, WEIGHTS)),
+        (ValueError, r"locations must be \[B, Q, H, L, P, 2\]", (VALUE, Sample.shapes, LOCATIONS[..., 0], WEIGHTS)),
+        (ValueError, r"locations must be \[2, Q, 3, 3, P, 2\]", (VALUE, Sample.shapes, LOCATIONS[:1], WEIGHTS[:1])),
+        (TypeError, "locations must be float32 or float64", (VALUE, Sample.shapes, LOCATIONS.half(), WEIGHTS)),
+        (ValueError, "weights must be .* to fit locations", (VALUE, Sample.shapes, LOCATIONS, WEIGHTS[:, 1:])),
+        (TypeError, "weights must be floating point", (VALUE, Sample.shapes, LOCATIONS, WEIGHTS.long())),
+        (ValueError, "locations must be on the device", (VALUE, Sample.shapes, LOCATIONS.to("meta"), WEIGHTS)),
+    ],
+)
+def test_errors_name_the_argument(error, message, args):
+    with pytest.raises(error, match=message):
+        deform_sample(*args)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    B=st.integers(0, 3),
+    H=st.integers(1, 4),
+    D=st.integers(1, 70),
+    Q=st.integers(0, 6),
+    P=st.integers(1, 5),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    weighted=st.booleans(),
+    align_corners=st.booleans(),
+)
+def test_any_sizes_equal_the_reference(**fields):
+    sample = Sample(**{**fields, "shapes": tuple(fields["shapes"])})
+    tensors = [t for t in sample.tensors() if t is not None]
+    value, locations, *weights = (t.double() for t in tensors)
+    exact = reference.deform_sample(value, sample.shapes, locations, *weights, align_corners=sample.align_corners)
+    close(call(sample, tensors), exact, TOLERANCE[sample.dtype])
