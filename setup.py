@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 CSRC = Path("dat/csrc")
 # The stable ABI of torch 2.11, and of Python 3.10: one built library serves every later one of both.
 MACROS = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020b000000000000")]
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 

@@ -18,40 +18,53 @@ struct Level {
   int start;
 };
 
+// What `interpolate` does to one number at a time. The CPU kernels pass vectors instead, with conversions of their own.
+template <typename Real_>
+struct Scalar {
+  using Real = Real_;
+  using Int = int;
+  static DAT_HOST_DEVICE Int truncate(Real x) { return static_cast<int>(x); }
+  static DAT_HOST_DEVICE Real to_real(Int x) { return static_cast<Real>(x); }
+};
+
 // Linear interpolation along one axis between cells `low` and `high`, both clamped into the map. A cell that lies outside
-// has weight and slope zero. Slopes are derivatives of the weights by the location.
-template <typename Real>
+// has weight and slope zero. Slopes are derivatives of the weights by the location. `inside` is not zero where a cell lies
+// inside.
+template <typename Real, typename Int>
 struct Axis {
-  int low, high;
+  Int low, high;
   Real low_weight, high_weight;
   Real low_slope, high_slope;
-  bool inside;
+  Int inside;
 };
 
 // `location` runs from 0 to 1 across `size` cells. NaN, infinite and far away locations are outside, never undefined.
-template <typename Real>
-DAT_HOST_DEVICE Axis<Real> interpolate(Real location, int size, bool align_corners) {
-  const Real factor = align_corners ? Real(size - 1) : Real(size);
-  Real pixel = location * factor - (align_corners ? Real(0) : Real(0.5));
+template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
+DAT_HOST_DEVICE Axis<Real, Int> interpolate(Real location, Int size, bool align_corners) {
+  const Real zero = {}, one = zero + 1, before = zero - 2, after = Number::to_real(size + 1);
+  const Int none = {}, last = size - 1;
+  const Real factor = Number::to_real(align_corners ? last : size);
+  Real pixel = location * factor - (align_corners ? zero : one / 2);
   // The comparison is false for NaN, which goes to -2: two cells before the map, where nothing is sampled.
-  pixel = pixel > Real(-2) ? pixel : Real(-2);
-  pixel = pixel < Real(size + 1) ? pixel : Real(size + 1);
-  // Truncation and a correction: floor() is a library call on machines without SSE4.1 and stops vectorisation.
-  int low = static_cast<int>(pixel);
-  low -= pixel < Real(low);
-  const int high = low + 1;
-  const Real fraction = pixel - Real(low);
-  const Real has_low = (low >= 0) & (low < size) ? Real(1) : Real(0);
-  const Real has_high = (high >= 0) & (high < size) ? Real(1) : Real(0);
-  Axis<Real> axis;
-  axis.low_weight = (Real(1) - fraction) * has_low;
-  axis.high_weight = fraction * has_high;
-  axis.low_slope = -factor * has_low;
-  axis.high_slope = factor * has_high;
-  axis.inside = (high >= 0) & (low < size) & (size > 0);
-  const int last = size - 1;
-  axis.low = low < 0 ? 0 : (low > last ? last : low);
-  axis.high = high < 0 ? 0 : (high > last ? last : high);
+  pixel = pixel > before ? pixel : before;
+  pixel = pixel < after ? pixel : after;
+  // Truncation and a correction: floor() is a library call on machines without SSE4.1.
+  Int low = Number::truncate(pixel);
+  low = pixel < Number::to_real(low) ? low - 1 : low;
+  const Int high = low + 1;
+  const Real fraction = pixel - Number::to_real(low);
+  const auto has_low = (low >= none) & (low <= last), has_high = (high >= none) & (high <= last);
+  Axis<Real, Int> axis;
+  axis.low_weight = has_low ? one - fraction : zero;
+  axis.high_weight = has_high ? fraction : zero;
+  axis.low_slope = has_low ? -factor : zero;
+  axis.high_slope = has_high ? factor : zero;
+  axis.inside = (has_low | has_high) ? none + 1 : none;
+  // An empty map has no cell to clamp to, and none of its rows is read.
+  axis.low = low < none ? none : low;
+  axis.low = axis.low > last ? last : axis.low;
+  axis.high = high < none ? none : high;
+  axis.high = axis.high > last ? last : axis.high;
   return axis;
 }
 
@@ -63,7 +76,7 @@ struct SampleGrad {
 };
 
 template <typename Real>
-DAT_HOST_DEVICE SampleGrad<Real> sample_grad(const Axis<Real>& x, const Axis<Real>& y, const Real (&dot)[4]) {
+DAT_HOST_DEVICE SampleGrad<Real> sample_grad(const Axis<Real, int>& x, const Axis<Real, int>& y, const Real (&dot)[4]) {
   const Real low_row = x.low_weight * dot[0] + x.high_weight * dot[1];
   const Real high_row = x.low_weight * dot[2] + x.high_weight * dot[3];
   SampleGrad<Real> grad;

@@ -89,7 +89,7 @@ Tensor forward(
   // A thread is worth waking for some ten microseconds of work.
   const int64_t row_work = std::max<int64_t>(1, args.H * args.L * args.P * (args.D + 16));
   const int64_t grain = std::max<int64_t>(1, 65536 / row_work);
-  const size_t scratch_bytes = args.L * args.P * (8 * sizeof(int32_t) + 4 * sizeof(double));
+  const size_t scratch_bytes = 12 * (args.L * args.P + kMaxLanes) * sizeof(double);
   void* to = out.mutable_data_ptr();
   torch::stable::parallel_for(0, args.B * args.Q, grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<char[]> scratch(new char[scratch_bytes]);

@@ -9,8 +9,8 @@ namespace dat {
 
 enum class ValueType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Sizes and contiguous arrays of one call; without weights it returns every sample. Locations, weights and their gradients are in
-// the dtype of the sums: float64 for float64 values, else float32.
+// Sizes and contiguous arrays of one call; without weights it returns every sample. Locations, weights and their gradients
+// are in the dtype of the sums: float64 for float64 values, else float32.
 struct SampleArgs {
   ValueType type;
   int64_t B, S, H, D, Q, L, P;
@@ -29,9 +29,12 @@ struct SampleGrads {
   void* by_weights;
 };
 
-// `scratch` holds 8 int32 and 4 sums for each of the L * P samples of a head. forward does rows begin..end of B * Q.
-// backward does units begin..end of B * H * L: each owns its rows and channels of by_value, so that no two threads meet and
-// the order of the sums is fixed.
+// The most numbers that a register holds.
+constexpr int kMaxLanes = 16;
+
+// `scratch` holds 12 numbers of 8 bytes for each of the L * P samples of a head, and for kMaxLanes more. forward does rows
+// begin..end of B * Q. backward does units begin..end of B * H * L: each owns its rows and channels of by_value, so that no
+// two threads meet and the order of the sums is fixed.
 struct SampleKernels {
   void (*forward)(const SampleArgs& args, void* out, void* scratch, int64_t begin, int64_t end);
   void (*backward)(const SampleArgs& args, const SampleGrads& grads, int64_t begin, int64_t end);

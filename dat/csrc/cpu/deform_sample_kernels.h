@@ -6,45 +6,67 @@
 namespace dat {
 namespace DAT_ISA {
 
-// The samples of one head, field by field, so that one vectorised loop prepares them all.
+// The samples of one head, field by field; a register of them is prepared at a time.
 template <typename Real>
 struct Samples {
-  int32_t* rows[4];
-  Real* corner_weights[4];
-  int32_t* inside;
-  int32_t *height, *width, *start;
+  using Number = Lanes<Real>;
+  using Int = IntOf<Real>;
+  static constexpr int N = Number::kCount;
 
-  Samples(void* scratch, const SampleArgs& args) {
-    const int64_t n = args.L * args.P;
+  int64_t count;
+  Int* rows[4];
+  Real* corner_weights[4];
+  Int* inside;
+  Int *height, *width, *start;
+
+  Samples(void* scratch, const SampleArgs& args) : count(args.L * args.P) {
+    const int64_t padded = (count + N - 1) / N * N;
     Real* reals = static_cast<Real*>(scratch);
-    for (int c = 0; c < 4; c++) corner_weights[c] = reals + c * n;
-    int32_t* ints = reinterpret_cast<int32_t*>(reals + 4 * n);
-    for (int c = 0; c < 4; c++) rows[c] = ints + c * n;
-    inside = ints + 4 * n, height = ints + 5 * n, width = ints + 6 * n, start = ints + 7 * n;
-    for (int64_t k = 0; k < n; k++) {
-      const Level& level = args.levels[k / args.P];
+    for (int c = 0; c < 4; c++) corner_weights[c] = reals + c * padded;
+    Int* ints = reinterpret_cast<Int*>(reals + 4 * padded);
+    for (int c = 0; c < 4; c++) rows[c] = ints + c * padded;
+    inside = ints + 4 * padded, height = ints + 5 * padded, width = ints + 6 * padded, start = ints + 7 * padded;
+    for (int64_t k = 0; k < padded; k++) {
+      const Level level = k < count ? args.levels[k / args.P] : Level{0, 0, 0};
       height[k] = level.height, width[k] = level.width, start[k] = level.start;
     }
   }
 
-  // Corner rows and weights of `n` samples, with the attention weights (if any) folded in.
-  void prepare(const Real* __restrict__ locations, const Real* __restrict__ weights, int64_t n, bool align_corners) {
-    int32_t* __restrict__ r0 = rows[0], * __restrict__ r1 = rows[1], * __restrict__ r2 = rows[2], * __restrict__ r3 = rows[3];
-    Real* __restrict__ w0 = corner_weights[0], * __restrict__ w1 = corner_weights[1];
-    Real* __restrict__ w2 = corner_weights[2], * __restrict__ w3 = corner_weights[3];
-    int32_t* __restrict__ in = inside;
-    const int32_t* __restrict__ heights = height, * __restrict__ widths = width, * __restrict__ starts = start;
-#pragma omp simd
-    for (int64_t k = 0; k < n; k++) {
-      const Axis<Real> x = interpolate<Real>(locations[2 * k], widths[k], align_corners);
-      const Axis<Real> y = interpolate<Real>(locations[2 * k + 1], heights[k], align_corners);
-      const Real a = weights ? weights[k] : Real(1);
-      const int32_t low = starts[k] + y.low * widths[k], high = starts[k] + y.high * widths[k];
-      r0[k] = low + x.low, r1[k] = low + x.high, r2[k] = high + x.low, r3[k] = high + x.high;
-      w0[k] = a * y.low_weight * x.low_weight, w1[k] = a * y.low_weight * x.high_weight;
-      w2[k] = a * y.high_weight * x.low_weight, w3[k] = a * y.high_weight * x.high_weight;
-      in[k] = x.inside & y.inside;
-    }
+  // Corner rows and weights, with the attention weights (if any) folded in.
+  DAT_HOST_DEVICE void prepare(const Real* locations, const Real* weights, bool align_corners) {
+    int64_t k = 0;
+    for (; k + N <= count; k += N) prepare_lanes(k, locations + 2 * k, weights ? weights + k : nullptr, align_corners);
+    if (k == count) return;
+    Real last_locations[2 * N] = {}, last_weights[N] = {};
+    for (int64_t i = 0; i < 2 * (count - k); i++) last_locations[i] = locations[2 * k + i];
+    for (int64_t i = 0; weights && i < count - k; i++) last_weights[i] = weights[k + i];
+    prepare_lanes(k, last_locations, weights ? last_weights : nullptr, align_corners);
+  }
+
+  DAT_HOST_DEVICE void prepare_lanes(int64_t k, const Real* locations, const Real* weights, bool align_corners) {
+    using RealVec = typename Number::Real;
+    using IntVec = typename Number::Int;
+    const RealVec first = load(locations), second = load(locations + N);
+    const IntVec heights = load(height + k), widths = load(width + k), starts = load(start + k);
+    const auto x = interpolate<Number>(pick<0, 2>(first, second, Indices<N>()), widths, align_corners);
+    const auto y = interpolate<Number>(pick<1, 2>(first, second, Indices<N>()), heights, align_corners);
+    const RealVec weight = weights ? load(weights) : RealVec{} + 1;
+    const RealVec low_weight = weight * y.low_weight, high_weight = weight * y.high_weight;
+    const IntVec low = starts + y.low * widths, high = starts + y.high * widths;
+    store(rows[0] + k, low + x.low), store(corner_weights[0] + k, low_weight * x.low_weight);
+    store(rows[1] + k, low + x.high), store(corner_weights[1] + k, low_weight * x.high_weight);
+    store(rows[2] + k, high + x.low), store(corner_weights[2] + k, high_weight * x.low_weight);
+    store(rows[3] + k, high + x.high), store(corner_weights[3] + k, high_weight * x.high_weight);
+    store(inside + k, x.inside & y.inside);
+  }
+
+  template <typename T>
+  static DAT_HOST_DEVICE Vec<T, N> load(const T* p) {
+    return Load<T, N, T>::from(p);
+  }
+  template <typename T>
+  static DAT_HOST_DEVICE void store(T* p, Vec<T, N> v) {
+    Store<T, N, T>::to(p, v);
   }
 };
 
@@ -59,8 +81,7 @@ DAT_HOST_DEVICE void gather(const Samples<Real>& s, const T* value, int64_t stri
       for (int i = 0; i < K; i++) sum[i] += s.corner_weights[c][k] * Load<Real, N, T>::from(row + i * N);
     }
   }
-  for (int i = 0; i < K; i++)
-    for (int j = 0; j < N; j++) Store<T, Real>::to(out + i * N + j, sum[i][j]);
+  for (int i = 0; i < K; i++) Store<Real, N, T>::to(out + i * N, sum[i]);
 }
 
 // All D channels: as many as fit into registers at a time, then narrower vectors for the rest.
@@ -91,7 +112,7 @@ void forward(const SampleArgs& args, void* out, void* scratch, int64_t begin, in
     for (int64_t h = 0; h < args.H; h++) {
       const int64_t head = bq * args.H + h;
       const int64_t first = head * samples;
-      s.prepare(locations + 2 * first, weights ? weights + first : nullptr, samples, args.align_corners);
+      s.prepare(locations + 2 * first, weights ? weights + first : nullptr, args.align_corners);
       const T* value = image + h * args.D;
       T* to = static_cast<T*>(out) + (args.weighted ? head : first) * args.D;
       if (args.weighted) {
@@ -118,7 +139,7 @@ struct ScatterChannels {
           products[c] += grad * Load<Real, N, T>::from(rows[c] + d);
           // Corners that were clamped into the map share a row: one is written before the next is read.
           const Vec<Real, N> sum = Load<Real, N, Real>::from(grads[c] + d) + weights[c] * grad;
-          __builtin_memcpy(grads[c] + d, &sum, sizeof(sum));
+          Store<Real, N, Real>::to(grads[c] + d, sum);
         }
       }
       for (int c = 0; c < 4; c++) dot[c] += Sum<Real, N>::of(products[c]);
@@ -129,8 +150,33 @@ struct ScatterChannels {
   }
 };
 
+// A register of samples along one axis, lane by lane.
+template <typename Real>
+struct AxisLanes {
+  using Number = Lanes<Real>;
+  static constexpr int N = Number::kCount;
+
+  IntOf<Real> low[N], high[N];
+  Real low_weight[N], high_weight[N];
+  Real low_slope[N], high_slope[N];
+  IntOf<Real> inside[N];
+
+  DAT_HOST_DEVICE AxisLanes(const Real* locations, int size, bool align_corners) {
+    const auto axis =
+        interpolate<Number>(Load<Real, N, Real>::from(locations), typename Number::Int{} + size, align_corners);
+    static_assert(sizeof(axis) == sizeof(*this), "an axis of vectors is laid out as arrays of their lanes");
+    __builtin_memcpy(this, &axis, sizeof(axis));
+  }
+
+  DAT_HOST_DEVICE Axis<Real, int> operator[](int i) const {
+    return {int(low[i]), int(high[i]), low_weight[i], high_weight[i], low_slope[i], high_slope[i], int(inside[i])};
+  }
+};
+
+// All samples of head h on level l of image b, a register of them at a time.
 template <typename T, typename Real>
 void backward_unit(const SampleArgs& args, const SampleGrads& grads, int64_t b, int64_t h, int64_t l) {
+  constexpr int N = kLanes<Real>;
   const Level level = args.levels[l];
   const int64_t stride = args.H * args.D, origin = (b * args.S + level.start) * stride + h * args.D;
   const T* value = static_cast<const T*>(args.value) + origin;
@@ -139,30 +185,41 @@ void backward_unit(const SampleArgs& args, const SampleGrads& grads, int64_t b, 
   const Real* weights = static_cast<const Real*>(args.weights);
   Real* by_locations = static_cast<Real*>(grads.by_locations);
   Real* by_weights = static_cast<Real*>(grads.by_weights);
-  for (int64_t q = 0; q < args.Q; q++) {
-    const int64_t head = (b * args.Q + q) * args.H + h;
-    for (int64_t p = 0; p < args.P; p++) {
-      const int64_t k = (head * args.L + l) * args.P + p;
-      const Axis<Real> x = interpolate<Real>(locations[2 * k], level.width, args.align_corners);
-      const Axis<Real> y = interpolate<Real>(locations[2 * k + 1], level.height, args.align_corners);
+  int64_t q = 0, p = 0;
+  while (q < args.Q && args.P > 0) {
+    int64_t heads[N], samples[N];
+    Real x_locations[N] = {}, y_locations[N] = {};
+    int count = 0;
+    for (; count < N && q < args.Q; count++) {
+      heads[count] = (b * args.Q + q) * args.H + h;
+      samples[count] = (heads[count] * args.L + l) * args.P + p;
+      x_locations[count] = locations[2 * samples[count]];
+      y_locations[count] = locations[2 * samples[count] + 1];
+      if (++p == args.P) p = 0, q++;
+    }
+    const AxisLanes<Real> xs(x_locations, level.width, args.align_corners),
+        ys(y_locations, level.height, args.align_corners);
+    for (int i = 0; i < count; i++) {
+      const Axis<Real, int> x = xs[i], y = ys[i];
+      const int64_t k = samples[i];
+      const Real weight = weights ? weights[k] : Real(1);
       SampleGrad<Real> grad = {0, 0, 0};
-      const Real a = weights ? weights[k] : Real(1);
       if (x.inside && y.inside) {
         const int64_t low = int64_t(y.low) * level.width, high = int64_t(y.high) * level.width;
         const int64_t at[4] = {
             (low + x.low) * stride, (low + x.high) * stride, (high + x.low) * stride, (high + x.high) * stride};
         const T* const rows[4] = {value + at[0], value + at[1], value + at[2], value + at[3]};
         Real* const row_grads[4] = {by_value + at[0], by_value + at[1], by_value + at[2], by_value + at[3]};
-        const Real low_weight = a * y.low_weight, high_weight = a * y.high_weight;
+        const Real low_weight = weight * y.low_weight, high_weight = weight * y.high_weight;
         const Real corner_weights[4] = {
             low_weight * x.low_weight, low_weight * x.high_weight, high_weight * x.low_weight, high_weight * x.high_weight};
-        const T* out = static_cast<const T*>(grads.out) + (weights ? head : k) * args.D;
+        const T* out = static_cast<const T*>(grads.out) + (args.weighted ? heads[i] : k) * args.D;
         Real dot[4] = {};
-        ScatterChannels<T, Real, kLanes<Real>>::run(out, rows, row_grads, corner_weights, dot, 0, args.D);
+        ScatterChannels<T, Real, N>::run(out, rows, row_grads, corner_weights, dot, 0, args.D);
         grad = sample_grad(x, y, dot);
       }
-      by_locations[2 * k] = a * grad.x;
-      by_locations[2 * k + 1] = a * grad.y;
+      by_locations[2 * k] = weight * grad.x;
+      by_locations[2 * k + 1] = weight * grad.y;
       if (weights) by_weights[k] = grad.weight;
     }
   }

@@ -27,6 +27,49 @@ using Vec = typename VecOf<Real, N>::type;
 template <typename Real>
 constexpr int kLanes = DAT_VECTOR_BYTES / sizeof(Real);
 
+template <int... kIndex>
+struct Pick {};
+template <int N, int... kIndex>
+struct MakePick {
+  using type = typename MakePick<N - 1, N - 1, kIndex...>::type;
+};
+template <int... kIndex>
+struct MakePick<0, kIndex...> {
+  using type = Pick<kIndex...>;
+};
+template <int N>
+using Indices = typename MakePick<N>::type;
+
+// Lanes kFirst, kFirst + kStep, ... of the pair (a, b), as many as a Pick counts.
+template <int kFirst, int kStep, typename V, int... kIndex>
+DAT_HOST_DEVICE auto pick(V a, V b, Pick<kIndex...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kStep * kIndex)...);
+}
+
+// The integers that go with a vector of `Real`: comparisons of one select lanes of the other.
+template <typename Real>
+struct IntLike;
+template <>
+struct IntLike<float> {
+  using type = int32_t;
+};
+template <>
+struct IntLike<double> {
+  using type = int64_t;
+};
+template <typename Real>
+using IntOf = typename IntLike<Real>::type;
+
+// A register of numbers, for `interpolate`.
+template <typename Real_>
+struct Lanes {
+  static constexpr int kCount = kLanes<Real_>;
+  using Real = Vec<Real_, kCount>;
+  using Int = Vec<IntOf<Real_>, kCount>;
+  static DAT_HOST_DEVICE Int truncate(Real x) { return __builtin_convertvector(x, Int); }
+  static DAT_HOST_DEVICE Real to_real(Int x) { return __builtin_convertvector(x, Real); }
+};
+
 template <typename Real, int N, typename T>
 struct Load {
   static DAT_HOST_DEVICE Vec<Real, N> from(const T* p) {
@@ -59,24 +102,30 @@ struct Load<float, N, Float16> {
   }
 };
 
-template <typename T, typename Real>
+template <typename Real, int N, typename T>
 struct Store {
-  static DAT_HOST_DEVICE void to(T* p, Real x) { *p = x; }
+  static DAT_HOST_DEVICE void to(T* p, Vec<Real, N> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 };
 
-template <>
-struct Store<BFloat16, float> {
-  static DAT_HOST_DEVICE void to(BFloat16* p, float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof(bits));
+template <int N>
+struct Store<float, N, BFloat16> {
+  static DAT_HOST_DEVICE void to(BFloat16* p, Vec<float, N> v) {
+    const Vec<uint32_t, N> bits = (Vec<uint32_t, N>)v;
     // Round to nearest, ties to even; a NaN must not round up to infinity.
-    p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Vec<uint32_t, N> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Vec<uint32_t, N> nan = (Vec<uint32_t, N>)(v != v);
+    const Vec<uint16_t, N> half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Vec<uint16_t, N>);
+    __builtin_memcpy(p, &half, sizeof(half));
   }
 };
 
-template <>
-struct Store<Float16, float> {
-  static DAT_HOST_DEVICE void to(Float16* p, float x) {
+template <int N>
+struct Store<float, N, Float16> {
+  static DAT_HOST_DEVICE void to(Float16* p, Vec<float, N> v) {
+    for (int i = 0; i < N; i++) p[i].bits = round(v[i]);
+  }
+
+  static DAT_HOST_DEVICE uint16_t round(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof(bits));
     const uint32_t sign = bits & 0x80000000u, magnitude = bits ^ sign;
@@ -93,16 +142,15 @@ struct Store<Float16, float> {
     } else {
       half = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     }
-    p->bits = half | sign >> 16;
+    return half | sign >> 16;
   }
 };
 
+// The sum of all lanes. Halves stay in registers: through memory they would cost a store and a load at every step.
 template <typename Real, int N>
 struct Sum {
   static DAT_HOST_DEVICE Real of(Vec<Real, N> v) {
-    Vec<Real, N / 2> halves[2];
-    __builtin_memcpy(&halves, &v, sizeof(v));
-    return Sum<Real, N / 2>::of(halves[0] + halves[1]);
+    return Sum<Real, N / 2>::of(pick<0, 1>(v, v, Indices<N / 2>()) + pick<N / 2, 1>(v, v, Indices<N / 2>()));
   }
 };
 

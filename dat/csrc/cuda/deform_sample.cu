@@ -53,7 +53,7 @@ struct alignas(sizeof(T) * kWidth) Pack {
 
 template <typename Real>
 struct Sample {
-  Axis<Real> x, y;
+  Axis<Real, int> x, y;
   int64_t rows[4];
 };
 
@@ -63,8 +63,8 @@ __device__ __forceinline__ Sample<Real> locate(const Geometry& g, const Real* lo
   const int64_t head = k / (g.L * g.P);
   const Level level = g.levels[k / g.P % g.L];
   Sample<Real> s;
-  s.x = interpolate<Real>(locations[2 * k], level.width, g.align_corners);
-  s.y = interpolate<Real>(locations[2 * k + 1], level.height, g.align_corners);
+  s.x = interpolate<Scalar<Real>>(locations[2 * k], level.width, g.align_corners);
+  s.y = interpolate<Scalar<Real>>(locations[2 * k + 1], level.height, g.align_corners);
   const int64_t stride = g.H * g.D, origin = head / (g.Q * g.H) * g.S + level.start;
   const int64_t low = origin + int64_t(s.y.low) * level.width, high = origin + int64_t(s.y.high) * level.width;
   const int64_t channel = head % g.H * g.D;
