@@ -1,0 +1,108 @@
+"""Self-attention within local or shifted windows, as in Swin and in the L and S blocks of DAT."""
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.swin_transformer import window_partition, window_reverse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class WindowAttention(nn.Module):
+    """Attention within windows with a relative position bias (Swin, https://arxiv.org/abs/2103.14030, equation 4).
+
+    A map that windows do not divide is padded, and padding is neither attended to nor returned; along a side that is
+    no longer than the window, the window is as long as the side.
+
+    Args:
+        embed_dims: channels C; a multiple of num_heads.
+        num_heads: attention heads.
+        window_size: side of the square windows, in cells.
+        shift_size: 0 for local windows; else the map is rolled by so many cells, below window_size, and cells that
+            became neighbours only by that do not see each other.
+        proj_drop: dropout after the output projection, 0..1.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int = 7,
+        shift_size: int = 0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dims % num_heads:
+            raise ValueError(f"embed_dims must be a multiple of num_heads = {num_heads}, got {embed_dims}")
+        if not 0 <= shift_size < window_size:
+            raise ValueError(f"shift_size must be at least 0 and below window_size = {window_size}, got {shift_size}")
+        self.num_heads, self.window_size, self.shift_size = num_heads, window_size, shift_size
+        self.scale = (embed_dims // num_heads) ** -0.5
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, device=device, dtype=dtype)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * window_size - 1) ** 2, num_heads, device=device, dtype=dtype)
+        )
+        self.proj = nn.Linear(embed_dims, embed_dims, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        trunc_normal_(self.relative_position_bias_table, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, H, W, C] of any size to [B, H, W, C]."""
+        B, H, W, _ = x.shape
+        window, padded, shift = zip(*(self._tile(length) for length in (H, W)), strict=True)
+        bias = self._bias(window, x.device)
+        if self.shift_size or padded != (H, W):
+            same = self._same_region((H, W), window, padded, shift, x.device)
+            bias = bias.masked_fill(~same.unsqueeze(1), -torch.inf).repeat(B, 1, 1, 1)
+        if padded != (H, W):
+            x = F.pad(x, (0, 0, 0, padded[1] - W, 0, padded[0] - H))
+        if any(shift):
+            x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+        x = self._attend(window_partition(x, window).flatten(1, 2), bias)
+        x = window_reverse(x, window, *padded)
+        if any(shift):
+            x = torch.roll(x, shift, (1, 2))
+        return x[:, :H, :W]
+
+    def _tile(self, length: int) -> tuple[int, int, int]:
+        """Window, padded length and roll along a side. In a single window the roll would change nothing."""
+        if length <= self.window_size:
+            return length, length, 0
+        return self.window_size, length + -length % self.window_size, self.shift_size
+
+    def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def _bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
+        """Bias [1, num_heads, h*w, h*w] of the pairs in a window, looked up by displacement."""
+        side = 2 * self.window_size - 1
+        rows, columns = (torch.arange(length, device=device) for length in window)
+        dy = rows[:, None] - rows + self.window_size - 1
+        dx = columns[:, None] - columns + self.window_size - 1
+        index = dy[:, None, :, None] * side + dx[None, :, None, :]
+        bias = self.relative_position_bias_table[index.flatten()]
+        area = window[0] * window[1]
+        return bias.view(area, area, self.num_heads).permute(2, 0, 1).unsqueeze(0)
+
+    def _same_region(
+        self,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        padded: tuple[int, int],
+        shift: tuple[int, int],
+        device: torch.device,
+    ) -> Tensor:
+        """Which pairs of a window may see each other: bool [windows, h*w, h*w]."""
+        regions = []
+        for length, total, roll in zip(size, padded, shift, strict=True):
+            index = (torch.arange(total, device=device) + roll) % total
+            # The rest, cells that the roll brings to the end, and padding, which sees padding: no row is all masked.
+            wrapped = (index < self.shift_size).long()
+            regions.append(torch.where(index < length, wrapped, 2))
+        labels = regions[0][:, None] * 3 + regions[1]
+        labels = window_partition(labels[None, ..., None], window).flatten(1)
+        return labels[:, :, None] == labels[:, None, :]

@@ -1,0 +1,5 @@
+"""Backbones, registered with timm on import, and what reads the official configurations and checkpoints."""
+
+from dat.models import official as official
+from dat.models.dat import DAT as DAT
+from dat.models.dat import StageConfig as StageConfig

@@ -1,0 +1,464 @@
+"""Vision Transformer with Deformable Attention.
+
+`Vision Transformer with Deformable Attention` - https://arxiv.org/abs/2201.00520 (CVPR 2022), release 2022:
+four stages of local (L), shifted-window (S) and deformable (D) attention. Features are NCHW; tokens stay NHWC inside.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dat.layers import DeformableAttention, WindowAttention
+
+__all__ = ["DAT", "StageConfig"]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of DAT.
+
+    Attributes:
+        blocks: a letter for each block: L local windows, S shifted windows, D deformable attention.
+        embed_dims: channels, a multiple of num_heads.
+        num_heads: attention heads.
+        window_size: side of L's and S's windows.
+        num_groups: D: groups of heads that move their keys together.
+        kernel_size: D: of the offset network's depth-wise convolution.
+        stride: D: queries per key along each side.
+        offset_range_factor: D: see `dat.layers.DeformableAttention`.
+        position_bias: D: whether there is a position-bias table.
+    """
+
+    blocks: str
+    embed_dims: int
+    num_heads: int
+    window_size: int = 7
+    num_groups: int = 1
+    kernel_size: int = 5
+    stride: int = 1
+    offset_range_factor: float = 2.0
+    position_bias: bool = True
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input: [B, H, W, C] to [B, H, W, C]."""
+
+    def __init__(
+        self,
+        letter: str,
+        config: StageConfig,
+        map_size: tuple[int, int],
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dim = config.embed_dims
+        self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.attn = create_attention(letter, config, map_size, proj_drop, device, dtype)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+def create_attention(
+    letter: str,
+    config: StageConfig,
+    map_size: tuple[int, int],
+    proj_drop: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The attention that a letter of `StageConfig.blocks` stands for."""
+    if letter == "D":
+        return DeformableAttention(
+            config.embed_dims,
+            config.num_heads,
+            num_groups=config.num_groups,
+            kernel_size=config.kernel_size,
+            stride=config.stride,
+            offset_range_factor=config.offset_range_factor,
+            table_size=map_size if config.position_bias else None,
+            proj_drop=proj_drop,
+            device=device,
+            dtype=dtype,
+        )
+    if letter not in ("L", "S"):
+        raise ValueError(f"blocks must be letters of L, S and D, got {letter!r} in {config.blocks!r}")
+    return WindowAttention(
+        config.embed_dims,
+        config.num_heads,
+        window_size=config.window_size,
+        shift_size=math.ceil(config.window_size / 2) if letter == "S" else 0,
+        proj_drop=proj_drop,
+        device=device,
+        dtype=dtype,
+    )
+
+
+class Downsample(nn.Module):
+    """2x2 convolution of stride 2, LayerNorm: [B, H, W, C] to [B, ceil(H/2), ceil(W/2), C']; odd sides are padded."""
+
+    def __init__(
+        self, dim: int, dim_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim_out, 2, 2, bias=False, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim_out, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Stage(nn.Module):
+    """Downsampling, except in the first stage, and blocks: [B, H, W, C] to [B, H', W', C']."""
+
+    def __init__(
+        self,
+        dim: int,
+        config: StageConfig,
+        map_size: tuple[int, int],
+        downsample: bool,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: Sequence[float],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample = Downsample(dim, config.embed_dims, **dd) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(letter, config, map_size, mlp_ratio, proj_drop, rate, **dd)
+            for letter, rate in zip(config.blocks, drop_path, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+
+class DAT(nn.Module):
+    """Vision Transformer with Deformable Attention, with timm's interface.
+
+    Args:
+        stages: one `StageConfig` for each stage; stage i works at stride patch_size * 2**i.
+        img_size: image size (one side, or height and width) that position-bias tables are made for; any image runs.
+        patch_size: side of the patches of the embedding.
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0: none.
+        global_pool: timm's pooling before the classifier, "" for none (only without a classifier).
+        mlp_ratio: hidden width of the MLPs over their width.
+        drop_rate: dropout before the classifier, 0..1.
+        proj_drop_rate: dropout in attention projections and MLPs, 0..1.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageConfig],
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.patch_embed = PatchEmbed(
+            to_2tuple(img_size),
+            patch_size,
+            in_chans,
+            stages[0].embed_dims,
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            **dd,
+        )
+        depth = sum(len(config.blocks) for config in stages)
+        rates = iter(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
+        self.stages = nn.ModuleList()
+        self.feature_info = []
+        dim = stages[0].embed_dims
+        for i, (config, map_size) in enumerate(zip(stages, self._map_sizes(len(stages)), strict=True)):
+            drop_path = [next(rates) for _ in config.blocks]
+            self.stages.append(Stage(dim, config, map_size, i > 0, mlp_ratio, proj_drop_rate, drop_path, **dd))
+            dim = config.embed_dims
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"})
+        self.num_features = dim
+        self.norm: nn.Module = nn.LayerNorm(dim, **dd)
+        self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+    def _map_sizes(self, num_stages: int) -> list[tuple[int, int]]:
+        H, W = self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)
+        return [(math.ceil(H / 2**i), math.ceil(W / 2**i)) for i in range(num_stages)]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the position-bias tables."""
+        tables = ("relative_position_bias_table", "rpe_table")
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for timm's layer-wise learning rates."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the position-bias tables for another image size, by the official bicubic resampling.
+
+        Images of any size run without it; it is for fine-tuning at another size.
+        """
+        self.patch_embed.set_input_size(to_2tuple(img_size))
+        for stage, (H, W) in zip(self.stages, self._map_sizes(len(self.stages)), strict=True):
+            for module in stage.modules():
+                if isinstance(module, DeformableAttention) and module.rpe_table is not None:
+                    table = resize_table(module.rpe_table.detach(), (2 * H - 1, 2 * W - 1))
+                    module.rpe_table = nn.Parameter(table, module.rpe_table.requires_grad)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of `num_classes` (0: none), and pooling `global_pool` (None: as it is)."""
+        self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of chosen stages.
+
+        Args:
+            x: images [B, in_chans, H, W].
+            indices: stages; an int takes the last so many, None all.
+            norm: apply the final norm to the last stage's features, the only ones that it fits.
+            stop_early: leave out stages behind the last one taken.
+            output_fmt: of the intermediates, "NCHW" or "NHWC".
+            intermediates_only: return the list alone.
+
+        Returns:
+            The list of maps, finest first; without intermediates_only, after what `forward_features` returns.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.feature_info) - 1
+        intermediates = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                feature = self.norm(x) if norm and i == last else x
+                intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == last else x).permute(0, 3, 1, 2), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the features of `indices` do not need; returns the indices as stage numbers."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_end:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] to normed features [B, num_features, H', W'] of the last stage."""
+        x = self.patch_embed(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [B, num_features, H', W'] to logits [B, num_classes], or to the classifier's input."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; official names and tables of another image or window size are converted on the way."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
+
+
+def resize_table(table: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A bias table [num_heads, h, w] resampled to `size`, as the official fine-tuning does."""
+    return F.interpolate(table.unsqueeze(0), size, mode="bicubic").squeeze(0)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """State dict of an official or own checkpoint under `model`'s names, bias tables resampled to `model`'s sizes."""
+    # official.py builds on this module.
+    from dat.models import official
+
+    state_dict = official.convert(state_dict, model) if official.is_official(state_dict) else dict(state_dict)
+    parameters = dict(model.named_parameters())
+    for name, value in state_dict.items():
+        if name not in parameters or value.shape == parameters[name].shape:
+            continue
+        shape = parameters[name].shape
+        if name.endswith("rpe_table") and value.shape[0] == shape[0]:
+            state_dict[name] = resize_table(value, tuple(shape[1:]))
+        elif name.endswith("relative_position_bias_table") and value.shape[1] == shape[1]:
+            side, new_side = math.isqrt(len(value)), math.isqrt(shape[0])
+            table = resize_table(value.T.reshape(-1, side, side), (new_side, new_side))
+            state_dict[name] = table.flatten(1).T
+    return state_dict
+
+
+def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
+    sources = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and not (sources.state_dict or sources.file or sources.url or sources.hf_hub_id):
+        raise RuntimeError(
+            f"{variant}: pretrained=True cannot work, the official weights are on cloud drives with no stable address. "
+            "Download a file such as dat_tiny_in1k_224.pth by the links in the README of "
+            "https://github.com/LeapLabTHU/DAT and pass pretrained=False, checkpoint_path=FILE instead"
+        )
+    return build_model_with_cfg(
+        DAT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/LeapLabTHU/DAT",
+        "paper_ids": "arXiv:2201.00520",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dat_tiny.in1k": _cfg(),
+        "dat_small.in1k": _cfg(),
+        "dat_base.in1k": _cfg(),
+        "dat_base_384.in1k": _cfg(input_size=(3, 384, 384), pool_size=(12, 12)),
+        "dat_nano.untrained": _cfg(),
+    }
+)
+
+
+def _release_2022(
+    dims: int, heads: int, groups: tuple[int, int], depth: int, window_size: int = 7
+) -> tuple[StageConfig, ...]:
+    """Official stages: `dims` and `heads` of stage 1 double from stage to stage, stage 3 has `depth` blocks."""
+    return (
+        StageConfig("LS", dims, heads, window_size),
+        StageConfig("LS", dims * 2, heads * 2, window_size),
+        StageConfig("LD" * (depth // 2), dims * 4, heads * 4, window_size, groups[0], kernel_size=5),
+        StageConfig("LD", dims * 8, heads * 8, window_size, groups[1], kernel_size=3),
+    )
+
+
+@register_model
+def dat_nano(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """A small DAT for tests, demos and CPUs; not one of the paper's."""
+    stages = (
+        StageConfig("LS", 32, 1),
+        StageConfig("LS", 64, 2),
+        StageConfig("LD", 128, 4, num_groups=2, kernel_size=5, stride=2),
+        StageConfig("LD", 256, 8, num_groups=4, kernel_size=3),
+    )
+    return _create_dat("dat_nano", pretrained, **dict({"stages": stages, "mlp_ratio": 3.0}, **kwargs))
+
+
+@register_model
+def dat_tiny(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2022(96, 3, (3, 6), depth=6), "drop_path_rate": 0.2}
+    return _create_dat("dat_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_small(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2022(96, 3, (3, 6), depth=18), "drop_path_rate": 0.3}
+    return _create_dat("dat_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_base(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2022(128, 4, (4, 8), depth=18), "drop_path_rate": 0.5}
+    return _create_dat("dat_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_base_384(pretrained: bool = False, **kwargs: Any) -> DAT:
+    stages = _release_2022(128, 4, (4, 8), depth=18, window_size=12)
+    model_args = {"stages": stages, "img_size": 384, "drop_path_rate": 0.5}
+    return _create_dat("dat_base_384", pretrained, **dict(model_args, **kwargs))

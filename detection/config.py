@@ -1,0 +1,170 @@
+"""The configuration of a detection run: what `configs/detection/*.yaml` may hold, with the defaults of the paper.
+
+The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and its official COCO recipe.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dat.training.errors import ConfigError
+
+
+def default_backbone() -> dict[str, Any]:
+    return {"name": "dat_tiny"}
+
+
+@dataclass
+class ModelConfig:
+    """`backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`."""
+
+    backbone: dict[str, Any] = field(default_factory=default_backbone)
+    num_queries: int = 300
+    embed_dim: int = 256
+    num_heads: int = 8
+    encoder_depth: int = 6
+    decoder_depth: int = 6
+    mlp_dim: int = 1024
+    drop_rate: float = 0.1
+    num_levels: int = 4
+    num_points: int = 4
+    box_refine: bool = False
+    two_stage: bool = False
+    # sensible for a backbone that starts from trained weights only
+    freeze_batch_norm: bool = True
+
+
+@dataclass
+class TrainDataConfig:
+    """One split and its augmentation. Paths are relative to `data.root`; probabilities are 0 to 1.
+
+    `sizes`: shortest edges in pixels, one is drawn per image. `max_size`: limit of the longest edge.
+    `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
+    sides from `crop_min` to `crop_max` pixels.
+    """
+
+    annotations: str = "annotations/instances_train2017.json"
+    images: str = "train2017"
+    sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
+    max_size: int = 1333
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    crop: float = 0.5
+    crop_resize: list[int] = field(default_factory=lambda: [400, 500, 600])
+    crop_min: int = 384
+    crop_max: int = 600
+    photometric: float = 0.0
+
+
+@dataclass
+class ValDataConfig:
+    """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`."""
+
+    annotations: str = "annotations/instances_val2017.json"
+    images: str = "val2017"
+    size: int = 800
+    max_size: int = 1333
+
+
+@dataclass
+class DataConfig:
+    root: str = "data/coco"
+    train: TrainDataConfig = field(default_factory=TrainDataConfig)
+    val: ValDataConfig = field(default_factory=ValDataConfig)
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    # batches are padded to a multiple of this many pixels
+    pad_multiple: int = 1
+
+
+@dataclass
+class LossConfig:
+    """Costs of the assignment, weights of the losses, alpha of the focal loss (of the loss, not of the cost)."""
+
+    cost_class: float = 2.0
+    cost_box: float = 5.0
+    cost_giou: float = 2.0
+    weight_class: float = 2.0
+    weight_box: float = 5.0
+    weight_giou: float = 2.0
+    focal_alpha: float = 0.25
+
+
+@dataclass
+class TrainConfig:
+    """`batch_size` is per process. `schedule`: "cosine" to `min_lr_scale * lr`, or "step": x 0.1 at `decay_epochs`.
+
+    `lr` times `backbone_lr_scale` trains the backbone, times `sampling_lr_scale` the sampling offsets and reference
+    points.
+    `ema_decay` 0: no averaged weights. `eval_epochs`: evaluate every so many epochs, and after the last.
+    `checkpoint_steps` 0: checkpoints at the ends of epochs only. `pictures`: validation images to draw.
+    `device`: auto, cpu or cuda.
+    """
+
+    epochs: int = 50
+    batch_size: int = 4
+    lr: float = 2e-4
+    backbone_lr_scale: float = 0.1
+    sampling_lr_scale: float = 0.1
+    weight_decay: float = 1e-4
+    clip_grad: float = 0.1
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "step"] = "step"
+    min_lr_scale: float = 0.0
+    decay_epochs: list[int] = field(default_factory=lambda: [40])
+    amp: Literal["none", "bf16"] = "none"
+    ema_decay: float = 0.0
+    eval_epochs: int = 1
+    eval_batch_size: int = 4
+    checkpoint_steps: int = 0
+    pictures: int = 8
+    picture_threshold: float = 0.3
+    resume: bool = False
+    workers: int = 2
+    log_steps: int = 20
+    device: str = "auto"
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
+class DetectionConfig:
+    output: str = "runs/detection"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def check_config(config: DetectionConfig) -> None:
+    """Raises ConfigError on values that cannot work, before anything is written."""
+    train, data = config.train, config.data
+    positive = {
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.eval_epochs": train.eval_epochs,
+        "train.eval_batch_size": train.eval_batch_size,
+        "train.log_steps": train.log_steps,
+        "data.train.max_size": data.train.max_size,
+        "data.train.crop_min": data.train.crop_min,
+        "data.val.size": data.val.size,
+        "data.val.max_size": data.val.max_size,
+        "data.pad_multiple": data.pad_multiple,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{key}: {value} should be at least 1")
+    for name in ("horizontal_flip", "vertical_flip", "crop", "photometric"):
+        value = getattr(data.train, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"data.train.{name}: {value} should be a probability, 0 to 1")
+    for key, sizes in (("data.train.sizes", data.train.sizes), ("data.train.crop_resize", data.train.crop_resize)):
+        if not sizes or min(sizes) < 1:
+            raise ConfigError(f"{key}: {sizes} should be a list of one or more positive sizes")
+    # torchvision requires the longest edge to be larger than the shortest
+    if data.train.max_size < max(data.train.sizes) or data.val.max_size < data.val.size:
+        raise ConfigError("data.train.max_size and data.val.max_size should be at least the largest shortest edge")
+    if data.train.crop_max < data.train.crop_min:
+        raise ConfigError(
+            f"data.train.crop_max: {data.train.crop_max} should be at least crop_min {data.train.crop_min}"
+        )
+    if "name" not in config.model.backbone:
+        raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")

@@ -1,0 +1,245 @@
+"""Detection annotations in COCO's JSON format, checked on reading, and the images that they name."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from dat.training.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Category:
+    """`id` is the annotation file's own, any integer."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image and what it shows: `boxes` [n, 4] float32 (x0, y0, x1, y1) in pixels, inside it and not empty.
+
+    `labels` [n] int64 index the categories, `crowd` [n] bool marks COCO's iscrowd, `areas` [n] are in pixels.
+    """
+
+    id: int
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+
+
+@dataclass(frozen=True)
+class CocoAnnotations:
+    """A COCO annotation file. A label is the index of its category, and categories are in the order of their ids."""
+
+    path: Path
+    categories: tuple[Category, ...]
+    records: tuple[ImageRecord, ...]
+
+    def to_coco(self) -> dict[str, Any]:
+        """The annotations as a COCO dictionary, without what reading dropped."""
+        annotations = [
+            {
+                "id": 0,
+                "image_id": record.id,
+                "category_id": self.categories[record.labels[i]].id,
+                "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
+                "area": float(record.areas[i]),
+                "iscrowd": int(record.crowd[i]),
+            }
+            for record in self.records
+            for i, (x0, y0, x1, y1) in enumerate(record.boxes.astype(np.float64))
+        ]
+        # evaluation reads id 0 as "not matched"
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        return {
+            "images": [
+                {"id": r.id, "file_name": r.path.name, "width": r.width, "height": r.height} for r in self.records
+            ],
+            "annotations": annotations,
+            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
+        }
+
+
+def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None = None) -> CocoAnnotations:
+    """Reads and checks the annotation file `path`, whose images lie in the folder `images`.
+
+    Boxes are clipped to their images; empty ones are dropped, with one warning that counts them.
+    `categories`: those that the file must have (a validation file: those of training); None: any.
+    Raises DataError for a file that is missing or is not COCO, absent images, and other categories.
+    """
+    data = _read_json(path)
+    found = _categories(path, data)
+    if categories is not None and found != categories:
+        raise DataError(
+            f"{path}: categories are {_names(found)}; they should be those of training, {_names(categories)}"
+        )
+    images_by_id = _images(path, data)
+    boxes, labels, crowd, areas = _annotations(path, data, found, images_by_id)
+    records = []
+    for image_id, entry in images_by_id.items():
+        of_image = (
+            np.array(boxes[image_id], dtype=np.float32).reshape(-1, 4),
+            np.array(labels[image_id], dtype=np.int64),
+            np.array(crowd[image_id], dtype=bool),
+            np.array(areas[image_id], dtype=np.float32),
+        )
+        records.append(ImageRecord(image_id, images / entry["file_name"], entry["width"], entry["height"], *of_image))
+    if not records:
+        raise DataError(f"{path}: 'images' is empty; it should list at least one image")
+    _check_files(path, images, records)
+    return CocoAnnotations(path, found, tuple(records))
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """An image file as tv_tensors.Image [3, H, W] uint8, RGB, whatever its mode.
+
+    `size` (width, height): what the annotations say; EXIF orientation is followed where that is what gives this size.
+    None: EXIF orientation is always followed. Raises DataError for a file that cannot be decoded or has another size.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if size is None or image.size != size:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # 16-bit grey: Pillow's own conversion would clip all above 255 to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+    if size is not None and image.size != size:
+        raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")
+    return tv_tensors.Image(F.pil_to_tensor(image))
+
+
+def read_sample(record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
+    """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out."""
+    image = read_image(record.path, (record.width, record.height))
+    boxes = tv_tensors.BoundingBoxes(
+        torch.from_numpy(record.boxes[~record.crowd]), format="XYXY", canvas_size=(record.height, record.width)
+    )
+    return image, {"boxes": boxes, "labels": torch.from_numpy(record.labels[~record.crowd])}
+
+
+def _names(categories: tuple[Category, ...]) -> str:
+    shown = ", ".join(f"{c.id} {c.name}" for c in categories[:10])
+    return shown + (f" and {len(categories) - 10} more" if len(categories) > 10 else "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = json.load(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such annotation file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data.get(key), list):
+            problem = f"'{key}' is not a list" if key in data else f"has no '{key}'"
+            raise DataError(f"{path}: is not COCO: {problem}")
+    return data
+
+
+def _get(path: Path, entry: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(entry, dict) or key not in entry:
+        raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
+    value = entry[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        name = "a string" if kind is str else "a list" if kind is list else "an integer"
+        raise DataError(f"{path}: is not COCO: {where} has '{key}' {value!r}; it should be {name}")
+    return value
+
+
+def _categories(path: Path, data: dict[str, Any]) -> tuple[Category, ...]:
+    found = [
+        Category(_get(path, entry, f"categories[{i}]", "id", int), _get(path, entry, f"categories[{i}]", "name", str))
+        for i, entry in enumerate(data["categories"])
+    ]
+    repeated = [number for number, count in Counter(c.id for c in found).items() if count > 1]
+    if repeated:
+        raise DataError(f"{path}: category id {repeated[0]} is used more than once")
+    if not found:
+        raise DataError(f"{path}: 'categories' is empty; it should list at least one category")
+    return tuple(sorted(found, key=lambda category: category.id))
+
+
+def _images(path: Path, data: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    images: dict[int, dict[str, Any]] = {}
+    for i, entry in enumerate(data["images"]):
+        where = f"images[{i}]"
+        image_id = _get(path, entry, where, "id", int)
+        _get(path, entry, where, "file_name", str)
+        for key in ("width", "height"):
+            if _get(path, entry, where, key, int) < 1:
+                raise DataError(f"{path}: {where} has '{key}' {entry[key]}; it should be at least 1")
+        if image_id in images:
+            raise DataError(f"{path}: image id {image_id} is used more than once")
+        images[image_id] = entry
+    return images
+
+
+def _annotations(
+    path: Path, data: dict[str, Any], categories: tuple[Category, ...], images: dict[int, dict[str, Any]]
+) -> tuple[dict[int, list], dict[int, list], dict[int, list], dict[int, list]]:
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    boxes, labels, crowd, areas = ({image_id: [] for image_id in images} for _ in range(4))
+    dropped = clipped = 0
+    for i, entry in enumerate(data["annotations"]):
+        where = f"annotations[{i}]"
+        image_id = _get(path, entry, where, "image_id", int)
+        category_id = _get(path, entry, where, "category_id", int)
+        bbox = _get(path, entry, where, "bbox", list)
+        if image_id not in images:
+            raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
+        if category_id not in label_of:
+            raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
+        if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+            raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
+        x, y, w, h = bbox
+        width, height = images[image_id]["width"], images[image_id]["height"]
+        box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
+        # the negation also drops NaN
+        if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
+            dropped += 1
+            continue
+        # less than half a pixel is rounding
+        clipped += max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
+        boxes[image_id].append(box)
+        labels[image_id].append(label_of[category_id])
+        crowd[image_id].append(bool(entry.get("iscrowd", 0)))
+        areas[image_id].append(entry.get("area", (box[2] - box[0]) * (box[3] - box[1])))
+    if dropped or clipped:
+        logger.warning(
+            f"{path}: dropped {dropped} boxes of zero size or outside their image, clipped {clipped} that reach outside"
+        )
+    return boxes, labels, crowd, areas
+
+
+def _check_files(path: Path, images: Path, records: list[ImageRecord]) -> None:
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder of images")
+    absent = [record for record in records if not record.path.is_file()]
+    if absent:
+        more = f" (and {len(absent) - 1} more of {len(records)})" if len(absent) > 1 else ""
+        raise DataError(f"{path}: lists the image {absent[0].path.name}, which is absent from {images}{more}")

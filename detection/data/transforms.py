@@ -1,0 +1,100 @@
+"""Augmentation of images and boxes with torchvision.transforms.v2, as DETR (arXiv:2005.12872) is trained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+
+def resized_size(height: int, width: int, shortest: int, max_size: int) -> tuple[int, int]:
+    """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer."""
+    scale = min(shortest / min(height, width), max_size / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class ResizeShortestEdge(v2.Transform):
+    """Resizes to a shortest edge drawn from `sizes`, in pixels, the longest being at most `max_size`.
+
+    torchvision's RandomShortestSize truncates: 799 for a shortest edge of 800 at some aspect ratios.
+    """
+
+    def __init__(self, sizes: Sequence[int], max_size: int):
+        super().__init__()
+        self.sizes = list(sizes)
+        self.max_size = max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        return {"size": resized_size(height, width, shortest, self.max_size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, list(params["size"]))
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crops a random window; each side is drawn from `min_size` to `max_size` pixels, or is the image's if smaller."""
+
+    def __init__(self, min_size: int, max_size: int):
+        super().__init__()
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        canvas = v2.query_size(flat_inputs)
+        height, width = (
+            int(torch.randint(min(self.min_size, side), min(self.max_size, side) + 1, ())) for side in canvas
+        )
+        top = int(torch.randint(canvas[0] - height + 1, ()))
+        left = int(torch.randint(canvas[1] - width + 1, ()))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)
+
+
+def _normalize(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+
+
+def train_transform(
+    *,
+    sizes: Sequence[int],
+    max_size: int,
+    horizontal_flip: float,
+    vertical_flip: float,
+    crop: float,
+    crop_resize: Sequence[int],
+    crop_min: int,
+    crop_max: int,
+    photometric: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> v2.Compose:
+    """Flips, colour distortion, and a resize or (probability `crop`) resize, crop, resize; then normalises.
+
+    Maps (image uint8, {"boxes", "labels"}) to float32; all randomness is torch's. Boxes smaller than a pixel are
+    dropped in the end.
+    """
+    steps: list[v2.Transform] = []
+    if horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+    if vertical_flip:
+        steps.append(v2.RandomVerticalFlip(vertical_flip))
+    resize = ResizeShortestEdge(sizes, max_size)
+    if crop:
+        cropped = v2.Compose([ResizeShortestEdge(crop_resize, max_size), RandomSizeCrop(crop_min, crop_max), resize])
+        steps.append(v2.RandomChoice([resize, cropped], p=[1 - crop, crop]))
+    else:
+        steps.append(resize)
+    # after the resize, which makes the image smaller as a rule
+    if photometric:
+        steps.append(v2.RandomApply([v2.RandomPhotometricDistort()], p=photometric))
+    return v2.Compose([*steps, *_normalize(mean, std), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+
+def val_transform(*, size: int, max_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
+    """Resizes the shortest edge to `size` and normalises; keeps every box."""
+    return v2.Compose([ResizeShortestEdge([size], max_size), *_normalize(mean, std)])

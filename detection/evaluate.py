@@ -1,0 +1,71 @@
+"""Measures the average precision of a checkpoint on a validation split.
+
+    python -m detection.evaluate CHECKPOINT [key.path=value ...]
+    torchrun --nproc-per-node N -m detection.evaluate CHECKPOINT [key.path=value ...]
+
+The overrides change the configuration that the checkpoint carries, for instance data.root or data.val.annotations.
+Prints AP by class; writes metrics.json and detections.json into evaluation/ beside the checkpoint, or into `--out`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from dat.training.config import apply_overrides
+from dat.training.errors import ConfigError
+from dat.training.loop import Distributed, main_guard, setup_distributed
+
+from .build import load_detector
+from .config import DetectionConfig, check_config
+from .data import Batch, CocoAnnotations, DetectionDataset, SameSizeBatchSampler, make_loader, read_coco, val_transform
+from .evaluator import average_precision, detect, format_table, gather_results
+from .report import write_json
+
+
+def val_loader(annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed) -> DataLoader[Batch]:
+    """This process's share of the images, resized as `data.val` says."""
+    data, train = config.data, config.train
+    transform = val_transform(size=data.val.size, max_size=data.val.max_size, mean=data.mean, std=data.std)
+    sampler = SameSizeBatchSampler(
+        annotations.records,
+        train.eval_batch_size,
+        data.val.size,
+        data.val.max_size,
+        distributed.rank,
+        distributed.world_size,
+    )
+    dataset = DetectionDataset(annotations.records, transform, config.seed)
+    return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m detection.evaluate", description="Measures a detector's AP.")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of its configuration")
+    parser.add_argument("--out", type=Path, help="folder for metrics.json (default: evaluation, beside the checkpoint)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    options = parser.parse_intermixed_args(arguments)
+    distributed = setup_distributed(options.device)
+    detector = load_detector(options.checkpoint, distributed.device)
+    config = apply_overrides(detector.config, options.overrides)
+    check_config(config)
+    if config.model != detector.config.model:
+        raise ConfigError(f"model.* is decided by {options.checkpoint}, should not be overridden")
+    data, root = config.data, Path(config.data.root)
+    annotations = read_coco(root / data.val.annotations, root / data.val.images, detector.categories)
+    loader = val_loader(annotations, config, distributed)
+    results = gather_results(detect(detector.model, loader, detector.categories, distributed.device, config.train.amp))
+    if not distributed.main:
+        return
+    metrics = average_precision(annotations, results)
+    out = options.out or options.checkpoint.parent / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "detections.json", results)
+    print(f"{format_table(metrics)}\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,43 @@
+"""From a model's outputs to detections in pixels."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from .matcher import Scores, check_scores
+
+
+@torch.no_grad()
+def post_process(
+    outputs: dict[str, Tensor], sizes: Tensor, scores: Scores = "sigmoid", top_k: int = 100
+) -> list[dict[str, Tensor]]:
+    """The best detections of every image, as in the official implementations.
+
+    Args:
+        outputs: "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1.
+        sizes: [B, 2], (height, width) that the boxes are scaled to.
+        scores: "sigmoid": the best pairs of a query and a class, so a query may appear under several classes;
+            "softmax": every query under its best class but the last, which is "no object".
+        top_k: how many are kept at most.
+
+    Returns:
+        B times "scores" [k], falling, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
+        k is top_k or the number of candidates, whichever is less.
+    """
+    check_scores(scores)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    if sizes.shape != (len(logits), 2):
+        raise ValueError(f"sizes has shape {tuple(sizes.shape)}, should be [B, 2] = {(len(logits), 2)}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if scores == "sigmoid":
+        candidates = logits.to(dtype).sigmoid().flatten(1)
+        values, index = candidates.topk(min(top_k, candidates.shape[1]))
+        query, labels = index // logits.shape[2], index % logits.shape[2]
+    else:
+        values, best = logits.to(dtype).softmax(-1)[..., :-1].max(-1)
+        values, query = values.topk(min(top_k, values.shape[1]))
+        labels = best.gather(1, query)
+    height, width = sizes.to(boxes.device, dtype).unbind(1)
+    corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]
+    corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
+    return [{"scores": s, "labels": label, "boxes": b} for s, label, b in zip(values, labels, corners, strict=True)]

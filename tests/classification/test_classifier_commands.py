@@ -1,0 +1,100 @@
+"""The commands as a person runs them: files, exit codes, one line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from classification import evaluate, predict
+from classification import train as training
+from dat.training.loop import main_guard
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    main_guard(module.main)
+
+
+@pytest.fixture
+def trained(settings, write_config, monkeypatch, tmp_path):
+    command(monkeypatch, training, write_config(settings), "train.epochs=1")
+    return tmp_path / "run/best.pth"
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(settings, write_config, tmp_path):
+    config = write_config(settings)
+    arguments = [sys.executable, "-W", "ignore", "-m", "classification.train", str(config), "train.lrr=1"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: command line: unknown key 'train.lrr'; did you mean 'train.lr'?\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_repeats_the_metric_of_training(trained, monkeypatch, capsys):
+    line = json.loads((trained.parent / "log.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    command(monkeypatch, evaluate, trained)
+    found = json.loads(capsys.readouterr().out)
+    assert found == {name: pytest.approx(line[name], abs=1e-3) for name in ("top1", "top5", "loss", "images")}
+
+
+def test_predict_writes_labels_and_a_sheet(trained, pictures, monkeypatch, tmp_path, capsys):
+    (pictures / "val/red/broken.jpg").write_bytes(b"\xff\xd8")
+    command(monkeypatch, predict, trained, pictures / "val", "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(results) == 6
+    assert all(Path(result["file"]).exists() for result in results)
+    for result in results:
+        assert result["label"] == result["top"][0]["label"]
+        assert result["score"] == result["top"][0]["score"]
+        assert {entry["label"] for entry in result["top"]} == {"blue", "green", "red"}
+        assert sum(entry["score"] for entry in result["top"]) == pytest.approx(1, abs=1e-5)
+    with Image.open(tmp_path / "out/predictions.png") as sheet:
+        assert min(sheet.size) > 100
+    assert "1 unreadable pictures" in capsys.readouterr().err
+
+
+def test_predict_takes_one_picture_and_overrides(trained, pictures, monkeypatch, tmp_path):
+    picture = pictures / "val/red/0.png"
+    command(monkeypatch, predict, trained, picture, "data.img_size=48", "--out", tmp_path / "out", "--sheet", 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{trained}", "nowhere"], "error: nowhere: no such picture or folder"),
+        (["{trained}", "{empty}"], "holds no pictures"),
+        (["nowhere.pth", "{pictures}"], "error: nowhere.pth: no such checkpoint file"),
+        (["{pictures}/val/red/0.png", "{pictures}"], "0.png: not a checkpoint, or a truncated one"),
+        (["{trained}", "{pictures}", "data.imgsize=3"], "unknown key 'data.imgsize'; did you mean 'data.img_size'?"),
+        (["{trained}", "{pictures}", "model.backbone.name=test_vit"], "best.pth: of another architecture"),
+    ],
+)
+def test_predict_names_mistakes(trained, pictures, monkeypatch, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    known = {"trained": trained, "pictures": pictures, "empty": tmp_path / "empty"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, predict, *(a.format(**known) for a in arguments), "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "dat_nano_folder", "dat_tiny_imagenet"])
+def test_shipped_configurations_are_valid(name):
+    from classification.config import ClassificationConfig, check_config
+    from dat.training.config import load_config
+
+    config = load_config(ClassificationConfig, ROOT / f"configs/classification/{name}.yaml")
+    check_config(config)
+    assert training.make_transform(config.data, training=True)

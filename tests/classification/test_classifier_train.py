@@ -1,0 +1,192 @@
+"""What a training leaves behind, and how it stops on bad input."""
+
+import json
+import tarfile
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from classification import train as training
+from classification.config import ClassificationConfig
+from classification.train import make_loss, train
+from dat.training.checkpoint import load_checkpoint
+from dat.training.config import from_dict
+from dat.training.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+
+
+def run(settings, **changes):
+    settings = {**settings, "train": {**settings["train"], **changes}}
+    return train(from_dict(ClassificationConfig, settings, "test"))
+
+
+def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
+    settings["data"]["augment"] = {"scale": [0.7, 1.0], "color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
+    settings["model"]["backbone"] = {"name": "test_convnext"}
+    result = run(settings, epochs=12, mixup=0, cutmix=0, ema_decay=0, smoothing=0)
+    assert result["best"] > 90
+    output = tmp_path / "run"
+    names = {path.name for path in output.iterdir()}
+    assert names == {"best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log"}
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 48
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(line["top1"] for line in lines if line["kind"] == "val") == result["best"]
+    assert yaml.safe_load((output / "config.yaml").read_text())["train"]["epochs"] == 12
+    assert load_checkpoint(output / "best.pth")["class_names"] == ["blue", "green", "red"]
+
+
+def test_timm_reads_the_checkpoint(settings, tmp_path):
+    run(settings, epochs=1)
+    path = tmp_path / "run/best.pth"
+    model = timm.create_model("test_convnext", num_classes=3, checkpoint_path=str(path))
+    averaged = load_checkpoint(path)["state_dict_ema"]
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(settings, tmp_path, monkeypatch):
+    run(settings, epochs=1)
+    first = str(tmp_path / "run/best.pth")
+    settings["output"] = str(tmp_path / "second")
+    settings["model"]["backbone"]["checkpoint_path"] = first
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda run, *rest: seen.append(run.model.state_dict()))
+    run(settings)
+    assert torch.equal(seen[0]["stem.0.weight"], load_checkpoint(first)["state_dict_ema"]["stem.0.weight"])
+
+
+def test_tars_are_read_like_folders(settings, pictures, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(pictures / f"{split}.tar", "w") as tar:
+            for path in sorted((pictures / split).rglob("*.png")):
+                tar.add(path, path.relative_to(pictures / split))
+    run(settings, epochs=1)
+    settings["output"] = str(tmp_path / "tar")
+    settings["data"].update(train={"path": "train.tar"}, val={"path": "val.tar"})
+    run(settings, epochs=1, workers=1)
+    folder, tar = load_checkpoint(tmp_path / "run/last.pth"), load_checkpoint(tmp_path / "tar/last.pth")
+    assert all(torch.equal(value, tar["state_dict"][name]) for name, value in folder["state_dict"].items())
+
+
+def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_path):
+    whole = (pictures / "train/red/0.png").read_bytes()
+    (pictures / "train/red/0.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "train/red/7.png").write_bytes(b"")
+    (pictures / "val/red/0.png").write_text("not a picture")
+    run(settings, epochs=2)
+    output = tmp_path / "run"
+    assert (output / "skipped.txt").read_text().split() == ["red/0.png", "red/7.png"]
+    assert (output / "skipped_val.txt").read_text().split() == ["red/0.png"]
+    assert "warning: 2 unreadable pictures were left out" in (output / "train.log").read_text()
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert {line["images"] for line in lines if line["kind"] == "val"} == {5}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_an_error(settings, pictures, workers):
+    for path in (pictures / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"data.train: no picture can be read"):
+        run(settings, workers=workers)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
+    steps = []
+    step = training.train_step
+
+    def train_step(model, *rest):
+        steps.append(None)
+        if len(steps) == 6:
+            with torch.no_grad():
+                model.stages[1].blocks[0].norm.weight[0] = float("inf")
+        return step(model, *rest)
+
+    monkeypatch.setattr(training, "train_step", train_step)
+    with pytest.raises(NonFiniteError, match=r"step 6, parameters: .* stages.1.blocks.0.norm.weight .* 1 infinite"):
+        run(settings)
+    state = load_checkpoint(tmp_path / "run/last.pth")
+    assert state["step"] == 4
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(settings, tmp_path, monkeypatch):
+    step = training.train_step
+
+    def train_step(model, *rest):
+        result = step(model, *rest)
+        with torch.no_grad():
+            model.head.fc.bias[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(training, "train_step", train_step)
+    with pytest.raises(NonFiniteError, match=r"head.fc.bias"):
+        run(settings, checkpoint_steps=1)
+    assert not (tmp_path / "run/last.pth").exists()
+
+
+def test_classes_of_the_splits_must_agree(settings, pictures, tmp_path):
+    (pictures / "val/blue").rename(pictures / "val/azure")
+    with pytest.raises(DataError, match=r"val has 3 classes, 1 of them .*'azure'.* not among the 3 classes"):
+        run(settings)
+    for path in (pictures / "val/azure").iterdir():
+        path.unlink()
+    run(settings, epochs=1)
+    assert "no pictures of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
+
+
+def test_missing_data_is_named(settings, pictures):
+    settings["data"]["val"] = {"path": "test"}
+    with pytest.raises(DataError, match=r"data.val.path: .*pictures/test does not exist"):
+        run(settings)
+    (pictures / "test").mkdir()
+    with pytest.raises(DataError, match="holds no readable pictures in class folders"):
+        run(settings)
+    Image.new("RGB", (8, 8)).save(pictures / "test/a.png")
+    with pytest.raises(DataError, match="holds pictures outside class folders"):
+        run(settings)
+    (pictures / "x.tar").write_bytes(b"no tar")
+    settings["data"]["val"] = {"path": "x.tar"}
+    with pytest.raises(DataError, match=r"x.tar holds no readable pictures"):
+        run(settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("train", {"epochs": 0}, "train.epochs is 0, should be at least 1"),
+        ("train", {"batch_size": 5}, "train.batch_size is 5, should be even with train.mixup"),
+        ("train", {"lr": 0}, "train.lr is 0.0, should be more than 0"),
+        ("train", {"workers": -1}, "train.workers is -1"),
+        ("train", {"optimizer": "adamq"}, "train.optimizer: timm cannot make 'adamq'"),
+        ("data", {"augment": {"hflip": 2}}, "data.augment.hflip is 2.0, should be 0 to 1"),
+        ("data", {"augment": {"auto_augment": "nonsense"}}, "data.augment: timm cannot make the transform"),
+        ("model", {"backbone": {"name": "dat_huge"}}, "model.backbone.name: no timm model 'dat_huge'; did you mean"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_named(settings, section, values, message):
+    settings[section].update(values)
+    with pytest.raises(ConfigError, match=message):
+        run(settings)
+
+
+def test_resuming_another_model_is_refused(settings):
+    run(settings, epochs=1)
+    settings["model"]["backbone"] = {"name": "test_resnet"}
+    with pytest.raises(CheckpointError, match=r"last.pth: of another architecture"):
+        run(settings, epochs=2, resume=True)
+
+
+@pytest.mark.parametrize(("loss", "mixup"), [("cross_entropy", 0), ("cross_entropy", 1), ("bce", 0), ("bce", 1)])
+def test_losses_fall_towards_the_labels(loss, mixup):
+    config = ClassificationConfig()
+    config.train.loss, config.train.mixup, config.train.cutmix, config.train.smoothing = loss, mixup, 0, 0.1
+    function, mix = make_loss(config.train, 4)
+    targets = torch.tensor([1, 2])
+    if mix is not None:
+        _, targets = mix(torch.zeros(2, 3, 8, 8), targets)
+    # with mixup a target may be either class of the pair
+    right, wrong = 2 * (targets if mixup else torch.eye(4)[targets]), 2 * torch.eye(4)[[3, 3]]
+    assert function(right, targets) < function(torch.zeros(2, 4), targets) < function(wrong, targets)

@@ -1,0 +1,139 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_inputs import fixture_targets, load_fixture, part, relative_error
+
+from detection import HungarianMatcher, SetCriterion
+from detection import criterion as criterion_module
+
+
+def layer(batch=2, queries=6, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(batch, queries, 4, generator=generator) * 0.4 + 0.1
+    logits = torch.randn(batch, queries, classes, generator=generator)
+    return {"pred_logits": logits.requires_grad_(), "pred_boxes": boxes.requires_grad_()}
+
+
+def targets(*counts, classes=4):
+    generator = torch.Generator().manual_seed(9)
+    return [
+        {
+            "labels": torch.randint(classes, (n,), generator=generator),
+            "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.1,
+        }
+        for n in counts
+    ]
+
+
+def test_perfect_boxes_cost_nothing():
+    outputs, t = layer(1, 3), targets(3)
+    outputs["pred_boxes"] = t[0]["boxes"][None].clone()
+    losses = SetCriterion(4, HungarianMatcher(cost_class=0))(outputs, t)
+    assert losses["loss_bbox"] == 0
+    assert losses["loss_giou"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_focal_loss_in_plain_arithmetic():
+    outputs, t = layer(1, 2, classes=1), targets(1, classes=1)
+    losses = SetCriterion(1, HungarianMatcher())(outputs, t)
+    query = HungarianMatcher()(outputs, t)[0][0].item()
+    p = outputs["pred_logits"][0, :, 0].sigmoid()
+    positive = 0.25 * (1 - p[query]) ** 2 * -p[query].log()
+    negative = 0.75 * p[1 - query] ** 2 * -(1 - p[1 - query]).log()
+    torch.testing.assert_close(losses["loss_ce"], positive + negative)
+
+
+def test_softmax_losses_are_the_official_ones():
+    tensors, _ = load_fixture("detr_losses")
+    criterion = SetCriterion(7, HungarianMatcher(1, 5, 2, scores="softmax"), scores="softmax")
+    outputs = part(tensors, "pred_")
+    outputs = {f"pred_{k}": v for k, v in outputs.items()} | {"aux_outputs": [part(tensors, "aux.0.")]}
+    losses = criterion(outputs, fixture_targets(tensors))
+    assert len(losses) == 6
+    for name, loss in losses.items():
+        assert relative_error(loss.reshape(1), tensors[f"loss.{name}"]) < 1e-8, name
+    assert relative_error(criterion.total(losses).reshape(1), tensors["total_loss"]) < 1e-8
+
+
+def test_layers_are_independent():
+    """Stacking the layers gives what each would give alone; encoder targets are all of class 0."""
+    layers, encoder, t = [layer(seed=i) for i in range(3)], layer(queries=20, seed=7), targets(2, 5)
+    criterion = SetCriterion(4, HungarianMatcher())
+    losses = criterion({**layers[2], "aux_outputs": layers[:2], "enc_outputs": encoder}, t)
+    for suffix, outputs in (("_0", layers[0]), ("_1", layers[1]), ("", layers[2])):
+        for name, loss in criterion(outputs, t).items():
+            torch.testing.assert_close(losses[name + suffix], loss)
+    objects = [{"labels": torch.zeros_like(x["labels"]), "boxes": x["boxes"]} for x in t]
+    for name, loss in criterion(encoder, objects).items():
+        torch.testing.assert_close(losses[name + "_enc"], loss)
+    assert len(losses) == 12
+
+
+@pytest.mark.parametrize(("scores", "classes"), [("sigmoid", 4), ("softmax", 5)])
+def test_no_targets_at_all(scores, classes):
+    outputs = layer(classes=classes)
+    criterion = SetCriterion(4, HungarianMatcher(scores=scores), scores=scores)
+    losses = criterion(outputs, targets(0, 0))
+    assert losses["loss_bbox"] == 0
+    assert losses["loss_giou"] == 0
+    assert losses["loss_ce"] > 0
+    criterion.total(losses).backward()
+    # Present though zero: distributed training waits for every gradient.
+    assert outputs["pred_boxes"].grad.abs().sum() == 0
+    assert outputs["pred_logits"].grad.abs().sum() > 0
+
+
+def test_more_targets_than_queries():
+    losses = SetCriterion(4, HungarianMatcher())(layer(queries=3), targets(7, 1))
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_unmatched_queries_get_no_box_gradient():
+    outputs, t = layer(), targets(1, 2)
+    matcher = HungarianMatcher()
+    criterion = SetCriterion(4, matcher)
+    criterion.total(criterion(outputs, t)).backward()
+    matched = torch.zeros(2, 6, dtype=torch.bool)
+    for i, (query, _) in enumerate(matcher(outputs, t)):
+        matched[i, query] = True
+    assert ((outputs["pred_boxes"].grad.abs().sum(-1) > 0) == matched).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "others", "alone_boxes", "average"),
+    # 12 boxes on two processes; and none anywhere, which counts as one.
+    [((1, 2), 9, 3, 6), ((0, 0), 0, 1, 1)],
+)
+def test_number_of_boxes_is_averaged_over_processes(counts, others, alone_boxes, average, monkeypatch):
+    outputs, t = layer(), targets(*counts)
+    alone = SetCriterion(4, HungarianMatcher())(outputs, t)
+    monkeypatch.setattr(criterion_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(criterion_module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(criterion_module.dist, "all_reduce", lambda total: total.add_(others))
+    losses = SetCriterion(4, HungarianMatcher())(outputs, t)
+    for name in alone:
+        torch.testing.assert_close(losses[name], alone[name] * alone_boxes / average)
+
+
+def test_total_weights():
+    names = ("loss_ce", "loss_bbox", "loss_giou")
+    ones = {name + suffix: torch.tensor(1.0) for name in names for suffix in ("", "_0", "_enc")}
+    assert SetCriterion(4, HungarianMatcher()).total(ones) == 27
+    assert SetCriterion(4, HungarianMatcher(), scores="softmax").total(ones) == 24
+    assert SetCriterion(4, HungarianMatcher(), weights={"loss_ce": 0.5}).total(ones) == 22.5
+
+
+def test_no_object_weight():
+    outputs, t = layer(classes=5), targets(0, 0)
+    losses = SetCriterion(4, HungarianMatcher(scores="softmax"), scores="softmax", no_object_weight=0.3)(outputs, t)
+    expected = F.cross_entropy(outputs["pred_logits"].flatten(0, 1), torch.full((12,), 4))
+    torch.testing.assert_close(losses["loss_ce"], expected)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="scores='x' should be"):
+        SetCriterion(4, HungarianMatcher(), scores="x")
+    with pytest.raises(ValueError, match="weights has 'loss_box', its keys should be among"):
+        SetCriterion(4, HungarianMatcher(), weights={"loss_box": 1.0})
+    with pytest.raises(ValueError, match="pred_logits has 4 classes, should have 5: num_classes=5"):
+        SetCriterion(5, HungarianMatcher())(layer(), targets(1, 1))

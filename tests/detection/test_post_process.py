@@ -1,0 +1,54 @@
+import pytest
+import torch
+from detr_inputs import load_fixture, part
+
+from detection import post_process
+
+
+@pytest.mark.parametrize(("name", "scores"), [("deformable_detr_micro", "sigmoid"), ("detr_losses", "softmax")])
+def test_official_results(name, scores):
+    tensors, _ = load_fixture(name)
+    results = post_process(tensors, torch.tensor([[192, 256], [96, 128]]), scores=scores)
+    for i, result in enumerate(results):
+        theirs = part(tensors, f"post.{i}.")
+        order = theirs["scores"].argsort(descending=True, stable=True)
+        torch.testing.assert_close(result["scores"], theirs["scores"][order])
+        torch.testing.assert_close(result["boxes"], theirs["boxes"][order])
+        assert result["labels"].equal(theirs["labels"][order])
+
+
+def test_boxes_are_corners_in_pixels():
+    outputs = {"pred_logits": torch.tensor([[[-1.0, 2.0]]]), "pred_boxes": torch.tensor([[[0.5, 0.25, 0.2, 0.1]]])}
+    result = post_process(outputs, torch.tensor([[100, 400]]), top_k=1)[0]
+    assert result["labels"].tolist() == [1]
+    torch.testing.assert_close(result["scores"], torch.tensor([2.0]).sigmoid())
+    torch.testing.assert_close(result["boxes"], torch.tensor([[160.0, 20.0, 240.0, 30.0]]))
+
+
+@pytest.mark.parametrize(("scores", "count"), [("sigmoid", 6), ("softmax", 3)])
+def test_fewer_candidates_than_top_k(scores, count):
+    outputs = {"pred_logits": torch.randn(2, 3, 2), "pred_boxes": torch.rand(2, 3, 4)}
+    results = post_process(outputs, torch.tensor([[10, 10], [20, 20]]), scores=scores, top_k=100)
+    for result in results:
+        assert len(result["scores"]) == len(result["labels"]) == len(result["boxes"]) == count
+        assert (result["scores"].diff() <= 0).all()
+
+
+def test_softmax_never_answers_no_object():
+    outputs = {"pred_logits": torch.tensor([[[0.0, 1.0, 9.0]]]), "pred_boxes": torch.rand(1, 1, 4)}
+    assert post_process(outputs, torch.tensor([[8, 8]]), scores="softmax")[0]["labels"].tolist() == [1]
+
+
+def test_half_precision_boxes_keep_their_pixels():
+    outputs = {
+        "pred_logits": torch.zeros(1, 1, 1, dtype=torch.bfloat16),
+        "pred_boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.5]]]),
+    }
+    result = post_process(outputs, torch.tensor([[1333, 801]]))[0]
+    torch.testing.assert_close(result["boxes"], torch.tensor([[200.25, 333.25, 600.75, 999.75]]))
+
+
+def test_sizes_must_fit():
+    outputs = {"pred_logits": torch.zeros(2, 1, 1), "pred_boxes": torch.rand(2, 1, 4)}
+    with pytest.raises(ValueError, match=r"sizes has shape \(1, 2\), should be \[B, 2\] = \(2, 2\)"):
+        post_process(outputs, torch.tensor([[8, 8]]))

@@ -1,0 +1,52 @@
+"""Records of a run: what is written, by whom, and what a resumed run keeps."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dat.training.logger import RunLogger
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_numbers_lines_and_pictures_are_written(tmp_path):
+    handlers = list(logging.getLogger().handlers)
+    logger = RunLogger(tmp_path)
+    logger.info("hello")
+    logger.log("train", 3, loss=0.5, lr=float("nan"))
+    logger.figure("curve", np.zeros((4, 5, 3), np.uint8), 3)
+    with logger.progress(10, "epoch 1") as bar:
+        bar.update(4)
+    logger.close()
+    assert read(tmp_path) == [{"kind": "train", "step": 3, "loss": 0.5, "lr": None}]
+    assert "hello" in (tmp_path / "train.log").read_text()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert logging.getLogger().handlers == handlers
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(None, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path, resume_step, kept):
+    logger = RunLogger(tmp_path)
+    for step in (1, 2, 3):
+        logger.log("train", step, loss=1.0)
+    logger.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    logger = RunLogger(tmp_path, resume_step=resume_step)
+    logger.log("train", 10, loss=1.0)
+    logger.close()
+    assert [line["step"] for line in read(tmp_path)] == [*kept, 10]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    logger = RunLogger(tmp_path / "run", main=False)
+    logger.info("hello")
+    logger.log("train", 1, loss=1.0)
+    logger.figure("x", np.zeros((4, 5, 3), np.uint8), 1)
+    logger.close()
+    assert not (tmp_path / "run").exists()
