@@ -47,7 +47,7 @@ def wants_cuda() -> bool:
     home = cuda_home()
     if override == "1" and home is None:
         sys.exit(
-            "DAT_BUILD_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc and include/cuda_runtime.h"
+            "DAT_BUILD_CUDA=1, but no CUDA toolkit was found: CUDA_HOME must hold bin/nvcc and include/cuda_runtime.h"
         )
     cpp_extension.CUDA_HOME = None if home is None else str(home)
     return home is not None and (override == "1" or torch.version.cuda is not None)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.ops [--out benchmarks/results/ops_cpu.json]
 
-The work is Deformable DETR's: 8 heads of 32 channels, 4 levels at strides 8 to 64, 4 points; the encoder has a query for
-every cell, the decoder 300.
+The work is Deformable DETR's: 8 heads of 32 channels, 4 levels at strides 8 to 64, 4 points; the encoder has a query
+for every cell, the decoder 300.
 """
 
 import argparse
@@ -120,8 +120,9 @@ def main() -> None:
             for name in ("forward", "forward+backward"):
                 timed = row[name]
                 print(
-                    f"{size:>9} {row['queries']!s:>8} {name:<17} ours {timed['ours_ms']:9.2f} ms  bfloat16 "
-                    f"{timed['ours_bfloat16_ms']:9.2f} ms  grid_sample {timed['grid_sample_ms']:9.2f} ms  {timed['speedup']:6.1f}x"
+                    f"{size:>9} {row['queries']!s:>8} {name:<17} ours {timed['ours_ms']:9.2f} ms  "
+                    f"bfloat16 {timed['ours_bfloat16_ms']:9.2f} ms  "
+                    f"grid_sample {timed['grid_sample_ms']:9.2f} ms  {timed['speedup']:6.1f}x"
                 )
     if args.out:
         write_json(args.out, rows)

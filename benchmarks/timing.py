@@ -38,7 +38,7 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each run; runs take turns, so that a change of the machine's speed meets them all.
 
-    A slow run is repeated less often, so that all together take about `budget` seconds, but never less than three times.
+    Slow runs are repeated less often, so that all take about `budget` seconds, but never less than three times.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():

@@ -40,7 +40,7 @@ def plot_curve(log: Path, path: Path, steps_per_epoch: int) -> None:
         left.plot(*zip(*series["loss"], strict=True), color="tab:gray", label="training loss")
     left.set(xlabel="epoch", ylabel="training loss")
     right = left.twinx()
-    right.set(ylabel="average precision", ylim=(0, 1))
+    right.set(ylabel="average precision", ylim=(0, 1.02))
     for name, color in (("AP50", "tab:blue"), ("AP", "tab:orange")):
         if series[name]:
             right.plot(*zip(*series[name], strict=True), color=color, marker=".", label=name)

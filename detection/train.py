@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from dat.training.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
@@ -229,6 +230,9 @@ class Trainer:
         start = time.perf_counter()
         progress = self.progress
         model = self.model if self.ema is None else self.ema.module
+        if self.distributed.world_size > 1:
+            # each process has statistics of its own where batch norm is trained
+            distribute_bn(model, self.distributed.world_size)
         results = detect(model, self.val_loader, self.val_set.categories, self.device, self.config.train.amp)
         results = gather_results(results)
         metrics = average_precision(self.val_set, results)

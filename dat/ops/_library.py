@@ -9,7 +9,7 @@ LIBRARY = torch.library.Library("dat", "DEF")
 
 
 def load(name: str) -> str | None:
-    """Load the built library `name` ("_C_cpu", "_C_cuda") into torch.ops.dat; returns why it is not there, None when it is."""
+    """Load the built library `name` ("_C_cpu", "_C_cuda") into torch.ops.dat; returns why it is not there, or None."""
     found = sorted(Path(__file__).parents[1].glob(f"{name}*.so"))
     if not found:
         return f"dat/{name}.so was not built"
@@ -29,12 +29,12 @@ def load_all() -> dict[str, str | None]:
         missing["_C_cuda"] = load("_C_cuda")
     if missing["_C_cpu"]:
         warnings.warn(
-            f"dat.ops runs on its slow PyTorch reference: {missing['_C_cpu']} (reinstall where there is a C++ compiler)",
+            f"dat.ops runs on its slow PyTorch reference: {missing['_C_cpu']} (reinstall with a C++ compiler)",
             stacklevel=2,
         )
     elif missing["_C_cuda"] and torch.cuda.is_available():
         warnings.warn(
-            f"dat.ops runs on its slow PyTorch reference on CUDA devices: {missing['_C_cuda']} (reinstall where there is nvcc)",
+            f"dat.ops runs on its slow PyTorch reference on GPUs: {missing['_C_cuda']} (reinstall with nvcc)",
             stacklevel=2,
         )
     return missing

@@ -31,8 +31,8 @@ def deform_sample(
             float32, float64, bfloat16 or float16. Under autocast float32 values are cast to its dtype.
         shapes: ((h_0, w_0), ..., (h_{L-1}, w_{L-1})), ints, S = sum of h_l * w_l.
         locations: [B, Q, H, L, P, 2], (x, y), 0 to 1 across the level; float32 or float64. The pixel coordinate is
-            location * size - 0.5, or location * (size - 1) with align_corners. Outside the map is zero; NaN and infinite
-            locations sample zero and get zero gradient.
+            location * size - 0.5, or location * (size - 1) with align_corners. Outside the map is zero; NaN and
+            infinite locations sample zero and get zero gradient.
         weights: [B, Q, H, L, P], any floating dtype, or None.
         align_corners: whether 0 and 1 are the centres of the first and last cells, or their outer edges.
 
@@ -73,11 +73,13 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | N
         raise ValueError(f"locations must be [B, Q, H, L, P, 2], got shape {tuple(locations.shape)}")
     if locations.shape[0] != B or locations.shape[2] != H or locations.shape[3] != len(shapes):
         raise ValueError(
-            f"locations must be [{B}, Q, {H}, {len(shapes)}, P, 2] to fit value and shapes, got {tuple(locations.shape)}"
+            f"locations must be [{B}, Q, {H}, {len(shapes)}, P, 2] to fit value and shapes, "
+            f"got {tuple(locations.shape)}"
         )
     if locations.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"locations must be float32 or float64 (half precision moves samples by up to 0.06 pixel), got {locations.dtype}"
+            f"locations must be float32 or float64 (half precision moves samples by up to 0.06 pixel), "
+            f"got {locations.dtype}"
         )
     if locations.device != value.device:
         raise ValueError(f"locations must be on the device of value, {value.device}, got {locations.device}")
@@ -150,19 +152,18 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, rarely needed and so not fast: torch differentiates the reference's backward."""
     saved = ctx.saved_tensors
-    inputs = [None if t is None else t.detach().requires_grad_() for t in saved]
+    grad, value, locations = (t.detach().requires_grad_() for t in saved[:3])
+    weights = None if saved[3] is None else saved[3].detach().requires_grad_()
     with torch.enable_grad():
-        grad, value, locations, weights = inputs
         firsts = reference.deform_sample_backward(
             grad, value, _pairs(ctx.shapes), locations, weights, align_corners=ctx.align_corners
         )
         used = [(first, g) for first, g in zip(firsts, cotangents, strict=True) if first.requires_grad]
-        present = [t for t in inputs if t is not None]
+        present = [t for t in (grad, value, locations, weights) if t is not None]
         seconds = torch.autograd.grad(
             [first for first, _ in used], present, [g for _, g in used], allow_unused=True, materialize_grads=True
         )
-    by = iter(seconds)
-    return *(None if t is None else next(by) for t in inputs), None, None
+    return *seconds, *(() if weights is not None else (None,)), None, None
 
 
 torch.library.register_autograd("dat::deform_sample", _autograd, setup_context=_setup_context, lib=LIBRARY)

@@ -7,7 +7,7 @@ from dat.ops.reference import sampling_points
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """Multi-scale deformable attention, from the layer's linear outputs to the weighted sum (Deformable DETR, equation 3).
+    """Multi-scale deformable attention, from linear outputs to the weighted sum (Deformable DETR, equation 3).
 
     Args:
         value: [B, S, H, D], L levels flattened row by row and laid end to end; any floating dtype.

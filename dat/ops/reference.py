@@ -1,6 +1,10 @@
-"""Readable PyTorch versions of the ops: what each one means, the oracle of its tests, and the fallback without a built library."""
+"""Readable PyTorch versions of the ops.
+
+They say what each op means, are the oracle of its tests and the fallback where no library was built.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ def _axis(location: Tensor, size: int, align_corners: bool) -> list[tuple[Tensor
     """
     factor = float(size - 1 if align_corners else size)
     pixel = location * factor - (0.0 if align_corners else 0.5)
-    # Anything beyond one cell outside samples zero, and clamping keeps the cast to integers defined; NaN goes the same way.
+    # Beyond one cell outside all is zero, and clamping keeps the cast to integers defined; NaN goes the same way.
     pixel = torch.where(pixel > -2, pixel, -2.0).clamp(max=size + 1)
     low = pixel.detach().floor()
     fraction = pixel - low
@@ -28,13 +32,19 @@ def _axis(location: Tensor, size: int, align_corners: bool) -> list[tuple[Tensor
     return taps
 
 
-def _corners(
-    value: Tensor, shapes: Shapes, locations: Tensor, align_corners: bool
-) -> Iterator[tuple[int, list[tuple[Tensor, ...]]]]:
-    """For each level, its corners: (index [B, Q*P, H], inside [B, Q, H, P, 1], row [B, Q, H, P, D], weight, its d/dx, its d/dy [B, Q, H, P]).
+class _Corner(NamedTuple):
+    """One corner cell of every sample of a level; the row of a cell outside the map is zero, whatever `cell` finds."""
 
-    Rows outside the map are zero, whatever the clamped index finds there.
-    """
+    cell: Tensor  # [B, Q*P, H], clamped into the map
+    inside: Tensor  # [B, Q, H, P, 1]
+    row: Tensor  # [B, Q, H, P, D]
+    weight: Tensor  # [B, Q, H, P], as its derivatives by x and y
+    by_x: Tensor
+    by_y: Tensor
+
+
+def _corners(value: Tensor, shapes: Shapes, locations: Tensor, align_corners: bool) -> Iterator[list[_Corner]]:
+    """The four corners of each level's samples; none where the level or the samples are empty."""
     Q = locations.shape[1]
     start = 0
     for level, (height, width) in enumerate(shapes):
@@ -45,10 +55,9 @@ def _corners(
                 for j, column_inside, wx, dx in _axis(x, width, align_corners):
                     index = (start + i * width + j).transpose(2, 3).flatten(1, 2)
                     inside = (row_inside & column_inside).unsqueeze(-1)
-                    corners.append(
-                        (index, inside, torch.where(inside, _gather(value, index, Q), 0.0), wy * wx, wy * dx, dy * wx)
-                    )
-        yield level, corners
+                    row = torch.where(inside, _gather(value, index, Q), 0.0)
+                    corners.append(_Corner(index, inside, row, wy * wx, wy * dx, dy * wx))
+        yield corners
         start += height * width
 
 
@@ -62,13 +71,13 @@ def deform_sample(
     value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | None = None, *, align_corners: bool = False
 ) -> Tensor:
     """See `dat.ops.deform_sample`; differentiable any number of times."""
-    B, Q, H, L, P, _ = locations.shape
+    B, Q, H, _, P, _ = locations.shape
     wide = value.to(locations.dtype)
     levels = []
-    for _, corners in _corners(wide, shapes, locations, align_corners):
+    for corners in _corners(wide, shapes, locations, align_corners):
         out = wide.new_zeros(B, Q, H, P, value.shape[-1])
-        for _, _, row, weight, _, _ in corners:
-            out = out + weight.unsqueeze(-1) * row
+        for corner in corners:
+            out = out + corner.weight.unsqueeze(-1) * corner.row
         levels.append(out)
     sampled = torch.stack(levels, 3)
     if weights is not None:
@@ -85,28 +94,29 @@ def deform_sample_backward(
     *,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `deform_sample` by value, locations and weights (an empty tensor where weights is None), themselves differentiable."""
-    B, Q, H, L, P, _ = locations.shape
+    """Gradients of `deform_sample` by value, locations and weights (an empty tensor where weights is None).
+
+    They are differentiable themselves.
+    """
     wide, grad = value.to(locations.dtype), grad.to(locations.dtype)
     if weights is None:
         scaled = sample_grad = grad
     else:
-        sample_grad = grad[:, :, :, None, None]
+        sample_grad = grad[:, :, :, None, None].expand(*locations.shape[:-1], -1)
         scaled = sample_grad * weights.to(grad.dtype).unsqueeze(-1)
     grad_value = torch.zeros_like(wide)
     grad_locations, grad_weights = [], []
-    for level, corners in _corners(wide, shapes, locations, align_corners):
+    for level, corners in enumerate(_corners(wide, shapes, locations, align_corners)):
         by_x = by_y = by_weight = torch.zeros_like(locations[:, :, :, level, :, 0])
-        of_sample = sample_grad[:, :, :, 0 if weights is not None else level]
-        of_scaled = scaled[:, :, :, level]
-        for index, inside, row, weight, weight_dx, weight_dy in corners:
-            dot = (row * of_scaled).sum(-1)
-            by_x = by_x + weight_dx * dot
-            by_y = by_y + weight_dy * dot
-            by_weight = by_weight + weight * (row * of_sample).sum(-1)
-            # A row outside the map is zero whatever it holds: its clamped index must receive nothing.
-            update = torch.where(inside, weight.unsqueeze(-1) * of_scaled, 0.0).transpose(2, 3).flatten(1, 2)
-            grad_value = grad_value.scatter_add(1, index.unsqueeze(-1).expand_as(update), update)
+        of_sample, of_scaled = sample_grad[:, :, :, level], scaled[:, :, :, level]
+        for corner in corners:
+            dot = (corner.row * of_scaled).sum(-1)
+            by_x = by_x + corner.by_x * dot
+            by_y = by_y + corner.by_y * dot
+            by_weight = by_weight + corner.weight * (corner.row * of_sample).sum(-1)
+            update = torch.where(corner.inside, corner.weight.unsqueeze(-1) * of_scaled, 0.0)
+            update = update.transpose(2, 3).flatten(1, 2)
+            grad_value = grad_value.scatter_add(1, corner.cell.unsqueeze(-1).expand_as(update), update)
         grad_locations.append(torch.stack((by_x, by_y), -1))
         grad_weights.append(by_weight)
     by_weights = torch.stack(grad_weights, 3) if weights is not None else grad.new_empty(0)
@@ -119,7 +129,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
 
 
 def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations [B, Q, H, L, P, 2] and attention weights [B, Q, H, L, P] of multi-scale deformable attention, at least float32.
+    """Locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P] of multi-scale deformable attention, at least float32.
 
     Deformable DETR, equation 3 and appendix A.4: offsets are counted in pixels of their level around a reference point,
     or in half boxes divided by the number of points around a reference box.
@@ -138,7 +148,8 @@ def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: 
 
 def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """DAT's continuous relative position bias (equation 5): [B, h, H*W, N] looked up in `table` [h, T_h, T_w]."""
-    (H, W), (B, groups, N, _) = size, positions.shape
+    H, W = size
+    B, groups = positions.shape[:2]
 
     def grid(length: int) -> Tensor:
         index = torch.arange(length, dtype=positions.dtype, device=positions.device)

@@ -331,8 +331,11 @@ def stop_on_sigterm() -> Iterator[StopSignal]:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """worker_init_fn of a DataLoader: SIGTERM to the process group must not end it before the main process saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """worker_init_fn of a DataLoader: SIGTERM to the process group must not end it before the main process saves.
+
+    The worker ends 30 s later, should nobody have ended it by then.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def main_guard(main: Callable[[], None]) -> None:

@@ -18,6 +18,8 @@ from dat.training.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+PerImage = dict[int, list[Any]]
+
 
 @dataclass(frozen=True)
 class Category:
@@ -201,22 +203,16 @@ def _images(path: Path, data: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _annotations(
     path: Path, data: dict[str, Any], categories: tuple[Category, ...], images: dict[int, dict[str, Any]]
-) -> tuple[dict[int, list], dict[int, list], dict[int, list], dict[int, list]]:
+) -> tuple[PerImage, PerImage, PerImage, PerImage]:
+    """Boxes (x0, y0, x1, y1), labels, crowd flags and areas by image id."""
     label_of = {category.id: label for label, category in enumerate(categories)}
-    boxes, labels, crowd, areas = ({image_id: [] for image_id in images} for _ in range(4))
+    boxes: PerImage = {image_id: [] for image_id in images}
+    labels: PerImage = {image_id: [] for image_id in images}
+    crowd: PerImage = {image_id: [] for image_id in images}
+    areas: PerImage = {image_id: [] for image_id in images}
     dropped = clipped = 0
     for i, entry in enumerate(data["annotations"]):
-        where = f"annotations[{i}]"
-        image_id = _get(path, entry, where, "image_id", int)
-        category_id = _get(path, entry, where, "category_id", int)
-        bbox = _get(path, entry, where, "bbox", list)
-        if image_id not in images:
-            raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
-        if category_id not in label_of:
-            raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
-        if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
-            raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
-        x, y, w, h = bbox
+        image_id, category_id, (x, y, w, h) = _annotation(path, entry, f"annotations[{i}]", label_of, images)
         width, height = images[image_id]["width"], images[image_id]["height"]
         box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
         # the negation also drops NaN
@@ -234,6 +230,22 @@ def _annotations(
             f"{path}: dropped {dropped} boxes of zero size or outside their image, clipped {clipped} that reach outside"
         )
     return boxes, labels, crowd, areas
+
+
+def _annotation(
+    path: Path, entry: Any, where: str, label_of: dict[int, int], images: dict[int, dict[str, Any]]
+) -> tuple[int, int, list[float]]:
+    """Image id, category id and bbox of one annotation."""
+    image_id = _get(path, entry, where, "image_id", int)
+    category_id = _get(path, entry, where, "category_id", int)
+    bbox = _get(path, entry, where, "bbox", list)
+    if image_id not in images:
+        raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
+    if category_id not in label_of:
+        raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
+    if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+        raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
+    return image_id, category_id, bbox
 
 
 def _check_files(path: Path, images: Path, records: list[ImageRecord]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert
 
-from dat.training.loop import ignore_sigterm, isolated_rng
+from dat.training.loop import isolated_rng
 
 from .coco import ImageRecord, read_sample
 from .transforms import resized_size
@@ -171,6 +171,5 @@ def make_loader(
         num_workers=workers,
         collate_fn=Collate(pad_multiple),
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
         persistent_workers=workers > 0,
     )

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,10 +12,12 @@ from PIL import Image
 
 from classification import train as training
 from classification.config import ClassificationConfig
+from classification.data import TrainPictures, make_transform, open_split, train_loader
 from classification.train import make_loss, train
 from dat.training.checkpoint import load_checkpoint
 from dat.training.config import from_dict
 from dat.training.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from dat.training.loop import EpochBatchSampler, isolated_rng, main_guard
 
 
 def run(settings, **changes):
@@ -85,12 +88,26 @@ def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_pat
     assert {line["images"] for line in lines if line["kind"] == "val"} == {5}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable_is_an_error(settings, pictures, workers):
+def test_nothing_readable_is_an_error(settings, pictures, capsys):
     for path in (pictures / "train").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"data.train: no picture can be read"):
-        run(settings, workers=workers)
+        run(settings)
+
+    def read_in_a_worker():
+        reader, _ = open_split(str(pictures), "train", "data.train.path")
+        loader = train_loader(TrainPictures(reader, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
+        batches = iter(loader)
+        try:
+            next(batches)
+        finally:
+            # the traceback keeps the iterator alive, and with it the worker
+            batches._shutdown_workers()
+
+    with pytest.raises(SystemExit):
+        main_guard(read_in_a_worker)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: data.train: no picture can be read: 24 in a row from ")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
@@ -179,14 +196,28 @@ def test_resuming_another_model_is_refused(settings):
         run(settings, epochs=2, resume=True)
 
 
+def test_the_imagenet_augmentation_takes_every_draw():
+    transform = make_transform(replace(ClassificationConfig().data, img_size=16), training=True)
+    picture = Image.effect_noise((24, 20), 60).convert("RGB")
+    # a few of these draws asked Pillow for 0 bits
+    for index in range(2000):
+        with isolated_rng(0, index):
+            assert transform(picture).shape == (3, 16, 16)
+    for policy in ("original", "v0"):
+        data = replace(ClassificationConfig().data, img_size=16)
+        data.augment = replace(data.augment, auto_augment=policy)
+        assert make_transform(data, training=True)(picture).shape == (3, 16, 16)
+
+
 @pytest.mark.parametrize(("loss", "mixup"), [("cross_entropy", 0), ("cross_entropy", 1), ("bce", 0), ("bce", 1)])
-def test_losses_fall_towards_the_labels(loss, mixup):
+def test_losses_are_least_at_the_smoothed_labels(loss, mixup):
     config = ClassificationConfig()
     config.train.loss, config.train.mixup, config.train.cutmix, config.train.smoothing = loss, mixup, 0, 0.1
     function, mix = make_loss(config.train, 4)
     targets = torch.tensor([1, 2])
     if mix is not None:
         _, targets = mix(torch.zeros(2, 3, 8, 8), targets)
-    # with mixup a target may be either class of the pair
-    right, wrong = 2 * (targets if mixup else torch.eye(4)[targets]), 2 * torch.eye(4)[[3, 3]]
-    assert function(right, targets) < function(torch.zeros(2, 4), targets) < function(wrong, targets)
+    soft = targets if mixup else 0.9 * torch.eye(4)[targets] + 0.1 / 4
+    right = {"cross_entropy": torch.log, "bce": torch.logit}[loss](soft)
+    for k in range(4):
+        assert function(right, targets) < function(right + torch.eye(4)[[k, k]], targets)

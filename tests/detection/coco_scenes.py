@@ -23,7 +23,12 @@ def write_scenes(root: Path, split: str, count: int, seed: int = 0) -> dict:
             x, y = rng.randrange(width - side), rng.randrange(height - side)
             ImageDraw.Draw(picture).rectangle((x, y, x + side - 1, y + side - 1), fill=COLORS[category])
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": 100 + number, "category_id": category, "bbox": [x, y, side, side]}
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 100 + number,
+                    "category_id": category,
+                    "bbox": [x, y, side, side],
+                }
             )
         name = f"{split}_{number}.jpg"
         picture.save(root / "images" / name)

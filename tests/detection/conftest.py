@@ -3,20 +3,9 @@ import yaml
 from coco_scenes import write_scenes
 
 
-@pytest.fixture
-def scenes(tmp_path):
-    """A folder with train.json, val.json and images/, four images each."""
-    root = tmp_path / "scenes"
-    write_scenes(root, "train", 4)
-    write_scenes(root, "val", 4, seed=1)
-    return root
-
-
-@pytest.fixture
-def config_file(tmp_path, scenes):
-    """A configuration of a micro detector on `scenes`, whose runs go to tmp_path/run."""
+def write_config(folder, scenes):
     config = {
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
         "model": {
             "backbone": {"name": "test_resnet"},
             "num_queries": 10,
@@ -54,6 +43,32 @@ def config_file(tmp_path, scenes):
             "device": "cpu",
         },
     }
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def scenes_in(folder):
+    root = folder / "scenes"
+    write_scenes(root, "train", 4)
+    write_scenes(root, "val", 4, seed=1)
+    return root
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """A folder with train.json, val.json and images/, four images each."""
+    return scenes_in(tmp_path)
+
+
+@pytest.fixture
+def config_file(tmp_path, scenes):
+    """A configuration of a micro detector on `scenes`, whose runs go to tmp_path/run."""
+    return write_config(tmp_path, scenes)
+
+
+@pytest.fixture(scope="module")
+def module_config(tmp_path_factory):
+    """As config_file, the same for all tests of a module."""
+    folder = tmp_path_factory.mktemp("module")
+    return write_config(folder, scenes_in(folder))

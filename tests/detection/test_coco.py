@@ -77,7 +77,10 @@ def test_crowds_do_not_train(scenes):
         (lambda data: data["annotations"][2].update(bbox=[1, 2]), r"annotations\[2\] has 'bbox' \[1, 2\]"),
         (lambda data: data["annotations"][2].update(image_id=5), "'image_id' 5, which 'images' does not list"),
         (lambda data: data["annotations"][2].update(category_id=5), "'category_id' 5, which 'categories' does not"),
-        (lambda data: data.update(categories=data["categories"] * 2), "category id 3 is used more than once|11 is used"),
+        (
+            lambda data: data.update(categories=data["categories"] * 2),
+            "category id 3 is used more than once|11 is used",
+        ),
     ],
 )
 def test_what_is_not_coco_is_named(scenes, change, message):
@@ -109,22 +112,25 @@ def test_absent_images_are_counted(scenes):
 def test_validation_must_have_the_classes_of_training(scenes):
     classes = read(scenes).categories
     edit(scenes / "val.json", lambda data: data["categories"][0].update(name="green"))
-    with pytest.raises(DataError, match="categories are 3 blue, 11 green; they should be those of training, 3 blue, 11"):
+    with pytest.raises(
+        DataError, match=r"categories are 3 blue, 11 green; they should be those of training, 3 blue, 11"
+    ):
         read(scenes, "val", classes)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
+    grey = Image.new("RGB", (9, 6), (200, 200, 200))
     if mode == "I;16":
         source = Image.fromarray(np.full((6, 9), 200 * 257, dtype=np.uint16))
     else:
-        source = Image.new("RGB", (9, 6), (200, 200, 200)).convert(mode)
+        source = grey.quantize() if mode == "P" else grey.convert(mode)
     path = tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
     source.save(path)
     image = read_image(path, (9, 6))
     assert image.shape == (3, 6, 9)
     assert image.dtype == torch.uint8
-    assert (image.float() - 200).abs().max() <= 1 or mode == "1"
+    assert (image == 200).all()
 
 
 def test_orientation_follows_the_annotated_size(tmp_path):
@@ -136,7 +142,7 @@ def test_orientation_follows_the_annotated_size(tmp_path):
     assert read_image(path, (9, 6)).shape == (3, 6, 9)
     assert read_image(path, (6, 9)).shape == (3, 9, 6)
     assert read_image(path).shape == (3, 9, 6)
-    with pytest.raises(DataError, match="turned.jpg: is 6x9, but its annotations say 5x5"):
+    with pytest.raises(DataError, match=r"turned.jpg: is 6x9, but its annotations say 5x5"):
         read_image(path, (5, 5))
 
 

@@ -8,7 +8,7 @@ from detection.draw import MIN_EDGE, draw_boxes, side_by_side
 CLASSES = (Category(3, "blue"), Category(11, "a rather long name for a class"))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (640, 480), (31, 700), (2000, 300)])
+@pytest.mark.parametrize("size", [(16, 16), (640, 480), (301, 700), (2000, 300)])
 def test_boxes_are_drawn_at_a_readable_size(size):
     image = Image.new("RGB", size)
     bbox = [size[0] * 0.25, size[1] * 0.25, size[0] * 0.5, size[1] * 0.5]

@@ -36,7 +36,13 @@ def bright_box(image):
 
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
-    [(480, 640, (800, 1067)), (640, 480, (1067, 800)), (500, 1500, (444, 1333)), (100, 100, (800, 800)), (1, 5000, (1, 1333))],
+    [
+        (480, 640, (800, 1067)),
+        (640, 480, (1067, 800)),
+        (500, 1500, (444, 1333)),
+        (100, 100, (800, 800)),
+        (1, 5000, (1, 1333)),
+    ],
 )
 def test_the_shortest_edge_is_exact_unless_the_longest_limits_it(height, width, expected):
     assert resized_size(height, width, 800, 1333) == expected

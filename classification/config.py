@@ -1,0 +1,128 @@
+"""The configuration of a classification run: what `configs/classification/*.yaml` may hold.
+
+The defaults are DAT's ImageNet-1K recipe (Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022,
+section 5.1), which is DeiT's.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dat.training.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """`backbone` is `name` and any argument of `timm.create_model`; the number of classes comes from the data."""
+
+    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "dat_tiny"})
+
+
+@dataclass
+class SplitConfig:
+    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`."""
+
+    path: str = ""
+
+
+@dataclass
+class AugmentConfig:
+    """Arguments of timm.data.create_transform. Probabilities are 0 to 1; `auto_augment` null: none."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    re_prob: float = 0.25
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+
+
+@dataclass
+class DataConfig:
+    """Pictures become `img_size` pixels square; evaluation crops the centre `crop_pct` of the shorter side."""
+
+    root: str = "data/imagenet"
+    train: SplitConfig = field(default_factory=lambda: SplitConfig("train"))
+    val: SplitConfig = field(default_factory=lambda: SplitConfig("val"))
+    img_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class TrainConfig:
+    """`batch_size` is per process. Mixup and CutMix are timm's alphas, 0: off. `ema_decay` 0: no averaged weights.
+
+    `checkpoint_steps` 0: checkpoints at the ends of epochs only. `log_steps`: steps between lines of log.jsonl.
+    """
+
+    epochs: int = 300
+    batch_size: int = 128
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    warmup_epochs: float = 20.0
+    clip_grad: float = 5.0
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    ema_decay: float = 0.0
+    amp: Literal["none", "bf16"] = "none"
+    checkpoint_steps: int = 0
+    log_steps: int = 50
+    resume: bool = False
+    workers: int = 4
+    device: str = "auto"
+
+
+@dataclass
+class ClassificationConfig:
+    output: str = "runs/classification"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def check_config(config: ClassificationConfig) -> None:
+    """Raises ConfigError on values that cannot work, before anything is written."""
+    train, data, augment = config.train, config.data, config.data.augment
+    positive = {
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.log_steps": train.log_steps,
+        "data.img_size": data.img_size,
+    }
+    for key, count in positive.items():
+        if count < 1:
+            raise ConfigError(f"{key} is {count}, should be at least 1")
+    not_negative = ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "checkpoint_steps")
+    for name in (*not_negative, "workers"):
+        if getattr(train, name) < 0:
+            raise ConfigError(f"train.{name} is {getattr(train, name)}, should be at least 0")
+    fractions = {
+        "data.augment.hflip": augment.hflip,
+        "data.augment.vflip": augment.vflip,
+        "data.augment.re_prob": augment.re_prob,
+        "train.smoothing": train.smoothing,
+        "train.ema_decay": train.ema_decay,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{key} is {value}, should be 0 to 1")
+    if config.seed < 0:
+        raise ConfigError(f"seed is {config.seed}, should be at least 0")
+    if train.lr <= 0:
+        raise ConfigError(f"train.lr is {train.lr}, should be more than 0")
+    if not 0 < data.crop_pct <= 1:
+        raise ConfigError(f"data.crop_pct is {data.crop_pct}, should be more than 0 and at most 1")
+    if not 0 < augment.scale[0] <= augment.scale[1] or not 0 < augment.ratio[0] <= augment.ratio[1]:
+        raise ConfigError("data.augment.scale and ratio should be [smallest, largest], both more than 0")
+    if (train.mixup or train.cutmix) and train.batch_size % 2:
+        raise ConfigError(f"train.batch_size is {train.batch_size}, should be even with train.mixup or train.cutmix")

@@ -1,0 +1,57 @@
+"""A classifier from a configuration, and from a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dat  # noqa: F401  registers its models with timm
+from classification.config import ClassificationConfig, check_config
+from dat.training.checkpoint import load_checkpoint, load_weights
+from dat.training.config import apply_overrides, from_dict
+from dat.training.loop import create_timm_model
+
+# arguments that fetch weights, which a checkpoint replaces
+WEIGHT_SOURCES = ("pretrained", "checkpoint_path")
+
+
+def build_classifier(backbone: dict[str, Any], num_classes: int, weights: bool = True) -> nn.Module:
+    """The timm model that `model.backbone` describes, with a new head of `num_classes`.
+
+    Args:
+        backbone: {"name": ..., any timm argument}.
+        num_classes: outputs of the head.
+        weights: False ignores `pretrained` and `checkpoint_path`: a checkpoint is about to be loaded.
+    Raises:
+        ConfigError: timm has no such model or it does not take these arguments.
+    """
+    if not weights:
+        backbone = {name: value for name, value in backbone.items() if name not in WEIGHT_SOURCES}
+    return create_timm_model(backbone, num_classes=num_classes)
+
+
+@dataclass
+class Classifier:
+    """What a checkpoint holds: a model in evaluation mode, its configuration and class names."""
+
+    model: nn.Module
+    config: ClassificationConfig
+    class_names: list[str]
+
+
+def load_classifier(path: str | Path, overrides: Sequence[str], device: torch.device) -> Classifier:
+    """Rebuilds a trained classifier, with its averaged weights where it has them.
+
+    Raises:
+        CheckpointError: not a classification checkpoint, or its weights do not fit the model.
+        ConfigError: an override is wrong.
+    """
+    state = load_checkpoint(path, kind="classification")
+    config = apply_overrides(from_dict(ClassificationConfig, state["config"], str(path)), overrides)
+    check_config(config)
+    model = build_classifier(config.model.backbone, len(state["class_names"]), weights=False)
+    load_weights(model, state.get("state_dict_ema", state["state_dict"]), path)
+    return Classifier(model.to(device).eval(), config, state["class_names"])

@@ -1,0 +1,325 @@
+"""Trains a classifier: python -m classification.train CONFIG [key.path=value ...]
+
+Also under torchrun, one process per GPU. Killed at any moment, the same command with train.resume=true goes on.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from classification.config import ClassificationConfig, TrainConfig, check_config
+from classification.data import (
+    EvalPictures,
+    SkippedPictures,
+    TrainPictures,
+    eval_loader,
+    make_transform,
+    open_split,
+    train_loader,
+)
+from classification.evaluate import evaluate
+from classification.model import build_classifier
+from dat.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from dat.training.config import load_config, save_config, to_dict
+from dat.training.errors import CheckpointError, ConfigError
+from dat.training.finite import check_finite, trace_non_finite
+from dat.training.logger import RunLogger
+from dat.training.loop import (
+    Distributed,
+    EpochBatchSampler,
+    StopSignal,
+    amp_context,
+    clip_gradients,
+    main_guard,
+    make_ema,
+    make_scheduler,
+    param_groups,
+    prepare_output,
+    seed_everything,
+    setup_distributed,
+    stop_on_sigterm,
+)
+
+
+@dataclass
+class Run:
+    """Everything that a training step changes, and with it what a checkpoint holds."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    config: ClassificationConfig
+    class_names: list[str]
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best: float = -1.0
+
+    def save(self, name: str, optimizer: bool = True) -> None:
+        """Writes output/name, unless a weight is not finite. Raises NonFiniteError, CheckpointError."""
+        check_finite(self.model.state_dict().items(), f"step {self.step}, before saving {name}")
+        state = {
+            "kind": "classification",
+            "config": to_dict(self.config),
+            "class_names": self.class_names,
+            "state_dict": self.model.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "best": self.best,
+        }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        if optimizer:
+            state["optimizer"] = self.optimizer.state_dict()
+        save_checkpoint(Path(self.config.output) / name, state)
+
+    def load(self, path: Path) -> None:
+        """Goes back to a checkpoint of the same model and classes. Raises CheckpointError."""
+        state = load_checkpoint(path, kind="classification")
+        if state["class_names"] != self.class_names:
+            raise CheckpointError(f"{path}: was trained on classes other than those of data.root now")
+        load_weights(self.model, state["state_dict"], path)
+        if self.ema is not None:
+            load_weights(self.ema.module, state.get("state_dict_ema", state["state_dict"]), path)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its optimizer state does not fit train.optimizer: {error}") from error
+        self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        self.best = state["best"]
+
+
+def make_loss(train: TrainConfig, num_classes: int) -> tuple[nn.Module, Mixup | None]:
+    """The loss (logits [B, K], labels [B] or soft labels [B, K]) and timm's mixup, None when it is off.
+
+    With mixup, mixup smooths the labels.
+    """
+    mixup = None
+    if train.mixup or train.cutmix:
+        mixup = Mixup(train.mixup, train.cutmix, label_smoothing=train.smoothing, num_classes=num_classes)
+    smoothing = 0.0 if mixup else train.smoothing
+    if train.loss == "bce":
+        return BinaryCrossEntropy(smoothing=smoothing), mixup
+    return nn.CrossEntropyLoss(label_smoothing=smoothing), mixup
+
+
+def train_step(
+    model: nn.Module,
+    loss_function: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    amp: str,
+    clip_grad: float,
+    where: str,
+) -> tuple[float, float]:
+    """One optimizer step; returns the loss and the norm of the gradients.
+
+    Raises:
+        NonFiniteError: names the first tensor that is not finite; the weights are untouched.
+    """
+
+    def forward() -> Tensor:
+        with amp_context(images.device, amp):
+            logits = model(images)
+        return loss_function(logits.float(), targets)
+
+    loss = forward()
+    value = loss.item()
+    if not torch.isfinite(loss):
+        check_finite([("the batch of images", images), ("the targets", targets)], where)
+        trace_non_finite(model, forward, where)
+        check_finite([("the loss", loss)], where)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = clip_gradients(model, clip_grad, where)
+    optimizer.step()
+    return value, norm.item()
+
+
+@dataclass
+class Loop:
+    """What an epoch uses and does not change."""
+
+    wrapped: nn.Module
+    loader: DataLoader[Any]
+    sampler: EpochBatchSampler
+    scheduler: Scheduler
+    loss_function: nn.Module
+    mixup: Mixup | None
+    skipped: SkippedPictures
+    distributed: Distributed
+    logger: RunLogger
+    stop: StopSignal
+
+
+def train_epoch(run: Run, loop: Loop) -> None:
+    """Trains to the end of run.epoch, from run.step_in_epoch on; saves "last.pth" every checkpoint_steps."""
+    train, distributed, logger = run.config.train, loop.distributed, loop.logger
+    run.model.train()
+    loop.sampler.set_position(run.epoch, run.step_in_epoch)
+    images_of_step = train.batch_size * distributed.world_size
+    batches = loop.sampler.batches
+    description = f"epoch {run.epoch + 1}/{train.epochs}"
+    started, since = time.perf_counter(), run.step
+    with logger.progress(batches * images_of_step, description, run.step_in_epoch * images_of_step) as bar:
+        for images, targets, index, used in loop.loader:
+            loop.skipped.add(index, used)
+            seed_everything(run.config.seed, run.step, distributed.rank)
+            images, targets = images.to(distributed.device), targets.to(distributed.device)
+            if loop.mixup is not None:
+                images, targets = loop.mixup(images, targets)
+            loop.scheduler.step_update(run.step)
+            loss, norm = train_step(
+                loop.wrapped, loop.loss_function, run.optimizer, images, targets, train.amp, train.clip_grad,
+                f"step {run.step + 1}",
+            )  # fmt: skip
+            run.step += 1
+            run.step_in_epoch += 1
+            if run.ema is not None:
+                run.ema.update(run.model, step=run.step)
+            lr = run.optimizer.param_groups[0]["lr"] / run.optimizer.param_groups[0]["lr_scale"]
+            bar.update(images_of_step)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+            if run.step % train.log_steps == 0 or run.step_in_epoch == batches:
+                speed = (run.step - since) * images_of_step / (time.perf_counter() - started)
+                started, since = time.perf_counter(), run.step
+                logger.log(
+                    "train", run.step, epoch=run.epoch + 1, loss=loss, lr=lr, grad_norm=norm, images_per_second=speed
+                )
+            # the checkpoint at the end of an epoch is written after its evaluation
+            last = run.step_in_epoch == batches
+            stopping = loop.stop.requested(distributed)
+            if stopping or (train.checkpoint_steps and run.step % train.checkpoint_steps == 0 and not last):
+                if distributed.main:
+                    run.save("last.pth")
+                if stopping:
+                    loop.stop.exit()
+
+
+def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) -> None:
+    """Trains the epochs that remain; after each it measures, saves "best.pth" when top-1 rose, and "last.pth"."""
+    train, logger = run.config.train, loop.logger
+    for _ in range(run.epoch, train.epochs):
+        train_epoch(run, loop)
+        metrics = measure(run.ema.module if run.ema is not None else run.model)
+        run.epoch, run.step_in_epoch = run.epoch + 1, 0
+        better = metrics["top1"] > run.best
+        run.best = max(run.best, metrics["top1"])
+        if loop.distributed.main:
+            if better:
+                run.save("best.pth", optimizer=False)
+            run.save("last.pth")
+        logger.log("val", run.step, epoch=run.epoch, **metrics)
+        logger.info(
+            f"epoch {run.epoch}/{train.epochs}: top-1 {metrics['top1']:.2f} top-5 {metrics['top5']:.2f} "
+            f"loss {metrics['loss']:.3f}, best top-1 {run.best:.2f}"
+        )
+        warning = loop.skipped.report() if loop.distributed.main else None
+        if warning:
+            logger.warning(warning)
+
+
+def train(config: ClassificationConfig) -> dict[str, float]:
+    """Runs a whole training, or what remains of it; returns {"best": top-1, "step", "epoch"}.
+
+    Raises:
+        UserError: configuration, data, checkpoint, or a loss that is not finite.
+    """
+    check_config(config)
+    distributed = setup_distributed(config.train.device)
+    data, settings = config.data, config.train
+    reader, class_names = open_split(data.root, data.train.path, "data.train.path")
+    val_reader, val_names = open_split(data.root, data.val.path, "data.val.path", class_names)
+    sampler = EpochBatchSampler(
+        len(reader), settings.batch_size, config.seed, distributed.rank, distributed.world_size
+    )  # fmt: skip
+    pin = distributed.device.type == "cuda"
+    pictures = TrainPictures(reader, make_transform(data, training=True), config.seed)
+    val_pictures = EvalPictures(val_reader, make_transform(data, False), distributed.rank, distributed.world_size)
+    checkpoint = prepare_output(config.output, settings.resume)
+
+    seed_everything(config.seed)
+    model = build_classifier(config.model.backbone, len(class_names), weights=checkpoint is None)
+    model = model.to(distributed.device)
+    groups = param_groups(model, settings.lr, settings.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(groups, settings.optimizer, settings.lr, settings.weight_decay)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train.optimizer: timm cannot make {settings.optimizer!r}: {error}") from error
+    scheduler = make_scheduler(
+        optimizer, settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches),
+        min_lr=settings.min_lr,
+    )  # fmt: skip
+    run = Run(model, make_ema(model, settings.ema_decay), optimizer, config, class_names)
+    if checkpoint is not None:
+        run.load(checkpoint)
+
+    output = Path(config.output)
+    logger = RunLogger(output, distributed.main, None if checkpoint is None else run.step)
+    skipped = SkippedPictures(reader, output / "skipped.txt")
+    val_skipped = SkippedPictures(val_reader, output / "skipped_val.txt")
+    loss_function, mixup = make_loss(settings, len(class_names))
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        loader = eval_loader(val_pictures, settings.batch_size, settings.workers, pin)
+        return evaluate(model, loader, distributed, settings.amp, val_skipped)
+
+    try:
+        if distributed.main:
+            save_config(config, output / "config.yaml")
+        describe(run, logger, len(reader), len(val_reader), val_names, checkpoint)
+        with stop_on_sigterm() as stop:
+            loop = Loop(
+                distributed.wrap(model), train_loader(pictures, sampler, settings.workers, pin), sampler, scheduler,
+                loss_function, mixup, skipped, distributed, logger, stop,
+            )  # fmt: skip
+            fit(run, loop, measure)
+        warning = val_skipped.report() if distributed.main else None
+        if warning:
+            logger.warning(warning)
+        logger.info(f"finished: best top-1 {run.best:.2f}, {output / 'best.pth'}")
+    finally:
+        logger.close()
+    return {"best": run.best, "step": run.step, "epoch": run.epoch}
+
+
+def describe(
+    run: Run, logger: RunLogger, images: int, val_images: int, val_names: list[str], checkpoint: Path | None
+) -> None:
+    """Says what is about to be trained, or resumed."""
+    parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    name, classes = run.config.model.backbone["name"], len(run.class_names)
+    logger.info(f"{name}: {parameters:.2f} M parameters, {classes} classes, {images} + {val_images} pictures")
+    if len(val_names) < classes:
+        lacking = next(name for name in run.class_names if name not in val_names)
+        logger.warning(f"data.val has no pictures of {classes - len(val_names)} classes, such as {lacking!r}")
+    if checkpoint is not None:
+        logger.info(f"resumed from {checkpoint}: step {run.step}, epoch {run.epoch + 1}/{run.config.train.epochs}")
+    if run.epoch >= run.config.train.epochs:
+        logger.info("nothing left to train; raise train.epochs to go on")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="classification.train", description=__doc__)
+    parser.add_argument("config", help="YAML file, see configs/classification")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.lr=1e-3")
+    arguments = parser.parse_args()
+    train(load_config(ClassificationConfig, arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    main_guard(main)

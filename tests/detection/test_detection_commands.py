@@ -1,0 +1,302 @@
+"""Train, evaluate and predict as a person runs them: files, exit codes, one line for a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from coco_scenes import write_json
+from PIL import Image
+from torchvision.ops import box_convert, box_iou
+
+from dat.training.checkpoint import load_checkpoint, save_checkpoint
+from dat.training.loop import main_guard
+from detection import evaluate, predict, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(module_config):
+    """The folder of a run that has learnt its four training images by heart, and is evaluated on them."""
+    plain = ["data.train.sizes=[64]", "data.train.crop=0", "data.train.photometric=0", "data.train.horizontal_flip=0"]
+    steps = ["train.epochs=60", "train.eval_epochs=30", "train.log_steps=50", "train.workers=1"]
+    rates = ["train.lr=4e-3", "train.backbone_lr_scale=1", "train.sampling_lr_scale=1", "train.clip_grad=1"]
+    overrides = ["data.val.annotations=train.json", "data.val.size=64", "model.drop_rate=0", *plain, *steps, *rates]
+    train.main([str(module_config), *overrides])
+    return module_config.parent / "run"
+
+
+def xyxy(boxes):
+    return box_convert(torch.tensor(boxes, dtype=torch.float32), "xywh", "xyxy")
+
+
+def fails(capsys, command, *arguments):
+    """Runs a command that must fail; returns the one line that it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        main_guard(lambda: command([str(argument) for argument in arguments]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert raised.value.code == 1
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_leaves_its_results(trained):
+    files = {
+        "config.yaml",
+        "last.pth",
+        "best.pth",
+        "train.log",
+        "log.jsonl",
+        "metrics.json",
+        "curve.png",
+        "tensorboard",
+    }
+    assert files <= {path.name for path in trained.iterdir()}
+    assert len(list((trained / "predictions").glob("*.png"))) == 2
+    assert Image.open(trained / "curve.png").width > 500
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {"AP", "AP50", "seconds", "images_per_second", "epoch"} <= set(metrics)
+    assert set(metrics["per_class"]) == {"blue", "red"}
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    # at the end of every epoch, here of two steps
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(2, 121, 2))
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [60, 120]
+
+
+def test_a_detector_learns(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["AP50"] > 0.9
+    assert all(of_class["AP50"] > 0.9 for of_class in metrics["per_class"].values())
+
+
+def test_a_checkpoint_carries_its_classes_and_configuration(trained):
+    state = load_checkpoint(trained / "best.pth", kind="detection")
+    assert state["class_names"] == ["blue", "red"]
+    assert state["category_ids"] == [3, 11]
+    assert state["config"]["model"]["num_queries"] == 10
+
+
+def test_evaluation_repeats_the_ap_of_training_at_any_batch_size(trained, tmp_path, capsys):
+    wanted = json.loads((trained / "metrics.json").read_text())
+    capsys.readouterr()
+    for batch_size in (1, 3):
+        arguments = [str(trained / "best.pth"), f"train.eval_batch_size={batch_size}", "--out", str(tmp_path)]
+        evaluate.main([*arguments, "--device", "cpu"])
+        found = json.loads((tmp_path / "metrics.json").read_text())
+        assert found["AP"] == pytest.approx(wanted["AP"], abs=1e-3)
+        assert found["AP50"] == wanted["AP50"]
+        assert set(found["per_class"]) == {"blue", "red"}
+    assert "red" in capsys.readouterr().out
+    assert {result["category_id"] for result in json.loads((tmp_path / "detections.json").read_text())} == {3, 11}
+
+
+def test_prediction_draws_and_writes_coco_results(trained, tmp_path, module_config):
+    images = module_config.parent / "scenes/images"
+    predict.main(
+        [str(trained / "best.pth"), str(images), "--out", str(tmp_path), "--threshold", "0", "--device", "cpu"]
+    )
+    assert {path.stem for path in tmp_path.glob("*.png")} == {path.stem for path in images.iterdir()}
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {result["image_id"] for result in results} == set(range(1, 9))
+    for result in results:
+        width, height = Image.open(images / result["file_name"]).size
+        x, y, w, h = result["bbox"]
+        assert min(x, y, w, h) >= 0
+        assert x + w <= width + 0.01
+        assert y + h <= height + 0.01
+        assert result["category_id"] in (3, 11)
+        assert 0 <= result["score"] <= 1
+    best = {}
+    for result in sorted(results, key=lambda result: result["score"]):
+        best[result["file_name"]] = result
+    truth = json.loads((module_config.parent / "scenes/train.json").read_text())
+    for image in truth["images"]:
+        found = best[image["file_name"]]
+        boxes = [
+            a["bbox"]
+            for a in truth["annotations"]
+            if a["image_id"] == image["id"] and a["category_id"] == found["category_id"]
+        ]
+        assert box_iou(xyxy([found["bbox"]]), xyxy(boxes)).max() > 0.5
+
+
+def test_prediction_of_one_image(trained, tmp_path, module_config):
+    image = module_config.parent / "scenes/images/val_0.jpg"
+    predict.main([str(trained / "best.pth"), str(image), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "val_0.png"]
+
+
+def test_prediction_never_replaces_its_input(trained, tmp_path, capsys):
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    line = fails(capsys, predict.main, trained / "best.pth", tmp_path, "--out", tmp_path)
+    assert "a.png is an image to search" in line
+    assert Image.open(tmp_path / "a.png").size == (30, 30)
+
+
+def test_a_broken_image_stops_prediction_before_it_writes(trained, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.effect_noise((60, 60), 50).save(folder / "a.jpg")
+    (folder / "b.jpg").write_bytes((folder / "a.jpg").read_bytes()[:-300])
+    assert "b.jpg: cannot be read as an image" in fails(
+        capsys, predict.main, trained / "best.pth", folder, "--out", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["train.epochs=0"], "train.epochs: 0 should be at least 1"),
+        (["train.amp=fp8"], "train.amp is 'fp8', should be one of none, bf16"),
+        (["data.train.annotations=no.json"], "no.json: no such annotation file"),
+        (["data.val.images=nowhere"], "nowhere: no such folder of images"),
+        (["model.backbone.name=dat_nan"], "no timm model 'dat_nan'"),
+        (["model.backbone.num_headz=3"], "model.backbone"),
+        (["model.num_heads=3"], "embed_dim=16 should be a multiple"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, capsys, overrides, message):
+    assert message in fails(capsys, train.main, config_file, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_file_of_other_classes_is_refused(config_file, scenes, tmp_path, capsys):
+    data = json.loads((scenes / "val.json").read_text())
+    data["categories"].append({"id": 12, "name": "green"})
+    write_json(scenes / "val.json", data)
+    assert "12 green; they should be those of training" in fails(capsys, train.main, config_file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_image_stops_training_in_one_line(config_file, scenes, capsys):
+    path = scenes / "images/train_1.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    line = fails(capsys, train.main, config_file, "train.workers=1")
+    assert f"{path}: cannot be read as an image" in line
+
+
+def test_a_finished_run_is_not_overwritten(trained, module_config, capsys):
+    before = (trained / "last.pth").read_bytes()
+    assert "holds a run; go on with train.resume=true" in fails(capsys, train.main, module_config)
+    assert (trained / "last.pth").read_bytes() == before
+
+
+def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_path, capsys):
+    line = fails(capsys, train.main, module_config, "train.resume=true", "model.embed_dim=32")
+    assert "last.pth: of another architecture: level_embed is (4, 16), should be (4, 32)" in line
+    state = load_checkpoint(trained / "best.pth")
+    state["state_dict_ema"].pop("level_embed")
+    save_checkpoint(tmp_path / "less.pth", state)
+    assert "less.pth: of another architecture: it lacks level_embed" in fails(
+        capsys, evaluate.main, tmp_path / "less.pth"
+    )
+    (tmp_path / "cut.pth").write_bytes((trained / "best.pth").read_bytes()[:5000])
+    for command in (evaluate.main, lambda a: predict.main([*a, str(trained), "--out", str(tmp_path / "out")])):
+        assert "cut.pth: not a checkpoint, or a truncated one" in fails(capsys, command, tmp_path / "cut.pth")
+    line = fails(
+        capsys,
+        train.main,
+        module_config,
+        f"output={tmp_path}/new",
+        f"model.backbone.checkpoint_path={trained}/best.pth",
+    )
+    assert "is of a detector" in line
+    assert not (tmp_path / "new").exists()
+    assert "should not be overridden" in fails(capsys, evaluate.main, trained / "best.pth", "model.num_queries=3")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "message"),
+    [
+        ("encoder.0.norm1.weight", float("nan"), "encoder.0.norm1.weight (16,): 1 NaN"),
+        # finite weights, but their products are not
+        ("input_proj.0.0.weight", 3e38, "output of input_proj.0.0"),
+    ],
+)
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
+    config_file, tmp_path, capsys, parameter, value, message
+):
+    main_guard(lambda: train.main([str(config_file), "train.epochs=1"]))
+    last = tmp_path / "run/last.pth"
+    state = load_checkpoint(last)
+    state["state_dict"][parameter].view(-1)[0] = value
+    save_checkpoint(last, state)
+    before = last.read_bytes()
+    line = fails(capsys, train.main, config_file, "train.resume=true")
+    assert "step 2, images [10" in line
+    assert "first non-finite tensor is" in line
+    assert message in line
+    assert last.read_bytes() == before
+
+
+def test_bfloat16_without_averaged_weights(config_file, tmp_path):
+    train.main([str(config_file), "train.amp=bf16", "train.epochs=1", "train.ema_decay=0"])
+    assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
+
+
+def test_two_processes_train_and_evaluate(config_file, tmp_path):
+    """Three validation images make uneven shares."""
+    scenes = tmp_path / "scenes/val.json"
+    data = json.loads(scenes.read_text())
+    data["images"] = data["images"][:3]
+    ids = {image["id"] for image in data["images"]}
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
+    write_json(scenes, data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "detection.train", str(config_file), "train.epochs=1", "train.eval_batch_size=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/detections.json").read_text())
+    evaluate.main(
+        [str(tmp_path / "run/best.pth"), "train.eval_batch_size=1", "--out", str(tmp_path), "--device", "cpu"]
+    )
+    alone = json.loads((tmp_path / "detections.json").read_text())
+    assert len(results) == 3 * 20
+    assert {result["image_id"] for result in results} == ids
+
+    def by_image(result):
+        return result["image_id"], -result["score"]
+
+    for result, other in zip(sorted(results, key=by_image), sorted(alone, key=by_image), strict=True):
+        assert result["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
+    arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1"]
+    train.main([*arguments, f"output={tmp_path}/whole"])
+    whole = load_checkpoint(tmp_path / "whole/last.pth")
+    # kills itself with SIGKILL right after its n-th checkpoint
+    script = (
+        "import os, sys, detection.train as t\n"
+        "save, count = t.save_checkpoint, [0]\n"
+        "def die(path, state):\n"
+        "    save(path, state)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
+        "t.save_checkpoint = die\n"
+        "t.main(sys.argv[2:])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    # in the middle of the first epoch, then between best.pth and last.pth at the end of one
+    for writes in ("1", "4"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, writes, *arguments, "train.resume=true"],
+            cwd=ROOT,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == -9
+    train.main([*arguments, "train.resume=true"])
+    resumed = load_checkpoint(tmp_path / "run/last.pth")
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
+    assert [resumed[key] for key in ("step", "epoch", "best")] == [whole[key] for key in ("step", "epoch", "best")]
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
