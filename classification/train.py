@@ -166,48 +166,51 @@ class Loop:
     stop: StopSignal
 
 
+def advance(run: Run, loop: Loop, images: Tensor, targets: Tensor) -> dict[str, float]:
+    """One step on a batch of the loader; returns {"loss", "lr", "grad_norm"}."""
+    train, distributed = run.config.train, loop.distributed
+    seed_everything(run.config.seed, run.step, distributed.rank)
+    images, targets = images.to(distributed.device), targets.to(distributed.device)
+    if loop.mixup is not None:
+        images, targets = loop.mixup(images, targets)
+    loop.scheduler.step_update(run.step)
+    where = f"step {run.step + 1}"
+    loss, norm = train_step(
+        loop.wrapped, loop.loss_function, run.optimizer, images, targets, train.amp, train.clip_grad, where
+    )
+    run.step += 1
+    run.step_in_epoch += 1
+    if run.ema is not None:
+        run.ema.update(run.model, step=run.step)
+    return {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+
+
 def train_epoch(run: Run, loop: Loop) -> None:
     """Trains to the end of run.epoch, from run.step_in_epoch on; saves "last.pth" every checkpoint_steps."""
-    train, distributed, logger = run.config.train, loop.distributed, loop.logger
+    train, logger = run.config.train, loop.logger
     run.model.train()
     loop.sampler.set_position(run.epoch, run.step_in_epoch)
-    images_of_step = train.batch_size * distributed.world_size
-    batches = loop.sampler.batches
-    description = f"epoch {run.epoch + 1}/{train.epochs}"
+    size, batches = train.batch_size * loop.distributed.world_size, loop.sampler.batches
     started, since = time.perf_counter(), run.step
-    with logger.progress(batches * images_of_step, description, run.step_in_epoch * images_of_step) as bar:
+    bar = logger.progress(batches * size, f"epoch {run.epoch + 1}/{train.epochs}", run.step_in_epoch * size)
+    with bar:
         for images, targets, index, used in loop.loader:
             loop.skipped.add(index, used)
-            seed_everything(run.config.seed, run.step, distributed.rank)
-            images, targets = images.to(distributed.device), targets.to(distributed.device)
-            if loop.mixup is not None:
-                images, targets = loop.mixup(images, targets)
-            loop.scheduler.step_update(run.step)
-            loss, norm = train_step(
-                loop.wrapped, loop.loss_function, run.optimizer, images, targets, train.amp, train.clip_grad,
-                f"step {run.step + 1}",
-            )  # fmt: skip
-            run.step += 1
-            run.step_in_epoch += 1
-            if run.ema is not None:
-                run.ema.update(run.model, step=run.step)
-            lr = run.optimizer.param_groups[0]["lr"] / run.optimizer.param_groups[0]["lr_scale"]
-            bar.update(images_of_step)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-            if run.step % train.log_steps == 0 or run.step_in_epoch == batches:
-                speed = (run.step - since) * images_of_step / (time.perf_counter() - started)
-                started, since = time.perf_counter(), run.step
-                logger.log(
-                    "train", run.step, epoch=run.epoch + 1, loss=loss, lr=lr, grad_norm=norm, images_per_second=speed
-                )
-            # the checkpoint at the end of an epoch is written after its evaluation
+            numbers = advance(run, loop, images, targets)
+            bar.update(size)
+            bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", refresh=False)
             last = run.step_in_epoch == batches
-            stopping = loop.stop.requested(distributed)
-            if stopping or (train.checkpoint_steps and run.step % train.checkpoint_steps == 0 and not last):
-                if distributed.main:
-                    run.save("last.pth")
-                if stopping:
-                    loop.stop.exit()
+            if last or run.step % train.log_steps == 0:
+                speed = (run.step - since) * size / (time.perf_counter() - started)
+                started, since = time.perf_counter(), run.step
+                logger.log("train", run.step, epoch=run.epoch + 1, **numbers, images_per_second=speed)
+            stopping = loop.stop.requested(loop.distributed)
+            # the checkpoint at the end of an epoch is written after its evaluation
+            due = train.checkpoint_steps > 0 and run.step % train.checkpoint_steps == 0 and not last
+            if (stopping or due) and loop.distributed.main:
+                run.save("last.pth")
+            if stopping:
+                loop.stop.exit()
 
 
 def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) -> None:
@@ -233,6 +236,24 @@ def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) 
             logger.warning(warning)
 
 
+def make_run(
+    config: ClassificationConfig, class_names: list[str], checkpoint: Path | None, device: torch.device
+) -> Run:
+    """A new run, or the one that a checkpoint holds. Raises ConfigError, CheckpointError."""
+    train = config.train
+    seed_everything(config.seed)
+    model = build_classifier(config.model.backbone, len(class_names), weights=checkpoint is None).to(device)
+    groups = param_groups(model, train.lr, train.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(groups, train.optimizer, train.lr, train.weight_decay)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train.optimizer: timm cannot make {train.optimizer!r}: {error}") from error
+    run = Run(model, make_ema(model, train.ema_decay), optimizer, config, class_names)
+    if checkpoint is not None:
+        run.load(checkpoint)
+    return run
+
+
 def train(config: ClassificationConfig) -> dict[str, float]:
     """Runs a whole training, or what remains of it; returns {"best": top-1, "step", "epoch"}.
 
@@ -240,52 +261,36 @@ def train(config: ClassificationConfig) -> dict[str, float]:
         UserError: configuration, data, checkpoint, or a loss that is not finite.
     """
     check_config(config)
-    distributed = setup_distributed(config.train.device)
-    data, settings = config.data, config.train
+    data, settings, output = config.data, config.train, Path(config.output)
+    distributed = setup_distributed(settings.device)
+    rank, world_size, pin = distributed.rank, distributed.world_size, distributed.device.type == "cuda"
     reader, class_names = open_split(data.root, data.train.path, "data.train.path")
     val_reader, val_names = open_split(data.root, data.val.path, "data.val.path", class_names)
-    sampler = EpochBatchSampler(
-        len(reader), settings.batch_size, config.seed, distributed.rank, distributed.world_size
-    )  # fmt: skip
-    pin = distributed.device.type == "cuda"
     pictures = TrainPictures(reader, make_transform(data, training=True), config.seed)
-    val_pictures = EvalPictures(val_reader, make_transform(data, False), distributed.rank, distributed.world_size)
-    checkpoint = prepare_output(config.output, settings.resume)
+    val_pictures = EvalPictures(val_reader, make_transform(data, training=False), rank, world_size)
+    sampler = EpochBatchSampler(len(reader), settings.batch_size, config.seed, rank, world_size)
 
-    seed_everything(config.seed)
-    model = build_classifier(config.model.backbone, len(class_names), weights=checkpoint is None)
-    model = model.to(distributed.device)
-    groups = param_groups(model, settings.lr, settings.weight_decay)
-    try:
-        optimizer = create_optimizer_v2(groups, settings.optimizer, settings.lr, settings.weight_decay)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train.optimizer: timm cannot make {settings.optimizer!r}: {error}") from error
-    scheduler = make_scheduler(
-        optimizer, settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches),
-        min_lr=settings.min_lr,
-    )  # fmt: skip
-    run = Run(model, make_ema(model, settings.ema_decay), optimizer, config, class_names)
-    if checkpoint is not None:
-        run.load(checkpoint)
-
-    output = Path(config.output)
-    logger = RunLogger(output, distributed.main, None if checkpoint is None else run.step)
+    checkpoint = prepare_output(output, settings.resume)
+    run = make_run(config, class_names, checkpoint, distributed.device)
+    steps, warmup_steps = settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches)
+    scheduler = make_scheduler(run.optimizer, steps, warmup_steps, min_lr=settings.min_lr)
+    loss_function, mixup = make_loss(settings, len(class_names))
     skipped = SkippedPictures(reader, output / "skipped.txt")
     val_skipped = SkippedPictures(val_reader, output / "skipped_val.txt")
-    loss_function, mixup = make_loss(settings, len(class_names))
 
     def measure(model: nn.Module) -> dict[str, float]:
         loader = eval_loader(val_pictures, settings.batch_size, settings.workers, pin)
         return evaluate(model, loader, distributed, settings.amp, val_skipped)
 
+    logger = RunLogger(output, distributed.main, None if checkpoint is None else run.step)
     try:
         if distributed.main:
             save_config(config, output / "config.yaml")
         describe(run, logger, len(reader), len(val_reader), val_names, checkpoint)
         with stop_on_sigterm() as stop:
+            wrapped, loader = distributed.wrap(run.model), train_loader(pictures, sampler, settings.workers, pin)
             loop = Loop(
-                distributed.wrap(model), train_loader(pictures, sampler, settings.workers, pin), sampler, scheduler,
-                loss_function, mixup, skipped, distributed, logger, stop,
+                wrapped, loader, sampler, scheduler, loss_function, mixup, skipped, distributed, logger, stop
             )  # fmt: skip
             fit(run, loop, measure)
         warning = val_skipped.report() if distributed.main else None
