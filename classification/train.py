@@ -236,22 +236,17 @@ def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) 
             logger.warning(warning)
 
 
-def make_run(
-    config: ClassificationConfig, class_names: list[str], checkpoint: Path | None, device: torch.device
-) -> Run:
-    """A new run, or the one that a checkpoint holds. Raises ConfigError, CheckpointError."""
+def make_run(config: ClassificationConfig, class_names: list[str], weights: bool, device: torch.device) -> Run:
+    """A run at its start; `weights` False leaves out those that the configuration names. Raises ConfigError."""
     train = config.train
     seed_everything(config.seed)
-    model = build_classifier(config.model.backbone, len(class_names), weights=checkpoint is None).to(device)
+    model = build_classifier(config.model.backbone, len(class_names), weights).to(device)
     groups = param_groups(model, train.lr, train.weight_decay)
     try:
         optimizer = create_optimizer_v2(groups, train.optimizer, train.lr, train.weight_decay)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train.optimizer: timm cannot make {train.optimizer!r}: {error}") from error
-    run = Run(model, make_ema(model, train.ema_decay), optimizer, config, class_names)
-    if checkpoint is not None:
-        run.load(checkpoint)
-    return run
+    return Run(model, make_ema(model, train.ema_decay), optimizer, config, class_names)
 
 
 def train(config: ClassificationConfig) -> dict[str, float]:
@@ -271,9 +266,12 @@ def train(config: ClassificationConfig) -> dict[str, float]:
     sampler = EpochBatchSampler(len(reader), settings.batch_size, config.seed, rank, world_size)
 
     checkpoint = prepare_output(output, settings.resume)
-    run = make_run(config, class_names, checkpoint, distributed.device)
+    run = make_run(config, class_names, checkpoint is None, distributed.device)
     steps, warmup_steps = settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches)
     scheduler = make_scheduler(run.optimizer, steps, warmup_steps, min_lr=settings.min_lr)
+    # after the scheduler, which takes the base rate from this configuration and not from the checkpoint's
+    if checkpoint is not None:
+        run.load(checkpoint)
     loss_function, mixup = make_loss(settings, len(class_names))
     skipped = SkippedPictures(reader, output / "skipped.txt")
     val_skipped = SkippedPictures(val_reader, output / "skipped_val.txt")

@@ -124,6 +124,14 @@ def test_resuming_a_finished_run_changes_nothing(settings, tmp_path):
     assert run(settings, tmp_path / "run", epochs=2, resume=True)["epoch"] == 2
 
 
+def test_a_resumed_run_follows_the_rate_of_its_configuration(settings, tmp_path):
+    run(settings, tmp_path / "run", epochs=1, warmup_epochs=0)
+    run(settings, tmp_path / "run", epochs=2, warmup_epochs=0, lr=1e-4, min_lr=1e-4, resume=True)
+    rates = [line["lr"] for line in numbers(tmp_path / "run") if line["kind"] == "train"]
+    assert rates[0] == 2e-3
+    assert rates[4:] == pytest.approx([1e-4] * 4)
+
+
 def test_the_number_of_workers_changes_nothing(settings, tmp_path):
     for workers in (0, 2):
         run(settings, tmp_path / str(workers), epochs=2, workers=workers)
