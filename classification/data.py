@@ -122,7 +122,7 @@ class TrainPictures(Dataset[tuple[Tensor, int, int, int]]):
                 picture, label = read_picture(self.reader, used)
             except UNREADABLE:
                 continue
-            if True:
+            with isolated_rng(self.seed, epoch, index):
                 return self.transform(picture), label, index, used
         name = self.reader.filename(index)
         raise DataError(f"data.train: no picture can be read: {min(len(self), MAX_IN_A_ROW)} in a row from {name} on")
