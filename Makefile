@@ -13,10 +13,11 @@ install: $(STAMP)
 # torch first and without build isolation: the kernels are built against the torch that will run them.
 $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A venv that was left without pip (Debian without python3-venv) is made anew.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install "torch>=2.11" "setuptools>=77" wheel ninja
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
 	touch $@
 
 demo: install
@@ -37,4 +38,4 @@ format: install
 	$(BIN)/clang-format -i dat/csrc/*.h dat/csrc/*/*
 
 clean:
-	rm -rf build dist *.egg-info dat/*.so
+	rm -rf build dist *.egg-info dat/*.so $(STAMP)

@@ -5,9 +5,13 @@ DAT_BUILD_CUDA=0/1 overrides whether the CUDA library is built, TORCH_CUDA_ARCH_
 """
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,35 +26,41 @@ ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "c++")) is not None
+    return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is not None
 
 
-def cuda_home() -> Path | None:
-    """The toolkit to build with: the machine's, or the one that PyPI's `cuda-toolkit[nvcc,cudart,cccl]` brings.
+def toolkits() -> Iterator[tuple[Path, tuple[int, int]]]:
+    """CUDA toolkits and their versions: the machine's, then what PyPI's `cuda-toolkit[nvcc,cudart,cccl]` brings.
 
     torch takes the folder above any `nvcc` on the PATH, which may be a wrapper far from its toolkit.
     """
     packaged = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*"), reverse=True)
-    known = [os.environ.get("CUDA_HOME"), cpp_extension.CUDA_HOME, "/usr/local/cuda", *packaged]
-    for home in (Path(path) for path in known if path):
-        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
-            return home
-    return None
+    for home in (os.environ.get("CUDA_HOME"), cpp_extension.CUDA_HOME, "/usr/local/cuda", *packaged):
+        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime.h").exists():
+            text = subprocess.run([Path(home, "bin/nvcc"), "--version"], capture_output=True, text=True).stdout
+            version = re.search(r"release (\d+)\.(\d+)", text)
+            if version:
+                yield Path(home), (int(version[1]), int(version[2]))
 
 
-def wants_cuda() -> bool:
+def find_toolkit() -> tuple[Path, tuple[int, int]] | None:
+    """The toolkit to build the CUDA library with, of the major version of torch's CUDA; None to do without."""
     override = os.environ.get("DAT_BUILD_CUDA")
-    if override == "0":
-        return False
-    if override not in (None, "1"):
+    if override not in (None, "0", "1"):
         sys.exit(f"DAT_BUILD_CUDA must be 0 or 1, got {override!r}")
-    home = cuda_home()
-    if override == "1" and home is None:
-        sys.exit(
-            "DAT_BUILD_CUDA=1, but no CUDA toolkit was found: CUDA_HOME must hold bin/nvcc and include/cuda_runtime.h"
-        )
-    cpp_extension.CUDA_HOME = None if home is None else str(home)
-    return home is not None and (override == "1" or torch.version.cuda is not None)
+    if override == "0":
+        return None
+    found = list(toolkits())
+    wanted = torch.version.cuda
+    fitting = [toolkit for toolkit in found if wanted and toolkit[1][0] == int(wanted.split(".")[0])]
+    if fitting:
+        return fitting[0]
+    seen = ", ".join(f"{home} ({major}.{minor})" for home, (major, minor) in found) or "none"
+    reason = f"dat: no CUDA library: torch has CUDA {wanted or 'not at all'}, toolkits found: {seen}"
+    if override == "1":
+        sys.exit(reason)
+    print(reason, file=sys.stderr)
+    return None
 
 
 def extensions() -> list:
@@ -68,34 +78,45 @@ def extensions() -> list:
             py_limited_api=True,
         )
     ]
-    if wants_cuda():
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    toolkit = find_toolkit()
+    if toolkit is not None:
+        home, version = toolkit
+        cpp_extension.CUDA_HOME = str(home)
+        newest = ARCHITECTURES if version >= (12, 8) else "8.0;9.0+PTX"
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
         # The kernels name what they were built for when a device cannot run them.
         macros = [*MACROS, ("USE_CUDA", None), ("DAT_CUDA_ARCHITECTURES", f'"{architectures}"')]
-        libraries.append(
-            cpp_extension.CUDAExtension(
-                "dat._C_cuda",
-                sources("cuda", "*.cu"),
-                define_macros=macros,
-                extra_compile_args={
-                    "cxx": CXX_FLAGS,
-                    "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v"],
-                },
-                depends=headers,
-                py_limited_api=True,
-            )
+        library = cpp_extension.CUDAExtension(
+            "dat._C_cuda",
+            sources("cuda", "*.cu"),
+            define_macros=macros,
+            extra_compile_args={
+                "cxx": CXX_FLAGS,
+                "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v"],
+            },
+            depends=headers,
+            py_limited_api=True,
         )
+        runtimes = sorted(home.glob("lib/libcudart.so.*"))
+        if runtimes and not any((home / folder / "libcudart.so").exists() for folder in ("lib64", "lib")):
+            # PyPI's toolkit has the runtime without the name that a linker looks for.
+            library.libraries.remove("cudart")
+            library.extra_link_args += [f"-L{runtimes[0].parent}", f"-l:{runtimes[0].name}"]
+        libraries.append(library)
     return libraries
 
 
-if has_compiler():
+def main() -> None:
+    if not has_compiler():
+        print("dat: no C++ compiler: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
+        setup()
+        return
     setup(
         ext_modules=extensions(),
         cmdclass={"build_ext": cpp_extension.BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
-else:
-    print(
-        "dat: no C++ compiler found: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr
-    )
-    setup()
+
+
+if __name__ == "__main__":
+    main()

@@ -60,13 +60,18 @@ def clutter(canvas: Image.Image, rng: np.random.Generator) -> None:
             draw.polygon([(x + w * u, y + h * v) for u, v in rng.random((5, 2))], colour)
 
 
-def paste(
-    canvas: Image.Image, ink: NDArray[np.float32], corner: Sequence[int], height: int, rng: np.random.Generator
-) -> list[float]:
-    """Draws a digit of `height` pixels in a colour that stands out; returns the box (x, y, w, h) of its ink."""
+def sized(ink: NDArray[np.float32], height: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], int, int]:
+    """The inked columns of a digit, and its width and height in pixels."""
     columns = np.flatnonzero(ink.max(0) > 0.2)
     ink = ink[:, columns[0] : columns[-1] + 1]
-    width = max(2, round(height * ink.shape[1] / 8 * rng.uniform(0.8, 1.2)))
+    return ink, max(2, round(height * ink.shape[1] / 8 * rng.uniform(0.8, 1.2))), height
+
+
+def paste(
+    canvas: Image.Image, digit: tuple[NDArray[np.float32], int, int], corner: Sequence[int], rng: np.random.Generator
+) -> list[float]:
+    """Draws a sized digit in a colour that stands out; returns the box (x, y, w, h) of its ink."""
+    ink, width, height = digit
     mask = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
     alpha = ((np.asarray(mask) - 0.35) * 3).clip(0, 1)
     x, y = corner
@@ -87,7 +92,7 @@ def paste(
 def scene(
     digits: list[Digit], size: int, rng: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[list[float], int]]]:
-    """One canvas with two to eight digits between a fourteenth and half of its side, and their (box, class)."""
+    """One canvas with two to eight digits between a seventh and half of its side, and their (box, class)."""
     canvas = texture(size, rng)
     clutter(canvas, rng)
     objects: list[tuple[list[float], int]] = []
@@ -96,13 +101,14 @@ def scene(
     for _ in range(40):
         if len(objects) == wanted:
             break
-        height = int(np.exp(rng.uniform(np.log(size / 14), np.log(size / 2))))
-        x, y = (int(v) for v in rng.integers(0, size - height, 2))
-        place = torch.tensor([[x, y, x + height, y + height]], dtype=torch.float32)
+        height = int(np.exp(rng.uniform(np.log(size / 7), np.log(size / 2))))
+        ink, label = digits[rng.integers(len(digits))]
+        digit = sized(ink, height, rng)
+        x, y = int(rng.integers(0, size - digit[1])), int(rng.integers(0, size - height))
+        place = torch.tensor([[x, y, x + digit[1], y + height]], dtype=torch.float32)
         if len(taken) and box_iou(place, taken).max() > 0.02:
             continue
-        ink, label = digits[rng.integers(len(digits))]
-        objects.append((paste(canvas, ink, (x, y), height, rng), label))
+        objects.append((paste(canvas, digit, (x, y), rng), label))
         taken = torch.cat((taken, place))
     if rng.random() < 0.3:
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
@@ -145,9 +151,9 @@ def make_crops(root: Path, train: int, val: int, size: int) -> None:
             if rng.random() < 0.5:
                 clutter(canvas, rng)
             ink, label = digits[index % len(digits)]
-            height = int(rng.uniform(0.55, 1.0) * size)
-            x, y = (int(v) for v in rng.integers(0, size - height + 1, 2))
-            paste(canvas, ink, (x, y), height, rng)
+            digit = sized(ink, int(rng.uniform(0.55, 1.0) * size), rng)
+            x, y = (int(rng.integers(0, max(1, size - length + 1))) for length in digit[1:])
+            paste(canvas, digit, (x, y), rng)
             folder = root / split / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             canvas.save(folder / f"{index:05d}.png")

@@ -76,12 +76,12 @@ class DeformableAttention(nn.Module):
         query = self.q(x)
         positions = self.positions(query)
         sampled = deform_sample(
-            x.view(B, H * W, self.num_groups, -1),
+            x.reshape(B, H * W, self.num_groups, C // self.num_groups),
             ((H, W),),
             (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2,
             align_corners=True,
         )
-        sampled = sampled.reshape(B, -1, C)
+        sampled = sampled.reshape(B, positions.shape[2], C)
         q, k, v = (
             tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens in (query.flatten(1, 2), self.k(sampled), self.v(sampled))

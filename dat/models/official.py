@@ -123,6 +123,11 @@ def _stage(config: Mapping[str, Any], i: int) -> StageConfig:
         raise ValueError(f"stage_spec[{i}]: letters must be L, S or D in release 2022, got {blocks!r}")
     if len(blocks) != config["depths"][i]:
         raise ValueError(f"stage_spec[{i}] must have depths[{i}] = {config['depths'][i]} letters, got {blocks!r}")
+    if "D" in blocks and min(config["groups"][i], config["strides"][i]) < 1:
+        raise ValueError(
+            f"groups[{i}] and strides[{i}] must be at least 1 for a stage with D blocks, "
+            f"got {config['groups'][i]} and {config['strides'][i]}"
+        )
     return StageConfig(
         blocks,
         config["dims"][i],

@@ -64,7 +64,7 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | N
         raise TypeError(f"value must be float32, float64, bfloat16 or float16, got {value.dtype}")
     if isinstance(shapes, Tensor):
         raise TypeError("shapes must be ((h_0, w_0), ...) of ints, got a tensor (use shapes.tolist())")
-    if not all(len(shape) == 2 and shape[0] >= 0 and shape[1] >= 0 for shape in shapes) or not len(shapes):
+    if not shapes or not all(isinstance(shape, Sequence) and _is_size(shape) for shape in shapes):
         raise ValueError(f"shapes must be ((h_0, w_0), ...) of non-negative ints, got {shapes}")
     B, S, H, _ = value.shape
     if sum(h * w for h, w in shapes) != S:
@@ -93,6 +93,10 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | N
         if weights.device != value.device:
             raise ValueError(f"weights must be on the device of value, {value.device}, got {weights.device}")
     return shapes
+
+
+def _is_size(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and all(isinstance(size, (int, torch.SymInt)) and size >= 0 for size in shape)
 
 
 def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
@@ -138,9 +142,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
-    by_value, by_locations, by_weights = torch.ops.dat.deform_sample_backward(
-        grad, value, locations, weights, ctx.shapes, ctx.align_corners
-    )
+    # The CUDA kernel adds by atomics, in any order; the reference's scatter_add is deterministic when asked to be.
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    backward = _backward if strict and value.is_cuda else torch.ops.dat.deform_sample_backward
+    by_value, by_locations, by_weights = backward(grad, value, locations, weights, ctx.shapes, ctx.align_corners)
     return by_value, by_locations, None if weights is None else by_weights, None, None
 
 
@@ -151,17 +156,27 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, rarely needed and so not fast: torch differentiates the reference's backward."""
-    saved = ctx.saved_tensors
-    grad, value, locations = (t.detach().requires_grad_() for t in saved[:3])
-    weights = None if saved[3] is None else saved[3].detach().requires_grad_()
+    higher = torch.is_grad_enabled()
+
+    def input_of(tensor: Tensor) -> Tensor:
+        # A view stands for the tensor alone, without the others that it may have been computed from or into.
+        return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
+
     with torch.enable_grad():
+        grad, value, locations = (input_of(t) for t in ctx.saved_tensors[:3])
+        weights = None if ctx.saved_tensors[3] is None else input_of(ctx.saved_tensors[3])
         firsts = reference.deform_sample_backward(
             grad, value, _pairs(ctx.shapes), locations, weights, align_corners=ctx.align_corners
         )
         used = [(first, g) for first, g in zip(firsts, cotangents, strict=True) if first.requires_grad]
         present = [t for t in (grad, value, locations, weights) if t is not None]
         seconds = torch.autograd.grad(
-            [first for first, _ in used], present, [g for _, g in used], allow_unused=True, materialize_grads=True
+            [first for first, _ in used],
+            present,
+            [g for _, g in used],
+            create_graph=higher,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return *seconds, *(() if weights is not None else (None,)), None, None
 

@@ -24,7 +24,9 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
     """
     if reference.ndim != 4 or reference.shape[-1] not in (2, 4) or reference.shape[2] != len(shapes):
         raise ValueError(f"reference must be [B, Q, {len(shapes)}, 2 or 4], got {tuple(reference.shape)}")
-    if offsets.ndim != 6 or logits.shape != offsets.shape[:-1]:
+    if offsets.ndim != 6 or offsets.shape[3] != len(shapes):
+        raise ValueError(f"offsets must be [B, Q, H, {len(shapes)}, P, 2] to fit shapes, got {tuple(offsets.shape)}")
+    if logits.shape != offsets.shape[:-1]:
         raise ValueError(
             f"logits must have the shape of offsets [B, Q, H, L, P, 2] without its last dimension, "
             f"got offsets {tuple(offsets.shape)} and logits {tuple(logits.shape)}"

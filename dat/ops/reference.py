@@ -138,8 +138,9 @@ def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: 
     reference, offsets = reference.to(dtype), offsets.to(dtype)
     center = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 2:
-        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=offsets.device)
-        locations = center + offsets / sizes[:, None]
+        # Filled on the device: a tensor made of Python numbers would be copied there and waited for.
+        sizes = [torch.full((), size, dtype=dtype, device=offsets.device) for h, w in shapes for size in (w, h)]
+        locations = center + offsets / torch.stack(sizes).view(-1, 1, 2)
     else:
         locations = center + offsets / offsets.shape[-2] * reference[:, :, None, :, None, 2:] * 0.5
     weights = F.softmax(logits.to(dtype).flatten(-2), -1).view_as(logits)

@@ -2,16 +2,22 @@
 
 import os
 import pickle
-import random
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from dat.training.config import from_dict, get_value, to_dict
 from dat.training.errors import CheckpointError
 
 FORMAT = 1
+# what torch.load raises at files that are no checkpoints, or damaged ones
+BROKEN = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, AssertionError,
+    struct.error, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -53,7 +59,7 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -80,27 +86,35 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Any], path: str |
     model.load_state_dict(state_dict)
 
 
-def rng_state() -> dict[str, Any]:
-    """State of torch's (CPU and CUDA), numpy's and Python's generators, as tensors and plain values."""
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss_next],
-    }
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
+    """Restores the "optimizer" of a checkpoint's `state`. Raises CheckpointError when it has none, or one unlike it."""
+    if "optimizer" not in state:
+        raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {error}") from error
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what rng_state returned. CUDA generators are restored where as many devices exist."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss_next))
+def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:
+    """Refuses to resume under a configuration that would not continue the same run.
+
+    Args:
+        old: plain configuration that the checkpoint at `path` holds.
+        new: configuration (a dataclass) of the command.
+        keys: that should be equal, values or whole sections; within them drop rates and what fetches weights may
+            differ.
+    Raises:
+        CheckpointError: names the first key that changed.
+    """
+    before, now = to_dict(from_dict(type(new), old, str(path))), to_dict(new)
+    for key in keys:
+        a, b = _leaves(get_value(before, key), key), _leaves(get_value(now, key), key)
+        for name in sorted(a.keys() | b.keys()):
+            free = "drop" in name or name.endswith((".pretrained", ".checkpoint_path"))
+            if not free and (name not in a or name not in b or a[name] != b[name]):
+                was, wanted = (repr(values[name]) if name in values else "absent" for values in (a, b))
+                raise CheckpointError(f"{path}: {name} was {was}, is now {wanted}; resuming needs the same")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -117,3 +131,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).split("\n", 1)[0]
+
+
+def _leaves(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {name: leaf for part, item in value.items() for name, leaf in _leaves(item, f"{key}.{part}").items()}

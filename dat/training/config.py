@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -58,12 +59,40 @@ def save_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
+def get_value(config: Any, key: str) -> Any:
+    """The value, or section, at "key.path" of a configuration: a dataclass or plain dictionaries."""
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def check_range(
+    config: Any, keys: Iterable[str], low: float, high: float = math.inf, *, exclusive: bool = False
+) -> None:
+    """Raises ConfigError naming the first key whose number, or one of whose list, is not finite and in low .. high.
+
+    `exclusive`: low itself is refused too.
+    """
+    for key in keys:
+        value = get_value(config, key)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not math.isfinite(number) or not low <= number <= high or (exclusive and number == low):
+                raise ConfigError(f"{key} is {value}, should be {_range(low, high, exclusive)}")
+
+
+def _range(low: float, high: float, exclusive: bool) -> str:
+    if high == math.inf:
+        return f"more than {low}" if exclusive else f"at least {low}"
+    return f"more than {low} and at most {high}" if exclusive else f"{low} to {high}"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # PyYAML lets a date such as 2024-13-01 fail as a ValueError
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if data is None:
         return {}
@@ -77,11 +106,9 @@ def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override should read key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-    _check_key(schema, key, list(_known_keys(schema)))
+    kind = _check_key(schema, key, list(_known_keys(schema)))
+    # text is taken as it stands: YAML would read 0001 as 1
+    value = text if kind is str else _read_value(override, text)
     *parents, leaf = key.split(".")
     for depth, name in enumerate(parents):
         if data.get(name) is None:
@@ -90,6 +117,13 @@ def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
             raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} holds a value, it has no keys")
         data = data[name]
     data[leaf] = value
+
+
+def _read_value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _default(schema: type, keys: list[str]) -> Any:
@@ -104,16 +138,17 @@ def _default(schema: type, keys: list[str]) -> Any:
     return {}
 
 
-def _check_key(schema: type, key: str, known: list[str]) -> None:
-    node: Any = schema
+def _check_key(schema: type, key: str, known: list[str]) -> Any:
+    """Type of the value at `key`; None inside a free-form dictionary, where every key is allowed."""
+    kind: Any = schema
     for name in key.split("."):
-        if not dataclasses.is_dataclass(node):
-            # inside a free-form dictionary everything is allowed; values are caught later
-            return
-        hints = typing.get_type_hints(node)
+        if not dataclasses.is_dataclass(kind):
+            return None
+        hints = typing.get_type_hints(kind)
         if name not in hints:
             raise ConfigError(f"command line: {_unknown(key, known)}")
-        node = _nested(hints[name])
+        kind = hints[name]
+    return kind
 
 
 def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:

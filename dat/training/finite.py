@@ -25,10 +25,21 @@ def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
             )
 
 
+def check_state_finite(model: nn.Module, averaged: nn.Module | None, where: str) -> None:
+    """check_finite of all that a checkpoint holds of a model: parameters and buffers, and the averaged ones if any.
+
+    To be called before any file of a checkpoint or an evaluation is replaced.
+    """
+    check_finite(model.state_dict().items(), where)
+    if averaged is not None:
+        check_finite(((f"averaged {name}", tensor) for name, tensor in averaged.state_dict().items()), where)
+
+
 def trace_non_finite(model: nn.Module, forward: Callable[[], Any], where: str) -> None:
     """Runs `forward` again and raises NonFiniteError at the first parameter, or else module output, that is not finite.
 
     Returns when everything is finite. To be called when a loss came out as NaN: it is too slow for every step.
+    Neither `model` nor `forward` may be that of DistributedDataParallel: one process alone would wait for the others.
     """
     check_finite(model.named_parameters(), f"{where}, parameters")
 

@@ -20,14 +20,15 @@ class RunLogger:
     Args:
         output: folder of the run, made when missing.
         main: whether this process is the one that writes.
-        resume_step: step that the run goes on from; what log.jsonl and TensorBoard hold past it is dropped.
-            None starts new files.
+        resume_step: step that the run goes on from; what log.jsonl and TensorBoard hold past it is dropped, and lines
+            of this step that are there already are not written again. None starts new files.
     """
 
     def __init__(self, output: str | Path, main: bool = True, resume_step: int | None = None) -> None:
         self.output, self.main = Path(output), main
         self._logger = logging.getLogger("dat.run")
         self._closing = ExitStack()
+        self._known: set[tuple[str, int]] = set()
         if not main:
             return
         self.output.mkdir(parents=True, exist_ok=True)
@@ -35,10 +36,10 @@ class RunLogger:
         self._attach(logging.FileHandler(self.output / "train.log", mode="w" if resume_step is None else "a"))
         self._closing.enter_context(logging_redirect_tqdm())
         lines = self.output / "log.jsonl"
-        _keep_until(lines, resume_step)
+        self._known = _keep_until(lines, resume_step)
         self._lines = self._closing.enter_context(lines.open("a", encoding="utf-8"))
-        purge = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=purge)
+        # from step 1 on also in a new run: one that ended before its first checkpoint may have left events
+        self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=(resume_step or 0) + 1)
         self._closing.callback(self._board.close)
 
     def _attach(self, handler: logging.Handler) -> None:
@@ -64,7 +65,7 @@ class RunLogger:
 
         `step` counts finished optimizer steps. NaN and infinity are written as null.
         """
-        if not self.main:
+        if not self.main or (kind, step) in self._known:
             return
         finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         self._lines.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
@@ -89,22 +90,29 @@ class RunLogger:
             disable=None if self.main else True,
         )  # fmt: skip
 
+    def flush(self) -> None:
+        """Brings TensorBoard's events to the file: before a checkpoint, which a resumed run will not go behind."""
+        if self.main:
+            self._board.flush()
+
     def close(self) -> None:
         """Flushes and closes every file."""
         self._closing.close()
 
 
-def _keep_until(path: Path, step: int | None) -> None:
-    """Drops the lines of a JSON-lines file past `step`; all of them when it is None."""
-    kept = []
+def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
+    """Drops the lines of a JSON-lines file past `step`, all when it is None; returns the (kind, step) of the others."""
+    kept: dict[tuple[str, int], str] = {}
     if step is not None and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                entry = json.loads(line)
             # a killed run may leave half a line behind
             except json.JSONDecodeError:
                 continue
+            if entry["step"] <= step:
+                kept[entry["kind"], entry["step"]] = line + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(kept.values()), encoding="utf-8")
     os.replace(temporary, path)
+    return set(kept)

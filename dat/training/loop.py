@@ -4,8 +4,11 @@ Every random number of a run is a function of the seed and of counters (epoch, s
 before. That makes a resumed run equal to an uninterrupted one, whatever the number of workers.
 """
 
+import atexit
+import ctypes
 import difflib
 import fnmatch
+import multiprocessing
 import os
 import random
 import re
@@ -15,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,12 +282,34 @@ def setup_distributed(device: str = "auto") -> Distributed:
     return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
 
 
-def prepare_output(output: str | Path, resume: bool) -> Path | None:
-    """Makes the folder of a run and returns the checkpoint to go on from, None when there is none.
+def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -> Path | None:
+    """Checks the folder of a run, without making it, and returns the checkpoint to go on from, None when there is none.
+
+    The main process decides for all.
 
     Raises:
-        ConfigError: the folder holds another run's checkpoint and resume is false, or it is a file.
+        ConfigError: the folder holds another run's checkpoint and resume is false, it is a file, or a process does not
+            find the checkpoint that the main process found.
     """
+    decision: list[Any] = [None]
+    if distributed.main:
+        try:
+            decision = [_find_last(output, resume)]
+        # raised on every process: the others would wait for this one
+        except ConfigError as error:
+            decision = [error]
+    if distributed.world_size > 1:
+        torch.distributed.broadcast_object_list(decision, device=distributed.device)
+    (last,) = decision
+    if isinstance(last, ConfigError):
+        raise last
+    lacking = last is not None and not last.exists()
+    if distributed.sum(torch.tensor(int(lacking), device=distributed.device)):
+        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that they share")
+    return last
+
+
+def _find_last(output: str | Path, resume: bool) -> Path | None:
     if not str(output):
         raise ConfigError("output is empty, should be the folder of this run")
     output = Path(output)
@@ -292,7 +318,6 @@ def prepare_output(output: str | Path, resume: bool) -> Path | None:
     last = output / "last.pth"
     if last.exists() and not resume:
         raise ConfigError(f"output: {output} holds a run; go on with train.resume=true, or choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
     return last if last.exists() else None
 
 
@@ -330,12 +355,41 @@ def stop_on_sigterm() -> Iterator[StopSignal]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """worker_init_fn of a DataLoader: SIGTERM to the process group must not end it before the main process saves.
+# memory that workers share: set when this process begins to exit
+_EXITING = multiprocessing.RawValue(ctypes.c_bool, False)
 
-    The worker ends 30 s later, should nobody have ended it by then.
+
+def loader_options(workers: int, pin: bool) -> dict[str, Any]:
+    """Arguments of every DataLoader: workers live on between epochs and leave SIGTERM to the main process.
+
+    SIGTERM to the process group would otherwise end the workers before the main process could save. They end when the
+    main process does, however it ends.
+
+    Args:
+        workers: processes that read samples, 0: the main process does.
+        pin: whether batches go to a GPU.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    # runs before multiprocessing's own handler, which sends the workers SIGTERM and waits for them
+    atexit.unregister(_begin_exit)
+    atexit.register(_begin_exit)
+    return {
+        "num_workers": workers,
+        "pin_memory": pin,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": partial(_ignore_sigterm, _EXITING),
+    }
+
+
+def _begin_exit() -> None:
+    _EXITING.value = True
+
+
+def _ignore_sigterm(exiting: Any, worker: int) -> None:
+    def receive(number: int, frame: object) -> None:
+        if exiting.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, receive)
 
 
 def main_guard(main: Callable[[], None]) -> None:

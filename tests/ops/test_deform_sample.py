@@ -270,6 +270,8 @@ VALUE, LOCATIONS, WEIGHTS = Sample().tensors()
         (TypeError, "value must be float32.*got torch.int64", (VALUE.long(), Sample.shapes, LOCATIONS, WEIGHTS)),
         (TypeError, "shapes must be .* got a tensor", (VALUE, torch.tensor(Sample.shapes), LOCATIONS, WEIGHTS)),
         (ValueError, "shapes .* S = 39", (VALUE, ((5, 7), (3, 1), (2, 1)), LOCATIONS, WEIGHTS)),
+        (ValueError, "shapes must be", (VALUE, (5, 7), LOCATIONS, WEIGHTS)),
+        (ValueError, "shapes must be", (VALUE, ((39.0, 1.0),), LOCATIONS, WEIGHTS)),
         (ValueError, r"locations must be \[B, Q, H, L, P, 2\]", (VALUE, Sample.shapes, LOCATIONS[..., 0], WEIGHTS)),
         (ValueError, r"locations must be \[2, Q, 3, 3, P, 2\]", (VALUE, Sample.shapes, LOCATIONS[:1], WEIGHTS[:1])),
         (TypeError, "locations must be float32 or float64", (VALUE, Sample.shapes, LOCATIONS.half(), WEIGHTS)),
@@ -301,3 +303,19 @@ def test_any_sizes_equal_the_reference(**fields):
     value, locations, *weights = (t.double() for t in tensors)
     exact = reference.deform_sample(value, sample.shapes, locations, *weights, align_corners=sample.align_corners)
     close(call(sample, tensors), exact, TOLERANCE[sample.dtype])
+
+
+def test_third_derivatives_equal_those_of_the_reference():
+    sample = Sample(B=1, H=1, D=2, Q=2, P=1, shapes=((3, 4),), dtype=torch.float64)
+    value, locations, weights = sample.tensors()
+
+    def third(function):
+        w, x = weights.clone().requires_grad_(), locations.clone().requires_grad_()
+        # The locations depend on the weights, so that a derivative that takes the wrong path shows.
+        out = function(value, sample.shapes, x + 0.01 * w.unsqueeze(-1), w).pow(2).sum()
+        for leaf in (x, w):
+            out = torch.autograd.grad(out, leaf, create_graph=True)[0].pow(2).sum()
+        return torch.autograd.grad(out, (x, w))
+
+    for ours, exact in zip(third(deform_sample), third(reference.deform_sample), strict=True):
+        torch.testing.assert_close(ours, exact)

@@ -46,7 +46,7 @@ struct Samples {
   DAT_HOST_DEVICE void prepare_lanes(int64_t k, const Real* locations, const Real* weights, bool align_corners) {
     using RealVec = typename Number::Real;
     using IntVec = typename Number::Int;
-    const RealVec first = load(locations), second = load(locations + N);
+    const Numbers<Real, N> first = {load(locations)}, second = {load(locations + N)};
     const IntVec heights = load(height + k), widths = load(width + k), starts = load(start + k);
     const auto x = interpolate<Number>(pick<0, 2>(first, second, Indices<N>()), widths, align_corners);
     const auto y = interpolate<Number>(pick<1, 2>(first, second, Indices<N>()), heights, align_corners);

@@ -24,6 +24,12 @@ struct VecOf {
 template <typename Real, int N>
 using Vec = typename VecOf<Real, N>::type;
 
+// A vector whose type names its element and size, which templates cannot find out from the vector itself.
+template <typename Real, int N>
+struct Numbers {
+  Vec<Real, N> v;
+};
+
 template <typename Real>
 constexpr int kLanes = DAT_VECTOR_BYTES / sizeof(Real);
 
@@ -41,9 +47,16 @@ template <int N>
 using Indices = typename MakePick<N>::type;
 
 // Lanes kFirst, kFirst + kStep, ... of the pair (a, b), as many as a Pick counts.
-template <int kFirst, int kStep, typename V, int... kIndex>
-DAT_HOST_DEVICE auto pick(V a, V b, Pick<kIndex...>) {
-  return __builtin_shufflevector(a, b, (kFirst + kStep * kIndex)...);
+template <int kFirst, int kStep, typename Real, int N, int... kIndex>
+DAT_HOST_DEVICE Vec<Real, sizeof...(kIndex)> pick(const Numbers<Real, N>& a, const Numbers<Real, N>& b, Pick<kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a.v, b.v, (kFirst + kStep * kIndex)...);
+#else
+  const Real lanes[] = {(kFirst + kStep * kIndex < N ? a : b).v[(kFirst + kStep * kIndex) % N]...};
+  Vec<Real, sizeof...(kIndex)> picked;
+  __builtin_memcpy(&picked, lanes, sizeof(picked));
+  return picked;
+#endif
 }
 
 // The integers that go with a vector of `Real`: comparisons of one select lanes of the other.
@@ -150,7 +163,8 @@ struct Store<float, N, Float16> {
 template <typename Real, int N>
 struct Sum {
   static DAT_HOST_DEVICE Real of(Vec<Real, N> v) {
-    return Sum<Real, N / 2>::of(pick<0, 1>(v, v, Indices<N / 2>()) + pick<N / 2, 1>(v, v, Indices<N / 2>()));
+    const Numbers<Real, N> all = {v};
+    return Sum<Real, N / 2>::of(pick<0, 1>(all, all, Indices<N / 2>()) + pick<N / 2, 1>(all, all, Indices<N / 2>()));
   }
 };
 

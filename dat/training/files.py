@@ -1,0 +1,58 @@
+"""Files that commands read and leave behind: pictures and JSON."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from timm.data import get_img_extensions
+from timm.utils import natural_key
+
+from dat.training.errors import DataError
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Replaces `path` by the content as JSON, a list with an item per line; a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; no temporary file stays behind.
+    """
+    path = Path(path)
+    if isinstance(content, list):
+        text = "[\n" + ",\n".join(json.dumps(item) for item in content) + "\n]\n"
+    else:
+        text = json.dumps(content, indent=2) + "\n"
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def find_images(source: Path, exclude: Path | None = None) -> list[Path]:
+    """The file itself, or the images of a folder and of the folders in it, in natural order.
+
+    Args:
+        source: an image file of any kind, or a folder, of which files with timm's image extensions are taken.
+        exclude: folder inside `source` whose files are left out, such as that of the results.
+    Raises:
+        DataError: no such file or folder, or a folder without images.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"{source}: no such image or folder")
+    extensions = get_img_extensions(as_set=True)
+    # "._name.jpg" is what macOS leaves beside name.jpg on foreign disks
+    images = [
+        path
+        for path in source.rglob("*")
+        if path.suffix.lower() in extensions and not path.name.startswith("._") and path.is_file()
+    ]
+    if exclude is not None and source.resolve() in exclude.resolve().parents:
+        images = [path for path in images if exclude.resolve() not in path.resolve().parents]
+    if not images:
+        raise DataError(f"{source}: holds no images ({', '.join(sorted(extensions))})")
+    return sorted(images, key=lambda path: (natural_key(str(path)), str(path)))
