@@ -7,6 +7,7 @@ section 5.1), which is DeiT's.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dat.training.config import check_range
 from dat.training.errors import ConfigError
 
 
@@ -58,6 +59,7 @@ class TrainConfig:
     """`batch_size` is per process. Mixup and CutMix are timm's alphas, 0: off. `ema_decay` 0: no averaged weights.
 
     `checkpoint_steps` 0: checkpoints at the ends of epochs only. `log_steps`: steps between lines of log.jsonl.
+    `pictures`: of the validation data, on the sheet that the run leaves; 0: no sheet.
     """
 
     epochs: int = 300
@@ -76,6 +78,7 @@ class TrainConfig:
     amp: Literal["none", "bf16"] = "none"
     checkpoint_steps: int = 0
     log_steps: int = 50
+    pictures: int = 32
     resume: bool = False
     workers: int = 4
     device: str = "auto"
@@ -92,37 +95,17 @@ class ClassificationConfig:
 
 def check_config(config: ClassificationConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
-    train, data, augment = config.train, config.data, config.data.augment
-    positive = {
-        "train.epochs": train.epochs,
-        "train.batch_size": train.batch_size,
-        "train.log_steps": train.log_steps,
-        "data.img_size": data.img_size,
-    }
-    for key, count in positive.items():
-        if count < 1:
-            raise ConfigError(f"{key} is {count}, should be at least 1")
-    not_negative = ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "checkpoint_steps")
-    for name in (*not_negative, "workers"):
-        if getattr(train, name) < 0:
-            raise ConfigError(f"train.{name} is {getattr(train, name)}, should be at least 0")
-    fractions = {
-        "data.augment.hflip": augment.hflip,
-        "data.augment.vflip": augment.vflip,
-        "data.augment.re_prob": augment.re_prob,
-        "train.smoothing": train.smoothing,
-        "train.ema_decay": train.ema_decay,
-    }
-    for key, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{key} is {value}, should be 0 to 1")
-    if config.seed < 0:
-        raise ConfigError(f"seed is {config.seed}, should be at least 0")
-    if train.lr <= 0:
-        raise ConfigError(f"train.lr is {train.lr}, should be more than 0")
-    if not 0 < data.crop_pct <= 1:
-        raise ConfigError(f"data.crop_pct is {data.crop_pct}, should be more than 0 and at most 1")
-    if not 0 < augment.scale[0] <= augment.scale[1] or not 0 < augment.ratio[0] <= augment.ratio[1]:
-        raise ConfigError("data.augment.scale and ratio should be [smallest, largest], both more than 0")
+    counts = ("train.epochs", "train.batch_size", "train.log_steps", "data.img_size")
+    check_range(config, counts, 1)
+    names = ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "checkpoint_steps")
+    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "workers", "pictures"))), 0)
+    shares = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing", "train.ema_decay")
+    check_range(config, (*shares, "data.mean"), 0, 1)
+    check_range(config, ("data.augment.color_jitter",), 0)
+    check_range(config, ("train.lr", "data.std", "data.augment.scale", "data.augment.ratio"), 0, exclusive=True)
+    check_range(config, ("data.crop_pct",), 0, 1, exclusive=True)
+    augment, train = config.data.augment, config.train
+    if augment.scale[0] > augment.scale[1] or augment.ratio[0] > augment.ratio[1]:
+        raise ConfigError("data.augment.scale and ratio should be [smallest, largest]")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size is {train.batch_size}, should be even with train.mixup or train.cutmix")

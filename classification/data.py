@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from classification.config import DataConfig
 from dat.training.errors import ConfigError, DataError
-from dat.training.loop import EpochBatchSampler, ignore_sigterm, isolated_rng
+from dat.training.loop import EpochBatchSampler, isolated_rng, loader_options
 
 # PIL reports a broken file in several ways
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, tarfile.TarError, Image.DecompressionBombError)
@@ -149,15 +149,12 @@ class EvalPictures(Dataset[tuple[Tensor, int, int]]):
 
 def train_loader(pictures: TrainPictures, sampler: EpochBatchSampler, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B], index [B], used [B]) of the sampler's epoch."""
-    return DataLoader(
-        pictures, batch_sampler=sampler, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0,
-        worker_init_fn=ignore_sigterm,
-    )  # fmt: skip
+    return DataLoader(pictures, batch_sampler=sampler, **loader_options(workers, pin))
 
 
 def eval_loader(pictures: EvalPictures, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B], index [B]), in order."""
-    return DataLoader(pictures, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=ignore_sigterm)
+    return DataLoader(pictures, batch_size, **loader_options(workers, pin))
 
 
 class SkippedPictures:

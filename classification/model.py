@@ -13,24 +13,28 @@ from classification.config import ClassificationConfig, check_config
 from dat.training.checkpoint import load_checkpoint, load_weights
 from dat.training.config import apply_overrides, from_dict
 from dat.training.loop import create_timm_model
-
-# arguments that fetch weights, which a checkpoint replaces
-WEIGHT_SOURCES = ("pretrained", "checkpoint_path")
+from dat.training.weights import load_classifier_weights, without_weights
 
 
 def build_classifier(backbone: dict[str, Any], num_classes: int, weights: bool = True) -> nn.Module:
     """The timm model that `model.backbone` describes, with a new head of `num_classes`.
 
     Args:
-        backbone: {"name": ..., any timm argument}.
+        backbone: {"name": ..., any timm argument}; `checkpoint_path` may have another number of classes.
         num_classes: outputs of the head.
         weights: False ignores `pretrained` and `checkpoint_path`: a checkpoint is about to be loaded.
     Raises:
-        ConfigError: timm has no such model or it does not take these arguments.
+        ConfigError: timm has no such model or it does not take these arguments, or no file is at `checkpoint_path`.
+        CheckpointError: that file is not a checkpoint of this model.
     """
     if not weights:
-        backbone = {name: value for name, value in backbone.items() if name not in WEIGHT_SOURCES}
-    return create_timm_model(backbone, num_classes=num_classes)
+        return create_timm_model(without_weights(backbone), num_classes=num_classes)
+    path = backbone.get("checkpoint_path")
+    rest = {name: value for name, value in backbone.items() if name != "checkpoint_path"}
+    model = create_timm_model(rest, num_classes=num_classes)
+    if path:
+        load_classifier_weights(model, path)
+    return model
 
 
 @dataclass

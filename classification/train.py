@@ -15,7 +15,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,11 +30,12 @@ from classification.data import (
     train_loader,
 )
 from classification.evaluate import evaluate
-from classification.model import build_classifier
-from dat.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from classification.model import build_classifier, load_classifier
+from classification.sheet import draw_validation_sheet
+from dat.training.checkpoint import check_resumable, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from dat.training.config import load_config, save_config, to_dict
 from dat.training.errors import CheckpointError, ConfigError
-from dat.training.finite import check_finite, trace_non_finite
+from dat.training.finite import check_finite, check_state_finite, trace_non_finite
 from dat.training.logger import RunLogger
 from dat.training.loop import (
     Distributed,
@@ -51,6 +52,9 @@ from dat.training.loop import (
     setup_distributed,
     stop_on_sigterm,
 )
+
+# what a resumed run cannot change: the order of the samples, and what the checkpoint's tensors belong to
+FIXED_KEYS = ("seed", "model", "train.batch_size", "train.optimizer")
 
 
 @dataclass
@@ -69,7 +73,8 @@ class Run:
 
     def save(self, name: str, optimizer: bool = True) -> None:
         """Writes output/name, unless a weight is not finite. Raises NonFiniteError, CheckpointError."""
-        check_finite(self.model.state_dict().items(), f"step {self.step}, before saving {name}")
+        averaged = None if self.ema is None else self.ema.module
+        check_state_finite(self.model, averaged, f"step {self.step}, before saving {name}")
         state = {
             "kind": "classification",
             "config": to_dict(self.config),
@@ -80,8 +85,8 @@ class Run:
             "step_in_epoch": self.step_in_epoch,
             "best": self.best,
         }
-        if self.ema is not None:
-            state["state_dict_ema"] = self.ema.module.state_dict()
+        if averaged is not None:
+            state["state_dict_ema"] = averaged.state_dict()
         if optimizer:
             state["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(Path(self.config.output) / name, state)
@@ -89,15 +94,13 @@ class Run:
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint of the same model and classes. Raises CheckpointError."""
         state = load_checkpoint(path, kind="classification")
+        check_resumable(state["config"], self.config, FIXED_KEYS, path)
         if state["class_names"] != self.class_names:
             raise CheckpointError(f"{path}: was trained on classes other than those of data.root now")
         load_weights(self.model, state["state_dict"], path)
         if self.ema is not None:
             load_weights(self.ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(f"{path}: its optimizer state does not fit train.optimizer: {error}") from error
+        load_optimizer(self.optimizer, state, path)
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
         self.best = state["best"]
 
@@ -132,16 +135,18 @@ def train_step(
         NonFiniteError: names the first tensor that is not finite; the weights are untouched.
     """
 
-    def forward() -> Tensor:
+    def forward(network: nn.Module) -> Tensor:
         with amp_context(images.device, amp):
-            logits = model(images)
+            logits = network(images)
         return loss_function(logits.float(), targets)
 
-    loss = forward()
+    loss = forward(model)
     value = loss.item()
     if not torch.isfinite(loss):
         check_finite([("the batch of images", images), ("the targets", targets)], where)
-        trace_non_finite(model, forward, where)
+        # not DistributedDataParallel, whose forward waits for the other processes
+        plain = unwrap_model(model)
+        trace_non_finite(plain, lambda: forward(plain), where)
         check_finite([("the loss", loss)], where)
     optimizer.zero_grad()
     loss.backward()
@@ -186,7 +191,7 @@ def advance(run: Run, loop: Loop, images: Tensor, targets: Tensor) -> dict[str, 
 
 
 def train_epoch(run: Run, loop: Loop) -> None:
-    """Trains to the end of run.epoch, from run.step_in_epoch on; saves "last.pth" every checkpoint_steps."""
+    """Trains to the end of run.epoch, from run.step_in_epoch on; saves "last.pth" there and every checkpoint_steps."""
     train, logger = run.config.train, loop.logger
     run.model.train()
     loop.sampler.set_position(run.epoch, run.step_in_epoch)
@@ -205,9 +210,10 @@ def train_epoch(run: Run, loop: Loop) -> None:
                 started, since = time.perf_counter(), run.step
                 logger.log("train", run.step, epoch=run.epoch + 1, **numbers, images_per_second=speed)
             stopping = loop.stop.requested(loop.distributed)
-            # the checkpoint at the end of an epoch is written after its evaluation
-            due = train.checkpoint_steps > 0 and run.step % train.checkpoint_steps == 0 and not last
+            # also before the evaluation, which may fail: the epoch is not to be lost
+            due = last or (train.checkpoint_steps > 0 and run.step % train.checkpoint_steps == 0)
             if (stopping or due) and loop.distributed.main:
+                logger.flush()
                 run.save("last.pth")
             if stopping:
                 loop.stop.exit()
@@ -222,11 +228,13 @@ def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) 
         run.epoch, run.step_in_epoch = run.epoch + 1, 0
         better = metrics["top1"] > run.best
         run.best = max(run.best, metrics["top1"])
+        # before the checkpoint: a run killed in between finds the line there, and not left out
+        logger.log("val", run.step, epoch=run.epoch, **metrics)
+        logger.flush()
         if loop.distributed.main:
             if better:
                 run.save("best.pth", optimizer=False)
             run.save("last.pth")
-        logger.log("val", run.step, epoch=run.epoch, **metrics)
         logger.info(
             f"epoch {run.epoch}/{train.epochs}: top-1 {metrics['top1']:.2f} top-5 {metrics['top5']:.2f} "
             f"loss {metrics['loss']:.3f}, best top-1 {run.best:.2f}"
@@ -265,7 +273,7 @@ def train(config: ClassificationConfig) -> dict[str, float]:
     val_pictures = EvalPictures(val_reader, make_transform(data, training=False), rank, world_size)
     sampler = EpochBatchSampler(len(reader), settings.batch_size, config.seed, rank, world_size)
 
-    checkpoint = prepare_output(output, settings.resume)
+    checkpoint = prepare_output(output, settings.resume, distributed)
     run = make_run(config, class_names, checkpoint is None, distributed.device)
     steps, warmup_steps = settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches)
     scheduler = make_scheduler(run.optimizer, steps, warmup_steps, min_lr=settings.min_lr)
@@ -276,9 +284,10 @@ def train(config: ClassificationConfig) -> dict[str, float]:
     skipped = SkippedPictures(reader, output / "skipped.txt")
     val_skipped = SkippedPictures(val_reader, output / "skipped_val.txt")
 
+    val_loader = eval_loader(val_pictures, settings.batch_size, settings.workers, pin)
+
     def measure(model: nn.Module) -> dict[str, float]:
-        loader = eval_loader(val_pictures, settings.batch_size, settings.workers, pin)
-        return evaluate(model, loader, distributed, settings.amp, val_skipped)
+        return evaluate(model, val_loader, distributed, settings.amp, val_skipped)
 
     logger = RunLogger(output, distributed.main, None if checkpoint is None else run.step)
     try:
@@ -291,6 +300,8 @@ def train(config: ClassificationConfig) -> dict[str, float]:
                 wrapped, loader, sampler, scheduler, loss_function, mixup, skipped, distributed, logger, stop
             )  # fmt: skip
             fit(run, loop, measure)
+        if distributed.main:
+            leave_sheet(run, val_reader, distributed.device, logger)
         warning = val_skipped.report() if distributed.main else None
         if warning:
             logger.warning(warning)
@@ -298,6 +309,15 @@ def train(config: ClassificationConfig) -> dict[str, float]:
     finally:
         logger.close()
     return {"best": run.best, "step": run.step, "epoch": run.epoch}
+
+
+def leave_sheet(run: Run, val_reader: Any, device: torch.device, logger: RunLogger) -> None:
+    """Draws output/predictions.png: validation pictures with the labels that the best checkpoint gives them."""
+    output, count = Path(run.config.output), run.config.train.pictures
+    if count > 0 and (output / "best.pth").is_file():
+        classifier = load_classifier(output / "best.pth", [], device)
+        if draw_validation_sheet(classifier, val_reader, device, count, output / "predictions.png"):
+            logger.figure("predictions", output / "predictions.png", run.step)
 
 
 def describe(

@@ -6,6 +6,7 @@ The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and i
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dat.training.config import check_range, get_value
 from dat.training.errors import ConfigError
 
 
@@ -70,8 +71,8 @@ class DataConfig:
     root: str = "data/coco"
     train: TrainDataConfig = field(default_factory=TrainDataConfig)
     val: ValDataConfig = field(default_factory=ValDataConfig)
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # batches are padded to a multiple of this many pixels
     pad_multiple: int = 1
 
@@ -136,35 +137,43 @@ class DetectionConfig:
 
 def check_config(config: DetectionConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
-    train, data = config.train, config.data
-    positive = {
-        "train.epochs": train.epochs,
-        "train.batch_size": train.batch_size,
-        "train.eval_epochs": train.eval_epochs,
-        "train.eval_batch_size": train.eval_batch_size,
-        "train.log_steps": train.log_steps,
-        "data.train.max_size": data.train.max_size,
-        "data.train.crop_min": data.train.crop_min,
-        "data.val.size": data.val.size,
-        "data.val.max_size": data.val.max_size,
-        "data.pad_multiple": data.pad_multiple,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key}: {value} should be at least 1")
-    for name in ("horizontal_flip", "vertical_flip", "crop", "photometric"):
-        value = getattr(data.train, name)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"data.train.{name}: {value} should be a probability, 0 to 1")
-    for key, sizes in (("data.train.sizes", data.train.sizes), ("data.train.crop_resize", data.train.crop_resize)):
-        if not sizes or min(sizes) < 1:
-            raise ConfigError(f"{key}: {sizes} should be a list of one or more positive sizes")
+    data = config.data
+    at_least_1 = [
+        *_keys(
+            "model", "num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim", "num_levels", "num_points"
+        ),
+        *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
+        *_keys("data", "val.size", "val.max_size", "pad_multiple"),
+        *_keys("train", "epochs", "batch_size", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"),
+    ]
+    at_least_0 = [
+        *("seed", "model.encoder_depth"),
+        *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
+        *_keys("train", "checkpoint_steps", "pictures", "workers"),
+        *_keys("train.loss", "cost_class", "cost_box", "cost_giou", "weight_class", "weight_box", "weight_giou"),
+    ]
+    fractions = [
+        *("model.drop_rate", "data.mean", "train.loss.focal_alpha"),
+        *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
+        *_keys("train", "min_lr_scale", "ema_decay", "picture_threshold"),
+    ]
+    check_range(config, at_least_1, 1)
+    check_range(config, at_least_0, 0)
+    check_range(config, fractions, 0, 1)
+    check_range(config, ["train.lr", "data.std"], 0, exclusive=True)
+    for key in ("data.train.sizes", "data.train.crop_resize"):
+        if not get_value(config, key):
+            raise ConfigError(f"{key} is empty, should list one or more sizes")
     # torchvision requires the longest edge to be larger than the shortest
     if data.train.max_size < max(data.train.sizes) or data.val.max_size < data.val.size:
         raise ConfigError("data.train.max_size and data.val.max_size should be at least the largest shortest edge")
     if data.train.crop_max < data.train.crop_min:
         raise ConfigError(
-            f"data.train.crop_max: {data.train.crop_max} should be at least crop_min {data.train.crop_min}"
+            f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
     if "name" not in config.model.backbone:
         raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
+
+
+def _keys(section: str, *names: str) -> list[str]:
+    return [f"{section}.{name}" for name in names]

@@ -8,6 +8,7 @@ Prints AP by class; writes metrics.json and detections.json into evaluation/ bes
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from torch.utils.data import DataLoader
 
 from dat.training.config import apply_overrides
 from dat.training.errors import ConfigError
+from dat.training.files import write_json
 from dat.training.loop import Distributed, main_guard, setup_distributed
 
 from .build import load_detector
 from .config import DetectionConfig, check_config
 from .data import Batch, CocoAnnotations, DetectionDataset, SameSizeBatchSampler, make_loader, read_coco, val_transform
 from .evaluator import average_precision, detect, format_table, gather_results
-from .report import write_json
 
 
 def val_loader(annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed) -> DataLoader[Batch]:
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"model.* is decided by {options.checkpoint}, should not be overridden")
     data, root = config.data, Path(config.data.root)
     annotations = read_coco(root / data.val.annotations, root / data.val.images, detector.categories)
+    if annotations.warning and distributed.main:
+        print(f"warning: {annotations.warning}", file=sys.stderr)
     loader = val_loader(annotations, config, distributed)
     results = gather_results(detect(detector.model, loader, detector.categories, distributed.device, config.train.amp))
     if not distributed.main:

@@ -3,46 +3,35 @@
     python -m detection.predict CHECKPOINT IMAGE_OR_FOLDER --out DIR [--threshold 0.3]
 
 Writes into DIR one annotated picture per image, and detections.json: every detection, of any score, in COCO's result
-format with the category ids of the training data. Images are numbered from 1 in the order of their names; "file_name"
-tells which is which.
+format with the category ids of the training data. Images are numbered from 1 in the order of their names; "file_name",
+relative to the folder, tells which is which.
 """
 
 import argparse
-from collections import defaultdict
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dat.training.errors import ConfigError, DataError
+from dat.training.files import find_images, write_json
 from dat.training.loop import amp_context, main_guard, setup_distributed
 
 from .build import Detector, load_detector
 from .data import read_image, val_transform
+from .data.loader import Collate
 from .draw import draw_boxes
 from .evaluator import to_results
 from .post_process import post_process
-from .report import to_pil, write_json
+from .report import to_pil
+
+logger = logging.getLogger(__name__)
 
 
-def find_images(source: Path) -> list[Path]:
-    """The image itself, or those of a folder and of the folders in it, by name. Raises DataError if there are none."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise DataError(f"{source}: no such image or folder")
-    extensions = Image.registered_extensions()
-    images = sorted(path for path in source.rglob("*") if path.suffix.lower() in extensions and path.is_file())
-    if not images:
-        raise DataError(f"{source}: holds no images")
-    return images
-
-
-def picture_paths(paths: Sequence[Path], source: Path, out: Path) -> list[Path]:
-    """Where the annotated pictures go. Raises ConfigError when that would replace an image."""
-    folder = source if source.is_dir() else source.parent
+def picture_paths(paths: Sequence[Path], folder: Path, out: Path) -> dict[Path, Path]:
+    """Where the annotated pictures of images in `folder` go. Raises ConfigError when that would replace an image."""
     targets = [(out / path.relative_to(folder)).with_suffix(".png") for path in paths]
     if len(set(targets)) < len(targets):
         # photo.jpg beside photo.png
@@ -51,23 +40,40 @@ def picture_paths(paths: Sequence[Path], source: Path, out: Path) -> list[Path]:
     for target in targets:
         if target.resolve() in sources:
             raise ConfigError(f"--out: {target} is an image to search, the folder should be another one")
-    return targets
+    return dict(zip(paths, targets, strict=True))
 
 
 @torch.inference_mode()
-def predict(detector: Detector, paths: Sequence[Path], device: torch.device, top_k: int) -> list[dict[str, Any]]:
-    """COCO results of the images, numbered from 1, with their files' names; boxes are in the upright image's pixels."""
+def predict(
+    detector: Detector, paths: Sequence[Path], folder: Path, device: torch.device, top_k: int
+) -> dict[Path, list[dict[str, Any]]]:
+    """COCO results by image, numbered from 1, "file_name" relative to `folder`; boxes in the upright image's pixels.
+
+    Images that cannot be read are left out, with one warning that counts them. Raises DataError if none can be read.
+    """
     data = detector.config.data
     transform = val_transform(size=data.val.size, max_size=data.val.max_size, mean=data.mean, std=data.std)
-    results = []
-    for number, path in enumerate(paths, start=1):
-        image = read_image(path)
+    collate = Collate(data.pad_multiple)
+    results: dict[Path, list[dict[str, Any]]] = {}
+    unreadable = []
+    for path in paths:
+        try:
+            image = read_image(path)
+        except DataError as error:
+            unreadable.append(error)
+            continue
         size = (image.shape[-2], image.shape[-1])
+        batch, mask, _ = collate([(transform(image), {})])
         with amp_context(device, detector.config.train.amp):
-            outputs = detector.model(transform(image)[None].to(device))
+            outputs = detector.model(batch.to(device), None if mask is None else mask.to(device))
         (found,) = post_process(outputs, torch.tensor([size]), top_k=top_k)
-        of_image = to_results(number, size, found, detector.categories)
-        results += [{**result, "file_name": path.name} for result in of_image]
+        name = path.relative_to(folder).as_posix()
+        of_image = to_results(len(results) + 1, size, found, detector.categories)
+        results[path] = [{**result, "file_name": name} for result in of_image]
+    if not results:
+        raise unreadable[0]
+    if unreadable:
+        logger.warning(f"warning: left out {len(unreadable)} of {len(paths)} files, such as {unreadable[0]}")
     return results
 
 
@@ -82,26 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold is {options.threshold}, should be 0 to 1")
+    if options.top_k < 1:
+        raise ConfigError(f"--top-k is {options.top_k}, should be at least 1")
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out: {options.out} is a file, should be a folder")
     device = setup_distributed(options.device).device
-    paths = find_images(options.source)
-    targets = picture_paths(paths, options.source, options.out)
+    # not the pictures of an earlier call
+    paths = find_images(options.source, exclude=options.out)
+    folder = options.source if options.source.is_dir() else options.source.parent
+    targets = picture_paths(paths, folder, options.out)
     detector = load_detector(options.checkpoint, device)
     # all images are read and searched before the first file is written
-    results = predict(detector, paths, device, options.top_k)
-    drawn = defaultdict(list)
-    for result in results:
-        if result["score"] >= options.threshold:
-            drawn[result["image_id"]].append(result)
-    for number, (path, target) in enumerate(zip(paths, targets, strict=True), start=1):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_boxes(to_pil(read_image(path)), drawn[number], detector.categories).save(target)
-    write_json(options.out / "detections.json", results)
-    print(
-        f"{sum(map(len, drawn.values()))} detections of at least {options.threshold} "
-        f"in {len(paths)} images: {options.out}"
-    )
+    results = predict(detector, paths, folder, device, options.top_k)
+    count = 0
+    for path, of_image in results.items():
+        drawn = [result for result in of_image if result["score"] >= options.threshold]
+        count += len(drawn)
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        draw_boxes(to_pil(read_image(path)), drawn, detector.categories).save(targets[path])
+    write_json(options.out / "detections.json", [result for of_image in results.values() for result in of_image])
+    print(f"{count} detections of at least {options.threshold} in {len(results)} images: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a run leaves to look at: JSON files, the training curve, pictures of validation images."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,6 @@ from .draw import draw_boxes, side_by_side
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replaces `path` by the content as JSON; a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2 if isinstance(content, dict) else None)
-    os.replace(temporary, path)
 
 
 def plot_curve(log: Path, path: Path, steps_per_epoch: int) -> None:

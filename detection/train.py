@@ -20,10 +20,17 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from dat.training.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from dat.training.checkpoint import (
+    check_resumable,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+)
 from dat.training.config import load_config, save_config, to_dict
 from dat.training.errors import CheckpointError, NonFiniteError
-from dat.training.finite import check_finite, trace_non_finite
+from dat.training.files import write_json
+from dat.training.finite import check_finite, check_state_finite, trace_non_finite
 from dat.training.logger import RunLogger
 from dat.training.loop import (
     Distributed,
@@ -55,9 +62,19 @@ from .data import (
 from .evaluate import val_loader
 from .evaluator import average_precision, detect, format_table, gather_results
 from .matcher import HungarianMatcher
-from .report import plot_curve, save_pictures, write_json
+from .report import plot_curve, save_pictures
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
+
+# what a resumed run may not change: its place in an epoch, its weights or its optimizer's groups would not fit
+RESUMED = (
+    "seed",
+    "model",
+    "train.batch_size",
+    "train.weight_decay",
+    "train.backbone_lr_scale",
+    "train.sampling_lr_scale",
+)
 
 
 @dataclass
@@ -72,6 +89,8 @@ class Progress:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images: int = 0
+    # mean over what the last line of the log covers
+    loss: float = math.nan
 
 
 @dataclass
@@ -91,15 +110,23 @@ class Meter:
 
 
 class Trainer:
-    """A run: the model, what trains it, and its place in the schedule."""
+    """A run: the model, what trains it, and its place in the schedule, which is that of the checkpoint `resume`."""
 
-    def __init__(self, config: DetectionConfig, train: CocoAnnotations, val: CocoAnnotations, distributed: Distributed):
+    def __init__(
+        self,
+        config: DetectionConfig,
+        train: CocoAnnotations,
+        val: CocoAnnotations,
+        distributed: Distributed,
+        resume: Path | None,
+    ):
         self.config = config
         self.train_set, self.val_set = train, val
         self.distributed = distributed
         self.device = distributed.device
         seed_everything(config.seed)
-        self.model = build_model(config.model, len(train.categories)).to(self.device)
+        # the files of a resumed backbone need not exist any more
+        self.model = build_model(config.model, len(train.categories), weights=resume is None).to(self.device)
         self.criterion = make_criterion(len(train.categories), config.train.loss)
         self.optimizer = make_optimizer(self.model, config.train)
         self.ema = make_ema(self.model, config.train.ema_decay)
@@ -115,23 +142,27 @@ class Trainer:
             min_lr=config.train.min_lr_scale * config.train.lr,
         )
         self.progress = Progress()
-        self.loss = math.nan
+        self.resume = resume
+        if resume is not None:
+            self.restore(resume)
         self.wrapped = distributed.wrap(self.model)
         self.val_loader = val_loader(val, config, distributed)
 
-    def run(self, resume: Path | None) -> None:
-        """Trains to the last epoch, from `resume` (a checkpoint) where it is given, and writes the results."""
-        if resume is not None:
-            self.restore(resume)
+    def run(self) -> None:
+        """Trains to the last epoch and writes the results."""
         self.output = Path(self.config.output)
-        self.logger = RunLogger(self.output, self.distributed.main, None if resume is None else self.progress.step)
+        self.logger = RunLogger(self.output, self.distributed.main, None if self.resume is None else self.progress.step)
         try:
             if self.distributed.main:
                 save_config(self.config, self.output / "config.yaml")
             self.logger.info(self._describe())
+            for warning in filter(None, (self.train_set.warning, self.val_set.warning)):
+                self.logger.warning(warning)
             with stop_on_sigterm() as stop:
                 for _ in range(self.progress.epoch, self.config.train.epochs):
-                    self.train_epoch(stop)
+                    # a run that ended between the last step and the end of the evaluation only lacks the latter
+                    if self.progress.step_in_epoch < self.steps_per_epoch:
+                        self.train_epoch(stop)
                     self.finish_epoch()
             if self.distributed.main:
                 self.report()
@@ -140,7 +171,7 @@ class Trainer:
             self.logger.close()
 
     def train_epoch(self, stop: StopSignal) -> None:
-        """The rest of the current epoch."""
+        """The rest of the current epoch; "last.pth" is written after its last step too, before the evaluation."""
         progress, train = self.progress, self.config.train
         self.sampler.set_position(progress.epoch, progress.step_in_epoch)
         images_per_step = train.batch_size * self.distributed.world_size
@@ -160,10 +191,8 @@ class Trainer:
                 if last or progress.step % train.log_steps == 0:
                     self._log_steps(meter)
                     meter = Meter()
-                if last:
-                    break
                 stopping = stop.requested(self.distributed)
-                if stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
+                if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
                     self.save("last.pth")
                 if stopping:
                     stop.exit()
@@ -181,7 +210,7 @@ class Trainer:
         self.scheduler.step_update(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            losses = self._losses(self.wrapped, images, mask, truth)
+            losses = self.criterion(self._forward(self.wrapped, images, mask), truth)
             total = self.criterion.total(losses)
             total.backward()
             norm = clip_gradients(self.model, self.config.train.clip_grad, where)
@@ -189,21 +218,18 @@ class Trainer:
             check_finite([("the total loss", torch.tensor(values[0]))], where)
         except NonFiniteError:
             # matching and gradients are where it shows, not always where it began
-            self._trace_non_finite(images, mask, truth, where)
+            self._trace_non_finite(images, mask, where)
             raise
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=self.progress.step + 1)
         return values
 
-    def _losses(
-        self, model: nn.Module, images: Tensor, mask: Tensor | None, truth: list[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def _forward(self, model: nn.Module, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         # drawn anew from the counters, so that a resumed run meets the same dropout
         seed_everything(self.config.seed, self.progress.step, self.distributed.rank)
         with amp_context(self.device, self.config.train.amp):
-            outputs = model(images, mask)
-        return self.criterion(outputs, truth)
+            return model(images, mask)
 
     def finish_epoch(self) -> None:
         """Evaluates where it is due and writes the checkpoints."""
@@ -221,7 +247,7 @@ class Trainer:
         self.save("last.pth")
         left = (progress.train_seconds + progress.eval_seconds) / progress.epoch * (train.epochs - progress.epoch)
         self.logger.info(
-            f"epoch {progress.epoch}/{train.epochs}: loss {self.loss:.3f}{scores}, "
+            f"epoch {progress.epoch}/{train.epochs}: loss {progress.loss:.3f}{scores}, "
             f"{progress.images / progress.train_seconds:.1f} images/s, about {left / 60:.0f} min left"
         )
 
@@ -239,9 +265,9 @@ class Trainer:
         progress.eval_seconds += time.perf_counter() - start
         if (metrics["AP"] or 0.0) > progress.best:
             progress.best, progress.best_epoch = metrics["AP"] or 0.0, progress.epoch
+            self.save("best.pth", weights_only=True)
             if self.distributed.main:
                 write_json(self.output / "detections.json", results)
-            self.save("best.pth", weights_only=True)
         return metrics
 
     def state(self, weights_only: bool = False) -> dict[str, Any]:
@@ -256,17 +282,21 @@ class Trainer:
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.ema.module.state_dict()
-        return state if weights_only else state | {"optimizer": self.optimizer.state_dict(), "rng": rng_state()}
+        return state if weights_only else state | {"optimizer": self.optimizer.state_dict()}
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Writes a checkpoint on the main process. Raises NonFiniteError rather than replace a good one by NaN."""
-        check_finite(self.model.named_parameters(), f"step {self.progress.step}, parameters")
-        if self.distributed.main:
-            save_checkpoint(self.output / name, self.state(weights_only))
+        if not self.distributed.main:
+            return
+        averaged = None if self.ema is None else self.ema.module
+        check_state_finite(self.model, averaged, f"step {self.progress.step}, before saving {name}")
+        self.logger.flush()
+        save_checkpoint(self.output / name, self.state(weights_only))
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint. Raises CheckpointError when it is of another model or of other classes."""
+        """Goes on from a checkpoint. Raises CheckpointError when it is of another model, of other classes or data."""
         state = load_checkpoint(path, kind="detection")
+        check_resumable(state["config"], self.config, RESUMED, path)
         found = list(zip(state["category_ids"], state["class_names"], strict=True))
         expected = [(category.id, category.name) for category in self.train_set.categories]
         if found != expected:
@@ -274,9 +304,14 @@ class Trainer:
         load_weights(self.model, state["state_dict"], path)
         if self.ema is not None:
             load_weights(self.ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state, path)
         self.progress = Progress(**{name: state[name] for name in vars(Progress())})
-        set_rng_state(state["rng"])
+        progress, steps = self.progress, self.steps_per_epoch
+        if progress.step != progress.epoch * steps + progress.step_in_epoch:
+            raise CheckpointError(
+                f"{path}: is of step {progress.step}, epoch {progress.epoch}, but an epoch of this data and as many "
+                f"processes has {steps} steps; resuming needs the same"
+            )
 
     def report(self) -> None:
         """metrics.json, curve.png and pictures, of the best epoch."""
@@ -324,7 +359,7 @@ class Trainer:
         seconds = time.perf_counter() - meter.start
         self.progress.train_seconds += seconds
         self.progress.images += meter.images
-        self.loss = meter.mean()[0]
+        self.progress.loss = meter.mean()[0]
         epoch = self.progress.step / self.steps_per_epoch
         named = dict(zip(("loss", *LOSSES, "grad_norm"), meter.mean(), strict=True))
         self.logger.log(
@@ -343,13 +378,13 @@ class Trainer:
             f"from step {self.progress.step}"
         )
 
-    def _trace_non_finite(
-        self, images: Tensor, mask: Tensor | None, truth: list[dict[str, Tensor]], where: str
-    ) -> None:
-        """Repeats a step; raises NonFiniteError at the first such tensor of the input, the weights and the outputs."""
+    def _trace_non_finite(self, images: Tensor, mask: Tensor | None, where: str) -> None:
+        """Repeats a forward pass; raises NonFiniteError at the first such tensor of images, weights and outputs.
+
+        Of this process alone: no loss and no wrapped model, both of which wait for the other processes.
+        """
         check_finite([("the batch of images", images)], where)
-        with torch.no_grad():
-            trace_non_finite(self.model, lambda: self._losses(self.model, images, mask, truth), where)
+        trace_non_finite(self.model, lambda: self._forward(self.model, images, mask), where)
 
 
 def make_criterion(num_classes: int, loss: LossConfig) -> SetCriterion:
@@ -376,8 +411,8 @@ def train(config: DetectionConfig) -> None:
     root = Path(data.root)
     train_set = read_coco(root / data.train.annotations, root / data.train.images)
     val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
-    trainer = Trainer(config, train_set, val_set, distributed)
-    trainer.run(prepare_output(config.output, config.train.resume))
+    resume = prepare_output(config.output, config.train.resume, distributed)
+    Trainer(config, train_set, val_set, distributed, resume).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -47,8 +47,8 @@ def deform_sample(
     """
     shapes = _check(value, shapes, locations, weights)
     device = value.device.type
-    # torch refuses to say whether autocast is on for devices that do not know it, such as meta.
-    if value.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The meta device has no autocast, and torch refuses to say that it is off.
+    if value.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         value = value.to(torch.get_autocast_dtype(device))
     # Kernels see locations and weights in the dtype of their sums.
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -59,7 +59,8 @@ def load_classifier_weights(model: nn.Module, path: str | Path) -> None:
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
         state = adapt(state, model)
-    found = model.pretrained_cfg.get("classifier") or ()
+    pretrained_cfg: Any = model.pretrained_cfg
+    found = pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((found,) if isinstance(found, str) else found))
     own = model.state_dict()
     head = {name for name in own.keys() | state.keys() if name.startswith(prefixes)}

@@ -1,7 +1,7 @@
 """Detection annotations in COCO's JSON format, checked on reading, and the images that they name."""
 
 import json
-import logging
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,6 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dat.training.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 PerImage = dict[int, list[Any]]
 
@@ -48,11 +46,15 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """A COCO annotation file. A label is the index of its category, and categories are in the order of their ids."""
+    """A COCO annotation file. A label is the index of its category, and categories are in the order of their ids.
+
+    `warning` counts the boxes that reading dropped or clipped; empty where there are none.
+    """
 
     path: Path
     categories: tuple[Category, ...]
     records: tuple[ImageRecord, ...]
+    warning: str = ""
 
     def to_coco(self) -> dict[str, Any]:
         """The annotations as a COCO dictionary, without what reading dropped."""
@@ -83,7 +85,7 @@ class CocoAnnotations:
 def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None = None) -> CocoAnnotations:
     """Reads and checks the annotation file `path`, whose images lie in the folder `images`.
 
-    Boxes are clipped to their images; empty ones are dropped, with one warning that counts them.
+    Boxes are clipped to their images; empty ones are dropped. `warning` of the result counts them.
     `categories`: those that the file must have (a validation file: those of training); None: any.
     Raises DataError for a file that is missing or is not COCO, absent images, and other categories.
     """
@@ -94,7 +96,7 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
             f"{path}: categories are {_names(found)}; they should be those of training, {_names(categories)}"
         )
     images_by_id = _images(path, data)
-    boxes, labels, crowd, areas = _annotations(path, data, found, images_by_id)
+    boxes, labels, crowd, areas, warning = _annotations(path, data, found, images_by_id)
     records = []
     for image_id, entry in images_by_id.items():
         of_image = (
@@ -107,7 +109,7 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
     if not records:
         raise DataError(f"{path}: 'images' is empty; it should list at least one image")
     _check_files(path, images, records)
-    return CocoAnnotations(path, found, tuple(records))
+    return CocoAnnotations(path, found, tuple(records), warning)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -178,9 +180,10 @@ def _categories(path: Path, data: dict[str, Any]) -> tuple[Category, ...]:
         Category(_get(path, entry, f"categories[{i}]", "id", int), _get(path, entry, f"categories[{i}]", "name", str))
         for i, entry in enumerate(data["categories"])
     ]
-    repeated = [number for number, count in Counter(c.id for c in found).items() if count > 1]
-    if repeated:
-        raise DataError(f"{path}: category id {repeated[0]} is used more than once")
+    for key in ("id", "name"):
+        repeated = [value for value, count in Counter(getattr(c, key) for c in found).items() if count > 1]
+        if repeated:
+            raise DataError(f"{path}: category {key} {repeated[0]!r} is used more than once")
     if not found:
         raise DataError(f"{path}: 'categories' is empty; it should list at least one category")
     return tuple(sorted(found, key=lambda category: category.id))
@@ -203,8 +206,8 @@ def _images(path: Path, data: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _annotations(
     path: Path, data: dict[str, Any], categories: tuple[Category, ...], images: dict[int, dict[str, Any]]
-) -> tuple[PerImage, PerImage, PerImage, PerImage]:
-    """Boxes (x0, y0, x1, y1), labels, crowd flags and areas by image id."""
+) -> tuple[PerImage, PerImage, PerImage, PerImage, str]:
+    """Boxes (x0, y0, x1, y1), labels, crowd flags and areas by image id; a warning of what was changed, or ""."""
     label_of = {category.id: label for label, category in enumerate(categories)}
     boxes: PerImage = {image_id: [] for image_id in images}
     labels: PerImage = {image_id: [] for image_id in images}
@@ -212,7 +215,9 @@ def _annotations(
     areas: PerImage = {image_id: [] for image_id in images}
     dropped = clipped = 0
     for i, entry in enumerate(data["annotations"]):
-        image_id, category_id, (x, y, w, h) = _annotation(path, entry, f"annotations[{i}]", label_of, images)
+        where = f"annotations[{i}]"
+        image_id, category_id, (x, y, w, h) = _annotation(path, entry, where, label_of, images)
+        is_crowd, area = _crowd_and_area(path, entry, where)
         width, height = images[image_id]["width"], images[image_id]["height"]
         box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
         # the negation also drops NaN
@@ -223,13 +228,14 @@ def _annotations(
         clipped += max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
         boxes[image_id].append(box)
         labels[image_id].append(label_of[category_id])
-        crowd[image_id].append(bool(entry.get("iscrowd", 0)))
-        areas[image_id].append(entry.get("area", (box[2] - box[0]) * (box[3] - box[1])))
-    if dropped or clipped:
-        logger.warning(
-            f"{path}: dropped {dropped} boxes of zero size or outside their image, clipped {clipped} that reach outside"
-        )
-    return boxes, labels, crowd, areas
+        crowd[image_id].append(is_crowd)
+        areas[image_id].append((box[2] - box[0]) * (box[3] - box[1]) if area is None else area)
+    warning = (
+        f"{path}: dropped {dropped} boxes of zero size or outside their image, clipped {clipped} that reach outside"
+        if dropped or clipped
+        else ""
+    )
+    return boxes, labels, crowd, areas, warning
 
 
 def _annotation(
@@ -246,6 +252,19 @@ def _annotation(
     if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
         raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
     return image_id, category_id, bbox
+
+
+def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
+    """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null."""
+    crowd, area = entry.get("iscrowd", 0), entry.get("area")
+    if not isinstance(crowd, int) or crowd not in (0, 1):
+        raise DataError(f"{path}: {where} has 'iscrowd' {crowd!r}; it should be 0 or 1")
+    if area is None:
+        return bool(crowd), None
+    # not NaN either, which JSON as Python reads it may hold
+    if isinstance(area, bool) or not isinstance(area, (int, float)) or not 0 <= area < math.inf:
+        raise DataError(f"{path}: {where} has 'area' {area!r}; it should be a number of at least 0")
+    return bool(crowd), area
 
 
 def _check_files(path: Path, images: Path, records: list[ImageRecord]) -> None:

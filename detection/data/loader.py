@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert
 
-from dat.training.loop import isolated_rng
+from dat.training.loop import isolated_rng, loader_options
 
 from .coco import ImageRecord, read_sample
 from .transforms import resized_size
@@ -168,8 +168,6 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=workers,
         collate_fn=Collate(pad_multiple),
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        **loader_options(workers, pin_memory),
     )

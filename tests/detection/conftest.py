@@ -7,7 +7,8 @@ def write_config(folder, scenes):
     config = {
         "output": str(folder / "run"),
         "model": {
-            "backbone": {"name": "test_resnet"},
+            # strides 4, 8 and 16: the images are tiny
+            "backbone": {"name": "test_resnet", "out_indices": [1, 2, 3]},
             "num_queries": 10,
             "embed_dim": 16,
             "num_heads": 2,

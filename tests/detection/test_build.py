@@ -30,6 +30,11 @@ def test_a_classifiers_weights_give_a_classifiers_features(classifier):
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["dat_nano", "resnet18"])
+def test_a_backbone_gives_strides_8_16_and_32_however_many_levels_it_has(name):
+    assert build_backbone({"name": name}).feature_info.reduction() == [8, 16, 32]
+
+
 def test_averaged_weights_are_preferred(classifier, tmp_path):
     _, model = classifier
     state = model.state_dict()
@@ -71,7 +76,7 @@ def test_batch_norm_of_the_backbone_is_frozen_on_request():
     model = build_model(config, 3).train()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     before = {key: value.clone() for key, value in model.backbone.state_dict().items() if "running" in key}
-    model(torch.randn(1, 3, 64, 64))
+    model(torch.randn(1, 3, 128, 128))
     assert before
     assert all(torch.equal(value, model.backbone.state_dict()[key]) for key, value in before.items())
 

@@ -1,5 +1,4 @@
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ def test_labels_are_contiguous_and_go_back_to_the_files_ids(scenes):
     assert {label for record in annotations.records for label in record.labels.tolist()} == {0, 1}
 
 
-def test_boxes_are_clipped_and_empty_ones_dropped_with_one_warning(scenes, caplog):
+def test_boxes_are_clipped_and_empty_ones_dropped_with_one_warning(scenes):
     image = {"image_id": 100, "category_id": 3}
     bad = [[-10, 5, 30, 20], [70, 50, 50, 50], [5, 5, 0, 10], [5, 5, 10, -3], [90, 5, 10, 10], [float("nan"), 1, 2, 3]]
 
@@ -40,12 +39,22 @@ def test_boxes_are_clipped_and_empty_ones_dropped_with_one_warning(scenes, caplo
         data["annotations"] = [{"id": i, "bbox": bbox, **image} for i, bbox in enumerate(bad)]
 
     edit(scenes / "train.json", replace)
-    with caplog.at_level(logging.WARNING):
-        annotations = read(scenes)
+    annotations = read(scenes)
     np.testing.assert_allclose(annotations.records[0].boxes, [[0, 5, 20, 25], [70, 50, 80, 60]])
-    assert len(caplog.messages) == 1
-    assert "dropped 4 boxes" in caplog.messages[0]
-    assert "clipped 2" in caplog.messages[0]
+    assert "dropped 4 boxes" in annotations.warning
+    assert "clipped 2" in annotations.warning
+    assert read(scenes, "val").warning == ""
+
+
+def test_areas_are_the_files_or_those_of_the_boxes(scenes):
+    def change(data):
+        data["annotations"][0].update(area=12.5)
+        data["annotations"][1].update(area=None)
+
+    edit(scenes / "train.json", change)
+    record = read(scenes).records[0]
+    x0, y0, x1, y1 = record.boxes[1]
+    assert record.areas.tolist() == [12.5, (x1 - x0) * (y1 - y0)]
 
 
 def test_images_without_annotations_are_kept(scenes):
@@ -81,6 +90,15 @@ def test_crowds_do_not_train(scenes):
             lambda data: data.update(categories=data["categories"] * 2),
             "category id 3 is used more than once|11 is used",
         ),
+        (lambda data: data["categories"][0].update(name="blue"), "category name 'blue' is used more than once"),
+        (lambda data: data["annotations"][2].update(area="abc"), r"annotations\[2\] has 'area' 'abc'; it should be a"),
+        (lambda data: data["annotations"][2].update(area=-1), r"annotations\[2\] has 'area' -1"),
+        (lambda data: data["annotations"][2].update(area=float("nan")), r"annotations\[2\] has 'area' nan"),
+        (
+            lambda data: data["annotations"][2].update(iscrowd="0"),
+            r"annotations\[2\] has 'iscrowd' '0'; it should be 0",
+        ),
+        (lambda data: data["annotations"][2].update(iscrowd=2), r"annotations\[2\] has 'iscrowd' 2"),
     ],
 )
 def test_what_is_not_coco_is_named(scenes, change, message):

@@ -153,7 +153,7 @@ def test_a_broken_image_stops_prediction_before_it_writes(trained, tmp_path, cap
     ("overrides", "message"),
     [
         (["train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
-        (["train.epochs=0"], "train.epochs: 0 should be at least 1"),
+        (["train.epochs=0"], "train.epochs is 0, should be at least 1"),
         (["train.amp=fp8"], "train.amp is 'fp8', should be one of none, bf16"),
         (["data.train.annotations=no.json"], "no.json: no such annotation file"),
         (["data.val.images=nowhere"], "nowhere: no such folder of images"),

@@ -1,14 +1,16 @@
 """Checkpoints: atomic, exact, and clear about what is wrong with a file."""
 
-import random
+import struct
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dat.training import checkpoint
-from dat.training.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from dat.training.checkpoint import check_resumable, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from dat.training.config import to_dict
 from dat.training.errors import CheckpointError
 
 
@@ -107,12 +109,48 @@ def test_another_architecture_is_named_by_its_first_difference():
         load_weights(model, {**good, "2.weight": torch.zeros(1)}, "x.pth")
 
 
-def test_generators_go_on_where_they_were(tmp_path):
-    def draw():
-        return [torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.normal(), random.random(), random.gauss()]
+@pytest.mark.parametrize("error", [IndexError, struct.error, AttributeError, TypeError, AssertionError])
+def test_damage_is_one_line_whatever_torch_makes_of_it(tmp_path, monkeypatch, error):
+    def load(*arguments, **options):
+        raise error
 
-    np.random.normal()
-    save_checkpoint(tmp_path / "x.pth", {"rng": rng_state()})
-    expected = draw()
-    set_rng_state(load_checkpoint(tmp_path / "x.pth")["rng"])
-    assert draw() == expected
+    (tmp_path / "x.pth").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match="not a checkpoint, or a truncated one"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_optimizer_state_that_is_missing_or_unfit_is_named():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_optimizer(optimizer, {"optimizer": optimizer.state_dict()}, "last.pth")
+    with pytest.raises(CheckpointError, match="last.pth: has no optimizer state, as best.pth has none"):
+        load_optimizer(optimizer, {}, "last.pth")
+    other = torch.optim.AdamW([{"params": [parameter]} for parameter in model.parameters()])
+    with pytest.raises(CheckpointError, match="last.pth: its optimizer state does not fit .* parameter groups"):
+        load_optimizer(optimizer, {"optimizer": other.state_dict()}, "last.pth")
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    lr: float = 0.1
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "a", "drop_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Config(seed=1), "last.pth: seed was 0, is now 1; resuming needs the same"),
+        (Config(model={"name": "b"}), "last.pth: model.name was 'a', is now 'b'"),
+        (Config(model={"name": "a", "depth": 2}), "last.pth: model.depth was absent, is now 2"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_named(now, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")
+
+
+def test_a_resumed_run_may_change_rates_and_where_weights_came_from():
+    now = Config(lr=0.2, model={"name": "a", "drop_path_rate": 0.3, "checkpoint_path": "x.pth", "pretrained": True})
+    check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")

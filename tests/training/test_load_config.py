@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dat.training.config import apply_overrides, from_dict, load_config, save_config, to_dict
+from dat.training.config import apply_overrides, check_range, from_dict, load_config, save_config, to_dict
 from dat.training.errors import ConfigError
 
 
@@ -54,6 +54,27 @@ def test_exponents_are_numbers_everywhere(tmp_path):
     assert config.model.backbone == {"name": "dat_tiny", "drop_path_rate": 0.1}
 
 
+@pytest.mark.parametrize("text", ["0001", "2024-06-01", "2024-13-01", "yes", "a: b", "[", ""])
+def test_text_on_the_command_line_is_taken_as_it_stands(tmp_path, text):
+    assert load_config(Config, write(tmp_path, ""), [f"output={text}"]).output == text
+
+
+def test_numbers_out_of_range_are_named():
+    config = Config()
+    check_range(config, ("train.lr", "train.scale", "train.sizes"), 0, 32)
+    check_range(config, ("train.epochs",), 10)
+    config.train.lr, config.train.epochs, config.train.scale = float("nan"), 0, (0.0, float("inf"))
+    for keys, limits, message in [
+        (["train.sizes", "train.epochs"], {"low": 1}, "train.epochs is 0, should be at least 1"),
+        (["train.lr"], {"low": 0, "exclusive": True}, "train.lr is nan, should be more than 0"),
+        (["train.scale"], {"low": 0}, r"train.scale is \(0.0, inf\), should be at least 0"),
+        (["train.scale"], {"low": 0, "high": 1, "exclusive": True}, "should be more than 0 and at most 1"),
+        (["train.sizes"], {"low": 0, "high": 31}, r"train.sizes is \[32\], should be 0 to 31"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check_range(config, keys, **limits)
+
+
 def test_a_free_form_section_is_replaced_by_the_file_and_extended_by_overrides(tmp_path):
     path = write(tmp_path, "model:\n  backbone: {name: resnet18, out_indices: [1, 2]}\ntrain:\n")
     config = load_config(Config, path, ["model.backbone.in_chans=1"])
@@ -94,6 +115,8 @@ def test_overriding_a_configuration_leaves_it_alone():
         ("train: 3", ["train.lr=1"], r"train holds a value, it has no keys"),
         ("[1, 2]", [], r"config.yaml: should hold keys and values, holds a list"),
         ("a: [", [], r"config.yaml: not valid YAML"),
+        ("output: 2024-13-01", [], r"config.yaml: not valid YAML: month must be in 1..12"),
+        ("", ["train.lr=2024-13-01"], r"the value is not valid YAML"),
         ("", ["train.lr"], r"'train.lr': an override should read key.path=value"),
         ("", ["train.lr=["], r"the value is not valid YAML"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dat.training.logger import RunLogger
 
@@ -41,6 +42,38 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path, resume_step, kept):
     logger.log("train", 10, loss=1.0)
     logger.close()
     assert [line["step"] for line in read(tmp_path)] == [*kept, 10]
+
+
+def test_a_line_of_the_step_resumed_from_is_neither_lost_nor_doubled(tmp_path):
+    logger = RunLogger(tmp_path)
+    logger.log("train", 2, loss=1.0)
+    logger.log("val", 2, top1=50.0)
+    logger.close()
+    logger = RunLogger(tmp_path, resume_step=2)
+    logger.log("val", 2, top1=50.0)
+    logger.log("val", 4, top1=60.0)
+    logger.close()
+    assert [(line["kind"], line["step"]) for line in read(tmp_path)] == [("train", 2), ("val", 2), ("val", 4)]
+
+
+def scalars(folder: Path) -> list[int]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def test_tensorboard_is_flushed_and_purged(tmp_path):
+    logger = RunLogger(tmp_path)
+    for step in (1, 2):
+        logger.log("train", step, loss=1.0)
+    logger.flush()
+    assert scalars(tmp_path) == [1, 2]
+    logger.close()
+    # a new run after one that left no checkpoint
+    logger = RunLogger(tmp_path)
+    logger.log("train", 1, loss=1.0)
+    logger.close()
+    assert scalars(tmp_path) == [1]
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,8 +1,13 @@
 """Seeds, order of samples, optimizer groups, schedules and what a command prints when it fails."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,26 +177,119 @@ def test_devices_that_do_not_exist_are_refused():
         setup_distributed("tpu")
 
 
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run = tmp_path / "run"
-    assert prepare_output(run, resume=False) is None
-    assert run.is_dir()
-    assert prepare_output(run, resume=True) is None
+    assert prepare_output(run, False, ALONE) is None
+    assert prepare_output(run, True, ALONE) is None
+    assert not run.exists()
+    run.mkdir()
     (run / "last.pth").touch()
-    assert prepare_output(run, resume=True) == run / "last.pth"
+    assert prepare_output(run, True, ALONE) == run / "last.pth"
     with pytest.raises(ConfigError, match=r"holds a run; go on with train.resume=true"):
-        prepare_output(run, resume=False)
+        prepare_output(run, False, ALONE)
     with pytest.raises(ConfigError, match="is a file"):
-        prepare_output(run / "last.pth", resume=False)
+        prepare_output(run / "last.pth", False, ALONE)
+
+
+def prepare_as(rank, store, output, resume, answers):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    # a machine of its own, on which the second process looks for the same path
+    os.chdir(output / str(rank))
+    try:
+        answer = str(prepare_output("run", resume, Distributed(rank, 2, torch.device("cpu"))))
+    except ConfigError as error:
+        answer = f"error: {error}"
+    answers.put((rank, answer))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("holders", "resume", "expected"),
+    [
+        ([0, 1], True, "run/last.pth"),
+        ([0], True, "error: output: not every machine has run/last.pth"),
+        ([0], False, "error: output: run holds a run"),
+        ([1], False, "None"),
+    ],
+)
+def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected):
+    for rank in (0, 1):
+        (tmp_path / str(rank) / "run").mkdir(parents=True)
+    for rank in holders:
+        (tmp_path / str(rank) / "run/last.pth").touch()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=prepare_as, args=(rank, tmp_path / "store", tmp_path, resume, answers))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(answers.get(timeout=60) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    assert found[0] == found[1]
+    assert found[0].startswith(expected)
+
+
+READERS = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader, Dataset
+from dat.training.loop import loader_options, stop_on_sigterm
+
+class Slow(Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, i):
+        time.sleep(0.01)
+        return i
+
+def main():
+    with stop_on_sigterm() as stop:
+        batches = iter(DataLoader(Slow(), 2, **loader_options(2, pin=False)))
+        next(batches)
+        os.killpg(0, signal.SIGTERM)
+        seen = 1 + sum(1 for _ in batches)
+        print(seen, stop.received, flush=True)
+        batches = iter(DataLoader(Slow(), 2, **loader_options(2, pin=False)))
+        next(batches)
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the traceback keeps the batches, and with them the workers")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("raises", 1), ("killed", -signal.SIGKILL)])
+def test_workers_outlive_a_sigterm_to_the_group_but_not_the_main_process(end, code):
+    arguments = [sys.executable, "-c", READERS, end]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            # workers hold the pipes: this returns once the last of them has ended
+            output, errors = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert output == "20 True\n", errors
+    assert process.returncode == code
 
 
 def test_sigterm_is_answered_at_the_next_question(capsys):
-    alone = Distributed(0, 1, torch.device("cpu"))
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_sigterm() as stop:
-        assert not stop.requested(alone)
+        assert not stop.requested(ALONE)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested(alone)
+        assert stop.requested(ALONE)
         with pytest.raises(SystemExit) as ended:
             stop.exit()
     assert ended.value.code == 143
