@@ -29,7 +29,7 @@ def make_data() -> None:
 
 
 def make_digits(root: Path) -> None:
-    make_crops(root, train=5600, val=397, size=64)
+    make_crops(root, train=6400, val=397, size=64)
 
 
 def make_detection(root: Path) -> None:

@@ -151,7 +151,7 @@ def make_crops(root: Path, train: int, val: int, size: int) -> None:
             if rng.random() < 0.5:
                 clutter(canvas, rng)
             ink, label = digits[index % len(digits)]
-            digit = sized(ink, int(rng.uniform(0.55, 1.0) * size), rng)
+            digit = sized(ink, int(rng.uniform(0.7, 1.0) * size), rng)
             x, y = (int(rng.integers(0, max(1, size - length + 1))) for length in digit[1:])
             paste(canvas, digit, (x, y), rng)
             folder = root / split / str(label)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -355,10 +355,6 @@ def stop_on_sigterm() -> Iterator[StopSignal]:
         signal.signal(signal.SIGTERM, previous)
 
 
-# memory that workers share: set when this process begins to exit
-_EXITING = multiprocessing.RawValue(ctypes.c_bool, False)
-
-
 def loader_options(workers: int, pin: bool) -> dict[str, Any]:
     """Arguments of every DataLoader: workers live on between epochs and leave SIGTERM to the main process.
 
@@ -369,19 +365,21 @@ def loader_options(workers: int, pin: bool) -> dict[str, Any]:
         workers: processes that read samples, 0: the main process does.
         pin: whether batches go to a GPU.
     """
-    # runs before multiprocessing's own handler, which sends the workers SIGTERM and waits for them
-    atexit.unregister(_begin_exit)
-    atexit.register(_begin_exit)
+    if workers == 0:
+        return {"num_workers": 0, "pin_memory": pin}
+    leave_sigterm = partial(_ignore_sigterm, _exit_flag())
     return {
-        "num_workers": workers,
-        "pin_memory": pin,
-        "persistent_workers": workers > 0,
-        "worker_init_fn": partial(_ignore_sigterm, _EXITING),
-    }
+        "num_workers": workers, "pin_memory": pin, "persistent_workers": True, "worker_init_fn": leave_sigterm,
+    }  # fmt: skip
 
 
-def _begin_exit() -> None:
-    _EXITING.value = True
+@cache
+def _exit_flag() -> Any:
+    """Memory that workers share, whose .value becomes True when this process begins to exit."""
+    flag = multiprocessing.RawValue(ctypes.c_bool, False)
+    # runs before multiprocessing's own handler, which sends the workers SIGTERM and waits for them
+    atexit.register(setattr, flag, "value", True)
+    return flag
 
 
 def _ignore_sigterm(exiting: Any, worker: int) -> None:

@@ -60,6 +60,12 @@ def test_predict_writes_labels_and_a_sheet(trained, pictures, monkeypatch, tmp_p
     assert "1 unreadable pictures" in capsys.readouterr().err
 
 
+def test_predict_leaves_its_own_pictures_out(trained, pictures, monkeypatch, capsys):
+    for _ in range(2):
+        command(monkeypatch, predict, trained, pictures, "--out", pictures / "out")
+        assert "30 pictures labelled" in capsys.readouterr().out
+
+
 def test_predict_takes_one_picture_and_overrides(trained, pictures, monkeypatch, tmp_path):
     picture = pictures / "val/red/0.png"
     command(monkeypatch, predict, trained, picture, "data.img_size=48", "--out", tmp_path / "out", "--sheet", 0)
@@ -69,8 +75,8 @@ def test_predict_takes_one_picture_and_overrides(trained, pictures, monkeypatch,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{trained}", "nowhere"], "error: nowhere: no such picture or folder"),
-        (["{trained}", "{empty}"], "holds no pictures"),
+        (["{trained}", "nowhere"], "error: nowhere: no such image or folder"),
+        (["{trained}", "{empty}"], "holds no images"),
         (["nowhere.pth", "{pictures}"], "error: nowhere.pth: no such checkpoint file"),
         (["{pictures}/val/red/0.png", "{pictures}"], "0.png: not a checkpoint, or a truncated one"),
         (["{trained}", "{pictures}", "data.imgsize=3"], "unknown key 'data.imgsize'; did you mean 'data.img_size'?"),

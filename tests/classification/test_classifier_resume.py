@@ -50,13 +50,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "moment", ["first step", "within an epoch", "before the best is saved", "before the last is saved"]
+    "moment",
+    ["first step", "within an epoch", "while it evaluates", "before the best is saved", "before the last is saved"],
 )
 def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     run(settings, tmp_path / "whole")
 
     steps = []
-    step, save = training.train_step, training.save_checkpoint
+    step, save, measure = training.train_step, training.save_checkpoint, training.evaluate
 
     def train_step(*arguments):
         steps.append(None)
@@ -70,19 +71,29 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
             raise Killed
         save(path, state)
 
+    def evaluate(*arguments):
+        if moment == "while it evaluates" and len(steps) == 8:
+            raise Killed
+        return measure(*arguments)
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
     monkeypatch.setattr(training, "train_step", train_step)
     monkeypatch.setattr(training, "save_checkpoint", save_checkpoint)
     with pytest.raises(Killed):
         run(settings, tmp_path / "stopped")
     monkeypatch.undo()
+    if moment == "while it evaluates":
+        assert load_checkpoint(tmp_path / "stopped/last.pth")["step"] == 8
     run(settings, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def spawn(config, *overrides):
+def spawn(config, *overrides, group=False):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "classification.train", str(config), *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=group
+    )
 
 
 def wait_for_step(output, step, process):
@@ -104,9 +115,9 @@ def test_kill_9_then_sigterm_then_resume(settings, tmp_path, write_config):
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     assert load_checkpoint(output / "last.pth")["step"] < 48
-    with spawn(config, "train.resume=true") as process:
+    with spawn(config, "train.resume=true", group=True) as process:
         wait_for_step(output, 20, process)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 143
         assert process.stderr.read().strip().splitlines()[-1] == "stopped by SIGTERM; go on with train.resume=true"
     assert load_checkpoint(output / "last.pth")["step"] < 48

@@ -1,15 +1,19 @@
 """What a training leaves behind, and how it stops on bad input."""
 
 import json
+import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
+from classification import sheet
 from classification import train as training
 from classification.config import ClassificationConfig
 from classification.data import TrainPictures, make_transform, open_split, train_loader
@@ -32,7 +36,7 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
     assert result["best"] > 90
     output = tmp_path / "run"
     names = {path.name for path in output.iterdir()}
-    assert names == {"best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log"}
+    assert names == {"best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log", "predictions.png"}
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 48
@@ -59,6 +63,59 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(settings, tmp_path,
     monkeypatch.setattr(training, "fit", lambda run, *rest: seen.append(run.model.state_dict()))
     run(settings)
     assert torch.equal(seen[0]["stem.0.weight"], load_checkpoint(first)["state_dict_ema"]["stem.0.weight"])
+
+
+def test_fine_tuning_takes_another_number_of_classes(settings, pictures, tmp_path):
+    run(settings, epochs=1)
+    first = str(tmp_path / "run/best.pth")
+    for split in ("train", "val"):
+        shutil.rmtree(pictures / split / "red")
+    settings["output"] = str(tmp_path / "second")
+    settings["model"]["backbone"]["checkpoint_path"] = first
+    run(settings, epochs=1)
+    second = load_checkpoint(tmp_path / "second/last.pth")
+    assert second["class_names"] == ["blue", "green"]
+    Path(first).unlink()
+    assert run(settings, epochs=2, resume=True)["epoch"] == 2
+
+
+def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_path, monkeypatch):
+    (pictures / "val/red/1.png").write_text("not a picture")
+    titles = []
+    draw = sheet.draw_sheet
+
+    def draw_sheet(drawn, path):
+        titles.extend(title for _, title in drawn)
+        draw(drawn, path)
+
+    monkeypatch.setattr(sheet, "draw_sheet", draw_sheet)
+    run(settings, epochs=1, pictures=4)
+    # pictures 0, 1, 3 and 5 of 6 in order of classes, and the last cannot be read
+    assert len(titles) == 3
+    for title, truth in zip(titles, ("blue", "blue", "green"), strict=True):
+        assert title.startswith(truth) or title.endswith(f"(is {truth})")
+    with Image.open(tmp_path / "run/predictions.png") as image:
+        assert min(image.size) > 100
+
+
+def test_a_loss_that_is_not_finite_is_traced_without_the_other_processes():
+    class Wrapped(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, images):
+            self.calls += 1
+            return self.module(images)
+
+    model = Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))
+    nn.init.constant_(model.module[1].weight, 3e38)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteError, match=r"step 1: first non-finite tensor is output of 1 "):
+        training.train_step(
+            model, nn.CrossEntropyLoss(), optimizer, torch.ones(2, 3, 1, 1), torch.tensor([0, 1]), "none", 0.0, "step 1"
+        )
+    assert model.calls == 1
 
 
 def test_tars_are_read_like_folders(settings, pictures, tmp_path):
@@ -192,7 +249,22 @@ def test_values_that_cannot_work_are_named(settings, section, values, message):
 def test_resuming_another_model_is_refused(settings):
     run(settings, epochs=1)
     settings["model"]["backbone"] = {"name": "test_resnet"}
-    with pytest.raises(CheckpointError, match=r"last.pth: of another architecture"):
+    with pytest.raises(
+        CheckpointError, match=r"last.pth: model.backbone.name was 'test_convnext', is now 'test_resnet'"
+    ):
+        run(settings, epochs=2, resume=True)
+
+
+def test_what_cannot_change_in_a_run_is_named(settings, tmp_path):
+    run(settings, epochs=1)
+    with pytest.raises(CheckpointError, match=r"last.pth: train.batch_size was 6, is now 4; resuming needs the same"):
+        run(settings, epochs=2, batch_size=4, resume=True)
+    with pytest.raises(CheckpointError, match=r"last.pth: train.optimizer was 'adamw', is now 'sgd'"):
+        run(settings, epochs=2, optimizer="sgd", resume=True)
+    with pytest.raises(CheckpointError, match=r"last.pth: seed was 0, is now 1"):
+        run({**settings, "seed": 1}, epochs=2, resume=True)
+    (tmp_path / "run/best.pth").replace(tmp_path / "run/last.pth")
+    with pytest.raises(CheckpointError, match=r"last.pth: has no optimizer state"):
         run(settings, epochs=2, resume=True)
 
 

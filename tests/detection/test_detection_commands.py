@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from coco_scenes import write_json
 from PIL import Image
@@ -138,15 +141,53 @@ def test_prediction_never_replaces_its_input(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "a.png").size == (30, 30)
 
 
-def test_a_broken_image_stops_prediction_before_it_writes(trained, tmp_path, capsys):
+def test_prediction_leaves_out_what_it_cannot_read(trained, tmp_path, capsys, caplog):
     folder = tmp_path / "images"
-    folder.mkdir()
-    Image.effect_noise((60, 60), 50).save(folder / "a.jpg")
-    (folder / "b.jpg").write_bytes((folder / "a.jpg").read_bytes()[:-300])
-    assert "b.jpg: cannot be read as an image" in fails(
-        capsys, predict.main, trained / "best.pth", folder, "--out", tmp_path / "out"
-    )
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (folder / name).parent.mkdir(parents=True)
+        Image.effect_noise((60, 60), 50).convert("RGB").save(folder / name)
+    (folder / "b/2.jpg").write_bytes((folder / "b/1.jpg").read_bytes()[:-300])
+    (folder / "a/._1.jpg").write_bytes(b"resource fork")
+    (folder / "paper.pdf").write_bytes(b"%PDF")
+    # twice: the second time its own pictures are there
+    for _ in range(2):
+        predict.main([str(trained / "best.pth"), str(folder), "--out", str(folder / "out"), "--device", "cpu"])
+        (warning,) = caplog.messages
+        caplog.clear()
+        assert "left out 1 of 3 files" in warning
+        assert "2.jpg: cannot be read as an image" in warning
+        results = json.loads((folder / "out/detections.json").read_text())
+        assert {(result["image_id"], result["file_name"]) for result in results} == {(1, "a/1.jpg"), (2, "b/1.jpg")}
+        assert sorted(path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*.png")) == [
+            "a/1.png",
+            "b/1.png",
+        ]
+    line = fails(capsys, predict.main, trained / "best.pth", folder / "b/2.jpg", "--out", tmp_path / "out")
+    assert "2.jpg: cannot be read as an image" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_prediction_sees_what_evaluation_sees(trained, tmp_path, module_config):
+    """Images padded to a multiple of 32 pixels."""
+    state = load_checkpoint(trained / "best.pth")
+    state["config"]["data"]["pad_multiple"] = 32
+    save_checkpoint(tmp_path / "padded.pth", state)
+    arguments = [str(tmp_path / "padded.pth"), "--device", "cpu", "--out"]
+    evaluate.main([*arguments, str(tmp_path / "evaluated"), "train.eval_batch_size=1"])
+    images = module_config.parent / "scenes/images"
+    predict.main([*arguments, str(tmp_path / "predicted"), str(images)])
+    evaluated, predicted = (
+        json.loads((tmp_path / name / "detections.json").read_text()) for name in ("evaluated", "predicted")
+    )
+    for image in json.loads((module_config.parent / "scenes/train.json").read_text())["images"]:
+        wanted = [result["score"] for result in evaluated if result["image_id"] == image["id"]]
+        found = [result["score"] for result in predicted if result["file_name"] == image["file_name"]]
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
+    line = fails(capsys, predict.main, trained / "best.pth", tmp_path, "--out", tmp_path / "out", "--top-k", "-1")
+    assert "--top-k is -1, should be at least 1" in line
 
 
 @pytest.mark.parametrize(
@@ -190,7 +231,7 @@ def test_a_finished_run_is_not_overwritten(trained, module_config, capsys):
 
 def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_path, capsys):
     line = fails(capsys, train.main, module_config, "train.resume=true", "model.embed_dim=32")
-    assert "last.pth: of another architecture: level_embed is (4, 16), should be (4, 32)" in line
+    assert "last.pth: model.embed_dim was 16, is now 32" in line
     state = load_checkpoint(trained / "best.pth")
     state["state_dict_ema"].pop("level_embed")
     save_checkpoint(tmp_path / "less.pth", state)
@@ -241,6 +282,16 @@ def test_bfloat16_without_averaged_weights(config_file, tmp_path):
     assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
 
 
+def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
+    calls = []
+    forward = train.SetCriterion.forward
+    monkeypatch.setattr(train.SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
+    line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
+    assert "step 0, images [10" in line
+    # that of the step: the criterion waits for the other processes, which may have nothing to trace
+    assert len(calls) == 1
+
+
 def test_two_processes_train_and_evaluate(config_file, tmp_path):
     """Three validation images make uneven shares."""
     scenes = tmp_path / "scenes/val.json"
@@ -284,8 +335,8 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
         "t.main(sys.argv[2:])\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    # in the middle of the first epoch, then between best.pth and last.pth at the end of one
-    for writes in ("1", "4"):
+    # in the middle of the first epoch, before its evaluation, between best.pth and last.pth after it
+    for writes in ("1", "1", "1"):
         done = subprocess.run(
             [sys.executable, "-c", script, writes, *arguments, "train.resume=true"],
             cwd=ROOT,
@@ -300,3 +351,78 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     assert [resumed[key] for key in ("step", "epoch", "best")] == [whole[key] for key in ("step", "epoch", "best")]
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_evaluation_that_fails_loses_no_training(config_file, scenes, tmp_path, capsys, monkeypatch):
+    path = scenes / "images/val_1.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[:-200])
+    assert "val_1.jpg: cannot be read as an image" in fails(capsys, train.main, config_file, "train.epochs=1")
+    trained = load_checkpoint(tmp_path / "run/last.pth")
+    assert [trained[key] for key in ("step", "epoch", "step_in_epoch")] == [2, 0, 2]
+    path.write_bytes(content)
+    # all that is left to do is the evaluation
+    monkeypatch.setattr(train.Trainer, "train_step", None)
+    train.main([str(config_file), "train.epochs=1", "train.resume=true"])
+    assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("val", 2)]
+    assert f"epoch 1/1: loss {lines[1]['loss']:.3f}" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_run_resumes_without_the_file_that_its_backbone_started_from(config_file, tmp_path):
+    weights = tmp_path / "classifier.pth"
+    save_checkpoint(weights, {"kind": "classification", "state_dict": timm.create_model("test_resnet").state_dict()})
+    arguments = [str(config_file), f"model.backbone.checkpoint_path={weights}"]
+    train.main([*arguments, "train.epochs=1"])
+    weights.unlink()
+    train.main([*arguments, "train.resume=true"])
+    assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 2
+
+
+def test_a_run_resumes_as_it_began_or_not_at_all(trained, module_config, tmp_path, capsys):
+    changes = {
+        "train.batch_size=1": "train.batch_size was 2, is now 1",
+        "train.backbone_lr_scale=0.5": "train.backbone_lr_scale was 1.0, is now 0.5",
+        "model.num_points=2": "model.num_points was 4, is now 2",
+        "seed=1": "seed was 0, is now 1",
+    }
+    resume = ["train.resume=true", "model.drop_rate=0", "train.backbone_lr_scale=1", "train.sampling_lr_scale=1"]
+    for change, message in changes.items():
+        assert message in fails(capsys, train.main, module_config, *resume, change)
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "last.pth").write_bytes((trained / "best.pth").read_bytes())
+    assert "last.pth: has no optimizer state" in fails(capsys, train.main, module_config, *resume, f"output={output}")
+    state = load_checkpoint(trained / "last.pth")
+    state["step"] = 7
+    save_checkpoint(output / "last.pth", state)
+    assert "resuming needs the same" in fails(capsys, train.main, module_config, *resume, f"output={output}")
+
+
+def test_warnings_about_the_data_reach_the_log_of_the_run(config_file, scenes, tmp_path):
+    data = json.loads((scenes / "train.json").read_text())
+    data["annotations"][0]["bbox"] = [1, 1, 0, 5]
+    write_json(scenes / "train.json", data)
+    train.main([str(config_file), "train.epochs=1"])
+    assert (tmp_path / "run/train.log").read_text().count("warning: ") == 1
+    assert "train.json: dropped 1 boxes" in (tmp_path / "run/train.log").read_text()
+
+
+def test_sigterm_to_the_whole_group_saves_and_resumes(config_file, tmp_path):
+    """As `timeout` and job schedulers send it: to the loader's workers too."""
+    command = [sys.executable, "-m", "detection.train", str(config_file), "train.epochs=500", "train.workers=2"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            lines = tmp_path / "run/log.jsonl"
+            deadline = time.monotonic() + 120
+            while not (lines.exists() and lines.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGTERM)
+            errors = process.communicate(timeout=60)[1]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert load_checkpoint(tmp_path / "run/last.pth")["step"] > 0

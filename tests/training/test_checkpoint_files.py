@@ -124,10 +124,10 @@ def test_optimizer_state_that_is_missing_or_unfit_is_named():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     load_optimizer(optimizer, {"optimizer": optimizer.state_dict()}, "last.pth")
-    with pytest.raises(CheckpointError, match="last.pth: has no optimizer state, as best.pth has none"):
+    with pytest.raises(CheckpointError, match=r"last.pth: has no optimizer state, as best.pth has none"):
         load_optimizer(optimizer, {}, "last.pth")
     other = torch.optim.AdamW([{"params": [parameter]} for parameter in model.parameters()])
-    with pytest.raises(CheckpointError, match="last.pth: its optimizer state does not fit .* parameter groups"):
+    with pytest.raises(CheckpointError, match=r"last.pth: its optimizer state does not fit .* parameter groups"):
         load_optimizer(optimizer, {"optimizer": other.state_dict()}, "last.pth")
 
 

@@ -276,7 +276,7 @@ def test_workers_outlive_a_sigterm_to_the_group_but_not_the_main_process(end, co
     ) as process:
         try:
             # workers hold the pipes: this returns once the last of them has ended
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=30)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,70 @@
+"""Sheets of pictures under their labels."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from classification.data import UNREADABLE, make_transform, read_picture
+from classification.model import Classifier
+
+
+@torch.no_grad()
+def label_pictures(
+    classifier: Classifier, pictures: Sequence[Image.Image], device: torch.device
+) -> list[dict[str, Any]]:
+    """One {"label", "score", "top": [{"label", "score"}, up to 5]} per picture (RGB, any size); scores are 0 to 1."""
+    transform = make_transform(classifier.config.data, training=False)
+    images = torch.stack([transform(picture) for picture in pictures])
+    scores = classifier.model(images.to(device)).float().softmax(dim=1)
+    results = []
+    for row, classes in zip(*(found.tolist() for found in scores.topk(min(5, scores.shape[1]), dim=1)), strict=True):
+        labels = [classifier.class_names[k] for k in classes]
+        top = [{"label": label, "score": round(score, 6)} for label, score in zip(labels, row, strict=True)]
+        results.append({**top[0], "top": top})
+    return results
+
+
+def draw_sheet(pictures: Sequence[tuple[Image.Image, str]], path: Path) -> None:
+    """Writes an image of one or more pictures side by side, each under its title."""
+    columns = min(8, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+    for position, (picture, title) in enumerate(pictures, start=1):
+        axes = figure.add_subplot(rows, columns, position)
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=8, parse_math=False)
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+def sheet_title(result: dict[str, Any], truth: str | None = None) -> str:
+    """Label and score of one of label_pictures' results, and below them the true label if it is another."""
+    title = f"{result['label'][:18]} {100 * result['score']:.0f}%"
+    return title if truth in (None, result["label"]) else f"{title}\n(is {truth[:16]})"
+
+
+def draw_validation_sheet(classifier: Classifier, reader: Any, device: torch.device, count: int, path: Path) -> bool:
+    """Draws `count` pictures of a split, evenly chosen, under their predicted labels; False if none can be read.
+
+    `reader`: see open_split.
+    """
+    pictures, truths = [], []
+    for index in torch.linspace(0, len(reader) - 1, min(count, len(reader))).long().tolist():
+        try:
+            picture, label = read_picture(reader, index)
+        except UNREADABLE:
+            continue
+        pictures.append(picture)
+        truths.append(classifier.class_names[label])
+    if not pictures:
+        return False
+    results = label_pictures(classifier, pictures, device)
+    titles = [sheet_title(result, truth) for result, truth in zip(results, truths, strict=True)]
+    small = [ImageOps.contain(picture, (256, 256)) for picture in pictures]
+    draw_sheet(list(zip(small, titles, strict=True)), path)
+    return True
