@@ -115,8 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   grads.by_value = by_value.mutable_data_ptr();
   grads.by_locations = by_locations.mutable_data_ptr();
   grads.by_weights = by_weights.mutable_data_ptr();
-  torch::stable::parallel_for(
-      0, args.B * args.H * args.L, 1, [&](int64_t begin, int64_t end) { kernels().backward(args, grads, begin, end); });
+  // Whole heads read and write a query's samples together; where they are too few to share out evenly, single levels.
+  const int64_t heads = args.B * args.H;
+  const int64_t together = heads >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) ? args.L : 1;
+  torch::stable::parallel_for(0, heads * (args.L / together), 1, [&](int64_t begin, int64_t end) {
+    kernels().backward(args, grads, together, begin, end);
+  });
   if (by_value.scalar_type() != value.scalar_type()) by_value = torch::stable::to(by_value, value.scalar_type());
   return {by_value, by_locations, by_weights};
 }

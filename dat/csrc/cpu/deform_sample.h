@@ -33,11 +33,11 @@ struct SampleGrads {
 constexpr int kMaxLanes = 16;
 
 // `scratch` holds 12 numbers of 8 bytes for each of the L * P samples of a head, and for kMaxLanes more. forward does rows
-// begin..end of B * Q. backward does units begin..end of B * H * L: each owns its rows and channels of by_value, so that no
-// two threads meet and the order of the sums is fixed.
+// begin..end of B * Q. backward does units begin..end of B * H * (L / levels), `levels` levels of a head each: a unit owns
+// its rows and channels of by_value, so that no two threads meet and the order of the sums is fixed.
 struct SampleKernels {
   void (*forward)(const SampleArgs& args, void* out, void* scratch, int64_t begin, int64_t end);
-  void (*backward)(const SampleArgs& args, const SampleGrads& grads, int64_t begin, int64_t end);
+  void (*backward)(const SampleArgs& args, const SampleGrads& grads, int64_t levels, int64_t begin, int64_t end);
 };
 
 const SampleKernels& baseline_kernels();

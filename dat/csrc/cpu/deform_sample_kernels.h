@@ -161,9 +161,9 @@ struct AxisLanes {
   Real low_slope[N], high_slope[N];
   IntOf<Real> inside[N];
 
-  DAT_HOST_DEVICE AxisLanes(const Real* locations, int size, bool align_corners) {
-    const auto axis =
-        interpolate<Number>(Load<Real, N, Real>::from(locations), typename Number::Int{} + size, align_corners);
+  DAT_HOST_DEVICE AxisLanes(const Real* locations, const IntOf<Real>* sizes, bool align_corners) {
+    const auto axis = interpolate<Number>(
+        Load<Real, N, Real>::from(locations), Load<IntOf<Real>, N, IntOf<Real>>::from(sizes), align_corners);
     static_assert(sizeof(axis) == sizeof(*this), "an axis of vectors is laid out as arrays of their lanes");
     __builtin_memcpy(this, &axis, sizeof(axis));
   }
@@ -173,39 +173,42 @@ struct AxisLanes {
   }
 };
 
-// All samples of head h on level l of image b, a register of them at a time.
+// All samples of head h on levels begin..end of image b, a register of them at a time, query after query.
 template <typename T, typename Real>
-void backward_unit(const SampleArgs& args, const SampleGrads& grads, int64_t b, int64_t h, int64_t l) {
+void backward_unit(const SampleArgs& args, const SampleGrads& grads, int64_t b, int64_t h, int64_t begin, int64_t end) {
   constexpr int N = kLanes<Real>;
-  const Level level = args.levels[l];
-  const int64_t stride = args.H * args.D, origin = (b * args.S + level.start) * stride + h * args.D;
+  const int64_t stride = args.H * args.D, origin = b * args.S * stride + h * args.D;
   const T* value = static_cast<const T*>(args.value) + origin;
   Real* by_value = static_cast<Real*>(grads.by_value) + origin;
   const Real* locations = static_cast<const Real*>(args.locations);
   const Real* weights = static_cast<const Real*>(args.weights);
   Real* by_locations = static_cast<Real*>(grads.by_locations);
   Real* by_weights = static_cast<Real*>(grads.by_weights);
-  int64_t q = 0, p = 0;
+  int64_t q = 0, l = begin, p = 0;
   while (q < args.Q && args.P > 0) {
     int64_t heads[N], samples[N];
     Real x_locations[N] = {}, y_locations[N] = {};
+    IntOf<Real> heights[N] = {}, widths[N] = {}, starts[N];
     int count = 0;
     for (; count < N && q < args.Q; count++) {
       heads[count] = (b * args.Q + q) * args.H + h;
       samples[count] = (heads[count] * args.L + l) * args.P + p;
       x_locations[count] = locations[2 * samples[count]];
       y_locations[count] = locations[2 * samples[count] + 1];
-      if (++p == args.P) p = 0, q++;
+      heights[count] = args.levels[l].height, widths[count] = args.levels[l].width, starts[count] = args.levels[l].start;
+      if (++p < args.P) continue;
+      p = 0;
+      if (++l < end) continue;
+      l = begin, q++;
     }
-    const AxisLanes<Real> xs(x_locations, level.width, args.align_corners),
-        ys(y_locations, level.height, args.align_corners);
+    const AxisLanes<Real> xs(x_locations, widths, args.align_corners), ys(y_locations, heights, args.align_corners);
     for (int i = 0; i < count; i++) {
       const Axis<Real, int> x = xs[i], y = ys[i];
       const int64_t k = samples[i];
       const Real weight = weights ? weights[k] : Real(1);
       SampleGrad<Real> grad = {0, 0, 0};
       if (x.inside && y.inside) {
-        const int64_t low = int64_t(y.low) * level.width, high = int64_t(y.high) * level.width;
+        const int64_t low = starts[i] + int64_t(y.low) * widths[i], high = starts[i] + int64_t(y.high) * widths[i];
         const int64_t at[4] = {
             (low + x.low) * stride, (low + x.high) * stride, (high + x.low) * stride, (high + x.high) * stride};
         const T* const rows[4] = {value + at[0], value + at[1], value + at[2], value + at[3]};
@@ -226,10 +229,11 @@ void backward_unit(const SampleArgs& args, const SampleGrads& grads, int64_t b, 
 }
 
 template <typename T, typename Real>
-void backward(const SampleArgs& args, const SampleGrads& grads, int64_t begin, int64_t end) {
+void backward(const SampleArgs& args, const SampleGrads& grads, int64_t levels, int64_t begin, int64_t end) {
+  const int64_t parts = args.L / levels;
   for (int64_t unit = begin; unit < end; unit++) {
-    const int64_t head = unit / args.L;
-    backward_unit<T, Real>(args, grads, head / args.H, head % args.H, unit % args.L);
+    const int64_t head = unit / parts, first = unit % parts * levels;
+    backward_unit<T, Real>(args, grads, head / args.H, head % args.H, first, first + levels);
   }
 }
 
@@ -242,12 +246,12 @@ inline void forward_any(const SampleArgs& args, void* out, void* scratch, int64_
   }
 }
 
-inline void backward_any(const SampleArgs& args, const SampleGrads& grads, int64_t begin, int64_t end) {
+inline void backward_any(const SampleArgs& args, const SampleGrads& grads, int64_t levels, int64_t begin, int64_t end) {
   switch (args.type) {
-    case ValueType::kFloat32: return backward<float, float>(args, grads, begin, end);
-    case ValueType::kFloat64: return backward<double, double>(args, grads, begin, end);
-    case ValueType::kBFloat16: return backward<BFloat16, float>(args, grads, begin, end);
-    case ValueType::kFloat16: return backward<Float16, float>(args, grads, begin, end);
+    case ValueType::kFloat32: return backward<float, float>(args, grads, levels, begin, end);
+    case ValueType::kFloat64: return backward<double, double>(args, grads, levels, begin, end);
+    case ValueType::kBFloat16: return backward<BFloat16, float>(args, grads, levels, begin, end);
+    case ValueType::kFloat16: return backward<Float16, float>(args, grads, levels, begin, end);
   }
 }
 
