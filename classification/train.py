@@ -32,7 +32,13 @@ from classification.data import (
 from classification.evaluate import evaluate
 from classification.model import build_classifier, load_classifier
 from classification.sheet import draw_validation_sheet
-from dat.training.checkpoint import check_resumable, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from dat.training.checkpoint import (
+    check_resumable,
+    load_checkpoint,
+    restore_training_state,
+    save_checkpoint,
+    training_state,
+)
 from dat.training.config import load_config, save_config, to_dict
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.finite import check_finite, check_state_finite, trace_non_finite
@@ -79,16 +85,12 @@ class Run:
             "kind": "classification",
             "config": to_dict(self.config),
             "class_names": self.class_names,
-            "state_dict": self.model.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "best": self.best,
+            **training_state(self.model, self.ema, self.optimizer if optimizer else None),
         }
-        if averaged is not None:
-            state["state_dict_ema"] = averaged.state_dict()
-        if optimizer:
-            state["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(Path(self.config.output) / name, state)
 
     def load(self, path: Path) -> None:
@@ -97,10 +99,7 @@ class Run:
         check_resumable(state["config"], self.config, FIXED_KEYS, path)
         if state["class_names"] != self.class_names:
             raise CheckpointError(f"{path}: was trained on classes other than those of data.root now")
-        load_weights(self.model, state["state_dict"], path)
-        if self.ema is not None:
-            load_weights(self.ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-        load_optimizer(self.optimizer, state, path)
+        restore_training_state(state, self.model, self.ema, self.optimizer, path)
         self.step, self.epoch, self.step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
         self.best = state["best"]
 

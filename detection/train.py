@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from dat.training.checkpoint import (
     check_resumable,
     load_checkpoint,
-    load_optimizer,
-    load_weights,
+    restore_training_state,
     save_checkpoint,
+    training_state,
 )
 from dat.training.config import load_config, save_config, to_dict
 from dat.training.errors import CheckpointError, NonFiniteError
@@ -272,17 +272,14 @@ class Trainer:
 
     def state(self, weights_only: bool = False) -> dict[str, Any]:
         """The checkpoint; `weights_only`: without what only training needs."""
-        state = {
+        return {
             "kind": "detection",
             "config": to_dict(self.config),
             "class_names": [category.name for category in self.train_set.categories],
             "category_ids": [category.id for category in self.train_set.categories],
-            "state_dict": self.model.state_dict(),
+            **training_state(self.model, self.ema, None if weights_only else self.optimizer),
             **vars(self.progress),
         }
-        if self.ema is not None:
-            state["state_dict_ema"] = self.ema.module.state_dict()
-        return state if weights_only else state | {"optimizer": self.optimizer.state_dict()}
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Writes a checkpoint on the main process. Raises NonFiniteError rather than replace a good one by NaN."""
@@ -301,10 +298,7 @@ class Trainer:
         expected = [(category.id, category.name) for category in self.train_set.categories]
         if found != expected:
             raise CheckpointError(f"{path}: was trained on the classes {found}, the data has {expected}")
-        load_weights(self.model, state["state_dict"], path)
-        if self.ema is not None:
-            load_weights(self.ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-        load_optimizer(self.optimizer, state, path)
+        restore_training_state(state, self.model, self.ema, self.optimizer, path)
         self.progress = Progress(**{name: state[name] for name in vars(Progress())})
         progress, steps = self.progress, self.steps_per_epoch
         if progress.step != progress.epoch * steps + progress.step_in_epoch:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 
 from dat.training.config import from_dict, get_value, to_dict
 from dat.training.errors import CheckpointError
@@ -94,6 +95,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {error}") from error
+
+
+def training_state(
+    model: torch.nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    """The entries of a checkpoint that hold weights, averaged weights and, where it is given, the optimizer's state."""
+    state: dict[str, Any] = {"state_dict": model.state_dict()}
+    if ema is not None:
+        state["state_dict_ema"] = ema.module.state_dict()
+    if optimizer is not None:
+        state["optimizer"] = optimizer.state_dict()
+    return state
+
+
+def restore_training_state(
+    state: dict[str, Any],
+    model: torch.nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    path: str | Path,
+) -> None:
+    """Puts back what training_state took. Raises CheckpointError for what does not fit."""
+    load_weights(model, state["state_dict"], path)
+    if ema is not None:
+        load_weights(ema.module, state.get("state_dict_ema", state["state_dict"]), path)
+    load_optimizer(optimizer, state, path)
 
 
 def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:
