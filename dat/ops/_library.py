@@ -1,9 +1,13 @@
-"""The `dat` namespace of torch.ops, and the built libraries that bring kernels for a device to it."""
+"""The `dat` namespace of torch.ops, what its sampling ops register alike, and the built libraries of kernels."""
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("dat", "DEF")
 
@@ -38,3 +42,66 @@ def load_all() -> dict[str, str | None]:
             stacklevel=2,
         )
     return missing
+
+
+def second_derivatives(
+    backward: Callable[..., tuple[Tensor, ...]], saved: Sequence[Tensor | None], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of `backward(*saved)` by the tensors `saved`, rarely needed and so not fast.
+
+    torch differentiates `backward`, a reference, which makes third and higher derivatives work too.
+    """
+    higher = torch.is_grad_enabled()
+
+    def input_of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        # A view stands for the tensor alone, without the others that it may have been computed from or into.
+        return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        inputs = [input_of(tensor) for tensor in saved]
+        firsts = backward(*inputs)
+        used = [(first, g) for first, g in zip(firsts, cotangents, strict=True) if first.requires_grad]
+        seconds = iter(
+            torch.autograd.grad(
+                [first for first, _ in used],
+                [t for t in inputs if t is not None],
+                [g for _, g in used],
+                create_graph=higher,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    return [None if tensor is None else next(seconds) for tensor in inputs]
+
+
+def register_batching(name: str, num_tensors: int) -> None:
+    """A vmap rule for an op whose first `num_tensors` arguments have a batch dimension: the two become one."""
+    op = getattr(torch.ops.dat, name)
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def merge(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            return moved.flatten(0, 1)
+
+        def split(tensor: Tensor) -> Tensor:
+            # What an op has nothing to say about comes back empty, without a batch dimension.
+            return tensor.unflatten(0, (info.batch_size, -1)) if tensor.ndim > 1 else tensor
+
+        out = op(*map(merge, args[:num_tensors], in_dims), *args[num_tensors:])
+        if isinstance(out, Tensor):
+            return split(out), 0
+        return tuple(map(split, out)), tuple(0 if tensor.ndim > 1 else None for tensor in out)
+
+    torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
+
+
+def sampling_flops(samples: Sequence[int], value: Sequence[int]) -> int:
+    """Four multiply-adds for each sample and channel of `value` [B, S, H, D]; a backward has twice as many.
+
+    It takes four for the value's gradient and four for the corners' products with the output's gradient.
+    """
+    return 8 * math.prod(samples) * value[3]

@@ -128,6 +128,22 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
     return deform_sample(value, shapes, *sampling_points(shapes, reference, offsets, logits))
 
 
+def ms_deform_attn_backward(
+    grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `ms_deform_attn` by value, reference, offsets and logits; they are differentiable themselves."""
+    locations, weights = sampling_points(shapes, reference, offsets, logits)
+    by_value, by_locations, by_weights = deform_sample_backward(grad, value, shapes, locations, weights)
+    scaled = weights * by_weights
+    by_logits = scaled - weights * scaled.sum((3, 4), keepdim=True)
+    by_reference = by_locations.sum((2, 4))
+    if reference.shape[-1] == 4:
+        by_size = (by_locations * offsets.to(locations.dtype)).sum((2, 4)) * (0.5 / max(offsets.shape[-2], 1))
+        by_reference = torch.cat((by_reference, by_size), -1)
+    by_offsets = by_locations * _offset_unit(shapes, reference.to(locations.dtype), offsets.shape[-2])
+    return by_value, by_reference.to(reference.dtype), by_offsets.to(offsets.dtype), by_logits.to(logits.dtype)
+
+
 def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P] of multi-scale deformable attention, at least float32.
 
@@ -137,14 +153,21 @@ def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: 
     dtype = torch.promote_types(torch.promote_types(reference.dtype, offsets.dtype), torch.float32)
     reference, offsets = reference.to(dtype), offsets.to(dtype)
     center = reference[:, :, None, :, None, :2]
-    if reference.shape[-1] == 2:
-        # Filled on the device: a tensor made of Python numbers would be copied there and waited for.
-        sizes = [torch.full((), size, dtype=dtype, device=offsets.device) for h, w in shapes for size in (w, h)]
-        locations = center + offsets / torch.stack(sizes).view(-1, 1, 2)
-    else:
-        locations = center + offsets / offsets.shape[-2] * reference[:, :, None, :, None, 2:] * 0.5
+    locations = center + offsets * _offset_unit(shapes, reference, offsets.shape[-2])
     weights = F.softmax(logits.to(dtype).flatten(-2), -1).view_as(logits)
     return locations, weights
+
+
+def _offset_unit(shapes: Shapes, reference: Tensor, num_points: int) -> Tensor:
+    """What an offset of 1 is as a location: [L, 1, 2] for points, [B, Q, 1, L, 1, 2] for boxes."""
+    if reference.shape[-1] == 4:
+        return reference[:, :, None, :, None, 2:] * (0.5 / max(num_points, 1))
+    # Filled on the device: a tensor made of Python numbers would be copied there and waited for.
+    sizes = [
+        torch.full((), size, dtype=reference.dtype, device=reference.device) for h, w in shapes for size in (w, h)
+    ]
+    # An empty level has nothing to sample, wherever that is.
+    return torch.stack(sizes).clamp(min=1).reciprocal().view(-1, 1, 2)
 
 
 def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:

@@ -100,7 +100,7 @@ Tensor forward(
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor value, Tensor locations, std::optional<Tensor> weights, std::vector<int64_t> shapes,
-    bool align_corners) {
+    bool align_corners, bool deterministic) {
   grad = torch::stable::contiguous(grad);
   value = torch::stable::contiguous(value);
   locations = torch::stable::contiguous(locations);

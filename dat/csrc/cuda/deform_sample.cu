@@ -277,7 +277,7 @@ Tensor forward(
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor value, Tensor locations, std::optional<Tensor> weights, std::vector<int64_t> shapes,
-    bool align_corners) {
+    bool align_corners, bool deterministic) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   check_real(value, locations, weights);
   grad = torch::stable::contiguous(grad);

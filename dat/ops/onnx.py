@@ -1,0 +1,86 @@
+"""ONNX form of the ops for torch.onnx.export: GridSample, level by level.
+
+    torch.onnx.export(model, args, opset_version=20, custom_translation_table=dat.ops.onnx.translation_table())
+
+Batch, queries and sizes of levels may be dynamic. A float16 or bfloat16 value is sampled in the dtype of the locations,
+as by the ops themselves. Locations that are not numbers are left to the runtime, and levels must not be empty.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnxscript
+import torch
+
+# Typed as Any because constants may stand for tensors, which the stubs do not say.
+op: Any = onnxscript.opset20
+
+
+def translation_table() -> dict[Callable, Callable]:
+    """What torch.onnx.export takes as `custom_translation_table` for models with ops of this package; opset 20 on."""
+    return {torch.ops.dat.deform_sample.default: _deform_sample, torch.ops.dat.ms_deform_attn.default: _ms_deform_attn}
+
+
+def _deform_sample(value: Any, locations: Any, weights: Any, shapes: Sequence[Any], align_corners: bool) -> Any:
+    """See `dat.ops.deform_sample`; `shapes` is h_0, w_0, h_1, ..., each an int or an INT64 scalar of the graph."""
+    if weights is not None:
+        return _weighted_sum(value, locations, op.Reshape(weights, [0, 0, 0, -1]), shapes, align_corners)
+    samples = _samples(value, locations, shapes, align_corners)
+    layout = _vector(-1, op.Shape(value, start=2), _num_queries(locations), op.Shape(locations, start=3, end=5))
+    return op.CastLike(op.Transpose(op.Reshape(samples, layout), perm=[0, 3, 1, 4, 5, 2]), value)
+
+
+def _ms_deform_attn(value: Any, reference: Any, offsets: Any, logits: Any, shapes: Sequence[Any]) -> Any:
+    """See `dat.ops.ms_deform_attn` and, for the formula, `dat.ops.reference.sampling_points`."""
+    offsets, logits = op.CastLike(offsets, reference), op.CastLike(logits, reference)
+    around = op.Unsqueeze(reference, [2, 4])
+    if reference.shape[-1] == 2:
+        sizes = _vector(*(size for h, w in _pairs(shapes) for size in (w, h)))
+        locations = op.Add(around, op.Div(offsets, op.CastLike(op.Reshape(sizes, [-1, 1, 2]), reference)))
+    else:
+        center, box = op.Split(around, num_outputs=2, axis=-1)
+        points = op.CastLike(op.Shape(offsets, start=4, end=5), reference)
+        locations = op.Add(center, op.Mul(op.Mul(op.Div(offsets, points), box), op.CastLike(0.5, reference)))
+    weights = op.Softmax(op.Reshape(logits, [0, 0, 0, -1]), axis=-1)
+    return _weighted_sum(value, locations, weights, shapes, False)
+
+
+def _weighted_sum(value: Any, locations: Any, weights: Any, shapes: Sequence[Any], align_corners: bool) -> Any:
+    """Sum [B, Q, H, D] of a head's samples, with `weights` [B, Q, H, L*P]."""
+    samples = _samples(value, locations, shapes, align_corners)
+    weights = op.Transpose(weights, perm=[0, 2, 1, 3])
+    weights = op.Reshape(weights, _vector(-1, 1, op.Shape(weights, start=2)))
+    out = op.ReduceSum(op.Mul(samples, weights), [3], keepdims=0)
+    out = op.Reshape(out, _vector(-1, op.Shape(value, start=2), _num_queries(locations)))
+    return op.CastLike(op.Transpose(out, perm=[0, 3, 1, 2]), value)
+
+
+def _samples(value: Any, locations: Any, shapes: Sequence[Any], align_corners: bool) -> Any:
+    """Every sample [B*H, D, Q, L*P], in the dtype of `locations`; to GridSample each head is an image of a batch."""
+    images = op.Transpose(op.CastLike(value, locations), perm=[0, 2, 3, 1])
+    grids = op.Transpose(locations, perm=[0, 2, 1, 3, 4, 5])
+    grids = op.Reshape(grids, _vector(-1, op.Shape(grids, start=2)))
+    # GridSample counts from -1 to 1 across the map.
+    grids = op.Sub(op.Mul(grids, op.CastLike(2.0, locations)), op.CastLike(1.0, locations))
+    start, levels = op.Constant(value_ints=[0]), []
+    for level, (h, w) in enumerate(_pairs(shapes)):
+        size = _vector(h, w)
+        end = op.Add(start, op.ReduceProd(size))
+        image = op.Reshape(op.Slice(images, start, end, [3]), _vector(-1, op.Shape(value, start=3), size))
+        grid = op.Gather(grids, op.Constant(value_int=level), axis=2)
+        levels.append(op.GridSample(image, grid, mode="linear", padding_mode="zeros", align_corners=int(align_corners)))
+        start = end
+    return op.Concat(*levels, axis=3)
+
+
+def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _vector(*parts: Any) -> Any:
+    """One vector of ints, INT64 scalars and INT64 vectors."""
+    return op.Concat(*(op.Reshape(part, [-1]) for part in parts), axis=0)
+
+
+def _num_queries(locations: Any) -> Any:
+    return op.Shape(locations, start=1, end=2)
