@@ -75,8 +75,8 @@ struct SampleGrad {
   Real x, y, weight;
 };
 
-template <typename Real>
-DAT_HOST_DEVICE SampleGrad<Real> sample_grad(const Axis<Real, int>& x, const Axis<Real, int>& y, const Real (&dot)[4]) {
+template <typename Real, typename Int>
+DAT_HOST_DEVICE SampleGrad<Real> sample_grad(const Axis<Real, Int>& x, const Axis<Real, Int>& y, const Real (&dot)[4]) {
   const Real low_row = x.low_weight * dot[0] + x.high_weight * dot[1];
   const Real high_row = x.low_weight * dot[2] + x.high_weight * dot[3];
   SampleGrad<Real> grad;

@@ -10,14 +10,11 @@
 #endif
 #define DAT_ISA avx512
 #define DAT_VECTOR_BYTES 64
-#include "deform_sample_kernels.h"
+#include "sampling_kernels.h"
 
 namespace dat {
 
-const SampleKernels& avx512_kernels() {
-  static const SampleKernels kernels = {avx512::forward_any, avx512::backward_any};
-  return kernels;
-}
+const SampleKernels& avx512_kernels() { return avx512::kKernels; }
 
 }  // namespace dat
 

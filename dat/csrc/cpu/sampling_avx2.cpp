@@ -10,14 +10,11 @@
 #endif
 #define DAT_ISA avx2
 #define DAT_VECTOR_BYTES 32
-#include "deform_sample_kernels.h"
+#include "sampling_kernels.h"
 
 namespace dat {
 
-const SampleKernels& avx2_kernels() {
-  static const SampleKernels kernels = {avx2::forward_any, avx2::backward_any};
-  return kernels;
-}
+const SampleKernels& avx2_kernels() { return avx2::kKernels; }
 
 }  // namespace dat
 

@@ -1,0 +1,190 @@
+// Shares the work of the sampling ops out among threads, and chooses the instruction set.
+#include "sampling.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace dat {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+struct Free {
+  void operator()(char* bytes) const { ::operator delete[](bytes, kAlignment); }
+};
+using Bytes = std::unique_ptr<char[], Free>;
+
+// Not initialised, and aligned to cache lines.
+Bytes allocate(int64_t bytes) { return Bytes(static_cast<char*>(::operator new[](bytes, kAlignment))); }
+
+int64_t value_bytes(const SampleArgs& args) {
+  switch (args.type) {
+    case ValueType::kFloat64: return 8;
+    case ValueType::kFloat32: return 4;
+    default: return 2;
+  }
+}
+
+int64_t real_bytes(const SampleArgs& args) { return args.type == ValueType::kFloat64 ? 8 : 4; }
+
+// Queries of an image, `heads` of its heads from `head` on, with its rows where they lie in `value`.
+Part make_part(const SampleArgs& args, int64_t image, int64_t head, int64_t heads, int64_t query_begin, int64_t query_end) {
+  Part part = {};
+  part.image = image, part.head_begin = head, part.head_end = head + heads;
+  part.query_begin = query_begin, part.query_end = query_end;
+  part.stride = args.H * args.D;
+  part.value = static_cast<const char*>(args.value) + (image * args.S * part.stride + head * args.D) * value_bytes(args);
+  return part;
+}
+
+// Queries first, first + 1, ... of `rows` rows of a map, `columns` of each.
+struct Tile {
+  int64_t image, first, rows, columns, width;
+};
+
+// Where every cell asks, queries of a tile find each other's cells still in the cache, which those of a long row do not.
+std::vector<Tile> make_tiles(const SampleArgs& args) {
+  constexpr int kSide = 16;
+  std::vector<Tile> tiles;
+  for (int64_t b = 0; b < args.B; b++) {
+    for (int64_t l = 0; l < args.L; l++) {
+      const Level& level = args.levels[l];
+      for (int y = 0; y < level.height; y += kSide) {
+        for (int x = 0; x < level.width; x += kSide) {
+          const int64_t first = level.start + int64_t(y) * level.width + x;
+          tiles.push_back({b, first, std::min(kSide, level.height - y), std::min(kSide, level.width - x), level.width});
+        }
+      }
+    }
+  }
+  return tiles;
+}
+
+void forward_tiles(const SampleArgs& args, void* out) {
+  const std::vector<Tile> tiles = make_tiles(args);
+  torch::stable::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    const Bytes scratch = allocate(scratch_bytes(args));
+    for (int64_t t = begin; t < end; t++) {
+      for (int64_t y = 0; y < tiles[t].rows; y++) {
+        const int64_t first = tiles[t].first + y * tiles[t].width;
+        const Part part = make_part(args, tiles[t].image, 0, args.H, first, first + tiles[t].columns);
+        sample_kernels().forward(args, part, out, scratch.get());
+      }
+    }
+  });
+}
+
+void forward_queries(const SampleArgs& args, void* out) {
+  // A thread is worth waking for some ten microseconds of work.
+  const int64_t query_work = std::max<int64_t>(1, args.H * args.L * args.P * (args.D + 16));
+  const int64_t grain = std::max<int64_t>(1, 65536 / query_work);
+  torch::stable::parallel_for(0, args.B * args.Q, grain, [&](int64_t begin, int64_t end) {
+    const Bytes scratch = allocate(scratch_bytes(args));
+    while (begin < end) {
+      const int64_t first = begin % args.Q, last = std::min(args.Q, first + end - begin);
+      const Part part = make_part(args, begin / args.Q, 0, args.H, first, last);
+      sample_kernels().forward(args, part, out, scratch.get());
+      begin += last - first;
+    }
+  });
+}
+
+// The fewest parts of equal size for each head that keep `threads` threads busy four fifths of the time.
+int64_t parts_per_head(int64_t heads, int64_t queries, int64_t threads) {
+  int64_t parts = 1;
+  const auto rounds = [&] { return (heads * parts + threads - 1) / threads; };
+  while (parts < queries && 5 * heads * parts < 4 * rounds() * threads) parts++;
+  return parts;
+}
+
+// Row 0 of a head in the gradient of `value`.
+char* head_rows(const SampleArgs& args, void* by_value, int64_t head) {
+  const int64_t number = (head / args.H * args.S * args.H + head % args.H) * args.D;
+  return static_cast<char*>(by_value) + number * value_bytes(args);
+}
+
+// Adds up the sums that the parts of each head took, always in the same order.
+void add_parts(const SampleArgs& args, const char* sums, int64_t parts, void* by_value) {
+  const int64_t stride = args.H * args.D, row = args.D * real_bytes(args);
+  torch::stable::parallel_for(0, args.B * args.H * args.S, 1024, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t head = begin / args.S, first = begin % args.S, count = std::min(args.S - first, end - begin);
+      const char* from = sums + (head * parts * args.S + first) * row;
+      char* to = head_rows(args, by_value, head) + first * stride * value_bytes(args);
+      sample_kernels().write_rows(args, from, parts, args.S * args.D, to, stride, count);
+      begin += count;
+    }
+  });
+}
+
+}  // namespace
+
+const char* instruction_set() {
+#if defined(__x86_64__)
+  // Tests run the kernels of every instruction set on one machine.
+  const char* wanted = std::getenv("DAT_CPU_CAPABILITY");
+  const auto allowed = [&](const char* set) { return !wanted || !*wanted || !std::strcmp(wanted, set); };
+  if (allowed("AVX512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return "AVX512";
+  if ((allowed("AVX512") || allowed("AVX2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return "AVX2";
+#endif
+  return "DEFAULT";
+}
+
+const SampleKernels& sample_kernels() {
+#if defined(__x86_64__)
+  static const char* set = instruction_set();
+  if (!std::strcmp(set, "AVX512")) return avx512_kernels();
+  if (!std::strcmp(set, "AVX2")) return avx2_kernels();
+#endif
+  return baseline_kernels();
+}
+
+void sample_forward(const SampleArgs& args, void* out) {
+  if (args.L * args.P == 0) {
+    // The sum of no samples is zero; where samples are not summed, none are returned.
+    if (args.weighted) std::memset(out, 0, args.B * args.Q * args.H * args.D * value_bytes(args));
+    return;
+  }
+  if (args.B * args.Q * args.H * args.D == 0) return;
+  return args.Q == args.S ? forward_tiles(args, out) : forward_queries(args, out);
+}
+
+void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
+  if (args.L * args.P == 0) {
+    std::memset(by_value, 0, args.B * args.S * args.H * args.D * value_bytes(args));
+    // Points and boxes that nothing is sampled around still have gradients.
+    if (grads.by_reference)
+      std::memset(grads.by_reference, 0, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
+    return;
+  }
+  const int64_t heads = args.B * args.H, head_bytes = args.S * args.D * real_bytes(args);
+  const int64_t parts = parts_per_head(heads, args.Q, torch::stable::get_num_threads());
+  // Every part adds to sums of its own, with a head's rows side by side: H * D numbers apart, often a power of two, they
+  // would fall into few sets of the cache.
+  const Bytes shared = parts > 1 ? allocate(heads * parts * head_bytes) : nullptr;
+  torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const Bytes scratch = allocate(scratch_bytes(args)), own = parts > 1 ? nullptr : allocate(head_bytes);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t head = unit / parts, index = unit % parts;
+      Part part = make_part(args, head / args.H, head % args.H, 1, args.Q * index / parts, args.Q * (index + 1) / parts);
+      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get(), part.grad_stride = args.D;
+      std::memset(part.by_value, 0, head_bytes);
+      sample_kernels().backward(args, part, grads, scratch.get());
+      if (parts == 1)
+        sample_kernels().write_rows(args, part.by_value, 1, 0, head_rows(args, by_value, head), args.H * args.D, args.S);
+    }
+  });
+  if (parts > 1) add_parts(args, shared.get(), parts, by_value);
+}
+
+}  // namespace dat

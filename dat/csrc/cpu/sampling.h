@@ -1,0 +1,88 @@
+// What the CPU registrations of the sampling ops and their kernels for each instruction set have in common.
+#pragma once
+
+#include <cstdint>
+
+#include "../bilinear.h"
+
+namespace dat {
+
+enum class ValueType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Sizes and contiguous arrays of one call. `Real` is the dtype of the sums: float64 for float64 values, else float32.
+struct SampleArgs {
+  ValueType type;
+  int64_t B, S, H, D, Q, L, P;
+  const Level* levels;
+  bool align_corners;
+  // Without weights every sample is returned, not their weighted sum.
+  bool weighted;
+  const void* value;
+  // deform_sample: locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P] in Real.
+  const void* locations;
+  const void* weights;
+  // ms_deform_attn: reference [B, Q, L, 2 or 4] in Real; offsets and logits, in place of locations and weights, in the dtype
+  // of the values (`narrow`) or in Real.
+  const void* reference;
+  int64_t reference_size;
+  const void* offsets;
+  const void* logits;
+  bool narrow;
+};
+
+// Gradients, each in the dtype of what it is the gradient of. by_reference [B, Q, H, L, 2 or 4] is each head's share of it,
+// in Real, or null where nobody asks for it.
+struct SampleGrads {
+  const void* out;
+  void* by_locations;
+  void* by_weights;
+  void* by_reference;
+  void* by_offsets;
+  void* by_logits;
+};
+
+// What one thread does at a time: some queries of some heads of an image. `value` is row 0 of the first of the heads,
+// `by_value` its gradient in Real; rows are `stride` and `grad_stride` numbers apart, heads D.
+struct Part {
+  int64_t image, head_begin, head_end, query_begin, query_end;
+  const void* value;
+  int64_t stride;
+  void* by_value;
+  int64_t grad_stride;
+};
+
+// The most numbers that a register holds.
+constexpr int kMaxLanes = 16;
+
+// Bytes of scratch memory, aligned to registers, that `forward` and `backward` need.
+inline int64_t scratch_bytes(const SampleArgs& args) {
+  return 48 * (args.L * args.P + 2 * kMaxLanes) * static_cast<int64_t>(sizeof(double));
+}
+
+struct SampleKernels {
+  void (*forward)(const SampleArgs& args, const Part& part, void* out, void* scratch);
+  // Adds to by_value: parts that run at the same time must not share rows and channels of it.
+  void (*backward)(const SampleArgs& args, const Part& part, const SampleGrads& grads, void* scratch);
+  // Writes the sum over `copies` of `count` rows of D numbers in Real, `copy_stride` numbers apart, as rows of values that
+  // are `stride` numbers apart.
+  void (*write_rows)(
+      const SampleArgs& args, const void* sums, int64_t copies, int64_t copy_stride, void* rows, int64_t stride,
+      int64_t count);
+};
+
+const SampleKernels& baseline_kernels();
+#if defined(__x86_64__)
+const SampleKernels& avx2_kernels();
+const SampleKernels& avx512_kernels();
+#endif
+
+// The kernels of the best instruction set of this machine, and its name.
+const SampleKernels& sample_kernels();
+const char* instruction_set();
+
+// Run the kernels in parallel. Outputs and gradients are [B, Q, H, ...] as their ops describe; by_value is written, not
+// added to, in the dtype of value.
+void sample_forward(const SampleArgs& args, void* out);
+void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_value);
+
+}  // namespace dat
