@@ -4,9 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py $(wildcard dat/csrc/*.h dat/csrc/*/*)
+KERNELS := $(wildcard $(foreach suffix,h cuh cpp cu,dat/csrc/*.$(suffix) dat/csrc/*/*.$(suffix)))
+SOURCES := pyproject.toml setup.py $(KERNELS)
+CLANG_FORMATTED := $(KERNELS) $(wildcard $(foreach suffix,h cuh cpp cu,tests/cuda_host/*.$(suffix)))
+# What the wheel is installed beside to be checked: PYTHON:TORCH, torch as a requirement of pip.
+CHECKS ?= python3.10:torch~=2.11.0 python3.12:torch
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format wheel clean
 
 install: $(STAMP)
 
@@ -30,12 +34,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror dat/csrc/*.h dat/csrc/*/*
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i dat/csrc/*.h dat/csrc/*/*
+	$(BIN)/clang-format -i $(CLANG_FORMATTED)
+
+wheel: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/wheel.py $(CHECKS)
 
 clean:
 	rm -rf build dist *.egg-info dat/*.so $(STAMP)

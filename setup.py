@@ -67,7 +67,7 @@ def extensions() -> list:
     def sources(folder: str, pattern: str) -> list[str]:
         return sorted(str(path) for path in (CSRC / folder).glob(pattern))
 
-    headers = [str(path) for path in CSRC.rglob("*.h")]
+    headers = [str(path) for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern)]
     libraries = [
         cpp_extension.CppExtension(
             "dat._C_cpu",

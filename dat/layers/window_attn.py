@@ -99,7 +99,7 @@ class WindowAttention(nn.Module):
         """Which pairs of a window may see each other: bool [windows, h*w, h*w]."""
         regions = []
         for length, total, roll in zip(size, padded, shift, strict=True):
-            index = (torch.arange(total, device=device) + roll) % total
+            index = torch.arange(total, device=device).roll(-roll)
             # The rest, cells that the roll brings to the end, and padding, which sees padding: no row is all masked.
             wrapped = (index < self.shift_size).long()
             regions.append(torch.where(index < length, wrapped, 2))

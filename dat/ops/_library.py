@@ -20,7 +20,7 @@ def load(name: str) -> str | None:
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
-        return f"{found[0]} does not load: {error}"
+        return f"{found[0]} does not load: {error.__cause__ or error}"
     return None
 
 

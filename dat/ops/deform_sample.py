@@ -45,8 +45,9 @@ def deform_sample(
         TypeError: a dtype that is not supported; locations in half precision.
         ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
+    shapes = untraced(shapes)
     check_value(value, shapes)
-    _check(value, shapes, locations, weights)
+    check_samples(value, shapes, locations, weights)
     value = autocast(value)
     # Kernels see locations and weights in the dtype of their sums.
     dtype = sum_dtype(value)
@@ -89,7 +90,8 @@ def sum_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | None) -> None:
+def check_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless locations and weights fit value and shapes."""
     B, _, H, _ = value.shape
     if locations.ndim != 6 or locations.shape[-1] != 2:
         raise ValueError(f"locations must be [B, Q, H, L, P, 2], got shape {tuple(locations.shape)}")
@@ -116,6 +118,13 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | N
 
 def _is_size(shape: Sequence[int]) -> bool:
     return len(shape) == 2 and all(isinstance(size, (int, torch.SymInt)) and size >= 0 for size in shape)
+
+
+def untraced(shapes: Shapes) -> Shapes:
+    """`shapes` of ints: while torch.jit.trace runs, sizes taken from a tensor's shape are tensors."""
+    if torch.jit.is_tracing() and not isinstance(shapes, Tensor):
+        return [(int(h), int(w)) for h, w in shapes]
+    return shapes
 
 
 def flatten(shapes: Shapes) -> list[int]:
@@ -145,9 +154,7 @@ def _backward(
     align_corners: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.deform_sample_backward(
-        grad, value, pairs(shapes), locations, weights, align_corners=align_corners
-    )
+    return reference.deform_sample_backward(grad, value, pairs(shapes), locations, weights, align_corners=align_corners)
 
 
 @torch.library.register_fake("dat::deform_sample", lib=LIBRARY)

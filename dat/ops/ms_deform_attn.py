@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference as references
 from dat.ops._library import LIBRARY, register_batching, sampling_flops, second_derivatives
-from dat.ops.deform_sample import Shapes, autocast, check_device, check_value, flatten, pairs, sum_dtype
+from dat.ops.deform_sample import Shapes, autocast, check_device, check_value, flatten, pairs, sum_dtype, untraced
 
 LIBRARY.define(
     "ms_deform_attn(Tensor value, Tensor reference, Tensor offsets, Tensor logits, SymInt[] shapes) -> Tensor"
@@ -40,6 +40,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
         TypeError: a dtype that is not supported; reference points in half precision.
         ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
+    shapes = untraced(shapes)
     check_value(value, shapes)
     _check(value, shapes, reference, offsets, logits)
     value = autocast(value)

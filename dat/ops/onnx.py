@@ -1,9 +1,11 @@
 """ONNX form of the ops for torch.onnx.export: GridSample, level by level.
 
-    torch.onnx.export(model, args, opset_version=20, custom_translation_table=dat.ops.onnx.translation_table())
+    with torch.no_grad():
+        torch.onnx.export(model, args, opset_version=20, custom_translation_table=translation_table())
 
 Batch, queries and sizes of levels may be dynamic. A float16 or bfloat16 value is sampled in the dtype of the locations,
 as by the ops themselves. Locations that are not numbers are left to the runtime, and levels must not be empty.
+Needs onnxscript.
 """
 
 from collections.abc import Callable, Sequence

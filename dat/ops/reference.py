@@ -138,10 +138,15 @@ def ms_deform_attn_backward(
     by_logits = scaled - weights * scaled.sum((3, 4), keepdim=True)
     by_reference = by_locations.sum((2, 4))
     if reference.shape[-1] == 4:
-        by_size = (by_locations * offsets.to(locations.dtype)).sum((2, 4)) * (0.5 / max(offsets.shape[-2], 1))
+        by_size = (by_locations * _finite(offsets.to(locations.dtype))).sum((2, 4)) * (0.5 / max(offsets.shape[-2], 1))
         by_reference = torch.cat((by_reference, by_size), -1)
-    by_offsets = by_locations * _offset_unit(shapes, reference.to(locations.dtype), offsets.shape[-2])
+    by_offsets = by_locations * _finite(_offset_unit(shapes, reference.to(locations.dtype), offsets.shape[-2]))
     return by_value, by_reference.to(reference.dtype), by_offsets.to(offsets.dtype), by_logits.to(logits.dtype)
+
+
+def _finite(factor: Tensor) -> Tensor:
+    """A factor of gradients that are zero where it is not finite; times 0 that would not be a number."""
+    return torch.where(factor.isfinite(), factor, 0.0)
 
 
 def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +168,7 @@ def _offset_unit(shapes: Shapes, reference: Tensor, num_points: int) -> Tensor:
     if reference.shape[-1] == 4:
         return reference[:, :, None, :, None, 2:] * (0.5 / max(num_points, 1))
     # Filled on the device: a tensor made of Python numbers would be copied there and waited for.
-    sizes = [
-        torch.full((), size, dtype=reference.dtype, device=reference.device) for h, w in shapes for size in (w, h)
-    ]
+    sizes = [torch.full((), size, dtype=reference.dtype, device=reference.device) for h, w in shapes for size in (w, h)]
     # An empty level has nothing to sample, wherever that is.
     return torch.stack(sizes).clamp(min=1).reciprocal().view(-1, 1, 2)
 

@@ -1,6 +1,7 @@
 // Registers deform_sample and its backward for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 
 #include "registration.h"
@@ -56,8 +57,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {by_value, by_locations, by_weights};
 }
 
+std::string cpu_capability() { return instruction_set(); }
+
 }  // namespace
 }  // namespace dat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dat, m) { m.def("cpu_capability() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(dat, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&dat::cpu_capability)); }
 
 STABLE_TORCH_LIBRARY_IMPL(dat, CPU, m) {
   m.impl("deform_sample", TORCH_BOX(&dat::forward));

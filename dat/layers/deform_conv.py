@@ -1,0 +1,217 @@
+"""Deformable convolution, versions 1 and 2, on the sampling op."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dat.ops import deform_sample
+
+Pair = int | tuple[int, int]
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Convolution whose taps look where offsets move them (DCN v1, https://arxiv.org/abs/1703.06211, equation 2).
+
+    A mask makes it version 2 (https://arxiv.org/abs/1811.11168, equation 1). Arguments, layouts and results are those
+    of `torchvision.ops.deform_conv2d`.
+
+    Args:
+        input: [B, C, H, W]; float32, float64, bfloat16 or float16. Outside the map it is zero.
+        offset: [B, 2 * G * kh * kw, Ho, Wo], in cells: (dy, dx) of each tap, row by row, for each of G groups of
+            channels that move together; G divides C. Any floating dtype; widened to float32 at least.
+        weight: [O, C / groups, kh, kw]; the number of groups is read off its shape.
+        bias: [O], or None.
+        stride, padding, dilation: as a convolution's, one for both axes or (vertical, horizontal).
+        mask: [B, G * kh * kw, Ho, Wo], factors of the samples (version 2), or None.
+
+    Returns:
+        [B, O, Ho, Wo] in the dtype of `input`, channels last where `input` is. Differentiable in all tensors, twice;
+        the samples, kh * kw times as large as the input, are computed again for the backward and not kept.
+
+    Raises:
+        ValueError: shapes that do not fit together; the message names the argument.
+    """
+    steps = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    groups = _check(input, offset, weight, bias, *steps, mask)
+    tensors = (input, offset, weight, mask)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # Exported graphs have no backward, and torch.export refuses some that hold a checkpoint.
+    if differentiated and not torch.compiler.is_exporting():
+        out = checkpoint(_convolve, *tensors, groups, *steps, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = _convolve(*tensors, groups, *steps)
+    out = out if bias is None else out + bias.to(out.dtype)[:, None, None]
+    return out.contiguous(memory_format=torch.channels_last if input.stride(1) == 1 else torch.contiguous_format)
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution as a layer: `torchvision.ops.DeformConv2d` with the same parameters and initial values.
+
+    Args:
+        in_channels: channels C of the input; a multiple of groups.
+        out_channels: channels O of the output; a multiple of groups.
+        kernel_size, stride, padding, dilation: as a convolution's, one for both axes or (vertical, horizontal).
+        groups: groups of channels that do not see each other, as a convolution's.
+        bias: whether a learned bias [O] is added.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels < 1 or channels % groups:
+                raise ValueError(f"{name} must be a multiple of groups, got {channels} with groups = {groups}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+        self.padding, self.dilation = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / sqrt(fan in), as torch's convolutions start."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `deform_conv2d`."""
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+def _convolve(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    groups: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Samples every tap of every output cell, then multiplies by the weights: [B, O, Ho, Wo]."""
+    B, C = input.shape[:2]
+    out_channels, _, kh, kw = weight.shape
+    Ho, Wo = offset.shape[2:]
+    G = offset.shape[1] // (2 * kh * kw)
+    H, W = (_roomy(size, input.dtype) for size in input.shape[2:])
+    value = F.pad(input.permute(0, 2, 3, 1), (0, 0, 0, W - input.shape[3], 0, H - input.shape[2]))
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    moves = offset.to(dtype).unflatten(1, (G, kh, kw, 2)).permute(4, 0, 5, 6, 2, 3, 1)
+    y = moves[0] + _cells(moves, 2, stride[0], padding[0], dilation[0])[:, None, :, None, None]
+    x = moves[1] + _cells(moves, 3, stride[1], padding[1], dilation[1])[:, None, :, None]
+    locations = torch.stack((_location(x, W), _location(y, H)), -1)
+    # Taps are queries of the op, not its points: so each has a weight, and comes out beside its neighbours' channels.
+    locations = locations.view(B, Ho * Wo * kh * kw, G, 1, 1, 2)
+    weights = None
+    if mask is not None:
+        weights = mask.unflatten(1, (G, kh * kw)).permute(0, 3, 4, 2, 1).reshape(locations.shape[:-1])
+    value = value.flatten(1, 2).unflatten(2, (G, C // G))
+    columns = deform_sample(value, ((H, W),), locations, weights, align_corners=True)
+    columns = columns.reshape(B * Ho * Wo, kh * kw, groups, C // groups).permute(2, 0, 1, 3).flatten(2)
+    taps = weight.unflatten(0, (groups, out_channels // groups)).permute(0, 1, 3, 4, 2).flatten(2)
+    out = torch.bmm(columns, taps.transpose(1, 2))
+    return out.view(groups, B, Ho, Wo, out_channels // groups).permute(1, 0, 4, 2, 3).flatten(1, 2)
+
+
+def _roomy(size: int, dtype: torch.dtype) -> int:
+    """How many cells a side of `size` is filled up to with zeros for the sake of its locations.
+
+    They are fractions of the way from the first cell to the last: there must be two. Over a power of two the fraction
+    of a float32 gives the same number back; otherwise rounding would move samples by up to 3e-5 cells on a map of 300,
+    which float64 does not notice, nor half precision. A symbolic size is left alone: its graph serves any other.
+    """
+    if dtype != torch.float32 or not has_static_value(size):
+        return max(size, 2)
+    return 1 + (1 << max(size - 2, 0).bit_length())
+
+
+def _cells(moves: Tensor, axis: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """Where taps look along an axis before they are moved, in cells of the input: [outputs, taps] of the axis.
+
+    `moves` is [2, B, Ho, Wo, kh, kw, G]; `axis` is that of its outputs, the taps' is two further on.
+    """
+    outputs, taps = (torch.arange(moves.shape[a], dtype=moves.dtype, device=moves.device) for a in (axis, axis + 2))
+    return (outputs * stride - padding)[:, None] + taps * dilation
+
+
+def _location(cell: Tensor, size: int) -> Tensor:
+    """The fraction of the way from the first to the last of `size` cells."""
+    last = size - 1
+    location = cell / last
+    # Rounding must not leave a tap that looks at the centre of a cell just before it, where the slope is another: with
+    # offsets of zero many would be. Half as much again makes up for compilers that divide inexactly.
+    short = (cell - location * last).clamp(min=0).detach()
+    return location + short * (1.5 / last)
+
+
+def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be one or two ints of at least {least}, got {value}")
+    return pair
+
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    mask: Tensor | None,
+) -> int:
+    """Raises where arguments do not fit together; returns the number of groups."""
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
+        if tensor is not None and tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+    B, C, *size = input.shape
+    out_channels, width, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    if 0 in (C, width, taps) or C % width or out_channels % (C // width):
+        raise ValueError(f"weight must be [O, {C} / groups, kh, kw], O a multiple of groups, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias must be [{out_channels}] to fit weight, got {tuple(bias.shape)}")
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    out = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
+    if min(out) < 1:
+        raise ValueError(f"input must be at least {tuple(reach)} with its padding {padding}, got {tuple(input.shape)}")
+    G = offset.shape[1] // (2 * taps)
+    if offset.shape != (B, 2 * G * taps, *out) or not G or C % G:
+        raise ValueError(
+            f"offset must be [{B}, {2 * taps} * G, {out[0]}, {out[1]}] with G a divisor of {C} channels, "
+            f"got {tuple(offset.shape)}"
+        )
+    if mask is not None and mask.shape != (B, G * taps, *out):
+        raise ValueError(f"mask must be [{B}, {G * taps}, {out[0]}, {out[1]}], got {tuple(mask.shape)}")
+    return C // width

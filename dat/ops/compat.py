@@ -1,0 +1,288 @@
+"""Call signatures of other libraries' multi-scale deformable attention, on `dat.ops`.
+
+`switch(model)` moves a model of transformers, of mmcv or of the official Deformable DETR repository and its copies
+over to this op. The official code runs without its CUDA extension where this module has the extension's name:
+
+    sys.modules["MultiScaleDeformableAttention"] = dat.ops.compat
+
+In all signatures `value` is [B, S, H, D], `sampling_locations` [B, Q, H, L, P, 2] and `attention_weights`
+[B, Q, H, L, P], as in `deform_sample`; the result is [B, Q, H * D] in the dtype of `value`. `value_spatial_shapes` may
+be the other libraries' integer tensor [L, 2] of (h, w) or a list of pairs. A tensor on a GPU has to be waited for: once
+for as long as it does not change, in inference mode and in compiled code at every call. A list costs nothing.
+The levels lie end to end, so `value_level_start_index` tells nothing new; any batch is one launch, whatever
+`im2col_step`. Neither is read. Locations in half precision are widened; what their rounding lost stays lost.
+"""
+
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dat.ops.deform_sample import Shapes, check_samples, check_value, deform_sample, flatten, sum_dtype
+
+# Sizes that were copied from a device, with the version of the tensor that they were read from.
+_SIZES = WeakTensorKeyDictionary()
+
+
+def _sizes(shapes: Tensor | Shapes) -> Shapes:
+    if not isinstance(shapes, Tensor):
+        return shapes
+    # Host memory may change behind torch's back (numpy), and inference tensors do not count their changes.
+    if shapes.is_cpu or shapes.is_inference():
+        return shapes.tolist()
+    version, sizes = _SIZES.get(shapes, (None, None))
+    if version != shapes._version:
+        sizes = shapes.tolist()
+        _SIZES[shapes] = (shapes._version, sizes)
+    return sizes
+
+
+def _widen(locations: Tensor) -> Tensor:
+    return locations if locations.dtype in (torch.float32, torch.float64) else locations.float()
+
+
+def multi_scale_deformable_attention(
+    value: Tensor, value_spatial_shapes: Tensor | Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """transformers' function (Mask2Former, OneFormer), mmcv's `multi_scale_deformable_attn_pytorch` and the official
+    `ms_deform_attn_core_pytorch`; arguments as this module says, errors and derivatives as in `deform_sample`."""
+    if isinstance(value_spatial_shapes, Tensor) and torch.compiler.is_compiling():
+        return _sample(value, value_spatial_shapes, sampling_locations, attention_weights)
+    shapes = _sizes(value_spatial_shapes)
+    return deform_sample(value, shapes, _widen(sampling_locations), attention_weights).flatten(2)
+
+
+multi_scale_deformable_attn_pytorch = multi_scale_deformable_attention
+ms_deform_attn_core_pytorch = multi_scale_deformable_attention
+
+
+def multi_scale_deformable_attention_v2(
+    value: Tensor,
+    value_spatial_shapes: Tensor | Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> Tensor:
+    """transformers' function of RT-DETR v2, D-FINE and DEIMv2, whose levels may have different numbers of points.
+
+    Args:
+        sampling_locations: [B, Q, H, sum of num_points_list, 2], level by level.
+        attention_weights: [B, Q, H, sum of num_points_list].
+        num_points_list: points of each level.
+        method: "default", bilinear; the "discrete" sampling of nearest cells is not this op.
+
+    Raises:
+        ValueError: another method.
+    """
+    if method != "default":
+        raise ValueError(f"method must be 'default', bilinear sampling, got {method!r}")
+    points = max(num_points_list)
+
+    def padded(tensor: Tensor, pad: tuple[int, ...], fill: float) -> Tensor:
+        levels = tensor.split(list(num_points_list), 3)
+        sides = [(*pad, points - n) for n in num_points_list]
+        return torch.stack([F.pad(t, side, value=fill) for t, side in zip(levels, sides, strict=True)], 3)
+
+    # What is missing lies outside its level, and has no weight.
+    locations, weights = padded(sampling_locations, (0, 0, 0), -1.0), padded(attention_weights, (0,), 0.0)
+    return multi_scale_deformable_attention(value, value_spatial_shapes, locations, weights)
+
+
+class MSDeformAttnFunction:
+    """The official repository's autograd function, and mmcv's; called by `apply`, differentiable twice."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Tensor | Shapes,
+        value_level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        return multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+MultiScaleDeformableAttnFunction = MSDeformAttnFunction
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """transformers' kernel layer of that name, without parameters."""
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Shapes,
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        return multi_scale_deformable_attention(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor | Shapes,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Forward function of the official extension `MultiScaleDeformableAttention`; autocast does not change it."""
+    with torch.autocast(value.device.type, enabled=False):
+        return multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor | Shapes,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    im2col_step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward function of the official extension: gradients by value, locations and weights, in their dtypes."""
+    if isinstance(value_spatial_shapes, Tensor) and torch.compiler.is_compiling():
+        return _sample_backward(grad_output, value, value_spatial_shapes, sampling_locations, attention_weights)
+    return _gradients(grad_output, value, _sizes(value_spatial_shapes), sampling_locations, attention_weights)
+
+
+def _gradients(
+    grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_value(value, shapes)
+    check_samples(value, shapes, _widen(locations), weights)
+    by_value, by_locations, by_weights = torch.ops.dat.deform_sample_backward(
+        grad.reshape(*locations.shape[:3], value.shape[3]).to(value.dtype),
+        value,
+        locations.to(sum_dtype(value)),
+        weights.to(sum_dtype(value)),
+        flatten(shapes),
+        False,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return by_value, by_locations.to(locations.dtype), by_weights.to(weights.dtype)
+
+
+# Compilers see one op that reads the tensor of shapes when it runs: nothing that they plan depends on the sizes.
+@torch.library.custom_op("dat::compat_sample", mutates_args=())
+def _sample(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    with torch.autocast(value.device.type, enabled=False):
+        return multi_scale_deformable_attention(value, shapes.tolist(), locations, weights)
+
+
+@torch.library.custom_op("dat::compat_sample_backward", mutates_args=())
+def _sample_backward(
+    grad: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(grad, value, shapes.tolist(), locations, weights)
+
+
+@_sample.register_fake
+def _fake_sample(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    B, Q, H = locations.shape[:3]
+    return value.new_empty(B, Q, H * value.shape[3])
+
+
+@_sample_backward.register_fake
+def _fake_sample_backward(
+    grad: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_value, by_locations, by_weights = _sample_backward(grad, *ctx.saved_tensors)
+    return by_value, None, by_locations, by_weights
+
+
+_sample.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# What the other libraries' modules call, by the global names that they call it by.
+_REPLACEMENTS: dict[str, Any] = {
+    "multi_scale_deformable_attention": multi_scale_deformable_attention,
+    "multi_scale_deformable_attention_v2": multi_scale_deformable_attention_v2,
+    "multi_scale_deformable_attn_pytorch": multi_scale_deformable_attention,
+    "ms_deform_attn_core_pytorch": multi_scale_deformable_attention,
+    "MSDeformAttnFunction": MSDeformAttnFunction,
+    "MultiScaleDeformableAttnFunction": MSDeformAttnFunction,
+    "MultiScaleDeformableAttnFunction_fp32": MSDeformAttnFunction,
+    "MultiScaleDeformableAttnFunction_fp16": MSDeformAttnFunction,
+}
+_LAYER_ARGUMENTS = list(inspect.signature(MultiScaleDeformableAttention.forward).parameters)
+_ABSENT = object()
+
+
+class Switch(NamedTuple):
+    """What `switch` replaced: (owner, name, what was there)."""
+
+    replaced: list[tuple[Any, str, Any]]
+
+    def remove(self) -> None:
+        """Put everything back."""
+        while self.replaced:
+            owner, name, before = self.replaced.pop()
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def switch(model: nn.Module) -> Switch:
+    """Make the multi-scale deformable attention inside `model` sample with `dat.ops`.
+
+    Known are transformers' kernel layer `MultiScaleDeformableAttention` (Deformable DETR, Grounding DINO, RT-DETR and
+    others), replaced in this model alone, and modules that call a function or autograd function by one of the names
+    that transformers (Mask2Former, OneFormer, RT-DETR v2, D-FINE, DEIMv2), mmcv and the official repository gave it.
+    There the name is replaced where the module looks it up, for every model of that file.
+
+    Returns:
+        A handle, whose `remove()` puts everything back.
+
+    Raises:
+        ValueError: nothing to replace; a model that does not sample bilinearly (decoder_method "discrete").
+    """
+    sites = {(id(owner), name): (owner, name, new) for module in model.modules() for owner, name, new in _sites(module)}
+    if not sites:
+        raise ValueError(
+            f"model must hold multi-scale deformable attention that dat.ops.compat knows, got {type(model).__name__}"
+        )
+    replaced = []
+    for owner, name, new in sites.values():
+        replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, new)
+    return Switch(replaced)
+
+
+def _sites(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, replacement) of all that `module` samples by."""
+    forward = inspect.unwrap(type(module).forward)
+    if not isinstance(forward, types.FunctionType):
+        return
+    if list(inspect.signature(forward).parameters) == _LAYER_ARGUMENTS:
+        yield module, "forward", types.MethodType(MultiScaleDeformableAttention.forward, module)
+    home = sys.modules.get(forward.__module__)
+    called = [name for name in forward.__code__.co_names if name in _REPLACEMENTS and hasattr(home, name)]
+    # D-FINE keeps its function as an attribute.
+    kept = {name: getattr(value, "__name__", None) for name, value in vars(module).items() if callable(value)}
+    found: list[tuple[Any, str, str]] = [(home, name, name) for name in called]
+    found += [(module, name, known) for name, known in kept.items() if known in _REPLACEMENTS]
+    if found and "discrete" in (getattr(module, "method", None), getattr(module, "decoder_method", None)):
+        raise ValueError(f"model must sample bilinearly, got {type(module).__name__} with method 'discrete'")
+    for owner, name, known in found:
+        yield owner, name, _REPLACEMENTS[known]
