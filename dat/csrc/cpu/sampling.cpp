@@ -123,6 +123,42 @@ void add_parts(const SampleArgs& args, const char* sums, int64_t parts, void* by
   });
 }
 
+// Every part adds to sums of its own, with a head's rows side by side: H * D numbers apart, often a power of two, they would
+// fall into few sets of the cache.
+void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t parts, void* by_value) {
+  const int64_t heads = args.B * args.H, head_bytes = args.S * args.D * real_bytes(args);
+  const Bytes shared = parts > 1 ? allocate(heads * parts * head_bytes) : nullptr;
+  torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const Bytes scratch = allocate(scratch_bytes(args)), own = parts > 1 ? nullptr : allocate(head_bytes);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t head = unit / parts, index = unit % parts;
+      Part part = make_part(args, head / args.H, head % args.H, 1, args.Q * index / parts, args.Q * (index + 1) / parts);
+      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get(), part.grad_stride = args.D;
+      std::memset(part.by_value, 0, head_bytes);
+      sample_kernels().backward(args, part, grads, scratch.get());
+      if (parts == 1)
+        sample_kernels().write_rows(args, part.by_value, 1, 0, head_rows(args, by_value, head), args.H * args.D, args.S);
+    }
+  });
+  if (parts > 1) add_parts(args, shared.get(), parts, by_value);
+}
+
+// Of few samples, where sums apart would take longer to copy than to add to.
+void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
+  const int64_t row = args.H * args.D, bytes = row * value_bytes(args);
+  torch::stable::parallel_for(0, args.B * args.S, 1024, [&](int64_t begin, int64_t end) {
+    std::memset(static_cast<char*>(by_value) + begin * bytes, 0, (end - begin) * bytes);
+  });
+  torch::stable::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) {
+    const Bytes scratch = allocate(scratch_bytes(args));
+    for (int64_t head = begin; head < end; head++) {
+      Part part = make_part(args, head / args.H, head % args.H, 1, 0, args.Q);
+      part.by_value = head_rows(args, by_value, head), part.grad_stride = row;
+      sample_kernels().backward(args, part, grads, scratch.get());
+    }
+  });
+}
+
 }  // namespace
 
 const char* instruction_set() {
@@ -167,24 +203,12 @@ void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_
       std::memset(grads.by_reference, 0, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
     return;
   }
-  const int64_t heads = args.B * args.H, head_bytes = args.S * args.D * real_bytes(args);
-  const int64_t parts = parts_per_head(heads, args.Q, torch::stable::get_num_threads());
-  // Every part adds to sums of its own, with a head's rows side by side: H * D numbers apart, often a power of two, they
-  // would fall into few sets of the cache.
-  const Bytes shared = parts > 1 ? allocate(heads * parts * head_bytes) : nullptr;
-  torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const Bytes scratch = allocate(scratch_bytes(args)), own = parts > 1 ? nullptr : allocate(head_bytes);
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t head = unit / parts, index = unit % parts;
-      Part part = make_part(args, head / args.H, head % args.H, 1, args.Q * index / parts, args.Q * (index + 1) / parts);
-      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get(), part.grad_stride = args.D;
-      std::memset(part.by_value, 0, head_bytes);
-      sample_kernels().backward(args, part, grads, scratch.get());
-      if (parts == 1)
-        sample_kernels().write_rows(args, part.by_value, 1, 0, head_rows(args, by_value, head), args.H * args.D, args.S);
-    }
-  });
-  if (parts > 1) add_parts(args, shared.get(), parts, by_value);
+  const int64_t parts = parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
+  const bool few = args.Q * args.L * args.P < args.S;
+  if (parts == 1 && few && value_bytes(args) == real_bytes(args))
+    backward_in_place(args, grads, by_value);
+  else
+    backward_apart(args, grads, parts, by_value);
 }
 
 }  // namespace dat
