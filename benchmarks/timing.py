@@ -1,15 +1,22 @@
-"""Interleaved timing of peers, and the description of the machine that a result belongs to."""
+"""Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to."""
 
+import ctypes
+import gc
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# Long enough that reading the clock and waking a GPU do not count.
+TURN_SECONDS = 0.02
 
 
 def machine() -> dict[str, Any]:
@@ -38,24 +45,72 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each run; runs take turns, so that a change of the machine's speed meets them all.
 
-    Slow runs are repeated less often, so that all take about `budget` seconds, but never less than three times.
+    A run that is quicker than `TURN_SECONDS` is called several times a turn. Slow runs get fewer turns, so that all
+    take about `budget` seconds, but never less than three.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+    calls = {}
+    for name, run in runs.items():
         run()
+        calls[name] = max(1, min(100, int(TURN_SECONDS / _seconds(run, 1, device))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for repeat in range(repeats):
         for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(run, calls[name], device))
         if repeat >= 2 and time.perf_counter() - begin > budget:
             break
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds of one of several calls in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory that a call holds at once, its results included, beyond what was there before it.
+
+    On a GPU the bytes of torch's allocator. On a CPU the resident memory of the process, whoever asked for it: torch,
+    a library or a kernel. Only Linux tells: elsewhere None. Call `run` before, so that what it makes once is there.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    # Freed memory that the C library kept would be used again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    # Sets the peak back to what is resident now (proc(5)).
+    reset.write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {key}")
+    return 1024 * int(match[1])
+
+
+def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
+    """The power of the size that the amounts grow with: least squares on logarithms."""
+    slope, _ = statistics.linear_regression([math.log(s) for s in sizes], [math.log(a) for a in amounts])
+    return slope
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,107 @@
+"""Implementations that only a GPU runs, from folders that hold them as importable, built modules."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from benchmarks.ops_peers import Implementation, sizes_and_starts, whole_path
+from benchmarks.ops_work import Work, sampling_points
+
+# Images that the original op takes at a time, at most; the batch must be a multiple.
+STEP = 64
+
+
+def original(folder: Path) -> Implementation:
+    """The extension `MultiScaleDeformableAttention` of fundamentalvision/Deformable-DETR; float32 only."""
+    extension = _load(folder, "MultiScaleDeformableAttention")
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            ctx.save_for_backward(*args[:5])
+            ctx.step = args[5]
+            return extension.ms_deform_attn_forward(*args)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            by_value, by_locations, by_weights = extension.ms_deform_attn_backward(
+                *ctx.saved_tensors, grad.contiguous(), ctx.step
+            )
+            return by_value, None, None, by_locations, by_weights, None
+
+    levels = _Levels()
+
+    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        out = Function.apply(value, *levels(work, value), locations, weights, min(work.batch, STEP))
+        return out.unflatten(-1, value.shape[2:])
+
+    return Implementation("original CUDA op", function, (torch.float32,))
+
+
+def triton(folder: Path) -> Implementation:
+    """The package `msda_triton` (rziga/msda-triton)."""
+    # Its public function falls back to grid_sample without a word.
+    sample = _load(folder, "msda_triton.frontend").triton_multiscale_deformable_attention
+    levels = _Levels()
+
+    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return sample(value, levels(work, value)[0], locations, weights, "zeros", False)
+
+    return Implementation("msda-triton", function, (torch.float32,))
+
+
+def dcnv4(folder: Path) -> Implementation:
+    """`FlashDeformAttnFunction` of the package `DCNv4` (OpenGVLab/DCNv4), whose softmax is in the kernel; float16."""
+    apply = _load(folder, "DCNv4.functions.flash_deform_attn_func").FlashDeformAttnFunction.apply
+    levels = _Levels()
+
+    def function(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        locations, _ = sampling_points(work, offsets, logits.detach()[..., :0])
+        points = torch.cat((locations.flatten(3).half(), logits.flatten(3)), -1)
+        out = apply(value, *levels(work, value), points, STEP, offsets.shape[4])
+        return out.view(*offsets.shape[:3], value.shape[3])
+
+    return Implementation("DCNv4", function, (torch.float16,))
+
+
+def load(device: torch.device, folders: dict[str, Path | None]) -> tuple[list[Implementation], list[str]]:
+    """Implementations of attention from the folders of "original", "dcnv4" and "triton", and why others are missing."""
+    found, missing = [], []
+    for name, make in (("original", original), ("dcnv4", dcnv4), ("triton", triton)):
+        folder = folders[name]
+        if device.type != "cuda":
+            missing.append(f"{name}: runs on a GPU only")
+        elif folder is None:
+            missing.append(f"{name}: no folder given (--{name})")
+        else:
+            implementation = make(folder)
+            found.append(implementation if name == "dcnv4" else whole_path(implementation))
+    return found, missing
+
+
+def _load(folder: Path, module: str) -> Any:
+    """Import a module from a folder; a broken one is an error, not a peer left out."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(folder))
+
+
+class _Levels:
+    """`sizes_and_starts` of the latest shapes: models make them once for all their layers."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.tensors: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, work: Work, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key != (work.shapes, value.device):
+            self.key, self.tensors = (work.shapes, value.device), sizes_and_starts(work, value.device)
+        return self.tensors

@@ -1,0 +1,189 @@
+"""Implementations of the ops' work: this package's, and those that it is measured beside.
+
+All functions take (work, *tensors) and return the output; see `benchmarks.ops_work.Work`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.ops_work import Work, sampling_points
+from dat.layers.deform_conv import deform_conv2d
+from dat.ops import deform_sample, ms_deform_attn, reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do a kind of work.
+
+    Attributes:
+        name: as the table calls it.
+        function: (work, *tensors) to the output.
+        dtypes: dtypes of models that it is measured in.
+        ours: whether it is this package's op that peers are compared with.
+        prepare: tensors of a work in the layout that the implementation's own users hold them in; not timed.
+        restore: its output in the layout of this package's.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    ours: bool = False
+    prepare: Callable[..., tuple[Tensor, ...]] = lambda work, *tensors: tensors
+    restore: Callable[[Work, Tensor], Tensor] = lambda work, out: out
+
+
+def grid_sample_form(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Multi-scale sampling as one grid_sample for each level, every sample in memory before the weighted sum."""
+    B, _, H, D = value.shape
+    Q, P = locations.shape[1], locations.shape[4]
+    # grid_sample takes no two dtypes: in half precision the locations are rounded, too.
+    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).to(value.dtype)
+    samples = []
+    for level, (h, w) in enumerate(work.shapes):
+        start = sum(a * b for a, b in work.shapes[:level])
+        image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * H, D, h, w)
+        grid = grids[:, :, level].reshape(B * H, Q, P, 2)
+        samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    attention = weights.permute(0, 2, 1, 3, 4).reshape(B * H, 1, Q, -1)
+    out = (torch.stack(samples, -2).flatten(-2) * attention).sum(-1)
+    return out.view(B, H, D, Q).permute(0, 3, 1, 2)
+
+
+def whole_path(implementation: Implementation) -> Implementation:
+    """Attention by an implementation of the sampling: softmax and location arithmetic in torch come before it."""
+
+    def function(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return implementation.function(work, value, *sampling_points(work, offsets, logits))
+
+    return replace(implementation, function=function, ours=False)
+
+
+def sizes_and_starts(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The integer tensors [L, 2] and [L] by which other libraries say where levels lie."""
+    sizes = torch.tensor(work.shapes, device=device)
+    return sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+
+
+def transformers_layer() -> Implementation:
+    """transformers' kernel layer as it runs without a kernel from the hub."""
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    layer = MultiScaleDeformableAttention()
+
+    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        sizes, starts = _cached(work, value.device)
+        out = layer(value, sizes, list(work.shapes), starts, locations.to(value.dtype), weights, 64)
+        return out.unflatten(-1, value.shape[2:])
+
+    return Implementation("transformers", function, (torch.float32,))
+
+
+def mmcv_function(device: torch.device) -> Implementation:
+    """mmcv's function: grid_sample on a CPU, its CUDA op on a GPU."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+
+    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        sizes, starts = _cached(work, value.device)
+        if value.is_cuda:
+            out = MultiScaleDeformableAttnFunction.apply(value, sizes, starts, locations, weights, 64)
+        else:
+            out = multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
+        return out.unflatten(-1, value.shape[2:])
+
+    return Implementation("mmcv", function, (torch.float32,))
+
+
+_TENSORS: dict[tuple[Any, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _cached(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`sizes_and_starts`, which models make once for all their layers."""
+    key = (work.shapes, device)
+    if key not in _TENSORS:
+        _TENSORS[key] = sizes_and_starts(work, device)
+    return _TENSORS[key]
+
+
+def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
+    """What samples on `device`, and why others do not."""
+    found, missing = [Implementation("grid_sample", grid_sample_form)], []
+    for name, make in (("transformers", transformers_layer), ("mmcv", lambda: mmcv_function(device))):
+        try:
+            found.append(make())
+        except ImportError as error:
+            missing.append(f"{name}: {error}")
+    return found, missing
+
+
+def compiled_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
+    """torch.compile of whole paths, made anew for each work: it compiles for one size."""
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return [], ["torch.compile: no C++ compiler"]
+    torch.compiler.reset()
+    grid = whole_path(Implementation("compiled grid_sample", grid_sample_form, (torch.float32,)))
+
+    def gather(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return reference.ms_deform_attn(value, work.shapes, work.reference, offsets, logits)
+
+    forms = (grid, Implementation("compiled gather", gather, (torch.float32,)))
+    return [replace(f, function=torch.compile(f.function, fullgraph=True, dynamic=False)) for f in forms], []
+
+
+def _ours_fused(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    return ms_deform_attn(value, work.shapes, work.reference, offsets, logits)
+
+
+def _ours_sampling(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return deform_sample(value, work.shapes, locations, weights)
+
+
+def _ours_dat(work: Work, value: Tensor, locations: Tensor) -> Tensor:
+    return deform_sample(value, work.shapes, locations, align_corners=True)
+
+
+def _ours_dcn(work: Work, input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    return deform_conv2d(input, offset, weight, padding=1, mask=mask)
+
+
+def _torchvision_dcn(work: Work, input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    return torchvision.ops.deform_conv2d(input, offset, weight, padding=1, mask=mask)
+
+
+def _prepare_dat(work: Work, value: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B * g, D, H, W] and grids [B * g, Hk, Wk, 2] of -1 to 1, as DAT's official code holds them."""
+    image = value.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, work.shapes[0])
+    grid = (2 * locations[:, :, :, 0, 0] - 1).transpose(1, 2).flatten(0, 1).unflatten(1, work.keys)
+    return image, grid
+
+
+def _grid_sample_dat(work: Work, image: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(image, grid.to(image.dtype), mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _restore_dat(work: Work, out: Tensor) -> Tensor:
+    return out.flatten(2).unflatten(0, (work.batch, -1)).permute(0, 3, 1, 2)[:, :, :, None, None]
+
+
+# What exact results are taken from, in float64: none of them is this package's.
+EXACT = {
+    "sampling": Implementation("grid_sample", grid_sample_form),
+    "attention": whole_path(Implementation("grid_sample", grid_sample_form)),
+    "dat": Implementation("grid_sample", _grid_sample_dat, prepare=_prepare_dat, restore=_restore_dat),
+    # torchvision's CPU kernel has no bfloat16.
+    "dcn": Implementation("torchvision", _torchvision_dcn, (torch.float32, torch.float16)),
+}
+OURS = {
+    "sampling": Implementation("deform_sample", _ours_sampling, ours=True),
+    "attention": Implementation("ms_deform_attn", _ours_fused, ours=True),
+    "dat": Implementation("deform_sample", _ours_dat, ours=True),
+    "dcn": Implementation("DeformConv2d", _ours_dcn, ours=True),
+}
