@@ -1,131 +1,150 @@
-"""Times `deform_sample` beside the grid_sample formulation that other libraries run on a CPU.
+"""Measures the ops beside every other implementation that this machine can run.
 
-    python -m benchmarks.ops [--out benchmarks/results/ops_cpu.json]
+    python -m benchmarks.ops [--quick] [--only encoder,decoder] [--out benchmarks/results] [--plot FILE.png]
 
-The work is Deformable DETR's: 8 heads of 32 channels, 4 levels at strides 8 to 64, 4 points; the encoder has a query
-for every cell, the decoder 300.
+Time, peak memory and error against float64, forward and backward, in float32 and half precision. The work is Deformable
+DETR's attention (encoder: a query for every cell, decoder: 300 queries; 8 heads of 32 channels, 4 levels, 4 points),
+whole and its sampling alone, DAT's sampling of keys and a deformable convolution. Besides: torch.compile of the
+attention, growth with queries and images, scaling with threads. Results go to ops_cpu.json or ops_<gpu>.json in --out.
 """
 
 import argparse
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.timing import medians, write_json
-from dat.ops import deform_sample
+from benchmarks import ops_cuda_peers, ops_measure, ops_plot, ops_table, ops_work
+from benchmarks.ops_peers import EXACT, OURS, compiled_peers, sampling_peers, whole_path
+from benchmarks.timing import machine, write_json
 
-SIZES = {
-    "480x640": ((60, 80), (30, 40), (15, 20), (8, 10)),
-    "800x1066": ((100, 134), (50, 67), (25, 34), (13, 17)),
-}
+Rows = Iterator[dict[str, Any]]
 
 
-def grid_sample_form(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
-    """Multi-scale sampling as one grid_sample for each level, every sample in memory before the weighted sum."""
-    B, _, H, D = value.shape
-    Q, P = locations.shape[1], locations.shape[4]
-    grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5)
-    samples = []
-    for level, (h, w) in enumerate(shapes):
-        start = sum(a * b for a, b in shapes[:level])
-        image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * H, D, h, w)
-        grid = grids[:, :, level].reshape(B * H, Q, P, 2)
-        samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    attention = weights.permute(0, 2, 1, 3, 4).reshape(B * H, 1, Q, -1)
-    out = (torch.stack(samples, -2).flatten(-2) * attention).sum(-1)
-    return out.view(B, H, D, Q).permute(0, 3, 1, 2)
+def attention(section: str, args: argparse.Namespace) -> Rows:
+    """Whole attention and its sampling alone, in the encoder or the decoder."""
+    sampled, _ = sampling_peers()
+    on_gpu, _ = ops_cuda_peers.load(args.device, args.folders)
+    whole = [OURS["attention"], *map(whole_path, (OURS["sampling"], *sampled)), *on_gpu]
+    for size in ops_work.SIZES[: 1 if args.quick else None]:
+        name = f"{section} {size[0]}x{size[1]}"
+        queries = None if section == "encoder" else ops_work.QUERIES
+        work = ops_work.attention(name, ops_work.levels(size), queries, args.device)
+        yield from ops_measure.measure(section, work, whole, args.device, args.budget)
+        implementations = [OURS["sampling"], *sampled]
+        yield from ops_measure.measure(section, ops_work.sampling(work), implementations, args.device, args.budget)
 
 
-def sample_work(
-    shapes: Any, queries: int | None, dtype: torch.dtype, device: torch.device, batch: int = 1
-) -> list[Tensor]:
-    """Values, locations around a grid of reference points as trained models have them, and attention weights."""
-    cells = sum(h * w for h, w in shapes)
-    if queries is None:
-        points = [
-            torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)
-            for h, w in shapes
-        ]
-        reference = torch.cat([p.flatten(0, 1) for p in points])
-    else:
-        reference = torch.rand(queries, 2)
-    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
-    offsets = torch.randn(batch, len(reference), 8, len(shapes), 4, 2) * 3 / sizes[:, None]
-    locations = (reference[:, None, None, None] + offsets).to(device)
-    weights = (
-        torch.randn(*locations.shape[:3], len(shapes) * 4).softmax(-1).view(locations.shape[:-1]).to(device, dtype)
-    )
-    value = torch.randn(batch, cells, 8, 32).to(device, dtype)
-    return [value, locations, weights]
+def encoder(args: argparse.Namespace) -> Rows:
+    yield from attention("encoder", args)
 
 
-def backward_of(function: Any, tensors: list[Tensor], shapes: Any) -> Any:
-    value, locations, weights = (t.detach().requires_grad_() for t in tensors)
-    with torch.no_grad():
-        grad = torch.randn_like(function(value, shapes, locations, weights))
-
-    def run() -> None:
-        torch.autograd.grad(function(value, shapes, locations, weights), (value, locations, weights), grad)
-
-    return run
+def decoder(args: argparse.Namespace) -> Rows:
+    yield from attention("decoder", args)
 
 
-def forward_of(function: Any, tensors: list[Tensor], shapes: Any) -> Any:
-    def run() -> None:
-        with torch.no_grad():
-            function(tensors[0], shapes, *tensors[1:])
-
-    return run
-
-
-def measure(size: str, queries: int | None, device: torch.device) -> dict[str, Any]:
-    """Milliseconds and ratios of one shape, and the error of each against float64."""
-    torch.manual_seed(0)
-    shapes = SIZES[size]
-    tensors = sample_work(shapes, queries, torch.float32, device)
-    half = [tensors[0].bfloat16(), tensors[1], tensors[2].bfloat16()]
-    row: dict[str, Any] = {"size": size, "queries": queries or "encoder", "device": device.type}
-    for name, make in (("forward", forward_of), ("forward+backward", backward_of)):
-        seconds = medians(
-            {
-                "ours": make(deform_sample, tensors, shapes),
-                "ours_bfloat16": make(deform_sample, half, shapes),
-                "grid_sample": make(grid_sample_form, tensors, shapes),
-            },
-            device,
-        )
-        row[name] = {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
-        row[name]["speedup"] = round(seconds["grid_sample"] / seconds["ours"], 2)
-        row[name]["bfloat16_over_float32"] = round(seconds["ours_bfloat16"] / seconds["ours"], 3)
-    exact = grid_sample_form(tensors[0].double(), shapes, tensors[1].double(), tensors[2].double())
-    for key, function in (("ours", deform_sample), ("grid_sample", grid_sample_form)):
-        row[f"{key}_error"] = (function(tensors[0], shapes, *tensors[1:]) - exact).abs().max().item()
-    return row
+def dat(args: argparse.Namespace) -> Rows:
+    for size in ops_work.DAT_SIZES[: 1 if args.quick else None]:
+        for stage in ops_work.DAT_STAGES:
+            work = ops_work.dat(*stage, size, args.device)
+            yield from ops_measure.measure("dat", work, (OURS["dat"], EXACT["dat"]), args.device, args.budget / 4)
 
 
-def main() -> None:
+def dcn(args: argparse.Namespace) -> Rows:
+    work = ops_work.dcn(args.device)
+    yield from ops_measure.measure("dcn", work, (OURS["dcn"], EXACT["dcn"]), args.device, args.budget)
+
+
+def compiled(args: argparse.Namespace) -> Rows:
+    """torch.compile of the encoder's attention, in float32; compiling is not timed, but takes its time."""
+    for size in ops_work.SIZES[: 1 if args.quick else None]:
+        work = ops_work.attention(f"encoder {size[0]}x{size[1]}", ops_work.levels(size), None, args.device)
+        peers, _ = compiled_peers(args.device)
+        if peers:
+            implementations = (OURS["attention"], EXACT["attention"], *peers)
+            implementations = [i.only(torch.float32) for i in implementations]
+            yield from ops_measure.measure("compiled", work, implementations, args.device, args.budget)
+
+
+def growth(args: argparse.Namespace) -> Rows:
+    yield from ops_measure.growth(args.device, args.budget)
+
+
+def threads(args: argparse.Namespace) -> Rows:
+    if args.device.type == "cpu":
+        sizes = ops_work.SIZES[: 1 if args.quick else None]
+        works = (ops_work.attention(f"encoder {s[0]}x{s[1]}", ops_work.levels(s), None, args.device) for s in sizes)
+        yield from ops_measure.scaling(list(works), args.device, args.budget)
+
+
+SECTIONS = {f.__name__: f for f in (encoder, decoder, dat, dcn, compiled, growth, threads)}
+
+
+def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
+    """Rows of sections that were not measured now, from a file that the same machine wrote before."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if before["machine"] != machine():
+        print(f"{path} was written on another machine, or with another torch: its rows are dropped")
+        return []
+    return [row for row in before["rows"] if row.get("section") in SECTIONS and row["section"] not in measured]
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """Why peers are not among the measured."""
+    reasons = sampling_peers()[1] + ops_cuda_peers.load(args.device, args.folders)[1]
+    if "compiled" in args.only:
+        reasons += compiled_peers(args.device)[1]
+    if args.device.type != "cpu" and "threads" in args.only:
+        reasons.append("threads: of a CPU only")
+    return reasons
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    rows = []
-    for size in SIZES:
-        for queries in (None, 300):
-            row = measure(size, queries, device)
-            rows.append(row)
-            for name in ("forward", "forward+backward"):
-                timed = row[name]
-                print(
-                    f"{size:>9} {row['queries']!s:>8} {name:<17} ours {timed['ours_ms']:9.2f} ms  "
-                    f"bfloat16 {timed['ours_bfloat16_ms']:9.2f} ms  "
-                    f"grid_sample {timed['grid_sample_ms']:9.2f} ms  {timed['speedup']:6.1f}x"
-                )
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no torch.compile; not written")
+    parser.add_argument("--only", help=f"of {','.join(SECTIONS)}; rows of others stay in the file")
+    parser.add_argument("--out", type=Path, help="folder or .json file; benchmarks/results unless --quick")
+    parser.add_argument("--plot", type=Path, help="where to draw the speed-ups (png, svg, ...)")
+    for name in ("original", "dcnv4", "triton"):
+        parser.add_argument(f"--{name}", type=Path, help=f"folder with {getattr(ops_cuda_peers, name).__doc__}")
+    args = parser.parse_args(argv)
+    names = [name for name in SECTIONS if name != "compiled"] if args.quick else list(SECTIONS)
+    args.only = args.only.split(",") if args.only else names
+    unknown = [name for name in args.only if name not in SECTIONS]
+    if unknown:
+        parser.error(f"--only must be of {','.join(SECTIONS)}, got {','.join(unknown)}")
+    args.folders = {name: getattr(args, name) for name in ("original", "dcnv4", "triton")}
+    args.budget = 1.0 if args.quick else 10.0
+    if args.out is None and not args.quick:
+        args.out = Path("benchmarks/results")
+    if args.out is not None and args.out.suffix != ".json":
+        gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
+        args.out = args.out / f"ops_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    for reason in missing(args):
+        print("not measured:", reason)
+    rows: list[dict[str, Any]] = []
+    for name, section in SECTIONS.items():
+        if name in args.only:
+            measured = list(section(args))
+            rows += measured
+            print(ops_table.table(measured), flush=True)
     if args.out:
+        rows += kept(args.out, args.only)
+        rows.sort(key=lambda row: list(SECTIONS).index(row["section"]))
         write_json(args.out, rows)
+    if args.plot:
+        ops_plot.draw(rows, machine(), args.plot)
 
 
 if __name__ == "__main__":

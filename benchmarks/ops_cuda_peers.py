@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benchmarks.ops_peers import Implementation, sizes_and_starts, whole_path
-from benchmarks.ops_work import Work, sampling_points
+from benchmarks.ops_peers import Implementation, whole_path
+from benchmarks.ops_work import Work, sampling_locations
 
 # Images that the original op takes at a time, at most; the batch must be a multiple.
 STEP = 64
@@ -35,10 +35,8 @@ def original(folder: Path) -> Implementation:
             )
             return by_value, None, None, by_locations, by_weights, None
 
-    levels = _Levels()
-
     def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        out = Function.apply(value, *levels(work, value), locations, weights, min(work.batch, STEP))
+        out = Function.apply(value, work.sizes, work.starts, locations, weights, min(work.batch, STEP))
         return out.unflatten(-1, value.shape[2:])
 
     return Implementation("original CUDA op", function, (torch.float32,))
@@ -48,10 +46,9 @@ def triton(folder: Path) -> Implementation:
     """The package `msda_triton` (rziga/msda-triton)."""
     # Its public function falls back to grid_sample without a word.
     sample = _load(folder, "msda_triton.frontend").triton_multiscale_deformable_attention
-    levels = _Levels()
 
     def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return sample(value, levels(work, value)[0], locations, weights, "zeros", False)
+        return sample(value, work.sizes, locations, weights, "zeros", False)
 
     return Implementation("msda-triton", function, (torch.float32,))
 
@@ -59,12 +56,10 @@ def triton(folder: Path) -> Implementation:
 def dcnv4(folder: Path) -> Implementation:
     """`FlashDeformAttnFunction` of the package `DCNv4` (OpenGVLab/DCNv4), whose softmax is in the kernel; float16."""
     apply = _load(folder, "DCNv4.functions.flash_deform_attn_func").FlashDeformAttnFunction.apply
-    levels = _Levels()
 
     def function(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        locations, _ = sampling_points(work, offsets, logits.detach()[..., :0])
-        points = torch.cat((locations.flatten(3).half(), logits.flatten(3)), -1)
-        out = apply(value, *levels(work, value), points, STEP, offsets.shape[4])
+        points = torch.cat((sampling_locations(work, offsets).flatten(3).half(), logits.flatten(3)), -1)
+        out = apply(value, work.sizes, work.starts, points, STEP, offsets.shape[4])
         return out.view(*offsets.shape[:3], value.shape[3])
 
     return Implementation("DCNv4", function, (torch.float16,))
@@ -92,16 +87,3 @@ def _load(folder: Path, module: str) -> Any:
         return importlib.import_module(module)
     finally:
         sys.path.remove(str(folder))
-
-
-class _Levels:
-    """`sizes_and_starts` of the latest shapes: models make them once for all their layers."""
-
-    def __init__(self) -> None:
-        self.key: Any = None
-        self.tensors: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, work: Work, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.key != (work.shapes, value.device):
-            self.key, self.tensors = (work.shapes, value.device), sizes_and_starts(work, value.device)
-        return self.tensors

@@ -6,14 +6,13 @@ All functions take (work, *tensors) and return the output; see `benchmarks.ops_w
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops_work import Work, sampling_points
+from benchmarks.ops_work import Work, attention_weights, sampling_locations
 from dat.layers.deform_conv import deform_conv2d
 from dat.ops import deform_sample, ms_deform_attn, reference
 
@@ -40,6 +39,10 @@ class Implementation:
     prepare: Callable[..., tuple[Tensor, ...]] = lambda work, *tensors: tensors
     restore: Callable[[Work, Tensor], Tensor] = lambda work, out: out
 
+    def only(self, dtype: torch.dtype) -> "Implementation":
+        """The same, measured in one dtype."""
+        return replace(self, dtypes=(dtype,))
+
 
 def grid_sample_form(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """Multi-scale sampling as one grid_sample for each level, every sample in memory before the weighted sum."""
@@ -62,15 +65,9 @@ def whole_path(implementation: Implementation) -> Implementation:
     """Attention by an implementation of the sampling: softmax and location arithmetic in torch come before it."""
 
     def function(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        return implementation.function(work, value, *sampling_points(work, offsets, logits))
+        return implementation.function(work, value, sampling_locations(work, offsets), attention_weights(logits))
 
     return replace(implementation, function=function, ours=False)
-
-
-def sizes_and_starts(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The integer tensors [L, 2] and [L] by which other libraries say where levels lie."""
-    sizes = torch.tensor(work.shapes, device=device)
-    return sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
 
 
 def transformers_layer() -> Implementation:
@@ -80,43 +77,30 @@ def transformers_layer() -> Implementation:
     layer = MultiScaleDeformableAttention()
 
     def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        sizes, starts = _cached(work, value.device)
-        out = layer(value, sizes, list(work.shapes), starts, locations.to(value.dtype), weights, 64)
+        out = layer(value, work.sizes, list(work.shapes), work.starts, locations, weights, 64)
         return out.unflatten(-1, value.shape[2:])
 
     return Implementation("transformers", function, (torch.float32,))
 
 
-def mmcv_function(device: torch.device) -> Implementation:
+def mmcv_function() -> Implementation:
     """mmcv's function: grid_sample on a CPU, its CUDA op on a GPU."""
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
     def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        sizes, starts = _cached(work, value.device)
         if value.is_cuda:
-            out = MultiScaleDeformableAttnFunction.apply(value, sizes, starts, locations, weights, 64)
+            out = MultiScaleDeformableAttnFunction.apply(value, work.sizes, work.starts, locations, weights, 64)
         else:
-            out = multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
+            out = multi_scale_deformable_attn_pytorch(value, work.sizes, locations, weights)
         return out.unflatten(-1, value.shape[2:])
 
     return Implementation("mmcv", function, (torch.float32,))
 
 
-_TENSORS: dict[tuple[Any, torch.device], tuple[Tensor, Tensor]] = {}
-
-
-def _cached(work: Work, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`sizes_and_starts`, which models make once for all their layers."""
-    key = (work.shapes, device)
-    if key not in _TENSORS:
-        _TENSORS[key] = sizes_and_starts(work, device)
-    return _TENSORS[key]
-
-
-def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
-    """What samples on `device`, and why others do not."""
+def sampling_peers() -> tuple[list[Implementation], list[str]]:
+    """What samples, and why others that are known do not."""
     found, missing = [Implementation("grid_sample", grid_sample_form)], []
-    for name, make in (("transformers", transformers_layer), ("mmcv", lambda: mmcv_function(device))):
+    for name, make in (("transformers", transformers_layer), ("mmcv", mmcv_function)):
         try:
             found.append(make())
         except ImportError as error:

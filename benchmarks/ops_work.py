@@ -28,8 +28,8 @@ class Work:
     """Arguments of one call; every implementation gets the same numbers.
 
     Attributes:
-        op: "attention", from offsets and logits to the weighted sum; "sampling", from locations and weights; "dat", every
-            sample by itself with align_corners; "dcn", deformable convolution, version 2.
+        op: "attention", from offsets and logits to the weighted sum; "sampling", from locations and weights; "dat",
+            every sample by itself with align_corners; "dcn", deformable convolution, version 2.
         name: what and how large.
         batch: images.
         shapes: (h, w) of the levels.
@@ -38,6 +38,8 @@ class Work:
             offset [B, 18, H, W], mask [B, 9, H, W] and weight [C, C, 3, 3].
         narrow: which of the tensors are in half precision where the model is.
         reference: attention: reference points [B, Q, L, 2].
+        sizes: [L, 2], the shapes as other libraries take them.
+        starts: [L], the first cell of each level.
         keys: dat: (h, w) of the map of the samples.
     """
 
@@ -48,6 +50,8 @@ class Work:
     tensors: tuple[Tensor, ...]
     narrow: tuple[bool, ...]
     reference: Tensor | None = None
+    sizes: Tensor | None = None
+    starts: Tensor | None = None
     keys: tuple[int, int] | None = None
 
     def to(self, dtype: torch.dtype) -> "Work":
@@ -63,15 +67,18 @@ def levels(size: tuple[int, int]) -> Shapes:
     return tuple((-(-size[0] // stride), -(-size[1] // stride)) for stride in (8, 16, 32, 64)[:LEVELS])
 
 
-def sampling_points(work: Work, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations and attention weights as models work them out, one torch operator after the other."""
-    sizes = torch.tensor([(w, h) for h, w in work.shapes], dtype=work.reference.dtype, device=offsets.device)
-    locations = work.reference[:, :, None, :, None] + offsets / sizes[:, None]
-    return locations, logits.flatten(3).softmax(-1).view(logits.shape)
+def sampling_locations(work: Work, offsets: Tensor) -> Tensor:
+    """Locations as models work them out, one torch operator after the other."""
+    return work.reference[:, :, None, :, None] + offsets / work.sizes.flip(-1)[:, None]
+
+
+def attention_weights(logits: Tensor) -> Tensor:
+    """Softmax over the samples of a head."""
+    return logits.flatten(3).softmax(-1).view(logits.shape)
 
 
 def attention(
-    name: str, shapes: Shapes, queries: int | None, batch: int, device: torch.device, heads: int = HEADS
+    name: str, shapes: Shapes, queries: int | None, device: torch.device, batch: int = 1, heads: int = HEADS
 ) -> Work:
     """Attention to `shapes`, from every cell of them (queries None: the encoder) or from points anywhere."""
     generator = torch.Generator().manual_seed(0)
@@ -92,17 +99,22 @@ def attention(
         torch.randn(layout, generator=generator),
     )
     reference = points[:, :, None].repeat(1, 1, len(shapes), 1).to(device)
-    return Work("attention", name, batch, shapes, tuple(t.to(device) for t in tensors), (True,) * 3, reference)
+    sizes = torch.tensor(shapes, device=device)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    tensors = tuple(t.to(device) for t in tensors)
+    return Work("attention", name, batch, shapes, tensors, (True,) * 3, reference, sizes, starts)
 
 
 def sampling(work: Work) -> Work:
     """The sampling alone of a work of attention."""
     value, offsets, logits = work.tensors
-    locations, weights = sampling_points(work, offsets, logits)
-    return replace(work, op="sampling", tensors=(value, locations, weights), narrow=(True, False, True), reference=None)
+    tensors = (value, sampling_locations(work, offsets), attention_weights(logits))
+    return replace(work, op="sampling", tensors=tensors, narrow=(True, False, True))
 
 
-def dat(stage: str, stride: int, groups: int, channels: int, keys: int, size: tuple[int, int, int], device) -> Work:
+def dat(
+    stage: str, stride: int, groups: int, channels: int, keys: int, size: tuple[int, int, int], device: torch.device
+) -> Work:
     """DAT's sampling of keys, each moved by up to a cell and a half, in an image of `size` (height, width, batch)."""
     generator = torch.Generator().manual_seed(0)
     H, W, B = -(-size[0] // stride), -(-size[1] // stride), size[2]

@@ -1,7 +1,6 @@
 """Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to."""
 
 import ctypes
-import gc
 import json
 import math
 import os
@@ -80,7 +79,6 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     On a GPU the bytes of torch's allocator. On a CPU the resident memory of the process, whoever asked for it: torch,
     a library or a kernel. Only Linux tells: elsewhere None. Call `run` before, so that what it makes once is there.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

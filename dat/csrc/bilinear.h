@@ -38,13 +38,12 @@ struct Axis {
   Int inside;
 };
 
-// `location` runs from 0 to 1 across `size` cells. NaN, infinite and far away locations are outside, never undefined.
+// `pixel` counts cells, the first cell's centre being 0; `factor` is its derivative by the location that slopes are wanted
+// for. NaN, infinite and far away pixels are outside, never undefined.
 template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
-DAT_HOST_DEVICE Axis<Real, Int> interpolate(Real location, Int size, bool align_corners) {
+DAT_HOST_DEVICE Axis<Real, Int> interpolate_pixel(Real pixel, Real factor, Int size) {
   const Real zero = {}, one = zero + 1, before = zero - 2, after = Number::to_real(size + 1);
   const Int none = {}, last = size - 1;
-  const Real factor = Number::to_real(align_corners ? last : size);
-  Real pixel = location * factor - (align_corners ? zero : one / 2);
   // The comparison is false for NaN, which goes to -2: two cells before the map, where nothing is sampled.
   pixel = pixel > before ? pixel : before;
   pixel = pixel < after ? pixel : after;
@@ -66,6 +65,15 @@ DAT_HOST_DEVICE Axis<Real, Int> interpolate(Real location, Int size, bool align_
   axis.high = high < none ? none : high;
   axis.high = axis.high > last ? last : axis.high;
   return axis;
+}
+
+// `location` runs from 0 to 1 across `size` cells.
+template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
+DAT_HOST_DEVICE Axis<Real, Int> interpolate(Real location, Int size, bool align_corners) {
+  const Real zero = {}, one = zero + 1;
+  const Real factor = Number::to_real(align_corners ? size - 1 : size);
+  const Real pixel = location * factor - (align_corners ? zero : one / 2);
+  return interpolate_pixel<Number, Real, Int>(pixel, factor, size);
 }
 
 // Gradients of one sample by its location and weight, from the inner products of the output's gradient with the four corner

@@ -111,7 +111,8 @@ def test_official_numbers_in_two_stages(double):
     )
     fill(model.double())
     tensors, _ = load_fixture("deformable_detr_two_stage")
-    check_parity(*run(model, mask, targets, 7), model, tensors, 1e-8)
+    # The formula of the inputs multiplies what processors' sines differ by.
+    check_parity(*run(model, mask, targets, 7), model, tensors, 1e-6)
 
 
 @pytest.mark.parametrize("box_refine", [False, True])

@@ -1,0 +1,162 @@
+"""Time, memory and error of implementations of one work; growth with its size; scaling with threads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import ops_work
+from benchmarks.ops_peers import EXACT, OURS, Implementation
+from benchmarks.ops_work import Work
+from benchmarks.timing import exponent, medians, peak_bytes
+
+# Levels of the growth with Q are few cells: what is done once for each of them must not hide the queries.
+GROWTH_SHAPES = ((32, 40), (16, 20), (8, 10), (4, 5))
+GROWTH_QUERIES = (16384, 32768, 65536, 131072)
+GROWTH_BATCHES = (1, 2, 4, 8)
+# A GPU has to be filled before its time grows.
+GPU_FACTOR = 8
+
+
+def forward_of(implementation: Implementation, work: Work) -> Callable[[], Any]:
+    tensors = _own_tensors(implementation, work)
+
+    def run() -> None:
+        with torch.no_grad():
+            implementation.function(work, *tensors)
+
+    return run
+
+
+def backward_of(implementation: Implementation, work: Work) -> Callable[[], Any]:
+    tensors = [t.requires_grad_() for t in _own_tensors(implementation, work)]
+    with torch.no_grad():
+        grad = torch.randn_like(implementation.function(work, *tensors))
+
+    def run() -> None:
+        torch.autograd.grad(implementation.function(work, *tensors), tensors, grad)
+
+    return run
+
+
+PASSES = {"forward": forward_of, "forward_backward": backward_of}
+
+
+def _own_tensors(implementation: Implementation, work: Work) -> list[Tensor]:
+    return [
+        t.detach().clone(memory_format=torch.contiguous_format) for t in implementation.prepare(work, *work.tensors)
+    ]
+
+
+def measure(
+    section: str, work: Work, implementations: Sequence[Implementation], device: torch.device, budget: float
+) -> list[dict[str, Any]]:
+    """A row for each implementation and dtype.
+
+    A row's `forward_ours` and `forward_backward_ours` say how many times as fast this package's op of that dtype is.
+    """
+    pairs = [(i, dtype) for i in implementations for dtype in i.dtypes]
+    works = {dtype: work.to(dtype) for _, dtype in pairs}
+    rows = [
+        {
+            "section": section,
+            "op": work.op,
+            "work": work.name,
+            "batch": work.batch,
+            "implementation": i.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "ours": i.ours,
+        }
+        for i, dtype in pairs
+    ]
+    for name, make in PASSES.items():
+        runs = {f"{i.name} {dtype}": make(i, works[dtype]) for i, dtype in pairs}
+        seconds = list(medians(runs, device, budget=budget / 2).values())
+        ours = {row["dtype"]: s for row, s in zip(rows, seconds, strict=True) if row["ours"]}
+        for row, s, run in zip(rows, seconds, runs.values(), strict=True):
+            row[f"{name}_ms"] = round(s * 1e3, 4)
+            row[f"{name}_ours"] = round(s / ours[row["dtype"]], 3)
+            row[f"{name}_peak_bytes"] = peak_bytes(run, device)
+    for dtype, exact_work in works.items():
+        exact = _results(EXACT[work.op], exact_work.to(torch.float64))
+        for row, (i, own) in zip(rows, pairs, strict=True):
+            if own == dtype:
+                row["error"], row["gradient_error"] = _errors(_results(i, exact_work), exact)
+    return rows
+
+
+def _results(implementation: Implementation, work: Work) -> list[Tensor]:
+    """The output and its gradients, in this package's layouts."""
+    tensors = [t.detach().requires_grad_() for t in work.tensors]
+    out = implementation.restore(work, implementation.function(work, *implementation.prepare(work, *tensors)))
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def _errors(results: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
+    """Largest error of the output over its largest number, and the worst tensor's mean gradient error over its mean.
+
+    A gradient by a location jumps where a sample crosses from cell to cell, and rounding decides on which side it is.
+    The few samples that lie so close say nothing in a mean.
+    """
+    out, *gradients = ((r.double() - e, e) for r, e in zip(results, exact, strict=True))
+    error = (out[0].abs().max() / out[1].abs().max()).item()
+    return error, max((d.abs().mean() / e.abs().mean()).item() for d, e in gradients)
+
+
+def growth(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    """How time and memory of the fused op grow with queries, at fixed levels, and with images."""
+    factor = GPU_FACTOR if device.type == "cuda" else 1
+    queries = [factor * q for q in GROWTH_QUERIES]
+    batches = [factor * b for b in GROWTH_BATCHES]
+    shapes = ops_work.levels(ops_work.SIZES[0])
+    by_queries = {q: ops_work.attention("", GROWTH_SHAPES, q, device) for q in queries}
+    by_batches = {b: ops_work.attention("", shapes, None, device, b) for b in batches}
+    for variable, works in (("Q", by_queries), ("B", by_batches)):
+        for name, make in PASSES.items():
+            runs = {str(size): make(OURS["attention"], work) for size, work in works.items()}
+            seconds = list(medians(runs, device, budget=budget).values())
+            memory = [peak_bytes(run, device) for run in runs.values()]
+            yield {
+                "section": "growth",
+                "op": "attention",
+                "variable": variable,
+                "pass": name,
+                "sizes": list(works),
+                "ms": [round(s * 1e3, 4) for s in seconds],
+                "peak_bytes": memory,
+                "time_exponent": round(exponent(list(works), seconds), 3),
+                "memory_exponent": None if None in memory else round(exponent(list(works), memory), 3),
+            }
+
+
+def scaling(works: Sequence[Work], device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    """How much faster the fused op is on 2, 4, ... threads, up to those that torch uses, than on one."""
+    most = torch.get_num_threads()
+    counts = [2**i for i in range(most.bit_length())]
+
+    def with_threads(run: Callable[[], Any], count: int) -> Callable[[], Any]:
+        def timed() -> None:
+            torch.set_num_threads(count)
+            run()
+
+        return timed
+
+    for work in works:
+        for name, make in PASSES.items():
+            run = make(OURS[work.op], work)
+            try:
+                seconds = medians({str(n): with_threads(run, n) for n in counts}, device, repeats=15, budget=budget)
+            finally:
+                torch.set_num_threads(most)
+            yield {
+                "section": "threads",
+                "op": work.op,
+                "work": work.name,
+                "pass": name,
+                "threads": counts,
+                "ms": [round(s * 1e3, 4) for s in seconds.values()],
+                "speedups": [round(seconds["1"] / s, 3) for s in seconds.values()],
+            }
