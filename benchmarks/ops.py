@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import ops_cuda_peers, ops_measure, ops_plot, ops_table, ops_work
-from benchmarks.ops_peers import EXACT, OURS, compiled_peers, sampling_peers, whole_path
+from benchmarks.ops_peers import OURS, compiled_peers, peer, sampling_peers, whole_path
 from benchmarks.timing import machine, write_json
 
 Rows = Iterator[dict[str, Any]]
@@ -26,7 +26,7 @@ Rows = Iterator[dict[str, Any]]
 
 def attention(section: str, args: argparse.Namespace) -> Rows:
     """Whole attention and its sampling alone, in the encoder or the decoder."""
-    sampled, _ = sampling_peers()
+    sampled, _ = sampling_peers(args.device)
     on_gpu, _ = ops_cuda_peers.load(args.device, args.folders)
     whole = [OURS["attention"], *map(whole_path, (OURS["sampling"], *sampled)), *on_gpu]
     for size in ops_work.SIZES[: 1 if args.quick else None]:
@@ -50,12 +50,14 @@ def dat(args: argparse.Namespace) -> Rows:
     for size in ops_work.DAT_SIZES[: 1 if args.quick else None]:
         for stage in ops_work.DAT_STAGES:
             work = ops_work.dat(*stage, size, args.device)
-            yield from ops_measure.measure("dat", work, (OURS["dat"], EXACT["dat"]), args.device, args.budget / 4)
+            yield from ops_measure.measure(
+                "dat", work, (OURS["dat"], peer("dat", args.device)), args.device, args.budget / 4
+            )
 
 
 def dcn(args: argparse.Namespace) -> Rows:
     work = ops_work.dcn(args.device)
-    yield from ops_measure.measure("dcn", work, (OURS["dcn"], EXACT["dcn"]), args.device, args.budget)
+    yield from ops_measure.measure("dcn", work, (OURS["dcn"], peer("dcn", args.device)), args.device, args.budget)
 
 
 def compiled(args: argparse.Namespace) -> Rows:
@@ -64,7 +66,7 @@ def compiled(args: argparse.Namespace) -> Rows:
         work = ops_work.attention(f"encoder {size[0]}x{size[1]}", ops_work.levels(size), None, args.device)
         peers, _ = compiled_peers(args.device)
         if peers:
-            implementations = (OURS["attention"], EXACT["attention"], *peers)
+            implementations = (OURS["attention"], peer("attention", args.device), *peers)
             implementations = [i.only(torch.float32) for i in implementations]
             yield from ops_measure.measure("compiled", work, implementations, args.device, args.budget)
 
@@ -96,7 +98,7 @@ def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
 
 def missing(args: argparse.Namespace) -> list[str]:
     """Why peers are not among the measured."""
-    reasons = sampling_peers()[1] + ops_cuda_peers.load(args.device, args.folders)[1]
+    reasons = sampling_peers(args.device)[1] + ops_cuda_peers.load(args.device, args.folders)[1]
     if "compiled" in args.only:
         reasons += compiled_peers(args.device)[1]
     if args.device.type != "cpu" and "threads" in args.only:

@@ -11,10 +11,11 @@ from benchmarks.ops_peers import EXACT, OURS, Implementation
 from benchmarks.ops_work import Work
 from benchmarks.timing import exponent, medians, peak_bytes
 
-# Levels of the growth with Q are few cells: what is done once for each of them must not hide the queries.
-GROWTH_SHAPES = ((32, 40), (16, 20), (8, 10), (4, 5))
-GROWTH_QUERIES = (16384, 32768, 65536, 131072)
-GROWTH_BATCHES = (1, 2, 4, 8)
+# Few cells, so that what is done once for each of them does not hide the queries; and outputs of less than 32 MB, which
+# the C library keeps for the next call: larger ones come anew from the system, page by page, in every call.
+GROWTH_SHAPES = ((16, 20), (8, 10), (4, 5), (2, 3))
+GROWTH_QUERIES = (4096, 8192, 12288, 16384)
+GROWTH_BATCHES = (1, 2, 3, 4)
 # A GPU has to be filled before its time grows.
 GPU_FACTOR = 8
 
@@ -117,7 +118,7 @@ def growth(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     for variable, works in (("Q", by_queries), ("B", by_batches)):
         for name, make in PASSES.items():
             runs = {str(size): make(OURS["attention"], work) for size, work in works.items()}
-            seconds = list(medians(runs, device, budget=budget).values())
+            seconds = list(medians(runs, device, 15, budget).values())
             memory = [peak_bytes(run, device) for run in runs.values()]
             yield {
                 "section": "growth",
@@ -148,7 +149,7 @@ def scaling(works: Sequence[Work], device: torch.device, budget: float) -> Itera
         for name, make in PASSES.items():
             run = make(OURS[work.op], work)
             try:
-                seconds = medians({str(n): with_threads(run, n) for n in counts}, device, repeats=15, budget=budget)
+                seconds = medians({str(n): with_threads(run, n) for n in counts}, device, 15, budget)
             finally:
                 torch.set_num_threads(most)
             yield {

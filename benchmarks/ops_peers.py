@@ -97,9 +97,18 @@ def mmcv_function() -> Implementation:
     return Implementation("mmcv", function, (torch.float32,))
 
 
-def sampling_peers() -> tuple[list[Implementation], list[str]]:
-    """What samples, and why others that are known do not."""
-    found, missing = [Implementation("grid_sample", grid_sample_form)], []
+def peer(op: str, device: torch.device) -> Implementation:
+    """What everybody can run for work `op` on `device`."""
+    return EXACT[op] if device.type == "cuda" else EXACT[op].only(torch.float32)
+
+
+def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
+    """What samples on `device`, and why others that are known do not."""
+    found, missing = [peer("sampling", device)], []
+    if device.type == "cpu":
+        # It counts cells in 16 bits there: beyond 32767 numbers it reads what lies elsewhere.
+        missing += ["grid_sample in half precision: torch's CPU kernel reads outside of such maps"]
+        missing += ["torchvision in half precision: no bfloat16 on a CPU, and float16 slower than float32"]
     for name, make in (("transformers", transformers_layer), ("mmcv", mmcv_function)):
         try:
             found.append(make())
@@ -162,8 +171,7 @@ EXACT = {
     "sampling": Implementation("grid_sample", grid_sample_form),
     "attention": whole_path(Implementation("grid_sample", grid_sample_form)),
     "dat": Implementation("grid_sample", _grid_sample_dat, prepare=_prepare_dat, restore=_restore_dat),
-    # torchvision's CPU kernel has no bfloat16.
-    "dcn": Implementation("torchvision", _torchvision_dcn, (torch.float32, torch.float16)),
+    "dcn": Implementation("torchvision", _torchvision_dcn),
 }
 OURS = {
     "sampling": Implementation("deform_sample", _ours_sampling, ours=True),

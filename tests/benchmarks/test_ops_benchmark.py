@@ -57,7 +57,7 @@ def test_table_results_and_plot(tmp_path, capsys):
 def test_every_implementation_does_the_work():
     device = torch.device("cpu")
     attention = ops_work.attention("", ops_work.levels((40, 33)), None, device, batch=2)
-    peers, _ = ops_peers.sampling_peers()
+    peers, _ = ops_peers.sampling_peers(device)
     for work, implementations in (
         (attention, list(map(ops_peers.whole_path, peers))),
         (ops_work.sampling(attention), peers),
@@ -67,8 +67,7 @@ def test_every_implementation_does_the_work():
         rows = ops_measure.measure("", work, [*implementations, ops_peers.OURS[work.op]], device, 0.0)
         assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
         for row in rows:
-            # Peers round locations, too, in half precision.
-            tolerance = 1e-5 if row["dtype"] == "float32" else 0.2
+            tolerance = 1e-5 if row["dtype"] == "float32" else 2e-2
             assert row["error"] < tolerance, row
             assert row["gradient_error"] < tolerance, row
 
