@@ -26,7 +26,7 @@ ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def has_compiler() -> bool:
-    return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is not None
+    return shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is not None
 
 
 def toolkits() -> Iterator[tuple[Path, tuple[int, int]]]:

@@ -21,6 +21,7 @@ from torch.utils import collect_env
 
 import dat
 from dat.ops import MISSING, deform_sample, ms_deform_attn, reference
+from dat.ops._library import find
 
 # The largest error that passes, as a part of the largest value of the reference: some roundings of the dtype.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -64,15 +65,11 @@ def libraries() -> dict[str, str]:
     """Where each library is or why it is not in use, and the architectures of the CUDA library's machine code."""
     found = {}
     for name, why in MISSING.items():
-        path = _library(name)
+        path = find(name)
         found[name] = f"not in use: {why}" if why else str(path)
         if name == "_C_cuda" and path:
             found["architectures"] = architectures(path) or "unknown"
     return found
-
-
-def _library(name: str) -> Path | None:
-    return next(iter(sorted(Path(dat.__file__).parent.glob(f"{name}*.so"))), None)
 
 
 def architectures(library: Path) -> str | None:
@@ -98,7 +95,7 @@ def gpus() -> dict[str, str]:
     """Every CUDA device and whether the library has code for it; where there is none, why."""
     if not torch.cuda.is_available():
         return {"none": _why_no_gpu()}
-    path = _library("_C_cuda")
+    path = find("_C_cuda")
     built = architectures(path) if path and MISSING["_C_cuda"] is None else None
     found = {"driver": collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"}
     for index in range(torch.cuda.device_count()):

@@ -8,19 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("dat", "DEF")
 
 
+def find(name: str) -> Path | None:
+    """The built library `name` ("_C_cpu", "_C_cuda"), if there is one."""
+    return next(iter(sorted(Path(__file__).parents[1].glob(f"{name}*.so"))), None)
+
+
 def load(name: str) -> str | None:
-    """Load the built library `name` ("_C_cpu", "_C_cuda") into torch.ops.dat; returns why it is not there, or None."""
-    found = sorted(Path(__file__).parents[1].glob(f"{name}*.so"))
-    if not found:
+    """Load the built library `name` into torch.ops.dat; returns why it is not there, or None."""
+    library = find(name)
+    if library is None:
         return f"dat/{name}.so was not built"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"{found[0]} does not load: {error.__cause__ or error}"
+        return f"{library} does not load: {error.__cause__ or error}"
     return None
 
 
@@ -42,6 +48,12 @@ def load_all() -> dict[str, str | None]:
             stacklevel=2,
         )
     return missing
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError for dual tensors: torch would call the op without their tangents."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{name} has no forward-mode derivatives; dat.ops.reference.{name} has them")
 
 
 def second_derivatives(
@@ -87,9 +99,11 @@ def register_batching(name: str, num_tensors: int) -> None:
             moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
             return moved.flatten(0, 1)
 
+        sizes = [size for dim, size in enumerate(args[0].shape) if dim != in_dims[0]]
+
         def split(tensor: Tensor) -> Tensor:
             # What an op has nothing to say about comes back empty, without a batch dimension.
-            return tensor.unflatten(0, (info.batch_size, -1)) if tensor.ndim > 1 else tensor
+            return tensor.unflatten(0, (info.batch_size, sizes[0])) if tensor.ndim > 1 else tensor
 
         out = op(*map(merge, args[:num_tensors], in_dims), *args[num_tensors:])
         if isinstance(out, Tensor):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dat.ops.deform_sample import Shapes, check_samples, check_value, deform_sample, flatten, sum_dtype
+from dat.ops.deform_sample import Shapes, autocast, check_samples, check_value, deform_sample, flatten, sum_dtype
 
 # Sizes that were copied from a device, with the version of the tensor that they were read from.
 _SIZES = WeakTensorKeyDictionary()
@@ -53,7 +53,7 @@ def multi_scale_deformable_attention(
     """transformers' function (Mask2Former, OneFormer), mmcv's `multi_scale_deformable_attn_pytorch` and the official
     `ms_deform_attn_core_pytorch`; arguments as this module says, errors and derivatives as in `deform_sample`."""
     if isinstance(value_spatial_shapes, Tensor) and torch.compiler.is_compiling():
-        return _sample(value, value_spatial_shapes, sampling_locations, attention_weights)
+        return _sample(autocast(value), value_spatial_shapes, sampling_locations, attention_weights)
     shapes = _sizes(value_spatial_shapes)
     return deform_sample(value, shapes, _widen(sampling_locations), attention_weights).flatten(2)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, register_batching, sampling_flops, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, sampling_flops, second_derivatives
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -39,15 +39,18 @@ def deform_sample(
     Returns:
         The weighted sum over levels and points [B, Q, H, D] or, where weights is None, every sample [B, Q, H, L, P, D],
         in the dtype of `value`. Sums are taken in float32 (float64 for float64 values). Differentiable in value,
-        locations and weights, twice.
+        locations and weights, any number of times, in reverse mode. Infinite values and weights may come out as NaN
+        where a sample reaches over the edge of the map; samples outside count for nothing whatever their weight.
 
     Raises:
         TypeError: a dtype that is not supported; locations in half precision.
+        NotImplementedError: forward-mode differentiation.
         ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
     shapes = untraced(shapes)
     check_value(value, shapes)
     check_samples(value, shapes, locations, weights)
+    refuse_forward_mode("deform_sample", value, locations, weights)
     value = autocast(value)
     # Kernels see locations and weights in the dtype of their sums.
     dtype = sum_dtype(value)
@@ -63,11 +66,19 @@ def check_value(value: Tensor, shapes: Shapes) -> None:
         raise TypeError(f"value must be float32, float64, bfloat16 or float16, got {value.dtype}")
     if isinstance(shapes, Tensor):
         raise TypeError("shapes must be ((h_0, w_0), ...) of ints, got a tensor (use shapes.tolist())")
-    if not shapes or not all(isinstance(shape, Sequence) and _is_size(shape) for shape in shapes):
+    if (
+        not isinstance(shapes, Sequence)
+        or not shapes
+        or not all(isinstance(shape, Sequence) and _is_size(shape) for shape in shapes)
+    ):
         raise ValueError(f"shapes must be ((h_0, w_0), ...) of non-negative ints, got {shapes}")
     S = value.shape[1]
     if sum(h * w for h, w in shapes) != S:
         raise ValueError(f"shapes {tuple(map(tuple, shapes))} must have as many cells as value has rows, S = {S}")
+
+
+def _is_size(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and all(isinstance(size, (int, torch.SymInt)) and size >= 0 for size in shape)
 
 
 def check_device(value: Tensor, tensor: Tensor, name: str) -> None:
@@ -114,10 +125,6 @@ def check_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Ten
         if not weights.is_floating_point():
             raise TypeError(f"weights must be floating point, got {weights.dtype}")
         check_device(value, weights, "weights")
-
-
-def _is_size(shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and all(isinstance(size, (int, torch.SymInt)) and size >= 0 for size in shape)
 
 
 def untraced(shapes: Shapes) -> Shapes:

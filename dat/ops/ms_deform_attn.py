@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference as references
-from dat.ops._library import LIBRARY, register_batching, sampling_flops, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, sampling_flops, second_derivatives
 from dat.ops.deform_sample import Shapes, autocast, check_device, check_value, flatten, pairs, sum_dtype, untraced
 
 LIBRARY.define(
@@ -34,15 +34,18 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
 
     Returns:
         [B, Q, H, D] in the dtype of `value`: `deform_sample` at the locations and with the attention that
-        `dat.ops.reference.sampling_points` spells out. Differentiable in every tensor, any number of times.
+        `dat.ops.reference.sampling_points` spells out. Differentiable in every tensor, any number of times, in reverse
+        mode.
 
     Raises:
         TypeError: a dtype that is not supported; reference points in half precision.
+        NotImplementedError: forward-mode differentiation.
         ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
     shapes = untraced(shapes)
     check_value(value, shapes)
     _check(value, shapes, reference, offsets, logits)
+    refuse_forward_mode("ms_deform_attn", value, reference, offsets, logits)
     value = autocast(value)
     dtype = sum_dtype(value)
     # Kernels read offsets and logits in the dtype of values or of sums.

@@ -149,6 +149,16 @@ def test_the_extension_keeps_the_dtype_of_its_value_under_autocast():
         assert compat.ms_deform_attn_forward(*inputs(), 64).dtype == torch.float32
 
 
+def test_compiled_code_has_the_dtype_of_eager_code_under_autocast():
+    value, shapes, _, locations, weights = inputs()
+    compiled = torch.compile(compat.multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = [
+            f(value, shapes, locations, weights).dtype for f in (compat.multi_scale_deformable_attention, compiled)
+        ]
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
 def test_backward_of_the_extension_keeps_the_dtypes_of_its_arguments():
     value, shapes, starts, locations, weights = inputs(torch.bfloat16)
     tensors = (value, locations.half(), weights.double())

@@ -167,6 +167,13 @@ def test_autocast_takes_half_precision_values_and_offsets(device):
     assert torch.equal(out, expected)
 
 
+def test_forward_mode_is_refused():
+    sample = Sample()
+    value, *points = inputs(sample, 2)
+    with pytest.raises(NotImplementedError, match="ms_deform_attn has no forward-mode derivatives"):
+        torch.func.jvp(lambda v: ms_deform_attn(v, sample.shapes, *points), (value,), (value,))
+
+
 def test_vmap_and_batched_gradients_equal_a_loop():
     sample = Sample(dtype=torch.float64)
     value, *points = (t.requires_grad_() for t in inputs(sample, 2))

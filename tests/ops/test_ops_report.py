@@ -170,7 +170,7 @@ def test_gpus_are_listed_with_what_serves_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(report, "architectures", lambda library: "8.0;9.0")
-    monkeypatch.setattr(report, "_library", lambda name: Path(name))
+    monkeypatch.setattr(report, "find", lambda name: Path(name))
     monkeypatch.setitem(MISSING, "_C_cuda", None)
     found = report.gpus()
     assert found["cuda:0"] == "H100, compute capability 9.0, covered by the library"

@@ -2,12 +2,14 @@
 #include "sampling.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 namespace dat {
@@ -29,6 +31,11 @@ int64_t value_bytes(const SampleArgs& args) {
     case ValueType::kFloat32: return 4;
     default: return 2;
   }
+}
+
+// Tensors without elements have no address, which memset must not be given.
+void zero(void* to, int64_t bytes) {
+  if (bytes > 0) std::memset(to, 0, bytes);
 }
 
 int64_t real_bytes(const SampleArgs& args) { return args.type == ValueType::kFloat64 ? 8 : 4; }
@@ -129,12 +136,14 @@ void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t pa
   const int64_t heads = args.B * args.H, head_bytes = args.S * args.D * real_bytes(args);
   const Bytes shared = parts > 1 ? allocate(heads * parts * head_bytes) : nullptr;
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const Bytes scratch = allocate(scratch_bytes(args)), own = parts > 1 ? nullptr : allocate(head_bytes);
+    const Bytes scratch = allocate(scratch_bytes(args));
+    const Bytes own = parts > 1 ? nullptr : allocate(head_bytes);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t head = unit / parts, index = unit % parts;
       Part part = make_part(args, head / args.H, head % args.H, 1, args.Q * index / parts, args.Q * (index + 1) / parts);
-      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get(), part.grad_stride = args.D;
-      std::memset(part.by_value, 0, head_bytes);
+      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get();
+      part.grad_stride = args.D;
+      zero(part.by_value, head_bytes);
       sample_kernels().backward(args, part, grads, scratch.get());
       if (parts == 1)
         sample_kernels().write_rows(args, part.by_value, 1, 0, head_rows(args, by_value, head), args.H * args.D, args.S);
@@ -143,17 +152,18 @@ void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t pa
   if (parts > 1) add_parts(args, shared.get(), parts, by_value);
 }
 
-// Of few samples, where sums apart would take longer to copy than to add to.
+// For few samples: sums apart would take longer to copy than to add to.
 void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
   const int64_t row = args.H * args.D, bytes = row * value_bytes(args);
   torch::stable::parallel_for(0, args.B * args.S, 1024, [&](int64_t begin, int64_t end) {
-    std::memset(static_cast<char*>(by_value) + begin * bytes, 0, (end - begin) * bytes);
+    zero(static_cast<char*>(by_value) + begin * bytes, (end - begin) * bytes);
   });
   torch::stable::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) {
     const Bytes scratch = allocate(scratch_bytes(args));
     for (int64_t head = begin; head < end; head++) {
       Part part = make_part(args, head / args.H, head % args.H, 1, 0, args.Q);
-      part.by_value = head_rows(args, by_value, head), part.grad_stride = row;
+      part.by_value = head_rows(args, by_value, head);
+      part.grad_stride = row;
       sample_kernels().backward(args, part, grads, scratch.get());
     }
   });
@@ -164,12 +174,15 @@ void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* b
 const char* instruction_set() {
 #if defined(__x86_64__)
   // Tests run the kernels of every instruction set on one machine.
-  const char* wanted = std::getenv("DAT_CPU_CAPABILITY");
-  const auto allowed = [&](const char* set) { return !wanted || !*wanted || !std::strcmp(wanted, set); };
-  if (allowed("AVX512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const char* asked = std::getenv("DAT_CPU_CAPABILITY");
+  const std::string wanted = asked && *asked ? asked : "AVX512";
+  STD_TORCH_CHECK(
+      wanted == "DEFAULT" || wanted == "AVX2" || wanted == "AVX512",
+      "DAT_CPU_CAPABILITY must be DEFAULT, AVX2 or AVX512, got ", wanted);
+  if (wanted == "AVX512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return "AVX512";
-  if ((allowed("AVX512") || allowed("AVX2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+  if (wanted != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return "AVX2";
 #endif
@@ -186,9 +199,11 @@ const SampleKernels& sample_kernels() {
 }
 
 void sample_forward(const SampleArgs& args, void* out) {
+  // What it has against DAT_CPU_CAPABILITY is better said before there are threads.
+  sample_kernels();
   if (args.L * args.P == 0) {
     // The sum of no samples is zero; where samples are not summed, none are returned.
-    if (args.weighted) std::memset(out, 0, args.B * args.Q * args.H * args.D * value_bytes(args));
+    if (args.weighted) zero(out, args.B * args.Q * args.H * args.D * value_bytes(args));
     return;
   }
   if (args.B * args.Q * args.H * args.D == 0) return;
@@ -197,13 +212,14 @@ void sample_forward(const SampleArgs& args, void* out) {
 
 void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
   if (args.L * args.P == 0) {
-    std::memset(by_value, 0, args.B * args.S * args.H * args.D * value_bytes(args));
+    zero(by_value, args.B * args.S * args.H * args.D * value_bytes(args));
     // Points and boxes that nothing is sampled around still have gradients.
     if (grads.by_reference)
-      std::memset(grads.by_reference, 0, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
+      zero(grads.by_reference, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
     return;
   }
   const int64_t parts = parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
+  // Sums in place need no second part and no conversion.
   const bool few = args.Q * args.L * args.P < args.S;
   if (parts == 1 && few && value_bytes(args) == real_bytes(args))
     backward_in_place(args, grads, by_value);

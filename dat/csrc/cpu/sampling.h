@@ -30,8 +30,8 @@ struct SampleArgs {
   bool narrow;
 };
 
-// Gradients, each in the dtype of what it is the gradient of. by_reference [B, Q, H, L, 2 or 4] is each head's share of it,
-// in Real, or null where nobody asks for it.
+// Gradients: `out` is given, the others are written, each in the dtype of what it is the gradient of. by_reference [B, Q, H,
+// L, 2 or 4] is each head's share of it, in Real, or null where nobody asks for it.
 struct SampleGrads {
   const void* out;
   void* by_locations;
@@ -55,8 +55,9 @@ struct Part {
 constexpr int kMaxLanes = 16;
 
 // Bytes of scratch memory, aligned to registers, that `forward` and `backward` need.
+// Batch has 34 arrays of L * P numbers, each filled up to whole registers and one more.
 inline int64_t scratch_bytes(const SampleArgs& args) {
-  return 48 * (args.L * args.P + 2 * kMaxLanes) * static_cast<int64_t>(sizeof(double));
+  return 34 * (args.L * args.P + 2 * kMaxLanes) * static_cast<int64_t>(sizeof(double));
 }
 
 struct SampleKernels {
