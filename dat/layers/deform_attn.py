@@ -6,26 +6,46 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
+
+POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
+# Pairs of queries and keys, in all images and groups, that the MLP of "log_cpb" is given at a time.
+LOG_CPB_PAIRS = 2**21
 
 
 class DeformableAttention(nn.Module):
     """Deformable multi-head attention (DAT, https://arxiv.org/abs/2201.00520, section 3.2, equations 6 to 9).
 
-    Coordinates are those of release 2022: key (i, j) of a map of Hk x Wk keys starts at its cell's centre
-    ((j + .5) / Wk, (i + .5) / Hk), drawn to -1..1, and values there are sampled with -1 and 1 on the corner cells.
+    Values are sampled with -1 and 1 on the corner cells of the map. The releases of the official code put other things
+    there, and weights of one are of no use with the coordinates of the other:
+
+    - 2022: key (i, j) of a map of Hk x Wk keys starts at its cell's centre ((j + .5) / Wk, (i + .5) / Hk), drawn to
+      -1..1; positions that no range limits go through tanh. Queries are at their cells' centres.
+    - 2023 (DAT++, https://arxiv.org/abs/2309.01430): it starts at ((j + .5) / (Wk - 1), (i + .5) / (Hk - 1)), half a
+      cell further on than in -1..1; positions that no range limits are clamped to -1..1. Queries run from -1 to 1.
 
     Args:
         embed_dims: channels C; a multiple of num_heads and of num_groups.
         num_heads: attention heads; a multiple of num_groups.
         num_groups: groups of channels, each of which moves its keys on its own.
-        kernel_size: of the depth-wise convolution that looks at the queries to move the keys; odd.
+        kernel_size: of the depth-wise convolution that looks at the queries to move the keys; odd, or, in 2023, as
+            large as the stride, which then drops the cells that are left over.
         stride: queries per key along each side.
-        offset_range_factor: above 0, a key moves by at most half as many cells of the key map; at 0 freely; below 0 the
-            moved position goes through tanh.
-        table_size: (H, W) of the query map that the position-bias table [num_heads, 2H-1, 2W-1] is made for; other
-            maps look the same table up at their own displacements. None: no position bias.
+        offset_range_factor: above 0 (2022) or from 0 (2023), a key moves by at most half as many cells of the key map;
+            at 0 (2022) freely; below 0 freely until the tanh or clamp.
+        table_size: (H, W) of the query map that "table" and "fixed_pe" are made for.
+        position_bias: what tells the attention where queries and keys are.
+            "table": a table [num_heads, 2H-1, 2W-1], looked up at the displacements, those of maps of another size too.
+                With table_size None there is none.
+            "fixed_pe": a bias for each pair of a query and a key, wherever that moved; resampled for other maps.
+            "dwc_pe": no bias; a 3x3 depth-wise convolution of the queries is added to what they attended to (LePE).
+            "log_cpb": an MLP of the logarithms of the displacements (Swin V2).
+            "none": nothing.
+        no_off: keys stay, and are the averages of stride x stride cells.
+        release: "2022" or "2023".
         proj_drop: dropout after the output projection, 0..1.
     """
 
@@ -39,87 +59,197 @@ class DeformableAttention(nn.Module):
         offset_range_factor: float = 2.0,
         table_size: tuple[int, int] | None = None,
         proj_drop: float = 0.0,
+        position_bias: str = "table",
+        no_off: bool = False,
+        release: str = "2022",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dims % num_heads:
-            raise ValueError(f"embed_dims must be a multiple of num_heads = {num_heads}, got {embed_dims}")
-        if num_groups < 1 or num_heads % num_groups:
-            raise ValueError(f"num_groups must be a divisor of num_heads = {num_heads}, got {num_groups}")
-        if kernel_size % 2 == 0:
+        _check(embed_dims, num_heads, num_groups, stride, position_bias, table_size, release)
+        # The official code of 2023 leaves padding away, and with it the cells that are left over.
+        self.drops_rest = release == "2023" and kernel_size == stride and not no_off
+        if kernel_size % 2 == 0 and not self.drops_rest and not no_off:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads, self.num_groups = num_heads, num_groups
-        self.offset_range_factor = offset_range_factor
+        self.num_heads, self.num_groups, self.stride = num_heads, num_groups, stride
+        self.offset_range_factor, self.no_off, self.release = offset_range_factor, no_off, release
         self.scale = (embed_dims // num_heads) ** -0.5
-        width = embed_dims // num_groups
-        self.offset_conv = nn.Conv2d(width, width, kernel_size, stride, kernel_size // 2, groups=width, **dd)
-        self.offset_norm = nn.LayerNorm(width, **dd)
-        self.offset_proj = nn.Linear(width, 2, bias=False, **dd)
+        if not no_off:
+            width = embed_dims // num_groups
+            padding = 0 if self.drops_rest else kernel_size // 2
+            self.offset_conv = nn.Conv2d(width, width, kernel_size, stride, padding, groups=width, **dd)
+            self.offset_norm = nn.LayerNorm(width, **dd)
+            self.offset_proj = nn.Linear(width, 2, bias=False, **dd)
         self.q = nn.Linear(embed_dims, embed_dims, **dd)
         self.k = nn.Linear(embed_dims, embed_dims, **dd)
         self.v = nn.Linear(embed_dims, embed_dims, **dd)
         self.proj = nn.Linear(embed_dims, embed_dims, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.rpe_table = None
-        if table_size is not None:
+        self._create_position_bias(position_bias, table_size, dd)
+
+    def _create_position_bias(self, position_bias: str, table_size: tuple[int, int] | None, dd: dict[str, Any]) -> None:
+        num_heads, embed_dims = self.num_heads, self.q.in_features
+        self.rpe_table: nn.Parameter | None = None
+        self.fixed_bias: FixedBias | None = None
+        self.log_cpb: LogSpacedBias | None = None
+        self.lepe: nn.Conv2d | None = None
+        if position_bias == "table" and table_size is not None:
             H, W = table_size
             self.rpe_table = nn.Parameter(torch.empty(num_heads, 2 * H - 1, 2 * W - 1, **dd))
             trunc_normal_(self.rpe_table, std=0.01)
+        elif position_bias == "fixed_pe" and table_size is not None:
+            self.fixed_bias = FixedBias(num_heads, table_size, self._fixed_keys(table_size), **dd)
+        elif position_bias == "log_cpb":
+            self.log_cpb = LogSpacedBias(num_heads // self.num_groups, **dd)
+        elif position_bias == "dwc_pe":
+            self.lepe = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         B, H, W, C = x.shape
         query = self.q(x)
         positions = self.positions(query)
+        sampled = self._sample(x, positions)
+        q, k, v = (
+            tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for tokens in (query.flatten(1, 2), self.k(sampled), self.v(sampled))
+        )
+        if self.fixed_bias is not None:
+            bias = self.fixed_bias((H, W), self.key_size((H, W))).to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, bias.expand(B, -1, -1, -1), scale=self.scale)
+        elif self.log_cpb is not None:
+            out = self._attend_log_cpb(self.log_cpb, q, k, v, positions, (H, W))
+        else:
+            table, corners = self.rpe_table, self.release == "2023"
+            out = deform_attn(q, k, v, positions, table, size=(H, W), scale=self.scale, align_corners=corners)
+        out = out.transpose(1, 2).reshape(B, H, W, C)
+        if self.lepe is not None:
+            out = out + self.lepe(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj(out))
+
+    def positions(self, query: Tensor) -> Tensor:
+        """Where the keys are: [B, num_groups, N, 2], (x, y), -1..1 across the map, in at least float32.
+
+        Args:
+            query: [B, H, W, C], the projected queries.
+        """
+        offset = self._offsets(query)
+        offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+        # The network gives (y, x), as in the official checkpoints.
+        y, x = offset.unbind(-1)
+        y = self._move(_cells(y.shape[1], y)[:, None, None], y, y.shape[1])
+        x = self._move(_cells(x.shape[2], x)[:, None], x, x.shape[2])
+        return torch.stack((x, y), -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(Hk, Wk) of the keys of a query map of `size`."""
+        H, W = (max(side // self.stride, 1) if self.drops_rest else -(-side // self.stride) for side in size)
+        return H, W
+
+    def set_table_size(self, size: tuple[int, int]) -> None:
+        """Resample the table, where there is one, for query maps of `size`."""
+        if self.rpe_table is not None:
+            table = resize_table(self.rpe_table.detach(), (2 * size[0] - 1, 2 * size[1] - 1))
+            self.rpe_table = nn.Parameter(table, self.rpe_table.requires_grad)
+        if self.fixed_bias is not None:
+            self.fixed_bias.set_sizes(size, self._fixed_keys(size))
+
+    def _fixed_keys(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The key map that the official code makes "fixed_pe" for: without the cells that are left over."""
+        return max(size[0] // self.stride, 1), max(size[1] // self.stride, 1)
+
+    def _offsets(self, query: Tensor) -> Tensor:
+        """What the network says of each key: [B, Hk, Wk, num_groups, 2]."""
+        B, H, W, C = query.shape
+        groups = self.num_groups
+        if self.no_off:
+            return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
+        x = query.permute(0, 3, 1, 2)
+        if self.drops_rest:
+            x = F.pad(x, (0, max(self.stride - W, 0), 0, max(self.stride - H, 0)))
+        # All groups share their weights; repeating those spares a copy of the queries with groups in the batch.
+        conv = self.offset_conv
+        weight, bias = conv.weight.repeat(groups, 1, 1, 1), None if conv.bias is None else conv.bias.repeat(groups)
+        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
+        return self.offset_proj(F.gelu(self.offset_norm(x)))
+
+    def _move(self, cells: Tensor, offset: Tensor, length: int) -> Tensor:
+        """Positions on a side of `length` keys that start at `cells` and are moved as `offset` says."""
+        factor = self.offset_range_factor
+        if self.release == "2022":
+            reference = cells / length * 2 - 1
+            if factor > 0:
+                return reference + offset.tanh() * (factor / length)
+            return (reference + offset).tanh() if factor < 0 else reference + offset
+        if factor < 0:
+            # A single key starts at infinity, and the clamp puts it at 1, as in the official code.
+            return (cells / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
+        steps = max(length - 1, 1)
+        return cells / steps * 2 - 1 + offset.tanh() * (factor / steps)
+
+    def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What the map [B, H, W, C] has for the keys at `positions`: [B, N, C]."""
+        B, H, W, C = x.shape
+        if self.no_off:
+            return F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).flatten(2).mT
         sampled = deform_sample(
             x.reshape(B, H * W, self.num_groups, C // self.num_groups),
             ((H, W),),
             (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2,
             align_corners=True,
         )
-        sampled = sampled.reshape(B, positions.shape[2], C)
-        q, k, v = (
-            tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for tokens in (query.flatten(1, 2), self.k(sampled), self.v(sampled))
-        )
-        out = deform_attn(q, k, v, positions, self.rpe_table, size=(H, W), scale=self.scale, align_corners=False)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, H, W, C)))
+        return sampled.reshape(B, positions.shape[2], C)
 
-    def positions(self, query: Tensor) -> Tensor:
-        """Where the keys are sampled: [B, num_groups, N, 2], (x, y), -1..1 across the map, in at least float32.
+    def _attend_log_cpb(
+        self, mlp: LogSpacedBias, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """Attention with the bias of an MLP, a part of the queries at a time: its layers are wider than the scores."""
+        y, x = (self._grid(length, positions) for length in size)
+        grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), -1).flatten(0, 1)
 
-        Args:
-            query: [B, H, W, C], the projected queries.
-        """
-        groups, conv = self.num_groups, self.offset_conv
-        # All groups share their weights; repeating those spares a copy of the queries with groups in the batch.
-        x = F.conv2d(
-            query.permute(0, 3, 1, 2),
-            conv.weight.repeat(groups, 1, 1, 1),
-            None if conv.bias is None else conv.bias.repeat(groups),
-            conv.stride,
-            conv.padding,
-            groups=query.shape[-1],
-        )
-        x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
-        offset = self.offset_proj(F.gelu(self.offset_norm(x)))
-        offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-        # The network gives (y, x), as in the official checkpoints.
-        y, x = offset.unbind(-1)
-        y = self._move(_centres(y.shape[1], y)[:, None, None], y, y.shape[1])
-        x = self._move(_centres(x.shape[2], x)[:, None], x, x.shape[2])
-        return torch.stack((x, y), -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        def attend(part: Tensor, grid_part: Tensor) -> Tensor:
+            bias = mlp(grid_part, positions).to(part.dtype)
+            return F.scaled_dot_product_attention(part, k, v, bias, scale=self.scale)
 
-    def _move(self, reference: Tensor, offset: Tensor, length: int) -> Tensor:
-        if self.offset_range_factor > 0:
-            return reference + offset.tanh() * (self.offset_range_factor / length)
-        return (reference + offset).tanh() if self.offset_range_factor < 0 else reference + offset
+        step = max(LOG_CPB_PAIRS // max(positions[..., 0].numel(), 1), 1)
+        if step >= len(grid):
+            return attend(q, grid)
+        parts = zip(q.split(step, 2), grid.split(step), strict=True)
+        # What the parts keep for the backward would be all of it.
+        return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], 2)
+
+    def _grid(self, length: int, like: Tensor) -> Tensor:
+        """Where queries are on a side of `length`."""
+        if self.release == "2022":
+            return _cells(length, like) / length * 2 - 1
+        return torch.arange(length, dtype=like.dtype, device=like.device) / max(length - 1, 1) * 2 - 1
 
 
-def _centres(length: int, like: Tensor) -> Tensor:
-    """Centres of `length` cells that share -1..1."""
-    return (torch.arange(length, dtype=like.dtype, device=like.device) + 0.5) / length * 2 - 1
+def _cells(length: int, like: Tensor) -> Tensor:
+    """Centres of `length` cells of size 1."""
+    return torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
+
+
+def _check(
+    embed_dims: int,
+    num_heads: int,
+    num_groups: int,
+    stride: int,
+    position_bias: str,
+    table_size: tuple[int, int] | None,
+    release: str,
+) -> None:
+    if embed_dims % num_heads:
+        raise ValueError(f"embed_dims must be a multiple of num_heads = {num_heads}, got {embed_dims}")
+    if num_groups < 1 or num_heads % num_groups:
+        raise ValueError(f"num_groups must be a divisor of num_heads = {num_heads}, got {num_groups}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if release not in ("2022", "2023"):
+        raise ValueError(f"release must be '2022' or '2023', got {release!r}")
+    if position_bias not in POSITION_BIASES:
+        raise ValueError(f"position_bias must be one of {POSITION_BIASES}, got {position_bias!r}")
+    if position_bias == "fixed_pe" and table_size is None:
+        raise ValueError("table_size must be (H, W) for position_bias 'fixed_pe', got None")

@@ -1,17 +1,18 @@
 """Vision Transformer with Deformable Attention.
 
 `Vision Transformer with Deformable Attention` - https://arxiv.org/abs/2201.00520 (CVPR 2022), release 2022:
-four stages of local (L), shifted-window (S) and deformable (D) attention. Features are NCHW; tokens stay NHWC inside.
+four stages of local (L), shifted-window (S) and deformable (D) attention.
+`DAT++: Spatially Dynamic Vision Transformer with Deformable Attention` - https://arxiv.org/abs/2309.01430 (2023):
+neighbourhood (N) and deformable attention in every stage, with more convolutions in DAT++ and without in DAT+.
+Features are NCHW; tokens stay NHWC inside.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -19,117 +20,41 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dat.layers import DeformableAttention, WindowAttention
+from dat.layers import DeformableAttention
+from dat.layers.conv_stem import ConvStem
+from dat.models.blocks import Block, ConvBlock, StageConfig
+from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
 
 __all__ = ["DAT", "StageConfig"]
 
 
-@dataclass(frozen=True)
-class StageConfig:
-    """One stage of DAT.
+class Downsample(nn.Module):
+    """Convolution of stride 2, LayerNorm: [B, H, W, C] to [B, ceil(H/2), ceil(W/2), C'].
 
-    Attributes:
-        blocks: a letter for each block: L local windows, S shifted windows, D deformable attention.
-        embed_dims: channels, a multiple of num_heads.
-        num_heads: attention heads.
-        window_size: side of L's and S's windows.
-        num_groups: D: groups of heads that move their keys together.
-        kernel_size: D: of the offset network's depth-wise convolution.
-        stride: D: queries per key along each side.
-        offset_range_factor: D: see `dat.layers.DeformableAttention`.
-        position_bias: D: whether there is a position-bias table.
+    The kernel is 2 x 2, and odd sides are padded for it, or 3 x 3.
     """
-
-    blocks: str
-    embed_dims: int
-    num_heads: int
-    window_size: int = 7
-    num_groups: int = 1
-    kernel_size: int = 5
-    stride: int = 1
-    offset_range_factor: float = 2.0
-    position_bias: bool = True
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to its input: [B, H, W, C] to [B, H, W, C]."""
 
     def __init__(
         self,
-        letter: str,
-        config: StageConfig,
-        map_size: tuple[int, int],
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
+        dim: int,
+        dim_out: int,
+        kernel_size: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim = config.embed_dims
-        self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.attn = create_attention(letter, config, map_size, proj_drop, device, dtype)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, dim_out, kernel_size, 2, padding=kernel_size // 3, bias=False, **dd)
+        self.norm = nn.LayerNorm(dim_out, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-def create_attention(
-    letter: str,
-    config: StageConfig,
-    map_size: tuple[int, int],
-    proj_drop: float = 0.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """The attention that a letter of `StageConfig.blocks` stands for."""
-    if letter == "D":
-        return DeformableAttention(
-            config.embed_dims,
-            config.num_heads,
-            num_groups=config.num_groups,
-            kernel_size=config.kernel_size,
-            stride=config.stride,
-            offset_range_factor=config.offset_range_factor,
-            table_size=map_size if config.position_bias else None,
-            proj_drop=proj_drop,
-            device=device,
-            dtype=dtype,
-        )
-    if letter not in ("L", "S"):
-        raise ValueError(f"blocks must be letters of L, S and D, got {letter!r} in {config.blocks!r}")
-    return WindowAttention(
-        config.embed_dims,
-        config.num_heads,
-        window_size=config.window_size,
-        shift_size=math.ceil(config.window_size / 2) if letter == "S" else 0,
-        proj_drop=proj_drop,
-        device=device,
-        dtype=dtype,
-    )
-
-
-class Downsample(nn.Module):
-    """2x2 convolution of stride 2, LayerNorm: [B, H, W, C] to [B, ceil(H/2), ceil(W/2), C']; odd sides are padded."""
-
-    def __init__(
-        self, dim: int, dim_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim_out, 2, 2, bias=False, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim_out, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        if self.conv.kernel_size == (2, 2):
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -138,10 +63,9 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        downsample: nn.Module,
         config: StageConfig,
         map_size: tuple[int, int],
-        downsample: bool,
         mlp_ratio: float,
         proj_drop: float,
         drop_path: Sequence[float],
@@ -151,9 +75,11 @@ class Stage(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.downsample = Downsample(dim, config.embed_dims, **dd) if downsample else nn.Identity()
+        self.downsample = downsample
         self.blocks = nn.ModuleList(
-            Block(letter, config, map_size, mlp_ratio, proj_drop, rate, **dd)
+            ConvBlock(config, mlp_ratio, proj_drop, rate, **dd)
+            if letter == "X"
+            else Block(letter, config, map_size, mlp_ratio, proj_drop, rate, **dd)
             for letter, rate in zip(config.blocks, drop_path, strict=True)
         )
 
@@ -170,7 +96,11 @@ class DAT(nn.Module):
     Args:
         stages: one `StageConfig` for each stage; stage i works at stride patch_size * 2**i.
         img_size: image size (one side, or height and width) that position-bias tables are made for; any image runs.
-        patch_size: side of the patches of the embedding.
+        patch_size: side of the patches of the embedding; 4 for the other stems.
+        stem: how images are embedded. "patch": patches that do not overlap; "overlap": a 7x7 convolution of stride 4
+            (release 2022), "conv": two 3x3 of stride 2 (release 2023). Stages halve the map by 2x2 convolutions
+            behind "patch", by 3x3 behind the others.
+        stem_dims: channels of the embedding; None: those of the first stage.
         in_chans: channels of the image.
         num_classes: width of the classifier; 0: none.
         global_pool: timm's pooling before the classifier, "" for none (only without a classifier).
@@ -185,6 +115,8 @@ class DAT(nn.Module):
         stages: Sequence[StageConfig],
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
+        stem: str = "patch",
+        stem_dims: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -198,25 +130,21 @@ class DAT(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
-        self.patch_embed = PatchEmbed(
-            to_2tuple(img_size),
-            patch_size,
-            in_chans,
-            stages[0].embed_dims,
-            norm_layer=nn.LayerNorm,
-            output_fmt="NHWC",
-            strict_img_size=False,
-            dynamic_img_pad=True,
-            **dd,
-        )
+        self.img_size, self.patch_size = to_2tuple(img_size), patch_size
+        dim = stem_dims or stages[0].embed_dims
+        self.patch_embed = create_stem(stem, patch_size, in_chans, dim, **dd)
         depth = sum(len(config.blocks) for config in stages)
         rates = iter(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
         self.stages = nn.ModuleList()
         self.feature_info = []
-        dim = stages[0].embed_dims
-        for i, (config, map_size) in enumerate(zip(stages, self._map_sizes(len(stages)), strict=True)):
+        for i, config in enumerate(stages):
+            downsample: nn.Module = nn.Identity()
+            if i > 0:
+                downsample = Downsample(dim, config.embed_dims, 2 if stem == "patch" else 3, **dd)
+            elif dim != config.embed_dims:
+                downsample = nn.Linear(dim, config.embed_dims, **dd)
             drop_path = [next(rates) for _ in config.blocks]
-            self.stages.append(Stage(dim, config, map_size, i > 0, mlp_ratio, proj_drop_rate, drop_path, **dd))
+            self.stages.append(Stage(downsample, config, self._map_size(i), mlp_ratio, proj_drop_rate, drop_path, **dd))
             dim = config.embed_dims
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"})
         self.num_features = dim
@@ -224,15 +152,16 @@ class DAT(nn.Module):
         self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
-    def _map_sizes(self, num_stages: int) -> list[tuple[int, int]]:
-        H, W = self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)
-        return [(math.ceil(H / 2**i), math.ceil(W / 2**i)) for i in range(num_stages)]
+    def _map_size(self, stage: int) -> tuple[int, int]:
+        """The map that a stage's tables are made for; cells left over do not count, as in the official code."""
+        H, W = (max(side // (self.patch_size * 2**stage), 1) for side in self.img_size)
+        return H, W
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the position-bias tables."""
-        tables = ("relative_position_bias_table", "rpe_table")
-        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+        """Names of what the official training calls position biases: all but those of N."""
+        biases = ("relative_position_bias_table", "rpe_table", ".lepe.", ".log_cpb.")
+        return {name for name, _ in self.named_parameters() if any(bias in name for bias in biases)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -252,12 +181,11 @@ class DAT(nn.Module):
 
         Images of any size run without it; it is for fine-tuning at another size.
         """
-        self.patch_embed.set_input_size(to_2tuple(img_size))
-        for stage, (H, W) in zip(self.stages, self._map_sizes(len(self.stages)), strict=True):
+        self.img_size = to_2tuple(img_size)
+        for i, stage in enumerate(self.stages):
             for module in stage.modules():
-                if isinstance(module, DeformableAttention) and module.rpe_table is not None:
-                    table = resize_table(module.rpe_table.detach(), (2 * H - 1, 2 * W - 1))
-                    module.rpe_table = nn.Parameter(table, module.rpe_table.requires_grad)
+                if isinstance(module, DeformableAttention):
+                    module.set_table_size(self._map_size(i))
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -342,29 +270,27 @@ class DAT(nn.Module):
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
-def resize_table(table: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A bias table [num_heads, h, w] resampled to `size`, as the official fine-tuning does."""
-    return F.interpolate(table.unsqueeze(0), size, mode="bicubic").squeeze(0)
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """State dict of an official or own checkpoint under `model`'s names, bias tables resampled to `model`'s sizes."""
-    # official.py builds on this module.
-    from dat.models import official
-
-    state_dict = official.convert(state_dict, model) if official.is_official(state_dict) else dict(state_dict)
-    parameters = dict(model.named_parameters())
-    for name, value in state_dict.items():
-        if name not in parameters or value.shape == parameters[name].shape:
-            continue
-        shape = parameters[name].shape
-        if name.endswith("rpe_table") and value.shape[0] == shape[0]:
-            state_dict[name] = resize_table(value, tuple(shape[1:]))
-        elif name.endswith("relative_position_bias_table") and value.shape[1] == shape[1]:
-            side, new_side = math.isqrt(len(value)), math.isqrt(shape[0])
-            table = resize_table(value.T.reshape(-1, side, side), (new_side, new_side))
-            state_dict[name] = table.flatten(1).T
-    return state_dict
+def create_stem(stem: str, patch_size: int, in_chans: int, embed_dims: int, **dd: Any) -> nn.Module:
+    """What embeds images [B, in_chans, H, W] as maps [B, H', W', embed_dims]; see `DAT`."""
+    if stem == "patch":
+        return PatchEmbed(
+            None,
+            patch_size,
+            in_chans,
+            embed_dims,
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            **dd,
+        )
+    if stem not in ("overlap", "conv"):
+        raise ValueError(f"stem must be 'patch', 'overlap' or 'conv', got {stem!r}")
+    if patch_size != 4:
+        raise ValueError(f"patch_size must be 4 for stem {stem!r}, got {patch_size}")
+    if stem == "overlap":
+        return OverlapPatchEmbed(7, 4, in_chans, embed_dims, **dd)
+    return ConvStem(in_chans, embed_dims, **dd)
 
 
 def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
@@ -372,10 +298,11 @@ def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
     if pretrained and not (sources.state_dict or sources.file or sources.url or sources.hf_hub_id):
         raise RuntimeError(
             f"{variant}: pretrained=True cannot work, the official weights are on cloud drives with no stable address. "
-            "Download a file such as dat_tiny_in1k_224.pth by the links in the README of "
-            "https://github.com/LeapLabTHU/DAT and pass pretrained=False, checkpoint_path=FILE instead"
+            "Download a file such as dat_pp_tiny_in1k_224.pth by the links in the README of "
+            "https://github.com/LeapLabTHU/DAT (for the models of 2022, the README of its commit 566a593) "
+            "and pass pretrained=False, checkpoint_path=FILE instead"
         )
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         DAT,
         variant,
         pretrained,
@@ -383,6 +310,9 @@ def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
         feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
         **kwargs,
     )
+    if isinstance(model, FeatureGetterNet):
+        model.register_load_state_dict_pre_hook(load_into_features)
+    return model
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -404,6 +334,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _cfg_2023(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(**{"first_conv": "patch_embed.conv1", "paper_ids": "arXiv:2309.01430", **kwargs})
+
+
 default_cfgs = generate_default_cfgs(
     {
         "dat_tiny.in1k": _cfg(),
@@ -411,6 +345,12 @@ default_cfgs = generate_default_cfgs(
         "dat_base.in1k": _cfg(),
         "dat_base_384.in1k": _cfg(input_size=(3, 384, 384), pool_size=(12, 12)),
         "dat_nano.untrained": _cfg(),
+        "dat_plus_tiny.in1k": _cfg_2023(first_conv="patch_embed.proj"),
+        "dat_pp_tiny.in1k": _cfg_2023(),
+        "dat_pp_small.in1k": _cfg_2023(),
+        "dat_pp_base.in1k": _cfg_2023(),
+        "dat_pp_base_384.in1k": _cfg_2023(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+        "dat_pp_nano.untrained": _cfg_2023(),
     }
 )
 
@@ -424,6 +364,28 @@ def _release_2022(
         StageConfig("LS", dims * 2, heads * 2, window_size),
         StageConfig("LD" * (depth // 2), dims * 4, heads * 4, window_size, groups[0], kernel_size=5),
         StageConfig("LD", dims * 8, heads * 8, window_size, groups[1], kernel_size=3),
+    )
+
+
+def _release_2023(
+    dims: int, heads: int, groups: tuple[int, int, int, int], convs: bool = True, depth: int = 18
+) -> tuple[StageConfig, ...]:
+    """Official stages: `dims` and `heads` of stage 1 double from stage to stage, stage 3 has `depth` blocks."""
+    blocks = ("ND", "NDND", "ND" * (depth // 2), "DD")
+    return tuple(
+        StageConfig(
+            blocks[i],
+            dims * 2**i,
+            heads * 2**i,
+            num_groups=groups[i],
+            kernel_size=9 - 2 * i,
+            stride=8 // 2**i,
+            offset_range_factor=-1.0,
+            release="2023",
+            lpu=convs,
+            conv_mlp=convs,
+        )
+        for i in range(4)
     )
 
 
@@ -462,3 +424,41 @@ def dat_base_384(pretrained: bool = False, **kwargs: Any) -> DAT:
     stages = _release_2022(128, 4, (4, 8), depth=18, window_size=12)
     model_args = {"stages": stages, "img_size": 384, "drop_path_rate": 0.5}
     return _create_dat("dat_base_384", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_plus_tiny(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2023(64, 2, (1, 2, 4, 8), convs=False), "drop_path_rate": 0.2}
+    return _create_dat("dat_plus_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_pp_nano(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """A small DAT++ for tests, demos and CPUs; not one of the paper's."""
+    model_args = {"stages": _release_2023(32, 1, (1, 1, 2, 4), depth=4), "stem": "conv", "mlp_ratio": 3.0}
+    return _create_dat("dat_pp_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_pp_tiny(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2023(64, 2, (1, 2, 4, 8)), "stem": "conv", "drop_path_rate": 0.2}
+    return _create_dat("dat_pp_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_pp_small(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2023(96, 3, (1, 2, 3, 6)), "stem": "conv", "drop_path_rate": 0.4}
+    return _create_dat("dat_pp_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_pp_base(pretrained: bool = False, **kwargs: Any) -> DAT:
+    model_args = {"stages": _release_2023(128, 4, (2, 4, 8, 16)), "stem": "conv", "drop_path_rate": 0.7}
+    return _create_dat("dat_pp_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_pp_base_384(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """DAT-B++ for images of 384: its tables keep the size for 224 and are looked up by displacement."""
+    model_args = {"stages": _release_2023(128, 4, (2, 4, 8, 16)), "stem": "conv", "drop_path_rate": 0.6}
+    return _create_dat("dat_pp_base_384", pretrained, **dict(model_args, **kwargs))

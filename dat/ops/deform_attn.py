@@ -1,8 +1,26 @@
 """Attention over deformed positions with DAT's continuous relative position bias."""
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from dat.ops import reference
+from dat.ops._library import LIBRARY, refuse_forward_mode, second_derivatives
+from dat.ops.deform_sample import autocast, check_device, sum_dtype
+
+LIBRARY.define(
+    "deform_attn(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor? table, SymInt[] size, float scale, "
+    "bool align_corners) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "deform_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, Tensor? table, "
+    "Tensor out, Tensor lse, SymInt[] size, float scale, bool align_corners, bool deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def deform_attn(
@@ -18,36 +36,234 @@ def deform_attn(
 ) -> Tensor:
     """DAT's attention (CVPR 2022, equations 4 and 5): softmax(scale * q k^T + bias) v.
 
+    Scores are never in memory beyond a block of them, nor are the bias and the displacements.
+
     Args:
-        query: [B, h, H*W, c], the queries of a map of `size`.
-        key, value: [B, h, N, c], at N deformed positions.
-        positions: [B, g, N, 2], (x, y) in -1..1, one set for each group of h/g heads.
-        table: [h, T_h, T_w]; the bias of (query q, key n) is its bilinear value, zero outside, at
+        query: [B, h, H*W, c], the queries of a map of `size`; float32, float64, bfloat16 or float16. Under autocast
+            float32 queries, keys and values are cast to its dtype.
+        key, value: [B, h, N, c], at N deformed positions, in the dtype of `query`.
+        positions: [B, g, N, 2], (x, y) in -1..1, one set for each group of h/g heads; float32 or float64.
+        table: [h, T_h, T_w], any floating dtype; the bias of (query q, key n) is its bilinear value, zero outside, at
             (grid(q) - positions[n]) / 2, where -1 and 1 are the centres of the table's corner cells. None: no bias.
         size: (H, W) of the query map.
         scale: factor of the scores.
         align_corners: grid(q) is i/(H-1)*2-1 (release 2023), else (i+.5)/H*2-1 (release 2022).
 
     Returns:
-        [B, h, H*W, c] in the dtype of `query`.
+        [B, h, H*W, c] in the dtype of `query`; zeros where there are no keys. Bias and softmax are worked out in
+        float32 (float64 for float64 queries). Differentiable in every tensor, any number of times, in
+        reverse mode.
 
     Raises:
-        ValueError: shapes of the arguments do not fit together; the message names the argument.
+        TypeError: a dtype that is not supported; positions in half precision.
+        NotImplementedError: forward-mode differentiation.
+        ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
+    if torch.jit.is_tracing():
+        # Sizes taken from a tensor's shape are tensors there.
+        size = int(size[0]), int(size[1])
+    _check_shapes(query, key, value, positions, table, size)
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    _check_dtypes(query, key, value, positions, table)
+    refuse_forward_mode("deform_attn", query, key, value, positions, table)
+    # Kernels see positions and table in the dtype of their sums.
+    dtype = sum_dtype(query)
+    table = None if table is None else table.to(dtype)
+    return torch.ops.dat.deform_attn(
+        query, key, value, positions.to(dtype), table, list(size), float(scale), align_corners
+    )[0]
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor | None, size: tuple[int, int]
+) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"query must be [B, h, H*W, c], got {tuple(query.shape)}")
     B, h, queries, c = query.shape
     if queries != size[0] * size[1]:
         raise ValueError(
             f"query must have H*W = {size[0] * size[1]} entries for size {tuple(size)}, got {tuple(query.shape)}"
         )
-    if key.shape[:2] != (B, h) or key.shape[-1] != c or value.shape != key.shape:
+    if key.ndim != 4 or key.shape[:2] != (B, h) or key.shape[-1] != c or value.shape != key.shape:
         raise ValueError(f"key and value must be [{B}, {h}, N, {c}], got {tuple(key.shape)} and {tuple(value.shape)}")
-    groups = positions.shape[1]
-    if positions.shape != (B, groups, key.shape[2], 2) or h % groups:
+    N = key.shape[2]
+    groups = positions.shape[1] if positions.ndim == 4 else 0
+    if positions.shape != (B, groups, N, 2) or not groups or h % groups:
         raise ValueError(
-            f"positions must be [{B}, g, {key.shape[2]}, 2] with g a divisor of {h} heads, got {tuple(positions.shape)}"
+            f"positions must be [{B}, g, {N}, 2] with g a divisor of {h} heads, got {tuple(positions.shape)}"
         )
-    if table is not None and (table.ndim != 3 or table.shape[0] != h):
-        raise ValueError(f"table must be [{h}, T_h, T_w], got {tuple(table.shape)}")
-    return reference.deform_attn(
-        query, key, value, positions, table, size=size, scale=scale, align_corners=align_corners
+    if table is not None and (table.ndim != 3 or table.shape[0] != h or not (table.shape[1] and table.shape[2])):
+        raise ValueError(f"table must be [{h}, T_h, T_w] and not empty, got {tuple(table.shape)}")
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor | None) -> None:
+    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise TypeError(f"key and value must be {query.dtype} as query is, got {key.dtype} and {value.dtype}")
+    if positions.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"positions must be float32 or float64 (half precision moves keys by whole cells), got {positions.dtype}"
+        )
+    for name, tensor in (("key", key), ("value", value), ("positions", positions), ("table", table)):
+        if tensor is not None:
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+            check_device(query, tensor, name)
+
+
+@torch.library.impl(LIBRARY, "deform_attn", "CompositeExplicitAutograd")
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    size: list[int],
+    scale: float,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    H, W = size
+    kwargs: Any = {"size": (H, W), "scale": scale, "align_corners": align_corners}
+    out = reference.deform_attn(query, key, value, positions, table, **kwargs)
+    return out, reference.deform_attn_lse(query, key, positions, table, **kwargs)
+
+
+@torch.library.impl(LIBRARY, "deform_attn_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    size: list[int],
+    scale: float,
+    align_corners: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    H, W = size
+    return reference.deform_attn_backward(
+        grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
     )
+
+
+def _has_kernels(query: Tensor, key: Tensor) -> bool:
+    """Whether the GPU kernels take these: they work in float32, and neither torch nor this package needs Triton."""
+    return query.dtype != torch.float64 and query.numel() * key.numel() > 0 and find_spec("triton") is not None
+
+
+@torch.library.impl(LIBRARY, "deform_attn", "CUDA")
+def _forward_gpu(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if not _has_kernels(query, key):
+        return _forward(query, key, *args)
+    from dat.ops import deform_attn_gpu
+
+    return deform_attn_gpu.forward(query, key, *args)
+
+
+@torch.library.impl(LIBRARY, "deform_attn_backward", "CUDA")
+def _backward_gpu(grad: Tensor, query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if not _has_kernels(query, key):
+        return _backward(grad, query, key, *args)
+    from dat.ops import deform_attn_gpu
+
+    return deform_attn_gpu.backward(grad, query, key, *args)
+
+
+@torch.library.register_fake("dat::deform_attn", lib=LIBRARY)
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), positions.new_empty(query.shape[:3])
+
+
+@torch.library.register_fake("dat::deform_attn_backward", lib=LIBRARY)
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    by_positions = positions.new_empty(0 if table is None else positions.shape)
+    by_table = positions.new_empty(0) if table is None else table.new_empty(table.shape)
+    return *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)), by_positions, by_table
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.size, ctx.scale, ctx.align_corners = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    by_query, by_key, by_value, by_positions, by_table = torch.ops.dat.deform_attn_backward(
+        grad,
+        *tensors,
+        out,
+        lse,
+        ctx.size,
+        ctx.scale,
+        ctx.align_corners,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    if tensors[4] is None:
+        by_positions = by_table = None
+    return by_query, by_key, by_value, by_positions, by_table, None, None, None
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, ctx.size, ctx.scale, ctx.align_corners, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    H, W = ctx.size
+
+    def backward(grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        return reference.deform_attn_backward(
+            grad, *tensors, size=(H, W), scale=ctx.scale, align_corners=ctx.align_corners
+        )
+
+    # The output and its logarithms follow from the other arguments, to which their share of the gradient goes.
+    return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None, None
+
+
+torch.library.register_autograd("dat::deform_attn", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("dat::deform_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY)
+
+
+def _register_batching(name: str, head_dims: Sequence[int], out_dims: Sequence[int]) -> None:
+    """A vmap rule: the batch becomes heads, which every tensor has, at `head_dims` of arguments and `out_dims`."""
+    op = getattr(torch.ops.dat, name)
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def merge(tensor: Tensor | None, dim: int | None, head_dim: int) -> Tensor | None:
+            if tensor is None:
+                return None
+            moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            return moved.movedim(0, head_dim).flatten(head_dim, head_dim + 1)
+
+        count = len(head_dims)
+        outs = op(*map(merge, args[:count], in_dims, head_dims), *args[count:])
+        # What an op has nothing to say about comes back empty, without heads.
+        has_heads = [out.ndim > 1 for out in outs]
+        split = zip(outs, out_dims, has_heads, strict=True)
+        return (
+            tuple(out.unflatten(dim, (info.batch_size, -1)) if has else out for out, dim, has in split),
+            tuple(dim if has else None for dim, has in zip(out_dims, has_heads, strict=True)),
+        )
+
+    torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
+
+
+_register_batching("deform_attn", head_dims=(1, 1, 1, 1, 0), out_dims=(1, 1))
+_register_batching("deform_attn_backward", head_dims=(1, 1, 1, 1, 1, 0, 1, 1), out_dims=(1, 1, 1, 1, 0))
+
+
+@register_flop_formula(torch.ops.dat.deform_attn)
+def _flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.dat.deform_attn_backward)
+def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)

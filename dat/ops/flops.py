@@ -15,10 +15,10 @@ Handle = Callable[[Sequence[Any], Sequence[Any]], int]
 def fvcore_handles() -> dict[str, Handle]:
     """Handles by operator name, as FlopCountAnalysis.set_op_handle takes them.
 
-    Besides this package's ops they count scaled_dot_product_attention, which `deform_attn` is made of and fvcore lacks.
+    Besides this package's ops they count scaled_dot_product_attention, which models use and fvcore lacks.
     fvcore counts a multiply-add as one operation and torch as two: a handle gives half of torch's formula.
     """
-    ops = torch.ops.dat.deform_sample, torch.ops.dat.ms_deform_attn
+    ops = torch.ops.dat.deform_sample, torch.ops.dat.ms_deform_attn, torch.ops.dat.deform_attn
     handles = {op._qualified_op_name: _half(flop_registry[op]) for op in ops}
     return {**handles, "aten::scaled_dot_product_attention": _half(_attention_flops)}
 

@@ -20,7 +20,11 @@ op: Any = onnxscript.opset20
 
 def translation_table() -> dict[Callable, Callable]:
     """What torch.onnx.export takes as `custom_translation_table` for models with ops of this package; opset 20 on."""
-    return {torch.ops.dat.deform_sample.default: _deform_sample, torch.ops.dat.ms_deform_attn.default: _ms_deform_attn}
+    return {
+        torch.ops.dat.deform_sample.default: _deform_sample,
+        torch.ops.dat.ms_deform_attn.default: _ms_deform_attn,
+        torch.ops.dat.deform_attn.default: _deform_attn,
+    }
 
 
 def _deform_sample(value: Any, locations: Any, weights: Any, shapes: Sequence[Any], align_corners: bool) -> Any:
@@ -45,6 +49,55 @@ def _ms_deform_attn(value: Any, reference: Any, offsets: Any, logits: Any, shape
         locations = op.Add(center, op.Mul(op.Mul(op.Div(offsets, points), box), op.CastLike(0.5, reference)))
     weights = op.Softmax(op.Reshape(logits, [0, 0, 0, -1]), axis=-1)
     return _weighted_sum(value, locations, weights, shapes, False)
+
+
+def _deform_attn(
+    query: Any,
+    key: Any,
+    value: Any,
+    positions: Any,
+    table: Any,
+    size: Sequence[Any],
+    scale: float,
+    align_corners: bool,
+) -> tuple[Any, Any]:
+    """See `dat.ops.deform_attn`."""
+    products = op.MatMul(op.CastLike(query, positions), op.Transpose(op.CastLike(key, positions), perm=[0, 1, 3, 2]))
+    scores = op.Mul(products, op.CastLike(scale, positions))
+    if table is not None:
+        scores = op.Add(scores, _position_bias(table, positions, size, align_corners))
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.CastLike(value, positions))
+    return op.CastLike(out, query), op.ReduceLogSumExp(scores, [-1], keepdims=0)
+
+
+def _position_bias(table: Any, positions: Any, size: Sequence[Any], align_corners: bool) -> Any:
+    """See `dat.ops.reference.position_bias`; to GridSample each group is an image, its heads are channels."""
+    x, y = (_grid(length, positions, align_corners) for length in reversed(size))
+    layout = _vector(*size)
+    columns = op.Expand(op.Reshape(x, [1, -1]), layout)
+    rows = op.Expand(op.Reshape(y, [-1, 1]), layout)
+    query = op.Reshape(op.Concat(op.Unsqueeze(columns, [2]), op.Unsqueeze(rows, [2]), axis=2), [-1, 1, 2])
+    keys = op.Reshape(positions, _vector(-1, 1, op.Shape(positions, start=2)))
+    displacement = op.Mul(op.Sub(query, keys), op.CastLike(0.5, positions))
+    groups, sides = op.Shape(positions, start=1, end=2), op.Shape(table, start=1)
+    tables = op.Reshape(table, _vector(1, groups, -1, sides))
+    tables = op.Expand(tables, _vector(op.Shape(positions, start=0, end=1), 1, 1, 1, 1))
+    tables = op.Reshape(tables, _vector(-1, op.Shape(tables, start=2)))
+    bias = op.GridSample(tables, displacement, mode="linear", padding_mode="zeros", align_corners=1)
+    heads = op.Shape(table, start=0, end=1)
+    return op.Reshape(bias, _vector(-1, heads, op.Shape(bias, start=2)))
+
+
+def _grid(length: Any, like: Any, align_corners: bool) -> Any:
+    """Coordinates -1..1 of `length` queries."""
+    count = op.Reshape(_vector(length), op.Constant(value_ints=[]))
+    index = op.CastLike(op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1)), like)
+    if align_corners:
+        last = op.Max(op.Sub(count, op.Constant(value_int=1)), op.Constant(value_int=1))
+        location = op.Div(index, op.CastLike(last, like))
+    else:
+        location = op.Div(op.Add(index, op.CastLike(0.5, like)), op.CastLike(count, like))
+    return op.Sub(op.Mul(location, op.CastLike(2.0, like)), op.CastLike(1.0, like))
 
 
 def _weighted_sum(value: Any, locations: Any, weights: Any, shapes: Sequence[Any], align_corners: bool) -> Any:

@@ -177,17 +177,55 @@ def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align
     """DAT's continuous relative position bias (equation 5): [B, h, H*W, N] looked up in `table` [h, T_h, T_w]."""
     H, W = size
     B, groups = positions.shape[:2]
-
-    def grid(length: int) -> Tensor:
-        index = torch.arange(length, dtype=positions.dtype, device=positions.device)
-        # The 2023 release spans -1..1 from first to last cell; a map of one cell has only its first.
-        return index / max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
-
-    query = torch.stack((grid(W).expand(H, W), grid(H)[:, None].expand(H, W)), -1).flatten(0, 1)
+    y, x = grid_coordinates(H, positions, align_corners), grid_coordinates(W, positions, align_corners)
+    query = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).flatten(0, 1)
     displacement = (query[:, None] - positions.flatten(0, 1)[:, None]) * 0.5
     tables = table.unflatten(0, (groups, -1)).expand(B, -1, -1, -1, -1).flatten(0, 1).to(positions.dtype)
     bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
     return bias.unflatten(0, (B, groups)).flatten(1, 2)
+
+
+def _position_bias_backward(
+    grad: Tensor, table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `position_bias` by positions and table; they are differentiable themselves."""
+    (H, W), (heads, T_h, T_w), groups = size, table.shape, positions.shape[1]
+    grad = grad.unflatten(2, (H, W)).unflatten(1, (groups, -1))
+    by_x = by_y = positions.new_zeros(1)
+    by_table = table.new_zeros(heads, T_h * T_w)
+    for corner in _table_corners(table, positions, size, align_corners):
+        by_x = by_x + (grad * corner.by_x * corner.row).sum((2, 3, 4))
+        by_y = by_y + (grad * corner.by_y * corner.row).sum((2, 3, 4))
+        update = torch.where(corner.inside, grad * corner.weight, 0.0).flatten(1, 2).transpose(0, 1).flatten(1)
+        cell = corner.cell.expand(-1, -1, heads // groups, -1, -1, -1).flatten(1, 2).transpose(0, 1).flatten(1)
+        by_table = by_table.scatter_add(1, cell, update)
+    # A location, 0..1 across the table, changes by a quarter of the displacement, against the position.
+    return torch.stack((by_x, by_y), -1) / -4, by_table.view_as(table)
+
+
+def _table_corners(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Iterator[_Corner]:
+    """The four table cells around each pair's displacement, [B, g, h/g or 1, H, W, N]; slopes are by its location."""
+    H, W = size
+    T_h, T_w = table.shape[1:]
+    x, y = positions[:, :, None, None, None].unbind(-1)
+    # Half the displacement is -1..1 across the table, and `_axis` takes 0..1.
+    ys = _axis((((grid_coordinates(H, positions, align_corners)[:, None, None] - y) * 0.5) + 1) * 0.5, T_h, True)
+    xs = _axis((((grid_coordinates(W, positions, align_corners)[:, None] - x) * 0.5) + 1) * 0.5, T_w, True)
+    tables = table.to(positions.dtype).flatten(1)
+    groups = positions.shape[1]
+    heads = torch.arange(len(tables), device=table.device).view(groups, -1, 1, 1, 1)
+    for i, row_inside, wy, dy in ys:
+        for j, column_inside, wx, dx in xs:
+            cell, inside = i * T_w + j, row_inside & column_inside
+            row = torch.where(inside, tables[heads, cell], 0.0)
+            yield _Corner(cell, inside, row, wy * wx, wy * dx, dy * wx)
+
+
+def grid_coordinates(length: int, like: Tensor, align_corners: bool) -> Tensor:
+    """Coordinates -1..1 of `length` queries."""
+    index = torch.arange(length, dtype=like.dtype, device=like.device)
+    # The 2023 release spans -1..1 from first to last cell; a map of one cell has only its first.
+    return index / max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
 
 
 def deform_attn(
@@ -202,5 +240,63 @@ def deform_attn(
     align_corners: bool = True,
 ) -> Tensor:
     """See `dat.ops.deform_attn`."""
-    bias = None if table is None else position_bias(table, positions, size, align_corners).to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    attention = _scores(query, key, positions, table, size, scale, align_corners).softmax(-1)
+    return (attention @ value.to(attention.dtype)).to(query.dtype)
+
+
+def deform_attn_lse(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    *,
+    size: tuple[int, int],
+    scale: float,
+    align_corners: bool,
+) -> Tensor:
+    """The logarithm [B, h, H*W] of every query's sum of exponentials, which backward makes the attention from again."""
+    return _scores(query, key, positions, table, size, scale, align_corners).logsumexp(-1)
+
+
+def deform_attn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    table: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    scale: float,
+    align_corners: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `deform_attn` by query, key, value, positions and table; they are differentiable themselves.
+
+    Without a table those by positions and table are empty tensors.
+    """
+    attention = _scores(query, key, positions, table, size, scale, align_corners).softmax(-1)
+    grad = grad.to(attention.dtype)
+    by_attention = grad @ value.to(attention.dtype).transpose(-1, -2)
+    by_scores = attention * (by_attention - (attention * by_attention).sum(-1, keepdim=True))
+    by_query = by_scores @ key.to(attention.dtype) * scale
+    by_key = by_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
+    by_value = attention.transpose(-1, -2) @ grad
+    if table is None:
+        by_positions = by_table = positions.new_empty(0)
+    else:
+        by_positions, by_table = _position_bias_backward(by_scores, table, positions, size, align_corners)
+    return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_positions, by_table
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    table: Tensor | None,
+    size: tuple[int, int],
+    scale: float,
+    align_corners: bool,
+) -> Tensor:
+    """Scores [B, h, H*W, N] with their bias, in the dtype of the positions."""
+    scores = query.to(positions.dtype) @ key.to(positions.dtype).transpose(-1, -2) * scale
+    return scores if table is None else scores + position_bias(table, positions, size, align_corners)

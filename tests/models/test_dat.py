@@ -4,23 +4,48 @@ import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-import dat
+from dat.models import StageConfig
 
 PARAMETERS = {
     "dat_tiny": 28_319_138,
     "dat_small": 49_700_402,
     "dat_base": 87_881_632,
     "dat_base_384": 88_178_272,
+    "dat_plus_tiny": 22_772_796,
+    "dat_pp_tiny": 23_962_876,
+    "dat_pp_small": 53_127_366,
+    "dat_pp_base": 93_690_640,
+    "dat_pp_base_384": 93_690_640,
 }
-NAMES = ["dat_nano", *PARAMETERS]
+NANOS = ["dat_nano", "dat_pp_nano"]
+NAMES = [*NANOS, *PARAMETERS]
+# Every block, every position bias, either stem that has no model of its own, and a stem of other channels.
+ZOO = (
+    StageConfig("XEN", 16, 2, window_size=3, neighborhood_size=5, lpu=True, layer_scale=0.1),
+    StageConfig("PDD", 32, 4, sr_ratio=4, stride=2, position_bias="log_cpb", no_off=True, release="2023"),
+    StageConfig("LSD", 32, 4, num_groups=2, stride=2, kernel_size=2, position_bias="fixed_pe", release="2023"),
+    StageConfig("DX", 64, 4, offset_range_factor=-1.0, position_bias="dwc_pe", conv_mlp=True),
+)
+
+
+def create(name, **arguments):
+    torch.manual_seed(0)
+    if name == "zoo":
+        return timm.create_model("dat_nano", **{"stages": ZOO, "stem": "overlap", "stem_dims": 24, **arguments})
+    return timm.create_model(name, **arguments)
+
+
+@pytest.fixture(params=NANOS)
+def name(request):
+    return request.param
 
 
 @pytest.fixture
-def nano():
-    torch.manual_seed(0)
-    return timm.create_model("dat_nano", num_classes=7).eval()
+def nano(name):
+    return create(name, num_classes=7).eval()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -29,60 +54,94 @@ def test_official_parameter_counts(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "gigaflops"), [("dat_tiny", 4.6), ("dat_pp_tiny", 4.3), ("dat_pp_small", 9.4), ("dat_pp_base", 16.6)]
+)
+def test_published_flops(name, gigaflops):
+    """The papers count a multiplication and an addition as one."""
+    model = timm.create_model(name, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gigaflops, rel=0.01)
+
+
 def test_nano_is_small(nano):
     assert sum(p.numel() for p in nano.parameters()) < 3e6
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(224, 224), (97, 61), (800, 1333)])
+@pytest.mark.parametrize("size", [(97, 61), (800, 1333)])
 def test_features_of_every_name(name, size):
     """Shapes only, on tensors without data."""
-    with FakeTensorMode():
-        model = timm.create_model(name, features_only=True)
-        features = model(torch.empty(2, 3, *size))
+    model = timm.create_model(name, features_only=True, device="meta")
+    features = model(torch.empty(2, 3, *size, device="meta"))
     for feature, channels, reduction in zip(
         features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
         assert feature.shape == (2, channels, *(math.ceil(side / reduction) for side in size))
 
 
-@pytest.mark.parametrize("size", [(97, 61), (32, 32), (1, 1), (3, 70), (160, 223)])
-def test_any_size_runs(nano, size):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_trains(name):
+    """Finite outputs and gradients, and an image alone is one in a batch; maps end as a single row."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, drop_path_rate=0.0)
+    images = torch.randn(3, 3, 29, 61)
+    logits = model(images)
+    logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
-        assert nano(torch.randn(2, 3, *size)).isfinite().all()
+        torch.testing.assert_close(model(images[1:2]), logits[1:2], rtol=1e-3, atol=1e-4)
 
 
-def test_detection_size():
-    model = timm.create_model("dat_nano", features_only=True, out_indices=(1, 2, 3)).eval()
+@pytest.mark.parametrize("name", [*NANOS, "zoo"])
+@pytest.mark.parametrize("size", [(97, 61), (32, 32), (1, 1), (3, 70), (160, 223)])
+def test_any_size_runs(name, size):
+    model = create(name)
+    model(torch.randn(2, 3, *size)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NANOS)
+def test_detection_size(name):
+    model = timm.create_model(name, features_only=True, out_indices=(1, 2, 3)).eval()
     with torch.no_grad():
         features = model(torch.randn(1, 3, 800, 1333))
     assert [f.shape[1:] for f in features] == [(64, 100, 167), (128, 50, 84), (256, 25, 42)]
     assert all(f.isfinite().all() for f in features)
 
 
-def test_features_do_not_depend_on_what_is_padded_beyond_the_right_and_bottom(nano):
+def test_features_do_not_depend_on_what_is_padded_beyond_the_right_and_bottom():
     """97 columns make 25 cells of 4; the three missing ones are zeros, whoever adds them."""
+    nano = create("dat_nano").eval()
     image = torch.randn(1, 3, 64, 97)
     padded = torch.nn.functional.pad(image, (0, 3))
     with torch.no_grad():
         torch.testing.assert_close(nano(image), nano(padded))
 
 
-def test_image_alone_equals_image_in_batch(nano):
+@pytest.mark.parametrize("name", [*NANOS, "zoo"])
+def test_image_alone_equals_image_in_batch(name):
+    model = create(name).eval()
     images = torch.randn(3, 3, 97, 61)
     with torch.no_grad():
-        torch.testing.assert_close(nano(images)[1:2], nano(images[1:2]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_reaches_every_parameter(nano):
-    nano.train()
-    nano(torch.randn(2, 3, 96, 64)).square().sum().backward()
+@pytest.mark.parametrize("name", [*NANOS, "zoo"])
+def test_gradient_reaches_every_parameter(name):
+    model = create(name)
+    model(torch.randn(2, 3, 160, 128)).square().sum().backward()
     # A constant added to all keys cancels in the softmax, so their bias gets rounding errors only.
     without = [
-        n for n, p in nano.named_parameters() if p.grad is None or not (p.grad.any() or n.endswith("attn.k.bias"))
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not (p.grad.any() or n.endswith("attn.k.bias")))
     ]
     assert not without
-    assert all(p.grad.isfinite().all() for p in nano.parameters())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == (
+        ["stages.0.blocks.1.attn.shift.weight"] if name == "zoo" else []
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(nano):
@@ -90,17 +149,21 @@ def test_gradient_checkpointing_changes_nothing(nano):
     image = torch.randn(2, 3, 64, 64)
     plain = torch.autograd.grad(nano(image).square().sum(), list(nano.parameters()))
     nano.set_grad_checkpointing()
+    runs = []
+    for stage in nano.stages:
+        for block in stage.blocks:
+            block.register_forward_pre_hook(lambda *_: runs.append(1))
     checkpointed = torch.autograd.grad(nano(image).square().sum(), list(nano.parameters()))
     for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(a, b)
-    assert all(stage.grad_checkpointing for stage in nano.stages)
+    assert sum(runs) == 2 * sum(len(stage.blocks) for stage in nano.stages)
 
 
-def test_drop_rates_take_effect():
+def test_drop_rates_take_effect(name):
     torch.manual_seed(0)
     image = torch.randn(4, 3, 64, 64)
     for rate in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
-        model = timm.create_model("dat_nano", **{rate: 0.5}).train()
+        model = timm.create_model(name, **{rate: 0.5}).train()
         assert not torch.equal(model(image), model(image))
         model.eval()
         assert torch.equal(model(image), model(image))
@@ -111,8 +174,7 @@ def test_drop_rates_take_effect():
 
 def test_initial_values_are_those_that_trained():
     """torch's defaults everywhere (the official reset_parameters never touches a module), small normal bias tables."""
-    torch.manual_seed(0)
-    model = timm.create_model("dat_nano")
+    model = create("dat_nano")
     weight = model.stages[3].blocks[0].mlp.fc1.weight.detach()
     bound = weight.shape[1] ** -0.5
     assert weight.abs().max() <= bound
@@ -127,6 +189,7 @@ def test_intermediates(nano):
         final, features = nano.forward_intermediates(image)
         torch.testing.assert_close(final, nano.forward_features(image))
         assert [f.shape[1:] for f in features] == [(32, 25, 16), (64, 13, 8), (128, 7, 4), (256, 4, 2)]
+        assert not any(features[3].eq(final).flatten())
         last_two = nano.forward_intermediates(image, indices=2, intermediates_only=True)
         for a, b in zip(last_two, features[2:], strict=True):
             torch.testing.assert_close(a, b)
@@ -141,8 +204,8 @@ def test_intermediates(nano):
         nano.forward_intermediates(image, output_fmt="NLC")
 
 
-def test_features_only_equals_intermediates(nano):
-    extractor = timm.create_model("dat_nano", features_only=True, out_indices=(1, 2)).eval()
+def test_features_only_equals_intermediates(nano, name):
+    extractor = timm.create_model(name, features_only=True, out_indices=(1, 2)).eval()
     assert len(extractor.model.stages) == 3
     extractor.model.load_state_dict(nano.state_dict(), strict=False)
     image = torch.randn(1, 3, 64, 80)
@@ -182,81 +245,129 @@ def test_classifier(nano):
     torch.testing.assert_close(nano(image), features.amax((2, 3)))
     nano.reset_classifier(0, "")
     torch.testing.assert_close(nano(image), features)
-    assert timm.create_model("dat_nano", num_classes=0, global_pool="")(image).shape == (2, 256, 2, 2)
 
 
-def test_in_chans():
-    model = timm.create_model("dat_nano", in_chans=1)
+def test_features_without_pooling_or_classifier(name):
+    model = timm.create_model(name, num_classes=0, global_pool="")
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 256, 2, 2)
+
+
+def test_in_chans(name):
+    model = timm.create_model(name, in_chans=1)
     assert model(torch.randn(1, 1, 40, 40)).shape == (1, 1000)
 
 
-def test_img_size_and_set_input_size():
-    model = timm.create_model("dat_nano", img_size=(160, 96))
+def test_img_size_and_set_input_size(name):
+    model = timm.create_model(name, img_size=(160, 96))
     assert model.stages[2].blocks[1].attn.rpe_table.shape == (4, 19, 11)
     model.set_input_size(img_size=224)
     assert model.stages[2].blocks[1].attn.rpe_table.shape == (4, 27, 27)
     assert model.stages[3].blocks[1].attn.rpe_table.shape == (8, 13, 13)
-    assert model.patch_embed.img_size == (224, 224)
+    assert model.img_size == (224, 224)
     assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
-def test_parameter_groups(nano):
-    assert len(nano.no_weight_decay()) == 8
+def test_input_size_of_fixed_biases():
+    """They are resampled for the maps of another size just as a forward pass does."""
+    model = create("zoo", img_size=64).eval()
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        expected = model(images)
+        model.set_input_size((96, 160))
+        assert model.stages[2].blocks[2].attn.fixed_bias.rpe_table.shape == (4, 6 * 10, 3 * 5)
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_sizes_without_a_model_of_their_own():
+    """B++ at 384 keeps the tables for 224; its images may be of any size."""
+    tables = {
+        name: [tuple(p.shape) for n, p in timm.create_model(name, device="meta").named_parameters() if "rpe_table" in n]
+        for name in ("dat_pp_base", "dat_pp_base_384")
+    }
+    assert tables["dat_pp_base"] == tables["dat_pp_base_384"]
+    assert tables["dat_pp_base"][0] == (4, 111, 111)
+
+
+def test_parameter_groups(nano, name):
+    assert len(nano.no_weight_decay()) == (8 if name == "dat_nano" else 7)
     groups = param_groups_layer_decay(nano, 0.05, nano.no_weight_decay(), layer_decay=0.5)
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert len(scales) == len(list(nano.parameters()))
     table, weight = (nano.get_parameter(f"stages.2.blocks.1.attn.{n}") for n in ("rpe_table", "q.weight"))
     assert (decays[id(table)], decays[id(weight)]) == (0.0, 0.05)
-    stem, head = nano.patch_embed.proj.weight, nano.get_classifier().weight
+    first, head = nano.pretrained_cfg["first_conv"], nano.get_classifier().weight
+    stem = nano.get_parameter(f"{first}.weight")
     assert scales[id(stem)] < scales[id(weight)] < scales[id(head)] == 1
 
 
-def test_pretrained_cfg(nano):
-    config = timm.data.resolve_model_data_config(timm.create_model("dat_base_384", device="meta"))
-    assert config["input_size"] == (3, 384, 384)
-    assert nano.get_submodule(nano.pretrained_cfg["first_conv"]) is nano.patch_embed.proj
-    assert nano.get_submodule(nano.pretrained_cfg["classifier"]) is nano.get_classifier()
-    assert set(NAMES) <= set(timm.list_models("dat_*"))
+def test_position_biases_have_no_weight_decay():
+    """All that the official training calls so: every rpe_table, modules too, and relative_position_bias_table."""
+    names = create("zoo").no_weight_decay()
+    assert {name.partition("attn.")[2] for name in names} == {
+        "relative_position_bias_table",
+        "log_cpb.mlp.fc1.weight",
+        "log_cpb.mlp.fc1.bias",
+        "log_cpb.mlp.fc2.weight",
+        "fixed_bias.rpe_table",
+        "lepe.weight",
+        "lepe.bias",
+    }
 
 
-def test_pretrained_explains_itself():
-    with pytest.raises(RuntimeError, match=r"no stable address.*LeapLabTHU/DAT.*checkpoint_path=FILE") as error:
-        timm.create_model("dat_tiny", pretrained=True)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_cfg(name):
+    model = timm.create_model(name, device="meta")
+    assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
+    assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
+    side = 384 if "384" in name else 224
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, side, side)
+    assert name in timm.list_models("dat_*")
 
 
-def test_own_checkpoints(nano, tmp_path):
-    image = torch.randn(1, 3, 64, 64)
-    path = tmp_path / "nano.pth"
-    torch.save({"state_dict": nano.state_dict()}, path)
-    loaded = timm.create_model("dat_nano", num_classes=7, checkpoint_path=str(path)).eval()
-    torch.testing.assert_close(loaded(image), nano(image))
-    # timm's way into a feature extractor, and into a classifier of other classes.
-    overlay = {"file": str(path), "num_classes": 7}
-    extractor = timm.create_model(
-        "dat_nano", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True
-    ).eval()
-    torch.testing.assert_close(extractor(image)[3], nano.forward_intermediates(image)[1][3])
-    other = timm.create_model("dat_nano", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3).eval()
-    torch.testing.assert_close(other.forward_features(image), nano.forward_features(image))
-    truncated = {key: value for key, value in nano.state_dict().items() if key != "norm.weight"}
-    with pytest.raises(RuntimeError, match=r"norm\.weight"):
-        nano.load_state_dict(truncated)
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        (StageConfig("LQ", 8, 1), {}, "blocks must be letters of L, S, D, N, P, E and X, got 'Q' in 'LQ'"),
+        (StageConfig("X", 8, 1, window_size=4), {}, "window_size must be odd for X blocks, got 4"),
+        (StageConfig("L", 8, 1), {"stem": "pool"}, "stem must be 'patch', 'overlap' or 'conv', got 'pool'"),
+        (StageConfig("L", 8, 1), {"stem": "conv", "patch_size": 8}, "patch_size must be 4 for stem 'conv', got 8"),
+    ],
+)
+def test_errors(stage, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("dat_nano", stages=[stage], **arguments)
 
 
-def test_unknown_letter():
-    stages = [dat.models.StageConfig("LX", 8, 1)]
-    with pytest.raises(ValueError, match="blocks must be letters of L, S and D, got 'X' in 'LX'"):
-        timm.create_model("dat_nano", stages=stages)
-
-
-def test_compiles_to_one_graph(nano):
+@pytest.mark.parametrize("name", [*NANOS, "zoo"])
+def test_compiles_to_one_graph(name):
+    model = create(name)
     image = torch.randn(2, 3, 72, 64)
     torch._dynamo.reset()
-    compiled = torch.compile(nano, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, parameters = model(image), [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(compiled(image), expected)
+    for a, b in zip(
+        torch.autograd.grad(compiled(image).square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_channels_last(nano):
+    image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(image), nano(image))
+        expected = nano(image)
+        out = nano.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, expected)
+
+
+def test_exports(nano):
+    image = torch.randn(2, 3, 72, 64)
+    with torch.no_grad():
+        exported = torch.export.export(nano, (image,)).module()
+        torch.testing.assert_close(exported(image), nano(image))
 
 
 def test_half_precision(nano):

@@ -10,14 +10,18 @@ from safetensors import safe_open
 
 from dat.models import official
 
-FIXTURE = Path(__file__).parents[1] / "data" / "dat_v1_micro.safetensors"
+DATA = Path(__file__).parents[1] / "data"
+
+
+def load(name):
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["official_config"])
 
 
 @pytest.fixture(scope="module")
 def fixture():
-    with safe_open(FIXTURE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["official_config"])
+    return load("dat_v1_micro")
 
 
 def part(tensors, prefix):
@@ -28,12 +32,23 @@ def close(ours, theirs, tolerance=1e-5):
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
-def test_equals_official_numbers(fixture):
+@pytest.mark.parametrize(
+    ("name", "release", "gradients"),
+    [
+        ("dat_v1_micro", "2022", 6),
+        ("dat_2022_convs", "2022", 21),
+        # Every block but S and L, position biases, convolutions and layer scales, on an image that is not square.
+        ("dat_2023_convs", "2023", 37),
+        # The other blocks and options, without convolutions.
+        ("dat_2023_plain", "2023", 15),
+    ],
+)
+def test_equals_official_numbers(name, release, gradients):
     """Features, logits and gradients that the official code gave in float64 for random weights."""
-    tensors, config = fixture
-    model = official.build(config, release="2022").eval()
+    tensors, config = load(name)
+    model = official.build(config, release).eval()
     model.load_state_dict(official.convert(part(tensors, "state."), model), strict=True)
-    close(model(tensors["input"]), tensors["logits"], 2e-3)
+    close(model(tensors["input"].float()), tensors["logits"], 2e-3)
     model.double()
     x = tensors["input"].double().requires_grad_()
     for i, feature in enumerate(model.forward_intermediates(x, intermediates_only=True)):
@@ -42,17 +57,17 @@ def test_equals_official_numbers(fixture):
     close(logits, tensors["logits"])
     (logits * tensors["cotangent"]).sum().backward()
     close(x.grad, tensors["input_grad"])
-    gradients = official.convert(part(tensors, "grad."), model)
-    assert len(gradients) == 6
-    for name, theirs in gradients.items():
-        close(model.get_parameter(name).grad, theirs)
+    converted = official.convert(part(tensors, "grad."), model)
+    assert len(converted) == gradients
+    for parameter, theirs in converted.items():
+        close(model.get_parameter(parameter).grad, theirs)
 
 
 def test_upper_case_keys_and_official_defaults(fixture):
     _, config = fixture
     model = official.build({key.upper(): value for key, value in config.items()}, release="2022")
     assert model.num_classes == 10
-    assert model.patch_embed.img_size == (64, 64)
+    assert model.img_size == (64, 64)
     assert model.stages[2].blocks[1].attn.offset_conv.kernel_size == (5, 5)
     assert model.stages[3].blocks[1].attn.offset_conv.kernel_size == (3, 3)
 
@@ -60,15 +75,18 @@ def test_upper_case_keys_and_official_defaults(fixture):
 @pytest.mark.parametrize(
     ("change", "release", "message"),
     [
-        ({}, "2023", "release must be '2022', got '2023'"),
-        ({"stage_spec": ["LS", "LS", "LNLD", "LD"]}, "2022", r"stage_spec\[2\]: letters must be L, S or D.*'LNLD'"),
+        ({}, "2024", "release must be '2022' or '2023', got '2024'"),
+        ({"stage_spec": ["LS", "LS", "LNLD", "LD"]}, "2022", r"stage_spec\[2\]: letters must be of LSD .*'LNLD'"),
+        ({"stage_spec": ["LS", "LS", "LQLD", "LD"]}, "2023", r"stage_spec\[2\]: Q \(QnA\) is not supported.*'LQLD'"),
+        ({"stage_spec": ["LS", "LS", "LZLD", "LD"]}, "2023", r"stage_spec\[2\]: letters must be of LSDNPXE .*'LZLD'"),
         ({"stage_spec": ["LS", "LS", "LD", "LD"]}, "2022", r"stage_spec\[2\] must have depths\[2\] = 4 letters"),
-        ({"attn_drop_rate": 0.1}, "2022", "attn_drop_rate must be 0.0 throughout in release 2022, got 0.1"),
-        ({"dwc_pes": [False, False, True, True]}, "2022", "dwc_pes must be False throughout"),
-        ({"use_conv_patches": True}, "2022", "use_conv_patches must be False"),
+        ({"strides": [-1, -1, -1, 1]}, "2023", r"groups\[2\] and strides\[2\] must be at least 1 .* got 2 and -1"),
+        ({"attn_drop_rate": 0.1}, "2022", "attn_drop_rate must be 0.0, got 0.1"),
+        ({"fixed_pes": [False, False, True, True]}, "2022", "fixed_pes must be False throughout in release 2022"),
+        ({"use_lpus": [True] * 4}, "2022", "use_lpus must be False throughout in release 2022"),
+        ({"no_offs": [True] * 4, "dwc_pes": [True] * 4}, "2023", r"dwc_pes\[2\] must be False where no_offs is True"),
         ({"dimms": [8]}, "2022", "unknown key 'dimms'"),
         ({"heads": [1, 2, 4]}, "2022", "heads must have an entry for each of dims"),
-        ({"dim_stem": 16}, "2022", r"dim_stem must equal dims\[0\] = 8, got 16"),
     ],
 )
 def test_unsupported_configurations(fixture, change, release, message):
@@ -78,7 +96,7 @@ def test_unsupported_configurations(fixture, change, release, message):
 
 
 def micro(config, checkpoint_path, **arguments):
-    stages = [official._stage({**official._DEFAULTS, **config}, i) for i in range(4)]
+    stages = [official._stage({**official._DEFAULTS, **config}, i, "2022") for i in range(4)]
     sizes = {"img_size": config["img_size"], "num_classes": config["num_classes"], **arguments}
     return timm.create_model("dat_nano", stages=stages, mlp_ratio=4.0, checkpoint_path=str(checkpoint_path), **sizes)
 
@@ -127,3 +145,38 @@ def test_checkpoint_of_another_model_is_an_error(fixture, tmp_path, monkeypatch)
     save_official_file(path, part(tensors, "state."), monkeypatch)
     with pytest.raises(RuntimeError, match="size mismatch"):
         timm.create_model("dat_nano", checkpoint_path=str(path))
+
+
+def test_published_models_have_official_configurations():
+    """The YAML of DAT-T++, and what the entry points make."""
+    config = {
+        "dim_stem": 64,
+        "dims": [64, 128, 256, 512],
+        "depths": [2, 4, 18, 2],
+        "stage_spec": [["N", "D"], ["N", "D"] * 2, ["N", "D"] * 9, ["D", "D"]],
+        "heads": [2, 4, 8, 16],
+        "groups": [1, 2, 4, 8],
+        "use_pes": [True] * 4,
+        "strides": [8, 4, 2, 1],
+        "offset_range_factor": [-1] * 4,
+        "ksizes": [9, 7, 5, 3],
+        "nat_ksizes": [7] * 4,
+        "drop_path_rate": 0.2,
+    }
+    convs = {"use_dwc_mlps": [True] * 4, "use_lpus": [True] * 4, "use_conv_patches": True}
+    for name, changes in (("dat_plus_tiny", {}), ("dat_pp_tiny", convs)):
+        assert repr(official.build(config | changes, "2023")) == repr(timm.create_model(name))
+
+
+def test_tables_of_fixed_biases_are_resampled():
+    _, config = load("dat_2023_plain")
+    small, large = (
+        official.build(config, "2023"),
+        official.build({**config, "img_size": 96, "window_sizes": [8] * 4}, "2023"),
+    )
+    large.load_state_dict(small.state_dict())
+    small.set_input_size(96)
+    for i, j in ((0, 1), (1, 1)):
+        ours, theirs = (model.stages[i].blocks[j].attn.state_dict() for model in (large, small))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value)

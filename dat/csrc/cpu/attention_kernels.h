@@ -1,0 +1,327 @@
+// The kernels of deform_attn, compiled once for each instruction set: see vector.h. No standard library here.
+//
+// Scores of a block of keys and a tile of queries, a row for each key, never leave the cache. Softmax needs no sums across
+// lanes that way, and the bias of neighbouring queries lies side by side in its table.
+
+#include "attention.h"
+#include "vector.h"
+
+// After what it is made of.
+#include "attention_bias.h"
+
+namespace dat {
+namespace DAT_ISA {
+
+// Sums that a matrix product keeps in registers: kRows rows of two.
+constexpr int kRows = DAT_VECTOR_BYTES == 64 ? 8 : 4;
+
+// A matrix product's left side, number (row r, column k): at `row_step` r + k or, transposed, at r + `step` k.
+template <typename Real, bool kTransposed>
+struct Left {
+  const Real* at;
+  int64_t step;
+  DAT_HOST_DEVICE Real number(int64_t r, int64_t k) const { return kTransposed ? at[r + step * k] : at[kStride * r + k]; }
+  DAT_HOST_DEVICE Left below(int64_t rows) const { return {at + (kTransposed ? rows : kStride * rows), step}; }
+};
+
+// Adds R rows of V registers to `sums`: left [R, K] times right [K, V * N].
+template <typename Real, bool kTransposed, int R, int V>
+DAT_HOST_DEVICE void add_product(
+    Left<Real, kTransposed> left, const Real* right, int64_t stride, int64_t K, Real* sums, int64_t to) {
+  constexpr int N = kLanes<Real>;
+  Vec<Real, N> sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = load(sums + r * to + v * N);
+  for (int64_t k = 0; k < K; k++, right += stride) {
+    Vec<Real, N> factor[V];
+    for (int v = 0; v < V; v++) factor[v] = load(right + v * N);
+    for (int r = 0; r < R; r++) {
+      const Real number = left.number(r, k);
+      for (int v = 0; v < V; v++) sum[r][v] += number * factor[v];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(sums + r * to + v * N, sum[r][v]);
+}
+
+template <typename Real, bool kTransposed, int R, int V>
+DAT_HOST_DEVICE void add_rows(
+    Left<Real, kTransposed> left, int64_t rows, const Real* right, int64_t stride, int64_t K, Real* sums, int64_t to) {
+  for (; rows >= R; rows -= R, left = left.below(R), sums += R * to)
+    add_product<Real, kTransposed, R, V>(left, right, stride, K, sums, to);
+  if constexpr (R > 1) {
+    if (rows > 0) add_rows<Real, kTransposed, R / 2, V>(left, rows, right, stride, K, sums, to);
+  }
+}
+
+// sums [rows, columns] += left [rows, K] right [K, columns]; columns is a multiple of a register's.
+template <typename Real, bool kTransposed>
+void multiply(
+    Left<Real, kTransposed> left, int64_t rows, int64_t K, const Real* right, int64_t stride, int64_t columns, Real* sums,
+    int64_t to) {
+  constexpr int N = kLanes<Real>;
+  int64_t j = 0;
+  for (; j + 2 * N <= columns; j += 2 * N)
+    add_rows<Real, kTransposed, kRows, 2>(left, rows, right + j, stride, K, sums + j, to);
+  for (; j < columns; j += N) add_rows<Real, kTransposed, kRows, 1>(left, rows, right + j, stride, K, sums + j, to);
+}
+
+// Interleaving a square's rows with those half a square below, as often as its side can be halved, transposes it.
+template <int kStep, typename Real, int N>
+DAT_HOST_DEVICE void interleave(Numbers<Real, N> (&rows)[N]) {
+  Numbers<Real, N> next[N];
+  for (int i = 0; i < N / 2; i++) {
+    next[2 * i] = {zip<0>(rows[i], rows[i + N / 2], Indices<N>())};
+    next[2 * i + 1] = {zip<N / 2>(rows[i], rows[i + N / 2], Indices<N>())};
+  }
+  for (int i = 0; i < N; i++) rows[i] = next[i];
+  if constexpr (kStep > 2) interleave<kStep / 2>(rows);
+}
+
+// Writes `count` rows of C numbers, times `scale`, as columns: [C, kTile], zero beyond the last.
+template <typename Real>
+void transpose(const Real* from, int64_t count, int64_t C, Real scale, Real* to) {
+  constexpr int N = kLanes<Real>;
+  for (int64_t q = 0; q < kTile; q += N) {
+    for (int64_t c = 0; c < C; c += N) {
+      Numbers<Real, N> rows[N];
+      for (int i = 0; i < N; i++) rows[i].v = q + i < count ? load(from + (q + i) * C + c) * scale : Vec<Real, N>{};
+      interleave<N>(rows);
+      for (int i = 0; i < N; i++) store(to + (c + i) * kTile + q, rows[i].v);
+    }
+  }
+}
+
+template <typename Real>
+DAT_HOST_DEVICE int64_t whole_registers(int64_t count) {
+  return (count + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+}
+
+template <typename Real>
+DAT_HOST_DEVICE void clear(Real* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; i++) numbers[i] = 0;
+}
+
+template <typename Real>
+DAT_HOST_DEVICE void scale_all(Real* numbers, int64_t count, Real factor) {
+  for (int64_t i = 0; i < count; i++) numbers[i] *= factor;
+}
+
+// Arrays one after the other in scratch memory, each aligned to cache lines.
+template <typename Real>
+class Arena {
+ public:
+  explicit Arena(void* memory) : free_(static_cast<Real*>(memory)) {}
+  DAT_HOST_DEVICE Real* take(int64_t numbers) {
+    Real* taken = free_;
+    free_ += (numbers + 15) / 16 * 16;
+    return taken;
+  }
+
+ private:
+  Real* free_;
+};
+
+// Scores and their softmax for one tile of queries after the other.
+template <typename Real>
+class Forward {
+ public:
+  static constexpr int N = kLanes<Real>;
+  using V = Vec<Real, N>;
+
+  Forward(const AttentionArgs& args, const AttentionPart& part, void* scratch)
+      : args_(args), head_(part.image * args.h + part.head), bias_(args, part) {
+    Arena<Real> arena(scratch);
+    scores_ = arena.take(kBlock * kStride), query_ = arena.take(args.C * kTile), sums_ = arena.take(args.C * kTile);
+    top_ = arena.take(kTile), total_ = arena.take(kTile), shrink_ = arena.take(kTile);
+    clear(scores_, kBlock * kStride);
+  }
+
+  // Queries first .. first + count.
+  void run(int64_t first, int64_t count, Real* out, Real* lse) {
+    const int64_t row = head_ * args_.H * args_.W + first;
+    transpose(static_cast<const Real*>(args_.query) + row * args_.C, count, args_.C, Real(args_.scale), query_);
+    clear(sums_, count * args_.C);
+    for (int64_t q = 0; q < kTile; q++) top_[q] = -__builtin_huge_val(), total_[q] = 0;
+    for (int64_t n = 0; n < args_.N; n += kBlock) add_keys(n, args_.N - n < kBlock ? args_.N - n : kBlock, first, count);
+    for (int64_t q = 0; q < count; q++) {
+      const Real scale = 1 / total_[q];
+      for (int64_t c = 0; c < args_.C; c += N) store(out + (row + q) * args_.C + c, load(sums_ + q * args_.C + c) * scale);
+      lse[row + q] = top_[q] + __builtin_log(total_[q]);
+    }
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const int64_t head_;
+  Bias<Real> bias_;
+  Real *scores_, *query_, *sums_;
+  // Of each query the largest score so far, the sum of exponentials, and what the next block makes of earlier ones.
+  Real *top_, *total_, *shrink_;
+
+  void add_keys(int64_t n, int64_t keys, int64_t first, int64_t count) {
+    if (args_.table) {
+      bias_.take(n, keys);
+      bias_.fill(scores_, first, count);
+    } else {
+      clear(scores_, keys * kStride);
+    }
+    const Real* key_t = static_cast<const Real*>(args_.key_t) + head_ * args_.N * args_.C + n;
+    multiply<Real, true>({key_t, args_.N}, keys, args_.C, query_, kTile, whole_registers<Real>(count), scores_, kStride);
+    for (int64_t q = 0; q < count; q += N) exponentials(q, keys);
+    if (n > 0) {
+      for (int64_t q = 0; q < count; q++) scale_all(sums_ + q * args_.C, args_.C, shrink_[q]);
+    }
+    const Real* value = static_cast<const Real*>(args_.value) + (head_ * args_.N + n) * args_.C;
+    multiply<Real, true>({scores_, kStride}, count, keys, value, args_.C, args_.C, sums_, args_.C);
+  }
+
+  DAT_HOST_DEVICE void exponentials(int64_t q, int64_t keys) {
+    V top = load(top_ + q);
+    for (int64_t n = 0; n < keys; n++) {
+      const V score = load(scores_ + n * kStride + q);
+      top = score > top ? score : top;
+    }
+    const V shrink = Exp<Real, N>::of(load(top_ + q) - top);
+    V total = load(total_ + q) * shrink;
+    for (int64_t n = 0; n < keys; n++) {
+      const V e = Exp<Real, N>::of(load(scores_ + n * kStride + q) - top);
+      store(scores_ + n * kStride + q, e);
+      total += e;
+    }
+    store(top_ + q, top), store(total_ + q, total), store(shrink_ + q, shrink);
+  }
+};
+
+template <typename Real>
+void forward(const AttentionArgs& args, const AttentionPart& part, void* out, void* lse, void* scratch) {
+  Forward<Real> tile(args, part, scratch);
+  for (int64_t q = part.query_begin; q < part.query_end; q += kTile) {
+    const int64_t count = part.query_end - q < kTile ? part.query_end - q : kTile;
+    tile.run(q, count, static_cast<Real*>(out), static_cast<Real*>(lse));
+  }
+}
+
+// One block of keys after the other meets all queries of the part.
+template <typename Real>
+class Backward {
+ public:
+  static constexpr int N = kLanes<Real>;
+  using V = Vec<Real, N>;
+
+  Backward(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch)
+      : args_(args),
+        part_(part),
+        grads_(grads),
+        head_(part.image * args.h + part.head),
+        first_row_(head_ * args.H * args.W),
+        query_(static_cast<const Real*>(args.query) + first_row_ * args.C),
+        grad_(static_cast<const Real*>(grads.grad) + first_row_ * args.C),
+        by_query_(static_cast<Real*>(grads.by_query) + first_row_ * args.C),
+        bias_(args, part) {
+    Arena<Real> arena(scratch);
+    attention_ = arena.take(kBlock * kStride), by_scores_ = arena.take(kBlock * kStride);
+    const int64_t tiles = (part.query_end - part.query_begin + kTile - 1) / kTile;
+    query_t_ = arena.take(tiles * kTile * args.C), grad_t_ = arena.take(tiles * kTile * args.C);
+    lse_ = arena.take(tiles * kTile), dots_ = arena.take(tiles * kTile);
+    rows_ = arena.take(2 * kBlock * bias_.row_size());
+    clear(attention_, kBlock * kStride);
+    for (int64_t q = part.query_begin; q < part.query_end; q += kTile) prepare(q);
+  }
+
+  void run() {
+    Real *by_key = static_cast<Real*>(grads_.by_key), *by_value = static_cast<Real*>(grads_.by_value);
+    const int64_t queries = part_.query_end - part_.query_begin;
+    clear(by_query_ + part_.query_begin * args_.C, queries * args_.C);
+    clear(by_key, args_.N * args_.C), clear(by_value, args_.N * args_.C);
+    for (int64_t n = 0; n < args_.N; n += kBlock) {
+      keys_ = args_.N - n < kBlock ? args_.N - n : kBlock;
+      if (args_.table) {
+        bias_.take(n, keys_);
+        bias_.begin_gradients(rows_, static_cast<Real*>(grads_.by_table), static_cast<Real*>(grads_.by_positions));
+      }
+      for (int64_t q = part_.query_begin; q < part_.query_end; q += kTile)
+        add_tile(n, q, by_key + n * args_.C, by_value + n * args_.C);
+      if (args_.table) bias_.end_gradients();
+    }
+    scale_all(by_key, args_.N * args_.C, Real(args_.scale));
+    scale_all(by_query_ + part_.query_begin * args_.C, queries * args_.C, Real(args_.scale));
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const AttentionPart& part_;
+  const AttentionGrads& grads_;
+  const int64_t head_, first_row_;
+  const Real *query_, *grad_;
+  Real* by_query_;
+  Bias<Real> bias_;
+  int64_t keys_ = 0;
+  Real *attention_, *by_scores_;
+  // Of all queries, tile by tile: transposed rows, and the products of the output with its gradient.
+  Real *query_t_, *grad_t_, *lse_, *dots_, *rows_;
+
+  DAT_HOST_DEVICE int64_t count(int64_t q) const { return part_.query_end - q < kTile ? part_.query_end - q : kTile; }
+
+  void prepare(int64_t q) {
+    const int64_t C = args_.C, at = q - part_.query_begin;
+    transpose(query_ + q * C, count(q), C, Real(args_.scale), query_t_ + at * C);
+    transpose(grad_ + q * C, count(q), C, Real(1), grad_t_ + at * C);
+    const Real* out = static_cast<const Real*>(grads_.out) + (first_row_ + q) * C;
+    const Real* lse = static_cast<const Real*>(grads_.lse) + first_row_ + q;
+    for (int64_t i = 0; i < kTile; i++) {
+      V dot = {};
+      for (int64_t c = 0; i < count(q) && c < C; c += N) dot += load(out + i * C + c) * load(grad_ + (q + i) * C + c);
+      lse_[at + i] = i < count(q) ? lse[i] : 0, dots_[at + i] = Sum<Real, N>::of(dot);
+    }
+  }
+
+  void add_tile(int64_t n, int64_t q, Real* by_key, Real* by_value) {
+    const int64_t C = args_.C, at = q - part_.query_begin, first = (head_ * args_.N) * C;
+    const Real *key = static_cast<const Real*>(args_.key) + first + n * C,
+               *key_t = static_cast<const Real*>(args_.key_t) + first;
+    const Real* value_t = static_cast<const Real*>(args_.value_t) + first;
+    if (args_.table) {
+      bias_.fill(attention_, q, count(q));
+    } else {
+      clear(attention_, keys_ * kStride);
+    }
+    const int64_t width = whole_registers<Real>(count(q));
+    multiply<Real, true>({key_t + n, args_.N}, keys_, C, query_t_ + at * C, kTile, width, attention_, kStride);
+    clear(by_scores_, keys_ * kStride);
+    multiply<Real, true>({value_t + n, args_.N}, keys_, C, grad_t_ + at * C, kTile, width, by_scores_, kStride);
+    for (int64_t i = 0; i < width; i += N) differentiate(i, load(lse_ + at + i), load(dots_ + at + i));
+    multiply<Real, false>({attention_, 1}, keys_, count(q), grad_ + q * C, C, C, by_value, C);
+    multiply<Real, false>({by_scores_, 1}, keys_, count(q), query_ + q * C, C, C, by_key, C);
+    multiply<Real, true>({by_scores_, kStride}, count(q), keys_, key, C, C, by_query_ + q * C, C);
+    if (args_.table) bias_.add_gradients(by_scores_, q, count(q));
+  }
+
+  // Scores to attention, and its gradients to those of the scores.
+  DAT_HOST_DEVICE void differentiate(int64_t i, V lse, V dot) {
+    for (int64_t n = 0; n < keys_; n++) {
+      Real *attention = attention_ + n * kStride + i, *by_score = by_scores_ + n * kStride + i;
+      const V p = Exp<Real, N>::of(load(attention) - lse);
+      store(attention, p);
+      store(by_score, p * (load(by_score) - dot));
+    }
+  }
+};
+
+template <typename Real>
+void backward(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch) {
+  Backward<Real>(args, part, grads, scratch).run();
+}
+
+inline void forward_any(const AttentionArgs& args, const AttentionPart& part, void* out, void* lse, void* scratch) {
+  args.is_double ? forward<double>(args, part, out, lse, scratch) : forward<float>(args, part, out, lse, scratch);
+}
+
+inline void backward_any(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch) {
+  args.is_double ? backward<double>(args, part, grads, scratch) : backward<float>(args, part, grads, scratch);
+}
+
+constexpr AttentionKernels kAttention = {forward_any, backward_any};
+
+}  // namespace DAT_ISA
+}  // namespace dat

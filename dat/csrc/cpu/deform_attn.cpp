@@ -1,0 +1,231 @@
+// Registers deform_attn and its backward for CPU tensors, and shares their work out among threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../inputs.h"
+#include "attention.h"
+#include "sampling.h"
+
+namespace dat {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+struct FreeScratch {
+  void operator()(char* bytes) const { ::operator delete[](bytes, kAlignment); }
+};
+using Scratch = std::unique_ptr<char[], FreeScratch>;
+
+Scratch make_scratch(int64_t bytes) { return Scratch(static_cast<char*>(::operator new[](bytes, kAlignment))); }
+
+const AttentionKernels& attention_kernels() {
+#if defined(__x86_64__)
+  static const char* set = instruction_set();
+  if (!std::strcmp(set, "AVX512")) return avx512_attention();
+  if (!std::strcmp(set, "AVX2")) return avx2_attention();
+#endif
+  return baseline_attention();
+}
+
+// `count` coordinates -1..1 of a side of `length` queries, which may go on beyond the last, in the reference's own steps.
+template <typename Real>
+void write_grid(Real* grid, int64_t count, int64_t length, bool align_corners) {
+  const Real last = static_cast<Real>(std::max<int64_t>(length - 1, 1));
+  for (int64_t i = 0; i < count; i++)
+    grid[i] = (align_corners ? Real(i) / last : (Real(i) + Real(0.5)) / Real(length)) * 2 - 1;
+}
+
+// The arguments of one call as the kernels take them, and the tensors that hold them.
+struct Inputs {
+  AttentionArgs args = {};
+  ScalarType dtype;
+  int64_t c;
+  Tensor query, key, value, positions, grid_x, grid_y;
+  std::optional<Tensor> key_t, value_t, table;
+
+  Inputs(
+      const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& positions_,
+      const std::optional<Tensor>& table_, const std::vector<int64_t>& size, double scale, bool align_corners)
+      : dtype(real_type(query_)),
+        c(query_.size(3)),
+        query(rows(query_)),
+        key(rows(key_)),
+        value(rows(value_)),
+        positions(torch::stable::contiguous(positions_)) {
+    check_real("deform_attn", query_, positions_, "positions");
+    STD_TORCH_CHECK(size.size() == 2 && size[0] * size[1] == query.size(2), "deform_attn: size must be that of the queries");
+    args.is_double = dtype == ScalarType::Double;
+    args.B = query.size(0), args.h = query.size(1), args.g = positions.size(1), args.H = size[0], args.W = size[1];
+    args.N = key.size(2), args.C = query.size(3), args.scale = scale;
+    args.query = query.const_data_ptr(), args.key = key.const_data_ptr(), args.value = value.const_data_ptr();
+    key_t = transposed(key), args.key_t = key_t->const_data_ptr();
+    args.positions = positions.const_data_ptr();
+    if (table_ && table_->numel() > 0) set_table(*table_, align_corners);
+  }
+
+  bool empty() const { return query.numel() == 0 || args.N == 0; }
+
+  // In the dtype of the sums, with c filled up to the multiple that kernels take.
+  Tensor rows(const Tensor& tensor) const {
+    const int64_t missing = std::max<int64_t>((c + 15) / 16, 1) * 16 - c;
+    const Tensor wide = torch::stable::to(tensor, dtype);
+    return torch::stable::contiguous(missing ? torch::stable::pad(wide, {0, missing}) : wide);
+  }
+
+  static Tensor transposed(const Tensor& tensor) {
+    return torch::stable::contiguous(torch::stable::transpose(tensor, 2, 3));
+  }
+
+  // What `rows` made of a tensor, back as it was.
+  Tensor restored(Tensor tensor, ScalarType type) const {
+    return torch::stable::contiguous(torch::stable::to(torch::stable::narrow(tensor, 3, 0, c), type));
+  }
+
+ private:
+  void set_table(const Tensor& given, bool align_corners) {
+    check_real("deform_attn", query, given, "table");
+    args.T_h = given.size(1), args.T_w = given.size(2);
+    table = torch::stable::contiguous(torch::stable::pad(given, {kMargin, kMargin, kRowMargin, kRowMargin}));
+    args.table = table->const_data_ptr();
+    args.unit_step = align_corners && args.T_w == 2 * args.W - 1;
+    grid_x = torch::stable::new_empty(positions, {args.W + kRowPadding});
+    grid_y = torch::stable::new_empty(positions, {args.H});
+    args.is_double ? write_grids<double>(align_corners) : write_grids<float>(align_corners);
+    args.grid_x = grid_x.const_data_ptr(), args.grid_y = grid_y.const_data_ptr();
+  }
+
+  template <typename Real>
+  void write_grids(bool align_corners) {
+    write_grid(static_cast<Real*>(grid_x.mutable_data_ptr()), args.W + kRowPadding, args.W, align_corners);
+    write_grid(static_cast<Real*>(grid_y.mutable_data_ptr()), args.H, args.H, align_corners);
+  }
+};
+
+int64_t count_tiles(const AttentionArgs& args) { return (args.H * args.W + kTile - 1) / kTile; }
+
+// Part `index` of the `parts` that the tiles of a head are shared out to.
+AttentionPart make_part(const AttentionArgs& args, int64_t head, int64_t index, int64_t parts) {
+  const int64_t tiles = count_tiles(args), queries = args.H * args.W;
+  const auto begin = [&](int64_t i) { return std::min(queries, tiles * i / parts * kTile); };
+  return {head / args.h, head % args.h, begin(index), begin(index + 1)};
+}
+
+std::tuple<Tensor, Tensor> forward(
+    Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, std::vector<int64_t> size,
+    double scale, bool align_corners) {
+  const Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
+  const AttentionArgs& args = inputs.args;
+  const std::vector<int64_t> layout = {args.B, args.h, args.H * args.W};
+  if (inputs.empty()) {
+    // No keys: their sum is zero, and its logarithm what an empty sum's is.
+    const double none = -std::numeric_limits<double>::infinity();
+    Tensor lse = torch::stable::new_empty(inputs.positions, layout);
+    return {torch::stable::new_zeros(query, {args.B, args.h, args.H * args.W, inputs.c}), torch::stable::fill_(lse, none)};
+  }
+  Tensor out = torch::stable::empty_like(inputs.query), lse = torch::stable::new_empty(inputs.query, layout);
+  const int64_t tiles = count_tiles(args);
+  // A thread is worth waking for some ten microseconds of work.
+  const int64_t grain = std::max<int64_t>(1, (1 << 20) / (kTile * args.N * args.C));
+  torch::stable::parallel_for(0, args.B * args.h * tiles, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = make_scratch(forward_scratch(args));
+    for (int64_t t = begin; t < end; t++) {
+      const AttentionPart part = make_part(args, t / tiles, t % tiles, tiles);
+      attention_kernels().forward(args, part, out.mutable_data_ptr(), lse.mutable_data_ptr(), scratch.get());
+    }
+  });
+  return {inputs.restored(out, query.scalar_type()), lse};
+}
+
+// Sums that parts of the work keep apart, added up at the end in a fixed order: nothing depends on which thread is first.
+struct Sums {
+  int64_t parts;
+  Tensor by_query, by_key, by_value, by_positions, by_table;
+
+  Sums(const Inputs& inputs, int64_t parts) : parts(parts), by_query(torch::stable::empty_like(inputs.query)) {
+    const AttentionArgs& args = inputs.args;
+    by_key = torch::stable::new_empty(inputs.key, {args.B, args.h, parts, args.N, args.C});
+    by_value = torch::stable::new_empty(inputs.key, {args.B, args.h, parts, args.N, args.C});
+    if (!inputs.table) return;
+    by_positions = torch::stable::new_zeros(inputs.key, {args.B, args.g, args.h / args.g, parts, args.N, 2});
+    by_table =
+        torch::stable::new_zeros(inputs.key, {args.B, args.h, parts, args.T_h + 2 * kRowMargin, args.T_w + 2 * kMargin});
+  }
+
+  // Where part `unit` of [B, h, parts] writes.
+  AttentionGrads of(const AttentionArgs& args, int64_t unit) {
+    const int64_t bytes = args.is_double ? sizeof(double) : sizeof(float);
+    const auto at = [&](Tensor& tensor, int64_t numbers) {
+      return static_cast<char*>(tensor.mutable_data_ptr()) + unit * numbers * bytes;
+    };
+    AttentionGrads grads = {};
+    grads.by_query = by_query.mutable_data_ptr();
+    grads.by_key = at(by_key, args.N * args.C), grads.by_value = at(by_value, args.N * args.C);
+    if (args.table) {
+      grads.by_positions = at(by_positions, args.N * 2);
+      grads.by_table = at(by_table, (args.T_h + 2 * kRowMargin) * (args.T_w + 2 * kMargin));
+    }
+    return grads;
+  }
+
+  static Tensor total(const Tensor& tensor, const std::vector<int64_t>& dims) { return torch::stable::sum(tensor, dims); }
+
+  Tensor table(const Inputs& inputs) {
+    Tensor rows = torch::stable::narrow(by_table, 3, kRowMargin, inputs.args.T_h);
+    return torch::stable::contiguous(total(torch::stable::narrow(rows, 4, kMargin, inputs.args.T_w), {0, 2}));
+  }
+};
+
+void run_backward(Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse, Sums& sums) {
+  AttentionArgs& args = inputs.args;
+  inputs.value_t = Inputs::transposed(inputs.value), args.value_t = inputs.value_t->const_data_ptr();
+  const Tensor grads = inputs.rows(grad), outs = inputs.rows(out), lses = torch::stable::contiguous(lse);
+  torch::stable::parallel_for(0, args.B * args.h * sums.parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const AttentionPart part = make_part(args, unit / sums.parts, unit % sums.parts, sums.parts);
+      AttentionGrads of = sums.of(args, unit);
+      of.grad = grads.const_data_ptr(), of.out = outs.const_data_ptr(), of.lse = lses.const_data_ptr();
+      const Scratch scratch = make_scratch(backward_scratch(args, part.query_end - part.query_begin));
+      attention_kernels().backward(args, part, of, scratch.get());
+    }
+  });
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The CPU's sums are always taken in a fixed order.
+Gradients backward(
+    Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, Tensor out,
+    Tensor lse, std::vector<int64_t> size, double scale, bool align_corners, bool /*deterministic*/) {
+  Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
+  const AttentionArgs& args = inputs.args;
+  const auto zeros = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
+  Tensor by_positions = table ? zeros(positions) : torch::stable::new_empty(positions, {0});
+  Tensor by_table = table ? zeros(*table) : torch::stable::new_empty(positions, {0});
+  if (inputs.empty()) return {zeros(query), zeros(key), zeros(value), by_positions, by_table};
+  const int64_t heads = args.B * args.h, threads = torch::stable::get_num_threads();
+  // Enough parts that no thread waits long for the last, where heads are few or do not come out even.
+  const int64_t wanted = heads % threads ? (4 * threads + heads - 1) / heads : 1;
+  Sums sums(inputs, std::min(wanted, count_tiles(args)));
+  run_backward(inputs, grad, out, lse, sums);
+  const ScalarType type = query.scalar_type();
+  if (args.table) by_positions = Sums::total(sums.by_positions, {2, 3}), by_table = sums.table(inputs);
+  return {
+      inputs.restored(sums.by_query, type), inputs.restored(Sums::total(sums.by_key, {2}), type),
+      inputs.restored(Sums::total(sums.by_value, {2}), type), by_positions, by_table};
+}
+
+}  // namespace
+}  // namespace dat
+
+STABLE_TORCH_LIBRARY_IMPL(dat, CPU, m) {
+  m.impl("deform_attn", TORCH_BOX(&dat::forward));
+  m.impl("deform_attn_backward", TORCH_BOX(&dat::backward));
+}

@@ -1,0 +1,284 @@
+"""Neighbourhood attention with relative position bias, the local attention of DAT++."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from dat.ops import reference
+from dat.ops._library import LIBRARY, second_derivatives
+from dat.ops.deform_sample import autocast, sum_dtype, untraced
+
+LIBRARY.define(
+    "neighborhood_attn(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, SymInt width, "
+    "int kernel_size, int dilation, float scale) -> Tensor"
+)
+LIBRARY.define(
+    "neighborhood_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, "
+    "SymInt width, int kernel_size, int dilation, float scale, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def neighborhood_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    kernel_size: int,
+    scale: float,
+    dilation: int = 1,
+) -> Tensor:
+    """Attention of every cell of a map to the kernel_size x kernel_size cells around it.
+
+    Neighborhood Attention Transformer (https://arxiv.org/abs/2204.07143, equations 2 and 3) as NATTEN 0.14 computes it:
+    at a border the window is moved inwards, so that every cell has as many neighbours. With a dilation the cells whose
+    rows and columns have the same remainders by it are a map of their own (https://arxiv.org/abs/2209.15001).
+
+    Args:
+        query, key, value: [B, h, H*W, c] of a map of `size`, row by row; float32, float64, bfloat16 or float16. Under
+            autocast float32 is cast to its dtype.
+        bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: what is added to the score of a neighbour that
+            is (dy, dx) * dilation cells away, at [kernel_size-1+dy, kernel_size-1+dx]. None: nothing.
+        size: (H, W). A side shorter than kernel_size * dilation is filled up, below and to the right, with cells of
+            zero query, key and value; they are attended to, and not returned.
+        kernel_size: odd side of the windows, in cells.
+        scale: factor of the products of queries and keys.
+        dilation: cells from a neighbour to the next.
+
+    Returns:
+        [B, h, H*W, c] in the dtype of `query`. Sums are taken in float32 (float64 for float64). Differentiable in every
+        tensor, any number of times.
+
+    Raises:
+        TypeError: a dtype that is not supported, or different dtypes.
+        ValueError: shapes, sizes or devices that do not fit together. Messages name the argument.
+    """
+    ((H, W),) = untraced((size,))
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    _check(query, key, value, bias, (H, W), kernel_size, dilation)
+    bias = None if bias is None else bias.to(sum_dtype(query))
+    down, right = max(kernel_size * dilation - H, 0), max(kernel_size * dilation - W, 0)
+    if down or right:
+        query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))
+    padded_H, padded_W = H + down, W + right
+    if (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
+        out = _one_window(query, key, value, bias, kernel_size, scale)
+    else:
+        out = torch.ops.dat.neighborhood_attn(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)
+    if down or right:
+        out = out.unflatten(2, (padded_H, padded_W))[:, :, :H, :W].flatten(2, 3)
+    return out
+
+
+def _pad(tensor: Tensor, size: tuple[int, int], down: int, right: int) -> Tensor:
+    return F.pad(tensor.unflatten(2, size), (0, 0, 0, right, 0, down)).flatten(2, 3)
+
+
+def _one_window(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int, scale: float
+) -> Tensor:
+    """Of a map where every cell sees all: two matrix products are faster than a kernel that walks over windows."""
+    wide_query, wide_key, wide_value = (tensor.to(sum_dtype(tensor)) for tensor in (query, key, value))
+    scores = wide_query @ wide_key.mT * scale
+    if bias is not None:
+        _, displacement = reference.neighbors((kernel_size, kernel_size), kernel_size, 1, bias.device)
+        scores = scores + bias.flatten(1)[:, displacement]
+    return (scores.softmax(-1) @ wide_value).to(query.dtype)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    size: tuple[int, int],
+    kernel_size: int,
+    dilation: int,
+) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
+    if query.ndim != 4 or query.shape[2] != size[0] * size[1]:
+        raise ValueError(f"query must be [B, h, {size[0] * size[1]}, c] for size {size}, got {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{name} must be {tuple(query.shape)} as query is, got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must be {query.dtype} as query is, got {tensor.dtype}")
+    h, side = query.shape[1], 2 * kernel_size - 1
+    if bias is not None and bias.shape != (h, side, side):
+        raise ValueError(
+            f"bias must be [{h}, {side}, {side}] for kernel_size {kernel_size} and the heads of query, "
+            f"got {tuple(bias.shape)}"
+        )
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    for name, other in (("key", key), ("value", value), ("bias", bias)):
+        if other is not None and other.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {other.device}")
+
+
+def _options(height: int, width: int, kernel_size: int, dilation: int, scale: float) -> dict[str, Any]:
+    """The ops' numbers as keyword arguments of the reference."""
+    return {"size": (height, width), "kernel_size": kernel_size, "dilation": dilation, "scale": scale}
+
+
+def _heads_last(tensor: Tensor) -> Tensor:
+    """A new tensor of the shape [B, h, N, c] of `tensor` that lies in memory as [B, N, h, c]."""
+    B, h, N, c = tensor.shape
+    return tensor.new_empty(B, N, h, c).transpose(1, 2)
+
+
+@torch.library.impl(LIBRARY, "neighborhood_attn", "CompositeExplicitAutograd")
+def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
+    out = reference.neighborhood_attn(query, key, value, bias, **_options(*numbers))
+    return _heads_last(query).copy_(out)
+
+
+@torch.library.impl(LIBRARY, "neighborhood_attn_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
+) -> tuple[Tensor, ...]:
+    # The last number says whether to be deterministic, which torch does for the reference by itself.
+    *firsts, by_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers[:-1]))
+    return *(_heads_last(query).copy_(first) for first in firsts), by_bias
+
+
+def _has_triton_kernels(query: Tensor) -> bool:
+    """Whether the kernels for GPUs, which keep all channels of a tile on the chip, take such a query."""
+    return query.dtype != torch.float64 and query.shape[3] <= 128 and importlib.util.find_spec("triton") is not None
+
+
+@torch.library.impl(LIBRARY, "neighborhood_attn", "CUDA")
+def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
+    if not _has_triton_kernels(query):
+        return _forward(query, key, value, bias, *numbers)
+    from dat.ops import neighborhood_attn_triton
+
+    return neighborhood_attn_triton.forward(query, key, value, bias, *numbers)
+
+
+@torch.library.impl(LIBRARY, "neighborhood_attn_backward", "CUDA")
+def _cuda_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
+) -> tuple[Tensor, ...]:
+    if not _has_triton_kernels(query):
+        return _backward(grad, query, key, value, bias, *numbers)
+    from dat.ops import neighborhood_attn_triton
+
+    # Their sums are always taken in the same order.
+    return neighborhood_attn_triton.backward(grad, query, key, value, bias, *numbers[:-1])
+
+
+@torch.library.register_fake("dat::neighborhood_attn", lib=LIBRARY)
+def _fake_forward(query: Tensor, *args: Any) -> Tensor:
+    return _heads_last(query)
+
+
+@torch.library.register_fake("dat::neighborhood_attn_backward", lib=LIBRARY)
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    by_bias = query.new_empty(0 if bias is None else bias.shape, dtype=sum_dtype(query))
+    return _heads_last(query), _heads_last(key), _heads_last(value), by_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.numbers = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *firsts, by_bias = torch.ops.dat.neighborhood_attn_backward(
+        grad, *ctx.saved_tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled()
+    )
+    return *firsts, None if ctx.saved_tensors[3] is None else by_bias, *(None for _ in ctx.numbers)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.numbers = inputs[5:-1]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(*tensors: Any) -> tuple[Tensor, ...]:
+        return reference.neighborhood_attn_backward(*tensors, **_options(*ctx.numbers))
+
+    seconds = second_derivatives(backward, ctx.saved_tensors, cotangents)
+    return *seconds, *(None for _ in ctx.numbers), None
+
+
+torch.library.register_autograd("dat::neighborhood_attn", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "dat::neighborhood_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
+)
+
+
+def _register_batching(name: str, head_dims: tuple[int, ...]) -> None:
+    """A vmap rule: what is mapped over becomes heads, which even the bias has, in dimension `head_dims` of tensors."""
+    op = getattr(torch.ops.dat, name)
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def merge(tensor: Tensor | None, dim: int | None, head: int) -> Tensor | None:
+            if tensor is None:
+                return None
+            many = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return many.movedim(0, head).flatten(head, head + 1)
+
+        def split(tensor: Tensor) -> tuple[Tensor, int | None]:
+            # Without a bias its gradient is empty.
+            if tensor.ndim == 1:
+                return tensor, None
+            head = 1 if tensor.ndim == 4 else 0
+            return tensor.unflatten(head, (info.batch_size, -1)), head
+
+        count = len(head_dims)
+        out = op(*map(merge, args[:count], in_dims, head_dims), *args[count:])
+        if isinstance(out, Tensor):
+            return split(out)
+        outs, dims = zip(*map(split, out), strict=True)
+        return outs, dims
+
+    torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
+
+
+_register_batching("neighborhood_attn", head_dims=(1, 1, 1, 0))
+_register_batching("neighborhood_attn_backward", head_dims=(1, 1, 1, 1, 0))
+
+
+def _product_flops(query: Any, kernel_size: int) -> int:
+    """Of one product of queries and neighbours, two for each multiply-add."""
+    B, h, cells, c = query
+    return 2 * B * h * cells * kernel_size**2 * c
+
+
+@register_flop_formula(torch.ops.dat.neighborhood_attn)
+def _flops(
+    query: Any, key: Any, value: Any, bias: Any, height: int, width: int, kernel_size: int, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _product_flops(query, kernel_size)
+
+
+@register_flop_formula(torch.ops.dat.neighborhood_attn_backward)
+def _backward_flops(
+    grad: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    height: int,
+    width: int,
+    kernel_size: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    # The scores once more, and the gradients of attention, query, key and value.
+    return 5 * _product_flops(query, kernel_size)

@@ -1,0 +1,90 @@
+"""The kernels for GPUs: interpreted on the CPU, and compiled for a GPU that need not be there."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dat.ops import reference
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3}
+# Size, kernel size, dilation, heads, channels, whether there is a bias, and dtype: the interpreter has no bfloat16.
+CASES = (
+    ((9, 11), 3, 1, 2, 8, True, torch.float32),
+    ((10, 9), 7, 1, 1, 33, True, torch.float32),
+    ((9, 11), 3, 2, 1, 8, False, torch.float32),
+    ((5, 18), 5, 1, 1, 16, True, torch.float16),
+)
+
+
+def interpret(case):
+    """Forward and gradients beside the reference's, of strided inputs."""
+    from dat.ops import neighborhood_attn_triton as kernels
+
+    size, kernel_size, dilation, h, c, biased, dtype = case
+    torch.manual_seed(0)
+    query, key, value, grad = torch.randn(1, size[0] * size[1], 4, h, c).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = torch.randn(h, 2 * kernel_size - 1, 2 * kernel_size - 1) if biased else None
+    numbers = (*size, kernel_size, dilation, 0.4)
+    ours = (
+        kernels.forward(query, key, value, bias, *numbers),
+        *kernels.backward(grad, query, key, value, bias, *numbers),
+    )
+    tensors = [None if tensor is None else tensor.double() for tensor in (query, key, value, bias)]
+    options = {"size": size, "kernel_size": kernel_size, "dilation": dilation, "scale": 0.4}
+    theirs = (
+        reference.neighborhood_attn(*tensors, **options),
+        *reference.neighborhood_attn_backward(grad.double(), *tensors, **options),
+    )
+    for found, exact in zip(ours, theirs, strict=True):
+        if exact.numel():
+            tolerance = TOLERANCE[dtype] * exact.abs().max().item()
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_interpreted_kernels_equal_the_reference(index):
+    """In a process of their own, as triton decides when it is imported whether it interprets."""
+    code = f"from ops.test_neighborhood_attn_triton import *; interpret(CASES[{index}])"
+    path = os.pathsep.join(sys.path)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, check=True)
+
+
+def test_nothing_to_do():
+    from dat.ops import neighborhood_attn_triton as kernels
+
+    query, bias = torch.randn(0, 2, 99, 8), torch.randn(2, 5, 5)
+    numbers = (9, 11, 3, 1, 0.4)
+    assert kernels.forward(query, query, query, bias, *numbers).shape == query.shape
+    *firsts, by_bias = kernels.backward(query, query, query, query, bias, *numbers)
+    assert all(first.shape == query.shape for first in firsts)
+    assert torch.equal(by_bias, torch.zeros(2, 5, 5))
+
+
+@pytest.mark.parametrize("name", ["_forward", "_backward_queries", "_backward_keys"])
+def test_kernels_compile_for_sm_90_into_tensor_core_code(name):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dat.ops import neighborhood_attn_triton as kernels
+
+    kernel = getattr(kernels, name)
+    constants = kernels.launch_options(torch.empty(1, 2, 64, 32, dtype=torch.bfloat16), 7, 1, True)
+    options = {key: constants.pop(key) for key in ("num_stages", "num_warps")}
+    constants |= {"SIDE": 16} if "SIDE" in kernel.arg_names else {}
+    floats = dict.fromkeys(("bias", "by_bias", "log_sums", "means"), "*fp32") | {"scale": "fp32"}
+    tensors = ("query", "key", "value", "grad", "out", "by_query", "by_key", "by_value")
+    types = floats | dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
+    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(key),): value for key, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"]
+    # What a block may use on GPUs with the least of it.
+    assert compiled.metadata.shared <= 99 * 1024
