@@ -18,7 +18,8 @@ def fvcore_handles() -> dict[str, Handle]:
     Besides this package's ops they count scaled_dot_product_attention, which models use and fvcore lacks.
     fvcore counts a multiply-add as one operation and torch as two: a handle gives half of torch's formula.
     """
-    ops = torch.ops.dat.deform_sample, torch.ops.dat.ms_deform_attn, torch.ops.dat.deform_attn
+    names = "deform_sample", "ms_deform_attn", "deform_attn", "neighborhood_attn"
+    ops = [getattr(torch.ops.dat, name) for name in names]
     handles = {op._qualified_op_name: _half(flop_registry[op]) for op in ops}
     return {**handles, "aten::scaled_dot_product_attention": _half(_attention_flops)}
 
@@ -28,10 +29,10 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 
 def _half(formula: Callable[..., int]) -> Handle:
-    """A handle, which sees values of a traced graph, of a formula in the shapes of tensors."""
+    """A handle, which sees values of a traced graph, of a formula in the shapes of tensors and in numbers."""
 
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        shapes = [value.type().sizes() if value.isCompleteTensor() else None for value in inputs]
-        return formula(*shapes) // 2
+        args = [value.type().sizes() if value.isCompleteTensor() else value.toIValue() for value in inputs]
+        return formula(*args) // 2
 
     return handle

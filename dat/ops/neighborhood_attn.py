@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, second_derivatives
 from dat.ops.deform_sample import autocast, sum_dtype, untraced
 
 LIBRARY.define(
@@ -52,13 +52,15 @@ def neighborhood_attn(
 
     Returns:
         [B, h, H*W, c] in the dtype of `query`. Sums are taken in float32 (float64 for float64). Differentiable in every
-        tensor, any number of times.
+        tensor, any number of times, in reverse mode.
 
     Raises:
         TypeError: a dtype that is not supported, or different dtypes.
+        NotImplementedError: forward-mode differentiation.
         ValueError: shapes, sizes or devices that do not fit together. Messages name the argument.
     """
     ((H, W),) = untraced((size,))
+    refuse_forward_mode("neighborhood_attn", query, key, value, bias)
     query, key, value = autocast(query), autocast(key), autocast(value)
     _check(query, key, value, bias, (H, W), kernel_size, dilation)
     bias = None if bias is None else bias.to(sum_dtype(query))
@@ -197,10 +199,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Under gradient checkpointing they can be had only once.
+    tensors = ctx.saved_tensors
     *firsts, by_bias = torch.ops.dat.neighborhood_attn_backward(
-        grad, *ctx.saved_tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled()
+        grad, *tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled()
     )
-    return *firsts, None if ctx.saved_tensors[3] is None else by_bias, *(None for _ in ctx.numbers)
+    return *firsts, None if tensors[3] is None else by_bias, *(None for _ in ctx.numbers)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""ONNX form of the ops for torch.onnx.export: GridSample, level by level.
+"""ONNX form of the ops for torch.onnx.export: GridSample, level by level, and gathered neighbours.
 
     with torch.no_grad():
         torch.onnx.export(model, args, opset_version=20, custom_translation_table=translation_table())
@@ -24,6 +24,7 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.dat.deform_sample.default: _deform_sample,
         torch.ops.dat.ms_deform_attn.default: _ms_deform_attn,
         torch.ops.dat.deform_attn.default: _deform_attn,
+        torch.ops.dat.neighborhood_attn.default: _neighborhood_attn,
     }
 
 
@@ -139,3 +140,41 @@ def _vector(*parts: Any) -> Any:
 
 def _num_queries(locations: Any) -> Any:
     return op.Shape(locations, start=1, end=2)
+
+
+def _neighborhood_attn(
+    query: Any, key: Any, value: Any, bias: Any, height: Any, width: Any, kernel_size: int, dilation: int, scale: float
+) -> Any:
+    """See `dat.ops.neighborhood_attn` and, for the formula, `dat.ops.reference.neighbors`."""
+    (rows, dy), (columns, dx) = (_axis_neighbors(length, kernel_size, dilation) for length in (height, width))
+    cell = _pairs_of_axes(op.Mul(rows, _vector(width)), columns)
+    scores = op.MatMul(op.Unsqueeze(query, [3]), op.Transpose(op.Gather(key, cell, axis=2), perm=[0, 1, 2, 4, 3]))
+    scores = op.Mul(scores, op.CastLike(scale, scores))
+    if bias is not None:
+        side = op.Constant(value_ints=[2 * kernel_size - 1])
+        table = op.Reshape(bias, [0, -1])
+        biases = op.Gather(table, _pairs_of_axes(op.Mul(dy, side), dx), axis=1)
+        scores = op.Add(scores, op.CastLike(op.Unsqueeze(biases, [2]), scores))
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.Gather(value, cell, axis=2))
+    return op.Squeeze(out, [3])
+
+
+def _axis_neighbors(length: Any, kernel_size: int, dilation: int) -> tuple[Any, Any]:
+    """Neighbours [length, kernel_size] of each cell along a side, and their displacements counted from the farthest."""
+    size, step = _vector(length), op.Constant(value_ints=[dilation])
+    cell = op.Range(op.Constant(value_int=0), op.Squeeze(size, [0]), op.Constant(value_int=1))
+    group, place = op.Mod(cell, step), op.Div(cell, step)
+    members = op.Div(op.Sub(op.Add(size, op.Constant(value_ints=[dilation - 1])), group), step)
+    start = op.Max(op.Sub(place, op.Constant(value_ints=[kernel_size // 2])), op.Constant(value_ints=[0]))
+    start = op.Min(start, op.Sub(members, op.Constant(value_ints=[kernel_size])))
+    places = op.Add(op.Unsqueeze(start, [1]), op.Constant(value_ints=list(range(kernel_size))))
+    displacement = op.Sub(places, op.Unsqueeze(place, [1]))
+    neighbors = op.Add(op.Unsqueeze(group, [1]), op.Mul(places, step))
+    return neighbors, op.Add(displacement, op.Constant(value_ints=[kernel_size - 1]))
+
+
+def _pairs_of_axes(rows: Any, columns: Any) -> Any:
+    """Sums [H*W, k*k] of what is known of rows [H, k] and of columns [W, k]."""
+    sums = op.Add(op.Unsqueeze(rows, [1, 3]), op.Unsqueeze(columns, [0, 2]))
+    window = op.Mul(op.Shape(rows, start=1), op.Shape(columns, start=1))
+    return op.Reshape(sums, _vector(-1, window))

@@ -300,3 +300,109 @@ def _scores(
     """Scores [B, h, H*W, N] with their bias, in the dtype of the positions."""
     scores = query.to(positions.dtype) @ key.to(positions.dtype).transpose(-1, -2) * scale
     return scores if table is None else scores + position_bias(table, positions, size, align_corners)
+
+
+def _axis_neighbors(length: int, kernel_size: int, dilation: int, device: torch.device) -> Tensor:
+    """Neighbours [length, kernel_size] of each cell along a side of at least kernel_size * dilation cells."""
+    cell = torch.arange(length, device=device)
+    group, place = cell % dilation, cell // dilation
+    # Cells of the same remainder are a map of their own, in which windows are shifted inwards at the borders.
+    members = (length - group + dilation - 1) // dilation
+    start = torch.minimum((place - kernel_size // 2).clamp(min=0), members - kernel_size)
+    return group[:, None] + (start[:, None] + torch.arange(kernel_size, device=device)) * dilation
+
+
+def neighbors(size: tuple[int, int], kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which cells a cell attends to, and by which entry of its head's bias: both [H*W, kernel_size**2].
+
+    Cells are counted row by row, as are the (2 * kernel_size - 1)**2 displacements of the bias.
+    """
+    side = 2 * kernel_size - 1
+    rows, columns = (_axis_neighbors(length, kernel_size, dilation, device) for length in size)
+    dy, dx = ((axis - torch.arange(len(axis), device=device)[:, None]) // dilation for axis in (rows, columns))
+    cell = rows[:, None, :, None] * size[1] + columns[None, :, None, :]
+    displacement = (dy[:, None, :, None] + kernel_size - 1) * side + dx[None, :, None, :] + kernel_size - 1
+    return cell.flatten(2).flatten(0, 1), displacement.flatten(2).flatten(0, 1)
+
+
+class _Neighborhood(NamedTuple):
+    """Tensors of `neighborhood_attn` on the way to its result, in the dtype of its sums."""
+
+    query: Tensor  # [B, h, H*W, 1, c]
+    key: Tensor  # [B, h, H*W, k*k, c]
+    value: Tensor
+    attention: Tensor  # [B, h, H*W, k*k]
+    cell: Tensor  # [H*W, k*k]
+    displacement: Tensor
+
+
+def _neighborhood(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    size: tuple[int, int],
+    kernel_size: int,
+    scale: float,
+    dilation: int,
+) -> _Neighborhood:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    cell, displacement = neighbors(size, kernel_size, dilation, query.device)
+    query = query.to(dtype).unsqueeze(3)
+    key, value = key.to(dtype)[:, :, cell], value.to(dtype)[:, :, cell]
+    scores = (query * key).sum(-1) * scale
+    if bias is not None:
+        scores = scores + bias.to(dtype).flatten(1)[:, displacement]
+    return _Neighborhood(query, key, value, scores.softmax(-1), cell, displacement)
+
+
+def neighborhood_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    kernel_size: int,
+    scale: float,
+    dilation: int = 1,
+) -> Tensor:
+    """See `dat.ops.neighborhood_attn`, for maps of at least kernel_size * dilation cells along each side."""
+    near = _neighborhood(query, key, value, bias, size, kernel_size, scale, dilation)
+    return (near.attention.unsqueeze(-1) * near.value).sum(3).to(query.dtype)
+
+
+def neighborhood_attn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    size: tuple[int, int],
+    kernel_size: int,
+    scale: float,
+    dilation: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `neighborhood_attn` by query, key, value and bias (an empty tensor where bias is None).
+
+    They are differentiable themselves.
+    """
+    near = _neighborhood(query, key, value, bias, size, kernel_size, scale, dilation)
+    wide = grad.to(near.query.dtype).unsqueeze(3)
+    by_attention = (wide * near.value).sum(-1)
+    by_scores = near.attention * (by_attention - (near.attention * by_attention).sum(-1, keepdim=True))
+
+    def scatter(pairs: Tensor) -> Tensor:
+        cells = pairs.new_zeros(*pairs.shape[:3], pairs.shape[-1])
+        return cells.index_add(2, near.cell.flatten(), pairs.flatten(2, 3))
+
+    scaled = (by_scores * scale).unsqueeze(-1)
+    by_query = (scaled * near.key).sum(3)
+    by_key = scatter(scaled * near.query)
+    by_value = scatter(near.attention.unsqueeze(-1) * wide)
+    by_bias = wide.new_empty(0)
+    if bias is not None:
+        displacements = wide.new_zeros(bias.flatten(1).shape)
+        by_bias = displacements.index_add(1, near.displacement.flatten(), by_scores.sum(0).flatten(1)).view_as(bias)
+    return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_bias

@@ -5,26 +5,16 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "../inputs.h"
 #include "attention.h"
 #include "sampling.h"
+#include "scratch.h"
 
 namespace dat {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct FreeScratch {
-  void operator()(char* bytes) const { ::operator delete[](bytes, kAlignment); }
-};
-using Scratch = std::unique_ptr<char[], FreeScratch>;
-
-Scratch make_scratch(int64_t bytes) { return Scratch(static_cast<char*>(::operator new[](bytes, kAlignment))); }
 
 const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
@@ -135,7 +125,7 @@ std::tuple<Tensor, Tensor> forward(
   // A thread is worth waking for some ten microseconds of work.
   const int64_t grain = std::max<int64_t>(1, (1 << 20) / (kTile * args.N * args.C));
   torch::stable::parallel_for(0, args.B * args.h * tiles, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = make_scratch(forward_scratch(args));
+    const Bytes scratch = allocate(forward_scratch(args));
     for (int64_t t = begin; t < end; t++) {
       const AttentionPart part = make_part(args, t / tiles, t % tiles, tiles);
       attention_kernels().forward(args, part, out.mutable_data_ptr(), lse.mutable_data_ptr(), scratch.get());
@@ -192,7 +182,7 @@ void run_backward(Inputs& inputs, const Tensor& grad, const Tensor& out, const T
       const AttentionPart part = make_part(args, unit / sums.parts, unit % sums.parts, sums.parts);
       AttentionGrads of = sums.of(args, unit);
       of.grad = grads.const_data_ptr(), of.out = outs.const_data_ptr(), of.lse = lses.const_data_ptr();
-      const Scratch scratch = make_scratch(backward_scratch(args, part.query_end - part.query_begin));
+      const Bytes scratch = allocate(backward_scratch(args, part.query_end - part.query_begin));
       attention_kernels().backward(args, part, of, scratch.get());
     }
   });

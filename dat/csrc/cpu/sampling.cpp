@@ -7,23 +7,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "scratch.h"
+
 namespace dat {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct Free {
-  void operator()(char* bytes) const { ::operator delete[](bytes, kAlignment); }
-};
-using Bytes = std::unique_ptr<char[], Free>;
-
-// Not initialised, and aligned to cache lines.
-Bytes allocate(int64_t bytes) { return Bytes(static_cast<char*>(::operator new[](bytes, kAlignment))); }
 
 int64_t value_bytes(const SampleArgs& args) {
   switch (args.type) {
