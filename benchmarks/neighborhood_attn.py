@@ -3,7 +3,7 @@
     python -m benchmarks.neighborhood_attn [--out benchmarks/results/neighborhood_attn_cpu.json]
 
 The work is DAT++'s: windows of 7 x 7, heads of 32 channels, the maps of a 224 image's stages and a detection map.
-NATTEN, which the official code is built on, dropped the position bias in 0.20, and 0.14 installs on no current torch.
+NATTEN, which the official code is built on, dropped the position bias in 0.20.
 """
 
 import argparse

@@ -9,15 +9,14 @@ from torch import Tensor
 from benchmarks import ops_work
 from benchmarks.ops_peers import EXACT, OURS, Implementation
 from benchmarks.ops_work import Work
-from benchmarks.timing import exponent, medians, peak_bytes
+from benchmarks.timing import exponent, medians, memory_kept, peak_bytes
 
-# Few cells, so that what is done once for each of them does not hide the queries; and outputs of less than 32 MB, which
-# the C library keeps for the next call: larger ones come anew from the system, page by page, in every call.
-GROWTH_SHAPES = ((16, 20), (8, 10), (4, 5), (2, 3))
-GROWTH_QUERIES = (4096, 8192, 12288, 16384)
-GROWTH_BATCHES = (1, 2, 3, 4)
+# Few cells, so that what is done once for each of them does not hide the queries.
+GROWTH_SHAPES = ((8, 10), (4, 5), (2, 3), (1, 2))
+GROWTH_QUERIES = (2048, 4096, 8192, 16384, 32768)
+GROWTH_SIZE, GROWTH_BATCHES = (320, 480), (1, 2, 4, 8)
 # A GPU has to be filled before its time grows.
-GPU_FACTOR = 8
+GPU_FACTOR = 32
 
 
 def forward_of(implementation: Implementation, work: Work) -> Callable[[], Any]:
@@ -112,13 +111,14 @@ def growth(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     factor = GPU_FACTOR if device.type == "cuda" else 1
     queries = [factor * q for q in GROWTH_QUERIES]
     batches = [factor * b for b in GROWTH_BATCHES]
-    shapes = ops_work.levels(ops_work.SIZES[0])
+    shapes = ops_work.levels(GROWTH_SIZE)
     by_queries = {q: ops_work.attention("", GROWTH_SHAPES, q, device) for q in queries}
     by_batches = {b: ops_work.attention("", shapes, None, device, b) for b in batches}
     for variable, works in (("Q", by_queries), ("B", by_batches)):
         for name, make in PASSES.items():
             runs = {str(size): make(OURS["attention"], work) for size, work in works.items()}
-            seconds = list(medians(runs, device, 15, budget).values())
+            with memory_kept():
+                seconds = list(medians(runs, device, 15, budget).values())
             memory = [peak_bytes(run, device) for run in runs.values()]
             yield {
                 "section": "growth",

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 # The first of them that was measured on a work is what its bars are relative to.
 BASELINES = ("original CUDA op", "grid_sample", "torchvision")
-TITLES = {"attention": "", "sampling": "sampling only, ", "dat": "", "dcn": "deformable convolution, "}
+TITLES = {"attention": "", "dat": "", "dcn": "deformable convolution, "}
 PASSES = (("forward", "forward", "#4477aa"), ("forward_backward", "forward + backward", "#cc6677"))
 
 
@@ -34,11 +34,11 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
             axes.bar_label(drawn, [f"{h:.1f}x" for h in heights], padding=3)
         axes.set_yticks(range(len(bars)), [f"{bar['label']}\nover {bar['baseline']}" for bar in bars])
         axes.invert_yaxis()
-        axes.axvline(1, color="black", linewidth=0.8)
+        axes.axvline(1, color="grey", linewidth=0.8, linestyle=":", zorder=0)
         axes.set_xlim(0, 1.12 * max(bar[name] for bar in bars for name, _, _ in PASSES))
         axes.set_xlabel("times as fast (float32)")
         where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
-        axes.set_title(f"dat.ops on {where}, torch {machine['torch']}", fontsize=9)
+        figure.suptitle(f"dat.ops on {where}, torch {machine['torch']}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +46,12 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
 
 
 def _bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The ratios of each work, of float32, over its baseline."""
+    """The ratios of each work, of float32, over its baseline; attention as a whole, not its sampling once more."""
     bars = {}
     for row in rows:
-        if row["section"] in ("growth", "threads", "compiled") or row["dtype"] != "float32":
+        if row["op"] not in TITLES or row["section"] == "compiled":
             continue
-        if row["implementation"] in BASELINES:
+        if row.get("dtype") == "float32" and row["implementation"] in BASELINES:
             rank = BASELINES.index(row["implementation"])
             key = (row["op"], row["work"], row["batch"])
             if key not in bars or rank < bars[key]["rank"]:

@@ -1,5 +1,6 @@
 """Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to."""
 
+import contextlib
 import ctypes
 import json
 import math
@@ -8,14 +9,14 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 # Long enough that reading the clock and waking a GPU do not count.
-TURN_SECONDS = 0.02
+TURN_SECONDS = 0.05
 
 
 def machine() -> dict[str, Any]:
@@ -58,6 +59,9 @@ def medians(
     begin = time.perf_counter()
     for repeat in range(repeats):
         for name, run in runs.items():
+            # Of several calls the first finds caches and memory as the run before left them.
+            if calls[name] > 1:
+                run()
             times[name].append(_seconds(run, calls[name], device))
         if repeat >= 2 and time.perf_counter() - begin > budget:
             break
@@ -99,6 +103,30 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
+
+
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let the C library, where it is glibc, keep all freed memory for later calls, as torch's allocator does on a GPU.
+
+    Otherwise large results come from the system anew, page by page, and how large depends on what was freed before: a
+    cost that grows by leaps, and is not the op's.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        yield
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_max, 65536)
+        # Where glibc gets to by itself once large tensors were freed.
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def _resident(key: str) -> int:

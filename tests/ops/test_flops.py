@@ -73,6 +73,7 @@ def test_a_model_counts_as_much_as_with_torch():
     ours, theirs = fvcore_count(model, args), torch_count(model, args)
     same = {
         "deform_sample": ["dat.deform_sample"],
+        "deform_attn": ["dat.deform_attn"],
         "scaled_dot_product_attention": ["aten.bmm"],
         "linear": ["aten.addmm", "aten.mm"],
         "conv": ["aten.convolution"],

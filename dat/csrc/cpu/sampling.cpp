@@ -208,10 +208,10 @@ void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_
       zero(grads.by_reference, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
     return;
   }
-  const int64_t parts = parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
-  // Sums in place need no second part and no conversion.
+  // What few samples add takes less time than sums of their own, so that these need not be shared out or converted.
   const bool few = args.Q * args.L * args.P < args.S;
-  if (parts == 1 && few && value_bytes(args) == real_bytes(args))
+  const int64_t parts = few ? 1 : parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
+  if (few && value_bytes(args) == real_bytes(args))
     backward_in_place(args, grads, by_value);
   else
     backward_apart(args, grads, parts, by_value);
