@@ -83,6 +83,8 @@ def threads(args: argparse.Namespace) -> Rows:
 
 
 SECTIONS = {f.__name__: f for f in (encoder, decoder, dat, dcn, compiled, growth, threads)}
+# Left out of --quick, unless --only names them.
+SLOW = ("compiled", "growth")
 
 
 def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
@@ -109,14 +111,16 @@ def missing(args: argparse.Namespace) -> list[str]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no torch.compile; not written")
+    parser.add_argument(
+        "--quick", action="store_true", help="less work, few repeats; not written unless --out says where"
+    )
     parser.add_argument("--only", help=f"of {','.join(SECTIONS)}; rows of others stay in the file")
-    parser.add_argument("--out", type=Path, help="folder or .json file; benchmarks/results unless --quick")
+    parser.add_argument("--out", type=Path, help="folder or .json file; default: benchmarks/results")
     parser.add_argument("--plot", type=Path, help="where to draw the speed-ups (png, svg, ...)")
     for name in ("original", "dcnv4", "triton"):
         parser.add_argument(f"--{name}", type=Path, help=f"folder with {getattr(ops_cuda_peers, name).__doc__}")
     args = parser.parse_args(argv)
-    names = [name for name in SECTIONS if name != "compiled"] if args.quick else list(SECTIONS)
+    names = [name for name in SECTIONS if not args.quick or name not in SLOW]
     args.only = args.only.split(",") if args.only else names
     unknown = [name for name in args.only if name not in SECTIONS]
     if unknown:
