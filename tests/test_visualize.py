@@ -1,0 +1,255 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dat import visualize
+from dat.models import DAT, StageConfig
+from dat.models.recording import deformable_blocks, record_blocks
+from dat.training.checkpoint import save_checkpoint
+from dat.training.errors import CheckpointError, ConfigError, DataError
+
+# Every position bias in both releases, keys that move freely, in a range or not at all, and an odd stride remainder.
+D_2022 = {"num_groups": 2, "stride": 2}
+D_2023 = {**D_2022, "release": "2023"}
+STAGES = {
+    "table": StageConfig("LD", 16, 4, **D_2022),
+    "table 2023": StageConfig("D", 16, 4, kernel_size=3, offset_range_factor=-1.0, **D_2023),
+    "range 2023": StageConfig("D", 16, 4, **D_2023),
+    "fixed_pe": StageConfig("D", 16, 4, position_bias="fixed_pe", offset_range_factor=0.0, **D_2022),
+    "fixed_pe 2023": StageConfig("D", 16, 4, kernel_size=2, position_bias="fixed_pe", **D_2023),
+    "log_cpb": StageConfig("D", 16, 4, position_bias="log_cpb", offset_range_factor=-1.0, **D_2022),
+    "log_cpb 2023": StageConfig("D", 16, 4, position_bias="log_cpb", **D_2023),
+    "dwc_pe": StageConfig("D", 16, 4, position_bias="dwc_pe", **D_2022),
+    "none": StageConfig("D", 16, 4, position_bias="none", **D_2022),
+    "no_off": StageConfig("D", 16, 4, no_off=True, **D_2022),
+}
+
+
+def create(*stages: StageConfig, **arguments) -> DAT:
+    torch.manual_seed(0)
+    model = DAT(stages, img_size=32, num_classes=3, **arguments).double().eval()
+    for name, parameter in model.named_parameters():
+        if "offset_proj" in name or "table" in name or "log_cpb" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def random_image(height: int, width: int) -> torch.Tensor:
+    return torch.randn(3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A file of 60 x 40 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_attention_gives_what_the_layer_returns(stage):
+    model = create(STAGES[stage])
+    (key, layer), *_ = deformable_blocks(model).items()
+    seen = {}
+    positions = layer.positions
+    layer.positions = lambda query: seen.setdefault("positions", positions(query))
+    modules = {layer: "out", layer.q: "query", layer.v: "value"}
+
+    def keep(module, args, output):
+        seen[modules[module]] = output[0]
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    (record,), logits = record_blocks(model, random_image(36, 52))
+    del layer.positions
+    for handle in handles:
+        handle.remove()
+    assert record.name == f"stages.{key[0]}.blocks.{key[1]}"
+    assert record.size == (9, 13)
+    assert logits.shape == (3,)
+    torch.testing.assert_close(record.positions(), seen["positions"][0], rtol=0, atol=0)
+    value = seen["value"].unflatten(-1, (4, -1)).transpose(0, 1)
+    for row, column in ((0, 0), (3, 7), (8, 12)):
+        attention = record.attention(row, column)
+        torch.testing.assert_close(attention.sum(-1), attention.new_ones(4))
+        attended = (attention[:, None] @ value).flatten()
+        if layer.lepe is not None:
+            attended = attended + layer.lepe(seen["query"].permute(2, 0, 1)[None])[0, :, row, column]
+        torch.testing.assert_close(layer.proj(attended), seen["out"][row, column])
+
+
+def test_the_reference_is_where_keys_without_offsets_are():
+    for name, config in STAGES.items():
+        model = create(config)
+        (record,), _ = record_blocks(model, random_image(36, 52))
+        moved = not torch.equal(record.reference(), record.positions())
+        assert moved == (name != "no_off")
+        reference = record.reference()
+        if not config.no_off:
+            torch.nn.init.zeros_(record.layer.offset_proj.weight)
+        torch.testing.assert_close(reference, record.positions(), rtol=0, atol=0)
+
+
+def test_a_position_on_a_corner_cell_is_drawn_in_the_middle_of_its_pixels():
+    (record,), _ = record_blocks(create(STAGES["table"]), random_image(36, 52))
+    corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    assert record.pixels(corners).tolist() == [[1.5, 1.5], [49.5, 33.5]]
+    view = visualize.View(Image.new("RGB", (104, 36)), (36, 52), (103, 35))
+    assert view.points(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
+    assert view.cell(record) == (8, 12)
+    assert [record.cell(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
+
+
+def test_blocks_are_recorded_in_the_order_asked_for():
+    model = create(StageConfig("DLD", 16, 4), StageConfig("LD", 32, 4))
+    assert list(deformable_blocks(model)) == [(0, 0), (0, 2), (1, 1)]
+    records, _ = record_blocks(model, random_image(32, 32), [(1, 1), (0, 2)])
+    assert [(record.name, record.stride) for record in records] == [("stages.1.blocks.1", 8), ("stages.0.blocks.2", 4)]
+    with pytest.raises(ValueError, match=r"blocks must be .*\(0, 2\).*got \(0, 1\)"):
+        record_blocks(model, random_image(32, 32), [(0, 1)])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
+    (record,), _ = record_blocks(create(STAGES["table 2023"]), random_image(36, 52))
+    view = visualize.View(Image.new("RGB", (52, 36)), (36, 52), (30, 20))
+    keys, mean, *heads = visualize.draw_block(record, view, "$title").axes
+    groups = [c.get_offsets() for c in keys.collections if len(c.get_offsets()) == 35]
+    expected = record.pixels(record.positions()).numpy()
+    np.testing.assert_allclose(groups[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(groups[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(groups[2], record.pixels(record.reference())[0].numpy(), rtol=1e-5)
+    assert len(heads) == 4
+    attention = record.attention(5, 7).numpy()
+    panel = heads[2].collections[0]
+    np.testing.assert_allclose(panel.get_array(), np.sort(attention[2]))
+    np.testing.assert_allclose(panel.get_offsets(), expected[1][attention[2].argsort()], rtol=1e-5)
+    sizes = panel.get_sizes()
+    np.testing.assert_allclose(sizes / sizes[-1], np.sort(attention[2]) / attention[2].max(), rtol=1e-5)
+    assert len(mean.collections[0].get_offsets()) == 70
+
+
+@pytest.mark.parametrize("name", ["dat_nano", "dat_pp_nano"])
+def test_command_draws_a_model_by_its_name(name, picture, tmp_path):
+    out = tmp_path / "new" / "out.png"
+    command = [
+        sys.executable,
+        "-m",
+        "dat.visualize",
+        name,
+        picture,
+        "--query",
+        "59",
+        "20",
+        "--out",
+        out,
+        "--size",
+        "64",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [path.name for path in out.parent.iterdir()] == ["out.png"]
+    with Image.open(out) as drawn:
+        assert drawn.width > 1000
+
+
+def test_command_says_one_line_of_an_error(tmp_path):
+    command = [sys.executable, "-m", "dat.visualize", "dat_nano", tmp_path / "no.png", "--out", tmp_path / "out.png"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path}/no.png: no such image\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_title_says_what_is_drawn(picture):
+    figure = visualize.visualize("dat_nano", picture, stage=3, size=48)
+    assert figure.get_suptitle() == "dat_nano, random weights, input 48×72, query (29.5, 19.5)"
+    assert figure.axes[0].get_title() == "stages.3.blocks.1\n2×3 keys, 4 groups"
+
+
+def test_a_checkpoint_of_the_classifier_brings_its_configuration_and_classes(picture, tmp_path):
+    torch.manual_seed(3)
+    model = timm.create_model("dat_nano", num_classes=2).eval()
+    data = {"img_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
+    config = {"model": {"backbone": {"name": "dat_nano", "checkpoint_path": "gone.pth"}}, "data": data}
+    path = tmp_path / "best.pth"
+    state = {"kind": "classification", "config": config, "class_names": ["cat", "dog"], "state_dict": {}}
+    save_checkpoint(path, {**state, "state_dict_ema": model.state_dict()})
+    loaded = visualize.load_model(str(path))
+    image = visualize.to_input(visualize.read_picture(picture), loaded.data)
+    assert image.shape == (3, 64, 64)
+    scores = model(image[None])[0].softmax(-1)
+    label, score = ("cat", "dog")[scores.argmax()], scores.max()
+    figure = visualize.visualize(str(path), picture, (3, 4))
+    assert figure.get_suptitle() == f"dat_nano, best.pth, input 64×64, query (3, 4); {label} {score:.0%}"
+
+
+def test_weights_are_loaded_by_name_and_file(picture, tmp_path):
+    torch.manual_seed(3)
+    model = timm.create_model("dat_nano")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    loaded = visualize.load_model(f"dat_nano:{tmp_path}/weights.pth")
+    assert loaded.title == "dat_nano, weights.pth"
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_the_whole_picture_is_seen_normalised():
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:, -1] = 255
+    data = {"img_size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "nearest"}
+    image = visualize.to_input(Image.fromarray(pixels), data, side=10)
+    assert image.shape == (3, 10, 20)
+    assert (image[:, :, -1] == 1).all()
+    assert (image[:, :, :-1] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image": "text.png"}, DataError, "text.png: not a readable image"),
+        ({"source": "dat_nanno"}, ConfigError, "dat_nanno: neither a timm model"),
+        ({"source": "dat_nano:gone.pth"}, ConfigError, "gone.pth: no such file of weights for dat_nano"),
+        ({"source": "test_vit"}, ConfigError, "test_vit: has no D"),
+        ({"source": "text.png"}, CheckpointError, "text.png: not a checkpoint"),
+        ({"query": (60, 3)}, ConfigError, r"--query 60 3: outside of .*, 60 x 40 pixels"),
+        ({"query": (float("nan"), 3)}, ConfigError, "--query nan 3: outside"),
+        ({"stage": 0}, ConfigError, "--stage 0: no D block there; .*: 2 1, 3 1"),
+        ({"stage": 2, "block": 0}, ConfigError, "--stage 2 --block 0: no D block"),
+        ({"block": 0}, ConfigError, "--block needs --stage"),
+    ],
+)
+def test_errors_name_what_is_wrong(arguments, error, message, picture, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    (picture.parent / "text.png").write_text("no picture")
+    with pytest.raises(error, match=message):
+        visualize.visualize(**{"source": "dat_nano", "image": picture, **arguments})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    from matplotlib.figure import Figure
+
+    out = tmp_path / "out.png"
+    out.write_text("old")
+
+    class Full(Figure):
+        def savefig(self, path, **arguments):
+            path.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        visualize.save_figure(Full(), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    assert out.read_text() == "old"
+    with pytest.raises(ConfigError, match=r"out.xyz: should be a file of one of the formats .*png"):
+        visualize.save_figure(Figure(), tmp_path / "out.xyz")
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    code = "import dat.visualize, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
