@@ -307,6 +307,7 @@ struct Gather {
   template <int N, int K>
   DAT_HOST_DEVICE void run(int64_t d) const {
     const Corners<Real> corners(batch);
+    if constexpr (kIsBFloat16<T> && K % 2 == 0 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) return run_pairs<N, K>(d);
     // Two sums in turn: an addition need not wait for the one before.
     Vec<Real, N> sum[2][K] = {};
     for (int64_t k = begin; k < end; k++) {
@@ -318,6 +319,32 @@ struct Gather {
       }
     }
     for (int i = 0; i < K; i++) Store<Real, N, T>::to(out + d + i * N, sum[0][i] + sum[1][i]);
+  }
+
+  // Two registers of bfloat16 in one load, of which one sum takes the even channels and one the odd: widening them apart
+  // takes half the steps that widening them in order does.
+  template <int N, int K>
+  DAT_HOST_DEVICE void run_pairs(int64_t d) const {
+    const Corners<Real> corners(batch);
+    Vec<Real, N> even[K / 2] = {}, odd[K / 2] = {};
+    for (int64_t k = begin; k < end; k++) {
+      if (!corners.inside[k]) continue;
+      for (int c = 0; c < 4; c++) {
+        const T* row = value + corners.rows[c][k] * stride + d;
+        const Real weight = corners.weights[c][k];
+        for (int i = 0; i < K / 2; i++) {
+          Vec<uint32_t, N> pairs;
+          __builtin_memcpy(&pairs, row + 2 * i * N, sizeof(pairs));
+          even[i] += weight * (Vec<float, N>)(pairs << 16);
+          odd[i] += weight * (Vec<float, N>)(pairs & 0xffff0000u);
+        }
+      }
+    }
+    for (int i = 0; i < K / 2; i++) {
+      const Numbers<Real, N> low = {even[i]}, high = {odd[i]};
+      Store<Real, N, T>::to(out + d + 2 * i * N, zip<0>(low, high, Indices<N>()));
+      Store<Real, N, T>::to(out + d + (2 * i + 1) * N, zip<N / 2>(low, high, Indices<N>()));
+    }
   }
 };
 

@@ -24,6 +24,11 @@ struct VecOf {
 template <typename Real, int N>
 using Vec = typename VecOf<Real, N>::type;
 
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
+
 // A vector whose type names its element and size, which templates cannot find out from the vector itself.
 template <typename Real, int N>
 struct Numbers {
