@@ -88,27 +88,36 @@ def second_derivatives(
     return [None if tensor is None else next(seconds) for tensor in inputs]
 
 
-def register_batching(name: str, num_tensors: int) -> None:
-    """A vmap rule for an op whose first `num_tensors` arguments have a batch dimension: the two become one."""
+def register_batching(name: str, dims: Sequence[int], outputs: Sequence[int]) -> None:
+    """A vmap rule for an op that takes the items of one dimension each by itself: what is mapped over joins it.
+
+    `dims` has that dimension of each tensor argument, `outputs` for each output the argument that it is batched like.
+    """
     op = getattr(torch.ops.dat, name)
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def merge(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        def expand(tensor: Tensor | None, dim: int | None) -> Tensor | None:
             if tensor is None:
                 return None
-            moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            return moved.flatten(0, 1)
+            return tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
 
-        sizes = [size for dim, size in enumerate(args[0].shape) if dim != in_dims[0]]
+        many = [expand(tensor, dim) for tensor, dim in zip(args[: len(dims)], in_dims, strict=False)]
+        merged = [
+            x if x is None else x.movedim(0, dim).flatten(dim, dim + 1) for x, dim in zip(many, dims, strict=True)
+        ]
 
-        def split(tensor: Tensor) -> Tensor:
+        def split(out: Tensor, like: int) -> tuple[Tensor, int | None]:
+            source = many[like]
             # What an op has nothing to say about comes back empty, without a batch dimension.
-            return tensor.unflatten(0, (info.batch_size, sizes[0])) if tensor.ndim > 1 else tensor
+            if source is None or out.ndim == 1:
+                return out, None
+            return out.unflatten(dims[like], (info.batch_size, source.shape[1 + dims[like]])), dims[like]
 
-        out = op(*map(merge, args[:num_tensors], in_dims), *args[num_tensors:])
+        out = op(*merged, *args[len(dims) :])
         if isinstance(out, Tensor):
-            return split(out), 0
-        return tuple(map(split, out)), tuple(0 if tensor.ndim > 1 else None for tensor in out)
+            return split(out, outputs[0])
+        outs, out_dims = zip(*map(split, out, outputs), strict=True)
+        return outs, out_dims
 
     torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
 

@@ -1,6 +1,5 @@
 """Attention over deformed positions with DAT's continuous relative position bias."""
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
 from dat.ops.deform_sample import autocast, check_device, sum_dtype
 
 LIBRARY.define(
@@ -231,32 +230,9 @@ torch.library.register_autograd("dat::deform_attn", _autograd, setup_context=_se
 torch.library.register_autograd("dat::deform_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY)
 
 
-def _register_batching(name: str, head_dims: Sequence[int], out_dims: Sequence[int]) -> None:
-    """A vmap rule: the batch becomes heads, which every tensor has, at `head_dims` of arguments and `out_dims`."""
-    op = getattr(torch.ops.dat, name)
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def merge(tensor: Tensor | None, dim: int | None, head_dim: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
-            return moved.movedim(0, head_dim).flatten(head_dim, head_dim + 1)
-
-        count = len(head_dims)
-        outs = op(*map(merge, args[:count], in_dims, head_dims), *args[count:])
-        # What an op has nothing to say about comes back empty, without heads.
-        has_heads = [out.ndim > 1 for out in outs]
-        split = zip(outs, out_dims, has_heads, strict=True)
-        return (
-            tuple(out.unflatten(dim, (info.batch_size, -1)) if has else out for out, dim, has in split),
-            tuple(dim if has else None for dim, has in zip(out_dims, has_heads, strict=True)),
-        )
-
-    torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
-
-
-_register_batching("deform_attn", head_dims=(1, 1, 1, 1, 0), out_dims=(1, 1))
-_register_batching("deform_attn_backward", head_dims=(1, 1, 1, 1, 1, 0, 1, 1), out_dims=(1, 1, 1, 1, 0))
+# The table has no batch: heads are what all tensors have.
+register_batching("deform_attn", dims=(1, 1, 1, 1, 0), outputs=(0, 0))
+register_batching("deform_attn_backward", dims=(1, 1, 1, 1, 1, 0, 1, 1), outputs=(1, 2, 3, 4, 5))
 
 
 @register_flop_formula(torch.ops.dat.deform_attn)

@@ -217,8 +217,8 @@ torch.library.register_autograd("dat::deform_sample", _autograd, setup_context=_
 torch.library.register_autograd(
     "dat::deform_sample_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
 )
-register_batching("deform_sample", num_tensors=3)
-register_batching("deform_sample_backward", num_tensors=4)
+register_batching("deform_sample", dims=(0,) * 3, outputs=(0,))
+register_batching("deform_sample_backward", dims=(0,) * 4, outputs=(1, 2, 3))
 
 
 @register_flop_formula(torch.ops.dat.deform_sample)

@@ -153,8 +153,8 @@ torch.library.register_autograd("dat::ms_deform_attn", _autograd, setup_context=
 torch.library.register_autograd(
     "dat::ms_deform_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
 )
-register_batching("ms_deform_attn", num_tensors=4)
-register_batching("ms_deform_attn_backward", num_tensors=5)
+register_batching("ms_deform_attn", dims=(0,) * 4, outputs=(0,))
+register_batching("ms_deform_attn_backward", dims=(0,) * 5, outputs=(1, 2, 3, 4))
 
 
 @register_flop_formula(torch.ops.dat.ms_deform_attn)

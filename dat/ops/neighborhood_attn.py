@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
 from dat.ops.deform_sample import autocast, sum_dtype, untraced
 
 LIBRARY.define(
@@ -226,36 +226,9 @@ torch.library.register_autograd(
 )
 
 
-def _register_batching(name: str, head_dims: tuple[int, ...]) -> None:
-    """A vmap rule: what is mapped over becomes heads, which even the bias has, in dimension `head_dims` of tensors."""
-    op = getattr(torch.ops.dat, name)
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def merge(tensor: Tensor | None, dim: int | None, head: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            many = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return many.movedim(0, head).flatten(head, head + 1)
-
-        def split(tensor: Tensor) -> tuple[Tensor, int | None]:
-            # Without a bias its gradient is empty.
-            if tensor.ndim == 1:
-                return tensor, None
-            head = 1 if tensor.ndim == 4 else 0
-            return tensor.unflatten(head, (info.batch_size, -1)), head
-
-        count = len(head_dims)
-        out = op(*map(merge, args[:count], in_dims, head_dims), *args[count:])
-        if isinstance(out, Tensor):
-            return split(out)
-        outs, dims = zip(*map(split, out), strict=True)
-        return outs, dims
-
-    torch.library.register_vmap(f"dat::{name}", batched, lib=LIBRARY)
-
-
-_register_batching("neighborhood_attn", head_dims=(1, 1, 1, 0))
-_register_batching("neighborhood_attn_backward", head_dims=(1, 1, 1, 1, 0))
+# The bias has no batch: heads are what all tensors have.
+register_batching("neighborhood_attn", dims=(1, 1, 1, 0), outputs=(0,))
+register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1, 2, 3, 4))
 
 
 def _product_flops(query: Any, kernel_size: int) -> int:
