@@ -49,12 +49,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
-        B, H, W, _ = x.shape
+        _, H, W, _ = x.shape
         window, padded, shift = zip(*(self._tile(length) for length in (H, W)), strict=True)
         bias = self._bias(window, x.device)
         if self.shift_size or padded != (H, W):
             same = self._same_region((H, W), window, padded, shift, x.device)
-            bias = bias.masked_fill(~same.unsqueeze(1), -torch.inf).repeat(B, 1, 1, 1)
+            bias = bias.masked_fill(~same.unsqueeze(1), -torch.inf)
         if padded != (H, W):
             x = F.pad(x, (0, 0, 0, padded[1] - W, 0, padded[0] - H))
         if any(shift):
@@ -72,9 +72,17 @@ class WindowAttention(nn.Module):
         return self.window_size, length + -length % self.window_size, self.shift_size
 
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Windows [B * n, h*w, C], whose biases [n or 1, num_heads, h*w, h*w] repeat for every image."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        bias = bias.to(q.dtype)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # No fused kernel for CPUs takes a bias that needs a gradient, and PyTorch's form in its place copies more.
+            scores = ((q * self.scale) @ k.mT).unflatten(0, (-1, len(bias))) + bias
+            x = scores.softmax(-1).flatten(0, 1) @ v
+        else:
+            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def _bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
