@@ -1,0 +1,98 @@
+"""Trains the nano models and Swin Transformers of equal FLOPs the same way on a small set of pictures.
+
+    python -m benchmarks.accuracy --data FOLDER --runs runs/accuracy [--seeds 0,1,2] [--epochs 12] [--out FILE]
+
+FOLDER holds train.tar and val.tar, or folders of these names, one folder of pictures per class in each; `--train` and
+`--val` give other names. Every run is the command of configs/classification/small_pictures.yaml; one that is finished
+is not run again, one that was interrupted goes on. The accuracy is that of the last epoch, not of the best.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dat  # noqa: F401  registers its models
+from benchmarks.timing import write_json
+
+CONFIG = "configs/classification/small_pictures.yaml"
+IMG_SIZE = 64
+SWIN = {"name": "swin_tiny_patch4_window7_224", "img_size": IMG_SIZE, "embed_dim": 32, "num_heads": [1, 2, 4, 8]}
+# Swins of the width of the nano models, with as many blocks as take their FLOPs.
+MODELS: dict[str, dict[str, Any]] = {
+    "dat_pp_nano": {"name": "dat_pp_nano"},
+    "swin of dat_pp_nano": {**SWIN, "depths": [2, 2, 4, 2]},
+    "dat_nano": {"name": "dat_nano"},
+    "swin of dat_nano": {**SWIN, "depths": [2, 2, 2, 2], "mlp_ratio": 3.0},
+}
+
+
+def size_of(arguments: dict[str, Any]) -> dict[str, float]:
+    """Millions of parameters and of multiplications with an addition for one picture."""
+    rest = {name: value for name, value in arguments.items() if name != "name"}
+    model = timm.create_model(arguments["name"], num_classes=10, device="meta", **rest)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, IMG_SIZE, IMG_SIZE, device="meta"))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters_m": round(parameters / 1e6, 2), "mflops": round(counter.get_total_flops() / 2e6, 1)}
+
+
+def last_entries(run: Path) -> dict[str, Any]:
+    """The last training and validation lines of a run's log.jsonl."""
+    if not (run / "log.jsonl").exists():
+        return {}
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {entry["kind"]: entry for entry in map(json.loads, lines)}
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Accuracy in percent after the last epoch of one run, which is trained as far as it is not yet."""
+    run = options.runs / f"{name.replace(' ', '_')}_{seed}"
+    if last_entries(run).get("val", {}).get("epoch") != options.epochs:
+        overrides = {
+            "output": run, "seed": seed, "data.root": options.data, "data.train.path": options.train,
+            "data.val.path": options.val, "data.img_size": IMG_SIZE, "train.epochs": options.epochs,
+            "train.resume": "true", "model.backbone": json.dumps({**MODELS[name], "drop_path_rate": 0.05}),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "classification.train", CONFIG, *(f"{k}={v}" for k, v in overrides.items())]
+        subprocess.run(command, check=True)
+    entries = last_entries(run)
+    return {"top1": entries["val"]["top1"], "images_per_second": entries["train"]["images_per_second"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--train", default="train.tar")
+    parser.add_argument("--val", default="val.tar")
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
+    options = parser.parse_args(argv)
+    names = options.models.split(",")
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for seed in map(int, options.seeds.split(",")):
+        for name in names:
+            results[name].append(train(name, seed, options))
+    rows = []
+    for name, runs in results.items():
+        top1 = [run["top1"] for run in runs]
+        rows.append({"model": name, "arguments": MODELS[name], "epochs": options.epochs, **size_of(MODELS[name])})
+        rows[-1] |= {"top1": top1, "mean": round(statistics.mean(top1), 2)}
+        print(f"{name:<20} {rows[-1]['mflops']:5.1f} MFLOPs  top-1 {rows[-1]['mean']:.2f}  {top1}")
+    if options.out:
+        write_json(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Implementations in processes of their own, which take turns: other versions of libraries, and room to run out of memory.
+
+A process reads lists in JSON from its standard input, a line each, does what they say and answers with a line of JSON.
+Imports torch alone, so that a process may run beside an old one.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ProcessEnded(Exception):
+    """A process ended without an answer; the message says how."""
+
+
+class Process:
+    """A module of this package under some interpreter, asked one question at a time.
+
+    Args:
+        module: its name, such as "benchmarks.model_process"; it calls `serve`.
+        arguments: of its command line.
+        python: the interpreter, this one by default; at least 3.10.
+    """
+
+    def __init__(self, module: str, arguments: Iterable[str] = (), python: str | Path = sys.executable) -> None:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [str(python), "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Send a question and wait for its answer. Raises ProcessEnded when there is none, as where memory ran out."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps([name, *arguments]), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            code = self._process.wait()
+            raise ProcessEnded(f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+        return json.loads(answer)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.communicate()
+
+
+def serve(answers: Mapping[str, Callable[..., Any]]) -> None:
+    """The other side: answers each question by the function of its name, until there are no more."""
+    # What libraries print must not come between the answers.
+    out, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(answers[name](*arguments)), file=out, flush=True)
+
+
+class Measured:
+    """A model and what can be asked about it in its process: its passes are "forward" and "step".
+
+    Args:
+        model: what is measured.
+        inputs: its arguments, on its device.
+        loss: of the model's output in training.
+        threads: of the CPU.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model, self.inputs, self.loss = model, inputs, loss
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(model.parameters())
+
+    def answers(self) -> dict[str, Callable[..., Any]]:
+        return {"seconds": self.seconds, "peak": self.peak}
+
+    def forward(self) -> Any:
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(*self.inputs)
+
+    def step(self) -> None:
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.loss(self.model(*self.inputs)).backward()
+        self.optimizer.step()
+
+    def seconds(self, name: str) -> float:
+        """Of one pass."""
+        self._synchronize()
+        start = time.perf_counter()
+        getattr(self, name)()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, name: str) -> float | None:
+        """Megabytes that a pass holds at once, beyond what was there before it: weights and inputs."""
+        return megabytes(peak_bytes(getattr(self, name), self.device))
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def megabytes(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**20, 1)
+
+
+def take_turns(processes: Mapping[str, Process], name: str, batch: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median times of a pass in each process, and how often the first's goes into the others'."""
+    times: dict[str, list[float]] = {key: [] for key in processes}
+    for turn in range(repeats + 1):
+        for key, process in processes.items():
+            seconds = process.ask("seconds", name)
+            # The first call may make things that later ones find there.
+            if turn:
+                times[key].append(seconds)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    first = next(iter(medians.values()))
+    return {
+        key: {"ms": round(s * 1e3, 1), "images_per_second": round(batch / s, 2), "ratio": round(s / first, 2)}
+        for key, s in medians.items()
+    }
+
+
+def peaks(start: Callable[[str], Process], names: Sequence[str], *question: Any) -> dict[str, dict[str, Any]]:
+    """The peaks that processes answer, one after the other, and how often the first's goes into the others'.
+
+    Of one that is killed, as where memory runs out, the answer says so.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        with start(name) as process:
+            try:
+                found[name] = {"mb": process.ask(*question)}
+            except ProcessEnded as ended:
+                found[name] = {"mb": None, "why": str(ended)}
+    first = found[names[0]]["mb"]
+    for value in found.values():
+        if first and value["mb"]:
+            value["ratio"] = round(value["mb"] / first, 2)
+    return found
