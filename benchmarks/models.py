@@ -2,10 +2,10 @@
 
     python -m benchmarks.models [--train] [--memory] [--models dat_pp_tiny] [--sizes 224,384,800x1333] [--out FILE]
 
-Each implementation runs in a process of its own, and they take turns. `--natten PYTHON` names the interpreter of an
-environment with NATTEN 0.14.6 and the old torch that it needs: the official formulation then runs there, as its users had
-to run it. Without, its neighbourhoods are computed by the faster of what PyTorch has (see `plain` in model_process.py).
-A peer that runs out of memory is reported as such.
+Each implementation runs in a process of its own, and they take turns; one that runs out of memory is reported as such.
+`--natten PYTHON` names the interpreter of an environment with NATTEN 0.14.6 and the old torch that it needs: there the
+official form runs as its users had to run it. Without, PyTorch computes its neighbourhoods as fast as it can
+(`plain` in model_process.py). The official code pads no windows: models that have some are measured at larger sizes.
 """
 
 import argparse
@@ -75,7 +75,6 @@ class Competition:
         # The official code pads no windows, and timm's Swin no patches.
         windows = 32 * self.stages[0].get("window_size", 1)
         multiple = windows if windows > 32 else 1 if implementation in ("ours", "official") else 32
-        neighborhood = "natten" if self.options.natten else "plain"
         spec = {
             "implementation": implementation,
             "model": self.name,
@@ -84,7 +83,7 @@ class Competition:
             "device": self.options.device,
             "threads": torch.get_num_threads(),
             "weights": str(self.folder / "weights.pth"),
-            "neighborhood": self.options.neighborhood or neighborhood,
+            "neighborhood": "natten" if self.options.natten else self.options.neighborhood,
         }
         path = self.folder / f"{implementation}.json"
         path.write_text(json.dumps(spec))
@@ -146,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, of models and of deformable blocks")
     parser.add_argument("--no-times", action="store_true", help="only memory and difference")
     parser.add_argument("--natten", help="Python interpreter of an environment with natten 0.14.6")
-    parser.add_argument(
-        "--neighborhood", choices=("plain", "ours", "natten"), help="what the official form's N blocks use"
-    )
+    parser.add_argument("--neighborhood", choices=("plain", "ours"), default="plain", help="of the official form")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")

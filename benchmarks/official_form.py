@@ -1,7 +1,7 @@
 """DAT as its papers' code computes it, in plain PyTorch: what the models and the attention are measured against.
 
-Feature maps are NCHW, projections 1x1 convolutions; a deformable block has its displacements, its bias and its scores in
-memory. Imports torch alone, so that it also runs beside the old torch that NATTEN 0.14.6 needs.
+Maps are NCHW, projections 1x1 convolutions; a deformable block has its displacements, bias and scores in memory.
+Imports torch alone, so that it also runs beside the old torch that NATTEN 0.14.6 needs.
 
 DAT: https://arxiv.org/abs/2201.00520, section 3; DAT++: https://arxiv.org/abs/2309.01430, section 3.
 """
@@ -29,7 +29,6 @@ def deformable_attention(
     align_corners: bool = True,
 ) -> Tensor:
     """DAT's attention with everything in memory; arguments and result are those of `dat.ops.deform_attn`."""
-    H, W = size
     B, h, HW, c = query.shape
     groups, N = positions.shape[1:3]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (query, key, value))
@@ -143,7 +142,7 @@ class OfficialForm(nn.Module):
         new = config["release"] == "2023"
         lengths = [side - 1.0 if new else side for side in sides]
         centres = [torch.arange(side, device=offset.device) + 0.5 for side in sides]
-        y, x = torch.meshgrid(*(c / n * 2 - 1 for c, n in zip(centres, lengths)), indexing="ij")  # noqa: B905
+        y, x = torch.meshgrid(*(c / n * 2 - 1 for c, n in zip(centres, lengths, strict=True)), indexing="ij")
         reference = torch.stack((y, x), -1).to(offset)
         factor = config["offset_range_factor"]
         if factor > 0:

@@ -1,4 +1,4 @@
-"""Implementations in processes of their own, which take turns: other versions of libraries, and room to run out of memory.
+"""Implementations in processes of their own, which take turns: with other libraries, and room to run out of memory.
 
 A process reads lists in JSON from its standard input, a line each, does what they say and answers with a line of JSON.
 Imports torch alone, so that a process may run beside an old one.
