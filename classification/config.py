@@ -41,13 +41,18 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Pictures become `img_size` pixels square; evaluation crops the centre `crop_pct` of the shorter side."""
+    """Pictures become `img_size` pixels square.
+
+    Evaluation takes the centre `crop_pct` of the shorter side ("center"), or squeezes ("squash") or pads ("border") the
+    whole picture before it takes the centre `crop_pct` of that.
+    """
 
     root: str = "data/imagenet"
     train: SplitConfig = field(default_factory=lambda: SplitConfig("train"))
     val: SplitConfig = field(default_factory=lambda: SplitConfig("val"))
     img_size: int = 224
     crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

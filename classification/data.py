@@ -74,7 +74,7 @@ def make_transform(data: DataConfig, training: bool) -> Any:
     try:
         transform = create_transform(
             data.img_size, training, mean=data.mean, std=data.std, interpolation=data.interpolation,
-            crop_pct=data.crop_pct, **augment,
+            crop_pct=data.crop_pct, crop_mode=data.crop_mode, **augment,
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"data.augment: timm cannot make the transform: {error or data.augment}") from error
