@@ -1,26 +1,40 @@
-"""Times `neighborhood_attn` beside unfolded windows and dense attention with a mask.
-
-    python -m benchmarks.neighborhood_attn [--out benchmarks/results/neighborhood_attn_cpu.json]
+"""DAT++'s neighbourhood attention in `benchmarks.attention`: the work, and other ways to do it in PyTorch.
 
 The work is DAT++'s: windows of 7 x 7, heads of 32 channels, the maps of a 224 image's stages and a detection map.
-NATTEN, which the official code is built on, dropped the position bias in 0.20.
+NATTEN, which the official code is built on, dropped the position bias in 0.20: `benchmarks.natten_peer`.
 """
 
-import argparse
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.timing import medians, write_json
 from dat.ops import neighborhood_attn
 from dat.ops.reference import neighbors
 
 KERNEL, CHANNELS = 7, 32
-# Batch, heads, height and width; dense attention to the last would take 24 GB.
-WORK = ((8, 2, 56, 56), (8, 4, 28, 28), (8, 8, 16, 16), (8, 8, 14, 14), (1, 2, 200, 272))
+
+
+class Work(NamedTuple):
+    """Neighbourhood attention to a map of `size`."""
+
+    B: int
+    heads: int
+    size: tuple[int, int]
+
+
+WORKS = {
+    "56x56, B 8, 2 heads": Work(8, 2, (56, 56)),
+    "28x28, B 8, 4 heads": Work(8, 4, (28, 28)),
+    "16x16, B 8, 8 heads": Work(8, 8, (16, 16)),
+    "14x14, B 8, 8 heads": Work(8, 8, (14, 14)),
+    "200x272, B 1, 2 heads": Work(1, 2, (200, 272)),
+}
+# Dense attention to the last map would take 24 GB.
 DENSE_CELLS = 56 * 56
 
 
@@ -45,69 +59,62 @@ def dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[i
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scale)
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    return neighborhood_attn(query, key, value, bias, size=size, kernel_size=KERNEL, scale=scale)
+@cache
+def flex_parts(size: tuple[int, int], device: torch.device) -> tuple[Callable[..., Tensor], BlockMask, Tensor]:
+    """What FlexAttention needs once for a map: itself compiled, the blocks with neighbours, displacements of all pairs.
+
+    Displacements are looked up, since what Inductor makes for a CPU of index arithmetic in a score does not compile.
+    """
+    (H, W), reach = size, KERNEL - 1
+    row, column = torch.arange(H, device=device).repeat_interleave(W), torch.arange(W, device=device).repeat(H)
+    first_row, first_column = (row - KERNEL // 2).clamp(0, H - KERNEL), (column - KERNEL // 2).clamp(0, W - KERNEL)
+
+    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        dy, dx = row[key] - first_row[query], column[key] - first_column[query]
+        return (dy >= 0) & (dy < KERNEL) & (dx >= 0) & (dx < KERNEL)
+
+    dy, dx = ((at - at[:, None]).clamp(-reach, reach) + reach for at in (row, column))
+    mask = create_block_mask(near, None, None, H * W, H * W, device=device)
+    return torch.compile(flex_attention, dynamic=False), mask, dy * (2 * KERNEL - 1) + dx
 
 
-def work(batch: int, heads: int, size: tuple[int, int], device: torch.device) -> list[Tensor]:
+def flex(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
+    """FlexAttention; on a CPU it has no gradients."""
+    attention, mask, displacement = flex_parts(size, query.device)
+    flat = bias.flatten(1)
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + flat[h, displacement[query, key]]
+
+    return attention(query, key, value, score_mod=biased, block_mask=mask, scale=scale)
+
+
+def inputs(work: Work, device: torch.device) -> list[Tensor]:
     """Query, key and value as a layer's projection leaves them, and the bias."""
-    qkv = torch.randn(batch, size[0] * size[1], 3, heads, CHANNELS, device=device)
-    bias = torch.randn(heads, 2 * KERNEL - 1, 2 * KERNEL - 1, device=device)
+    generator = torch.Generator().manual_seed(0)
+    H, W = work.size
+    qkv = torch.randn(work.B, H * W, 3, work.heads, CHANNELS, generator=generator).to(device)
+    bias = torch.randn(work.heads, 2 * KERNEL - 1, 2 * KERNEL - 1, generator=generator).to(device)
     return [*qkv.permute(2, 0, 3, 1, 4).unbind(0), bias]
 
 
-def forward_of(function: Any, tensors: list[Tensor], size: tuple[int, int]) -> Any:
-    def run() -> None:
-        with torch.no_grad():
-            function(*tensors, size, CHANNELS**-0.5)
-
-    return run
+def options(work: Work) -> dict[str, Any]:
+    """The keyword arguments of a call."""
+    return {"size": work.size, "kernel_size": KERNEL, "scale": CHANNELS**-0.5}
 
 
-def backward_of(function: Any, tensors: list[Tensor], size: tuple[int, int]) -> Any:
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    grad = torch.randn(tensors[0].shape, device=tensors[0].device, dtype=tensors[0].dtype)
-
-    def run() -> None:
-        torch.autograd.grad(function(*leaves, size, CHANNELS**-0.5), leaves, grad)
-
-    return run
+def forms(work: Work) -> dict[str, Callable[..., Tensor]]:
+    """Functions of the tensors of `inputs`, by name."""
+    peers = {"unfold": unfolded, **({"dense": dense} if fits(work) else {})}
+    by_name = {key: partial(peer, size=work.size, scale=CHANNELS**-0.5) for key, peer in peers.items()}
+    return {"ours": partial(neighborhood_attn, **options(work)), **by_name}
 
 
-def measure(shape: tuple[int, int, int, int], device: torch.device) -> dict[str, Any]:
-    """Milliseconds and ratios of one shape, and the error of each against float64."""
-    torch.manual_seed(0)
-    batch, heads, *size = shape
-    tensors = work(batch, heads, (size[0], size[1]), device)
-    half = [*(tensor.bfloat16() for tensor in tensors[:3]), tensors[3]]
-    peers = {"unfold": unfolded, **({"dense": dense} if size[0] * size[1] <= DENSE_CELLS else {})}
-    row: dict[str, Any] = {"shape": list(shape), "kernel_size": KERNEL, "channels": CHANNELS, "device": device.type}
-    for name, make in (("forward", forward_of), ("forward+backward", backward_of)):
-        runs = {key: make(function, tensors, tuple(size)) for key, function in {"ours": ours, **peers}.items()}
-        seconds = medians({**runs, "ours_bfloat16": make(ours, half, tuple(size))}, device, repeats=5, budget=6.0)
-        row[name] = {f"{key}_ms": round(value * 1e3, 3) for key, value in seconds.items()}
-        row[name] |= {f"over_{key}": round(seconds[key] / seconds["ours"], 2) for key in peers}
-    exact = ours(*(tensor.double() for tensor in tensors), tuple(size), CHANNELS**-0.5)
-    for key, function in {"ours": ours, **peers}.items():
-        row[f"{key}_error"] = (function(*tensors, tuple(size), CHANNELS**-0.5) - exact).abs().max().item()
-    return row
+def forward_forms(work: Work) -> dict[str, Callable[..., Tensor]]:
+    """Functions that have no gradients and take long to compile."""
+    return {"flex": partial(flex, size=work.size, scale=CHANNELS**-0.5)} if fits(work) else {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    rows = []
-    for shape in WORK:
-        row = measure(shape, torch.device(args.device))
-        rows.append(row)
-        for name in ("forward", "forward+backward"):
-            figures = "  ".join(f"{key} {value:g}" for key, value in row[name].items())
-            print(f"{shape!s:>18} {name:<17} {figures}", flush=True)
-    if args.out:
-        write_json(args.out, rows)
-
-
-if __name__ == "__main__":
-    main()
+def fits(work: Work) -> bool:
+    """Whether something for each pair of cells fits in memory."""
+    return work.size[0] * work.size[1] <= DENSE_CELLS

@@ -1,6 +1,7 @@
 """Time, memory and error of implementations of one work; growth with its size; scaling with threads."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from benchmarks import ops_work
 from benchmarks.ops_peers import EXACT, OURS, Implementation
 from benchmarks.ops_work import Work
-from benchmarks.timing import exponent, medians, memory_kept, peak_bytes
+from benchmarks.timing import PASSES, exponent, medians, memory_kept, peak_bytes
 
 # Few cells, so that what is done once for each of them does not hide the queries.
 GROWTH_SHAPES = ((8, 10), (4, 5), (2, 3), (1, 2))
@@ -19,28 +20,9 @@ GROWTH_SIZE, GROWTH_BATCHES = (320, 480), (1, 2, 4, 8)
 GPU_FACTOR = 32
 
 
-def forward_of(implementation: Implementation, work: Work) -> Callable[[], Any]:
-    tensors = _own_tensors(implementation, work)
-
-    def run() -> None:
-        with torch.no_grad():
-            implementation.function(work, *tensors)
-
-    return run
-
-
-def backward_of(implementation: Implementation, work: Work) -> Callable[[], Any]:
-    tensors = [t.requires_grad_() for t in _own_tensors(implementation, work)]
-    with torch.no_grad():
-        grad = torch.randn_like(implementation.function(work, *tensors))
-
-    def run() -> None:
-        torch.autograd.grad(implementation.function(work, *tensors), tensors, grad)
-
-    return run
-
-
-PASSES = {"forward": forward_of, "forward_backward": backward_of}
+def run_of(name: str, implementation: Implementation, work: Work) -> Callable[[], Any]:
+    """A pass, by its name in `PASSES`, on tensors of the implementation's own layout."""
+    return PASSES[name](partial(implementation.function, work), _own_tensors(implementation, work))
 
 
 def _own_tensors(implementation: Implementation, work: Work) -> list[Tensor]:
@@ -70,8 +52,8 @@ def measure(
         }
         for i, dtype in pairs
     ]
-    for name, make in PASSES.items():
-        runs = {f"{i.name} {dtype}": make(i, works[dtype]) for i, dtype in pairs}
+    for name in PASSES:
+        runs = {f"{i.name} {dtype}": run_of(name, i, works[dtype]) for i, dtype in pairs}
         seconds = list(medians(runs, device, budget=budget / 2).values())
         ours = {row["dtype"]: s for row, s in zip(rows, seconds, strict=True) if row["ours"]}
         for row, s, run in zip(rows, seconds, runs.values(), strict=True):
@@ -115,8 +97,8 @@ def growth(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     by_queries = {q: ops_work.attention("", GROWTH_SHAPES, q, device) for q in queries}
     by_batches = {b: ops_work.attention("", shapes, None, device, b) for b in batches}
     for variable, works in (("Q", by_queries), ("B", by_batches)):
-        for name, make in PASSES.items():
-            runs = {str(size): make(OURS["attention"], work) for size, work in works.items()}
+        for name in PASSES:
+            runs = {str(size): run_of(name, OURS["attention"], work) for size, work in works.items()}
             with memory_kept():
                 seconds = list(medians(runs, device, 15, budget).values())
             memory = [peak_bytes(run, device) for run in runs.values()]
@@ -146,8 +128,8 @@ def scaling(works: Sequence[Work], device: torch.device, budget: float) -> Itera
         return timed
 
     for work in works:
-        for name, make in PASSES.items():
-            run = make(OURS[work.op], work)
+        for name in PASSES:
+            run = run_of(name, OURS[work.op], work)
             try:
                 seconds = medians({str(n): with_threads(run, n) for n in counts}, device, 15, budget)
             finally:

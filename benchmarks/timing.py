@@ -1,4 +1,7 @@
-"""Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to."""
+"""Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to.
+
+Needs nothing but torch, so that a peer in another environment measures itself with it, too.
+"""
 
 import contextlib
 import ctypes
@@ -10,10 +13,12 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Long enough that reading the clock and waking a GPU do not count.
 TURN_SECONDS = 0.05
@@ -40,35 +45,66 @@ def machine() -> dict[str, Any]:
     }
 
 
+def forward_of(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+    """Calls without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            function(*tensors)
+
+    return run
+
+
+def backward_of(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+    """Calls, and the gradients by all tensors for one gradient of the output."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        grad = torch.randn_like(function(*leaves))
+
+    def run() -> None:
+        torch.autograd.grad(function(*leaves), leaves, grad)
+
+    return run
+
+
+PASSES = {"forward": forward_of, "forward_backward": backward_of}
+
+
 def medians(
-    runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int = 7, budget: float = 60.0
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int = 7,
+    budget: float = 60.0,
+    elsewhere: dict[str, Callable[[int], float]] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each run; runs take turns, so that a change of the machine's speed meets them all.
 
     A run that is quicker than `TURN_SECONDS` is called several times a turn. Slow runs get fewer turns, so that all
-    take about `budget` seconds, but never less than three.
+    take about `budget` seconds, but never less than three. Runs of other processes are given as functions of a number
+    of calls that do what `seconds_of` does.
     """
+    timers = {name: partial(seconds_of, run, device=device) for name, run in runs.items()} | (elsewhere or {})
     calls = {}
-    for name, run in runs.items():
-        seconds = _seconds(run, 1, device)
+    for name, timer in timers.items():
+        seconds = timer(1)
         # The first call may make things that later ones find there; of one that is this slow it is no matter.
         if seconds < 1:
-            seconds = _seconds(run, 1, device)
+            seconds = timer(1)
         calls[name] = max(1, min(100, int(TURN_SECONDS / seconds)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     begin = time.perf_counter()
     for repeat in range(repeats):
-        for name, run in runs.items():
+        for name, timer in timers.items():
             # Of several calls the first finds caches and memory as the run before left them.
             if calls[name] > 1:
-                run()
-            times[name].append(_seconds(run, calls[name], device))
+                timer(1)
+            times[name].append(timer(calls[name]))
         if repeat >= 2 and time.perf_counter() - begin > budget:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+def seconds_of(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     """Seconds of one of several calls in a row."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
