@@ -1,4 +1,4 @@
-"""DAT's deformable attention in `benchmarks.attention`: the work, and the formulation of the official code.
+"""DAT's deformable attention in `benchmarks.attention`: the work, beside the formulation of the official code.
 
 The work is that of DAT++'s deformable blocks, with a table made for the map's own size and with the table of 224
 pixels, which official detectors look up at any other size.
@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks.official_form import deformable_attention
 from dat.ops import deform_attn
 
 
@@ -49,26 +49,6 @@ WORKS = {
 MEMORY_WORKS = {"DAT++-T stage 1, 800x1333, table of 224": Work(1, 2, 1, (200, 334), (25, 42), 56)}
 
 
-def official_form(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor, *, size: tuple[int, int], scale: float
-) -> Tensor:
-    """DAT++'s attention as its paper's code computes it: displacements, bias, scores and attention all in memory."""
-    H, W = size
-    B, h, HW, c = query.shape
-    groups, N = positions.shape[1:3]
-    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (query, key, value))
-    attention = torch.einsum("b c m, b c n -> b m n", q, k).mul(scale)
-    y, x = torch.meshgrid(torch.arange(H, device=q.device), torch.arange(W, device=q.device), indexing="ij")
-    grid = torch.stack((y.float() / (H - 1.0) * 2 - 1, x.float() / (W - 1.0) * 2 - 1), -1).to(positions)
-    grid = grid[None].expand(B * groups, -1, -1, -1).reshape(B * groups, HW, 2)
-    displacement = (grid[:, :, None] - positions.flip(-1).reshape(B * groups, N, 2)[:, None]).mul(0.5)
-    tables = table[None].expand(B, -1, -1, -1).reshape(B * groups, h // groups, *table.shape[1:])
-    bias = F.grid_sample(tables, displacement[..., (1, 0)], mode="bilinear", align_corners=True)
-    attention = attention + bias.reshape(B * h, HW, N)
-    out = torch.einsum("b m n, b c n -> b c m", F.softmax(attention, dim=2), v)
-    return out.reshape(B, h, c, HW).transpose(2, 3)
-
-
 def inputs(work: Work, device: torch.device) -> list[Tensor]:
     """Query, key, value, positions and table of one call, with keys moved by about a cell of their map."""
     (H, W), (Hk, Wk) = work.size, work.keys
@@ -86,4 +66,4 @@ def inputs(work: Work, device: torch.device) -> list[Tensor]:
 def forms(work: Work) -> dict[str, Callable[..., Tensor]]:
     """Functions of the tensors of `inputs`, by name."""
     options = {"size": work.size, "scale": work.channels**-0.5}
-    return {"ours": partial(deform_attn, **options), "official": partial(official_form, **options)}
+    return {"ours": partial(deform_attn, **options), "official": partial(deformable_attention, **options)}

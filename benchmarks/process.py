@@ -22,7 +22,7 @@ from benchmarks.timing import peak_bytes
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class ProcessEnded(Exception):
+class ProcessEnded(RuntimeError):
     """A process ended without an answer; the message says how."""
 
 
@@ -37,8 +37,9 @@ class Process:
 
     def __init__(self, module: str, arguments: Iterable[str] = (), python: str | Path = sys.executable) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self._command = [str(python), "-m", module, *arguments]
         self._process = subprocess.Popen(
-            [str(python), "-m", module, *arguments],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,7 +57,8 @@ class Process:
             answer = ""
         if not answer:
             code = self._process.wait()
-            raise ProcessEnded(f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+            raise ProcessEnded(f"{' '.join(self._command)} {how}")
         return json.loads(answer)
 
     def __enter__(self) -> "Process":
