@@ -180,7 +180,9 @@ class DAT(nn.Module):
                 module.grad_checkpointing = enable
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the position-bias tables for another image size, by the official bicubic resampling; None: none.
+        """Make the position-bias tables for another image size, by the official bicubic resampling.
+
+        None changes nothing.
 
         Images of any size run without it; it is for fine-tuning at another size.
         """

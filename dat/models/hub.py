@@ -3,12 +3,15 @@
 A classifier trained here goes to the hub by
 
     state = torch.load("runs/mine/best.pth", weights_only=True)
-    names = state["class_names"]
+    names, data = state["class_names"], state["config"]["data"]
     model = timm.create_model("dat_nano", num_classes=len(names), checkpoint_path="runs/mine/best.pth")
-    data = state["config"]["data"]
     dat.models.save_for_hf(
-        model, "dat_nano_mine", label_names=names, datasets="mine", metrics={"accuracy": 0.87},
-        data_config={"img_size": data["img_size"], "mean": data["mean"], "std": data["std"], "crop_mode": "center"},
+        model,
+        "dat_nano_mine",
+        label_names=names,
+        datasets="mine",
+        metrics={"accuracy": 0.87},
+        data_config={key: data[key] for key in ("img_size", "mean", "std", "crop_pct", "interpolation")},
     )
 
 and back by `timm.create_model("local-dir:dat_nano_mine", pretrained=True)`, after `import dat`.

@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from itertools import product
 
 import timm
 import torch
@@ -57,7 +58,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def check(name: str, features_only: bool, size: str) -> None:
+def check(size: str, name: str, features_only: bool) -> None:
     """One case, in a process of its own; prints its line and exits with 1 if it fails."""
     start = time.perf_counter()
     H, W = map(int, size.split("x"))
@@ -92,9 +93,8 @@ def main() -> None:
     # A process that ends gives all its memory back; a fork need not import torch again.
     context = multiprocessing.get_context("fork")
     failed = []
-    for case in (
-        (name, features_only, size) for name in names for features_only in (False, True) for size in args.sizes
-    ):
+    # Cheap cases first.
+    for case in product(args.sizes, names, (False, True)):
         process = context.Process(target=check, args=case)
         process.start()
         process.join()
