@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, PatchEmbed, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -21,6 +21,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,7 +95,8 @@ class DAT(nn.Module):
     """Vision Transformer with Deformable Attention, with timm's interface.
 
     Args:
-        stages: one `StageConfig` for each stage; stage i works at stride patch_size * 2**i.
+        stages: one `StageConfig`, or a dictionary of its arguments, for each stage; stage i works at stride
+            patch_size * 2**i.
         img_size: image size (one side, or height and width) that position-bias tables are made for; any image runs.
         patch_size: side of the patches of the embedding; 4 for the other stems.
         stem: how images are embedded. "patch": patches that do not overlap; "overlap": a 7x7 convolution of stride 4
@@ -112,7 +114,7 @@ class DAT(nn.Module):
 
     def __init__(
         self,
-        stages: Sequence[StageConfig],
+        stages: Sequence[StageConfig | Mapping[str, Any]],
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 4,
         stem: str = "patch",
@@ -131,13 +133,14 @@ class DAT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.img_size, self.patch_size = to_2tuple(img_size), patch_size
-        dim = stem_dims or stages[0].embed_dims
+        configs = [config if isinstance(config, StageConfig) else StageConfig(**config) for config in stages]
+        dim = stem_dims or configs[0].embed_dims
         self.patch_embed = create_stem(stem, patch_size, in_chans, dim, **dd)
-        depth = sum(len(config.blocks) for config in stages)
+        depth = sum(len(config.blocks) for config in configs)
         rates = iter(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
         self.stages = nn.ModuleList()
         self.feature_info = []
-        for i, config in enumerate(stages):
+        for i, config in enumerate(configs):
             downsample: nn.Module = nn.Identity()
             if i > 0:
                 downsample = Downsample(dim, config.embed_dims, 2 if stem == "patch" else 3, **dd)
@@ -176,12 +179,17 @@ class DAT(nn.Module):
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Make the position-bias tables for another image size, by the official bicubic resampling.
+
+        None changes nothing.
 
         Images of any size run without it; it is for fine-tuning at another size.
         """
+        if img_size is None:
+            return
         self.img_size = to_2tuple(img_size)
+        update_model_input_size(self, self.img_size)
         for i, stage in enumerate(self.stages):
             for module in stage.modules():
                 if isinstance(module, DeformableAttention):
@@ -193,9 +201,11 @@ class DAT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier of `num_classes` (0: none), and pooling `global_pool` (None: as it is)."""
+        # A head without a classifier would forget where the model is, and in which dtype.
+        dd = get_device_dtype(self)
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
@@ -302,12 +312,13 @@ def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
             "https://github.com/LeapLabTHU/DAT (for the models of 2022, the README of its commit 566a593) "
             "and pass pretrained=False, checkpoint_path=FILE instead"
         )
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["stages"]))))
     model = build_model_with_cfg(
         DAT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
     if isinstance(model, FeatureGetterNet):

@@ -55,13 +55,14 @@ def test_official_parameter_counts(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "gigaflops"), [("dat_tiny", 4.6), ("dat_pp_tiny", 4.3), ("dat_pp_small", 9.4), ("dat_pp_base", 16.6)]
+    ("name", "gigaflops"),
+    [("dat_tiny", 4.6), ("dat_pp_tiny", 4.3), ("dat_pp_small", 9.4), ("dat_pp_base", 16.6), ("dat_pp_base_384", 49.7)],
 )
 def test_published_flops(name, gigaflops):
     """The papers count a multiplication and an addition as one."""
     model = timm.create_model(name, device="meta")
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, 224, 224, device="meta"))
+        model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
     assert counter.get_total_flops() / 2e9 == pytest.approx(gigaflops, rel=0.01)
 
 
@@ -218,6 +219,13 @@ def test_features_only_equals_intermediates(nano, name):
     assert extractor.feature_info.reduction() == [8, 16]
 
 
+def test_features_of_other_stages():
+    """As many as there are, described by StageConfigs or, as a config.json has them, by their arguments."""
+    stages = [StageConfig("LD", 8, 2), {"blocks": "S", "embed_dims": 16, "num_heads": 2}]
+    model = timm.create_model("dat_nano", stages=stages, features_only=True)
+    assert [f.shape[1:] for f in model(torch.randn(1, 3, 32, 64))] == [(8, 8, 16), (16, 4, 8)]
+
+
 def test_prune_intermediate_layers(nano):
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -247,6 +255,15 @@ def test_classifier(nano):
     torch.testing.assert_close(nano(image), features)
 
 
+def test_new_classifier_is_where_the_model_is(name):
+    """Also after it had none, which leaves a head without parameters."""
+    model = timm.create_model(name, device="meta", dtype=torch.float64)
+    model.reset_classifier(0)
+    model.reset_classifier(3)
+    weight = model.get_classifier().weight
+    assert (weight.device.type, weight.dtype) == ("meta", torch.float64)
+
+
 def test_features_without_pooling_or_classifier(name):
     model = timm.create_model(name, num_classes=0, global_pool="")
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 256, 2, 2)
@@ -263,7 +280,8 @@ def test_img_size_and_set_input_size(name):
     model.set_input_size(img_size=224)
     assert model.stages[2].blocks[1].attn.rpe_table.shape == (4, 27, 27)
     assert model.stages[3].blocks[1].attn.rpe_table.shape == (8, 13, 13)
-    assert model.img_size == (224, 224)
+    model.set_input_size()
+    assert model.img_size == timm.models.get_model_args(model)["img_size"] == (224, 224)
     assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 

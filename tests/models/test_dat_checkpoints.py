@@ -34,9 +34,11 @@ def image():
     return torch.randn(1, 3, 64, 64)
 
 
-def test_pretrained_explains_itself(name):
+@pytest.mark.parametrize("name", [*NAMES, "dat_tiny.in1k"])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_pretrained_explains_itself(name, features_only):
     with pytest.raises(RuntimeError, match=r"no stable address.*LeapLabTHU/DAT.*checkpoint_path=FILE") as error:
-        timm.create_model(name, pretrained=True)
+        timm.create_model(name, pretrained=True, features_only=features_only)
     assert "\n" not in str(error.value)
 
 

@@ -84,6 +84,12 @@ def test_a_model_counts_as_much_as_with_torch():
     assert ours["deform_sample"] == 4 * 7 * 7 * (128 + 256)
 
 
+def test_published_flops_of_dat_pp_tiny():
+    """4.3 G by the paper, in which a multiply-add counts as one, as it does in fvcore."""
+    counts = fvcore_count(timm.create_model("dat_pp_tiny"), (torch.randn(1, 3, 224, 224),))
+    assert sum(counts.values()) / 1e9 == pytest.approx(4.3, rel=0.01)
+
+
 def test_models_can_be_traced():
     """Sizes that torch.jit.trace gives for a tensor's shape are tensors."""
 
