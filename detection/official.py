@@ -44,7 +44,7 @@ _RENAMES = (
     (r"^(decoder\.layers\.\d+)\.multihead_attn\.", r"\1.cross_attn."),
     (r"^(encoder|decoder)\.layers\.", r"\1."),
 )
-# The decoder's other norms by transformers' names: DETR numbers them in their order, Deformable DETR the other way round.
+# The decoder's other norms by transformers' names; Deformable DETR numbers them the other way round.
 _DETR_NORMS = {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2"}
 _DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm": "norm1"}
 # transformers' own ResNet
