@@ -115,11 +115,10 @@ def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[
     merged = dict(below)
     for name, value in data.items():
         nested, under = _nested(hints.get(name)), merged.get(name)
-        if nested is not None and isinstance(under, dict) and value is None:
-            # a section with every line commented out
-            continue
-        both = nested is not None and isinstance(under, dict) and isinstance(value, dict)
-        merged[name] = _lay_over(nested, under, value) if both else value
+        if nested is not None and isinstance(under, dict) and isinstance(value, (dict, type(None))):
+            # a section with every line commented out reads as null
+            value = _lay_over(nested, under, value or {})
+        merged[name] = value
     return merged
 
 

@@ -99,7 +99,7 @@ def test_a_base_is_read_first_and_its_sections_are_merged(tmp_path):
         ("leaf.yaml", r"leaf.yaml: base leads back to a file that it is read for: .*leaf.yaml -> .*leaf.yaml"),
         (
             "config.yaml",
-            r"config.yaml: base leads back to a file that it is read for: .*leaf.yaml -> .*config.yaml -> ",
+            r"config.yaml: base leads back to a file that it is read for: .*leaf.yaml -> .*config.yaml",
         ),
         ("none.yaml", r"none.yaml: cannot read the configuration: No such file"),
         ("/etc/hosts", r"base is '/etc/hosts', should be the path of a YAML file, relative to this one"),
