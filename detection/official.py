@@ -74,7 +74,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     for their_name, tensor in state_dict.items():
         name = _rename(their_name, is_detr)
         if shared_head:
-            name = re.sub(r"^(bbox|class)_embed\.\d+", r"\1_embed.0", name)
+            name = re.sub(r"^(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.\d+", r"\1.0", name)
         if name in converted and not torch.equal(converted[name], tensor):
             raise ValueError(
                 f"{their_name} differs from the other layers' heads: it needs a model with box_refine=True"
@@ -129,7 +129,7 @@ def _rename(name: str, is_detr: bool) -> str:
     norms = _DETR_NORMS if is_detr else _DEFORMABLE_NORMS
     name = re.sub(r"^(decoder\.\d+)\.(\w+_attn_layer_norm)\.", lambda m: f"{m[1]}.{norms[m[2]]}.", name)
     # The layers of their MLP have no activations between them.
-    name = re.sub(r"^(bbox_embed\.(?:\d+\.)?)layers\.(\d+)", lambda m: f"{m[1]}{2 * int(m[2])}", name)
+    name = re.sub(r"^(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.\d+", r"\1.0", name)
     return _RESNET.sub(_resnet_name, name)
 
 

@@ -17,7 +17,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.loop import main_guard
-from detection import evaluate, predict, train
+from detection import SetCriterion, evaluate, predict, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,7 +200,7 @@ def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
         (["data.val.images=nowhere"], "nowhere: no such folder of images"),
         (["model.backbone.name=dat_nan"], "no timm model 'dat_nan'"),
         (["model.backbone.num_headz=3"], "model.backbone"),
-        (["model.num_heads=3"], "embed_dim=16 should be a multiple"),
+        (["model.num_heads=3"], "model.embed_dim is 16, should be a multiple"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, capsys, overrides, message):
@@ -284,8 +284,8 @@ def test_bfloat16_without_averaged_weights(config_file, tmp_path):
 
 def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
     calls = []
-    forward = train.SetCriterion.forward
-    monkeypatch.setattr(train.SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
+    forward = SetCriterion.forward
+    monkeypatch.setattr(SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
     line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
     assert "step 0, images [10" in line
     # that of the step: the criterion waits for the other processes, which may have nothing to trace
