@@ -129,7 +129,7 @@ def _rename(name: str, is_detr: bool) -> str:
     norms = _DETR_NORMS if is_detr else _DEFORMABLE_NORMS
     name = re.sub(r"^(decoder\.\d+)\.(\w+_attn_layer_norm)\.", lambda m: f"{m[1]}.{norms[m[2]]}.", name)
     # The layers of their MLP have no activations between them.
-    name = re.sub(r"^(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.\d+", r"\1.0", name)
+    name = re.sub(r"^(bbox_embed\.(?:\d+\.)?)layers\.(\d+)", lambda m: f"{m[1]}{2 * int(m[2])}", name)
     return _RESNET.sub(_resnet_name, name)
 
 
