@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,25 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
 def test_bfloat16_without_averaged_weights(config_file, tmp_path):
     train.main([str(config_file), "train.amp=bf16", "train.epochs=1", "train.ema_decay=0"])
     assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
+
+
+def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp_path):
+    options = ["model.kind=detr", "model.box_refine=false", "model.two_stage=false", "model.backbone.out_indices=[3]"]
+    train.main([str(config_file), *options, "train.epochs=1"])
+    checkpoint = load_checkpoint(tmp_path / "run/best.pth")
+    # "no object" has a logit too
+    assert len(checkpoint["state_dict"]["class_embed.bias"]) == len(checkpoint["class_names"]) + 1
+    found = json.loads((tmp_path / "run/detections.json").read_text())
+    per_image = Counter(result["image_id"] for result in found)
+    # one detection a query, where sigmoid scores would give one a query and class
+    assert set(per_image.values()) == {10}
+    evaluate.main([str(tmp_path / "run/best.pth"), "--out", str(tmp_path), "--device", "cpu", "data.val.top_k=3"])
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert set(Counter(result["image_id"] for result in found).values()) == {3}
+    out = tmp_path / "pictures"
+    predict.main([str(tmp_path / "run/best.pth"), str(scenes / "images"), "--out", str(out), "--device", "cpu"])
+    found = json.loads((out / "detections.json").read_text())
+    assert set(Counter(result["image_id"] for result in found).values()) == {10}
 
 
 def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
