@@ -2,7 +2,8 @@
 
 from .criterion import SetCriterion
 from .deformable_detr import DeformableDETR
+from .detr import DETR
 from .matcher import HungarianMatcher
 from .post_process import post_process
 
-__all__ = ["DeformableDETR", "HungarianMatcher", "SetCriterion", "post_process"]
+__all__ = ["DETR", "DeformableDETR", "HungarianMatcher", "SetCriterion", "post_process"]

@@ -6,71 +6,84 @@ from typing import Any
 
 import torch
 from timm.layers import freeze_batch_norm_2d
-from torch import nn
 
-import dat  # noqa: F401  registers the backbones with timm
 from dat.training.checkpoint import load_checkpoint, load_weights
 from dat.training.config import from_dict
 from dat.training.errors import ConfigError
-from dat.training.loop import create_timm_model
-from dat.training.weights import classifier_weights, without_weights
+from dat.training.weights import without_weights
 
-from .config import DetectionConfig, ModelConfig
+from . import official
+from .backbone import build_backbone, freeze
+from .base import BaseDETR
+from .config import DetectionConfig, LossConfig, ModelConfig
+from .criterion import PAPER_WEIGHTS, SetCriterion
 from .data import Category
 from .deformable_detr import DeformableDETR
-
-# strides 8, 16 and 32: the last three of four levels, or of five
-DEFAULT_OUT_INDICES = (-3, -2, -1)
+from .detr import DETR
+from .matcher import HungarianMatcher
 
 
 @dataclass(frozen=True)
 class Detector:
     """What a checkpoint holds: the model in evaluation mode, its configuration, its classes (label i: the i-th)."""
 
-    model: nn.Module
+    model: BaseDETR
     config: DetectionConfig
     categories: tuple[Category, ...]
 
 
-def build_model(config: ModelConfig, num_classes: int, weights: bool = True) -> nn.Module:
-    """A new model; `weights` False leaves out those that the configuration starts its backbone from.
+def build_model(config: ModelConfig, num_classes: int, weights: bool = True) -> BaseDETR:
+    """A new model; `weights` False leaves out those that the configuration starts it or its backbone from.
 
-    Raises ConfigError for a backbone or numbers that do not work, CheckpointError for unfit backbone weights.
+    Raises ConfigError for a backbone or numbers that do not work, CheckpointError for unfit weights.
     """
-    backbone = build_backbone(config.backbone if weights else without_weights(config.backbone))
+    arguments = config.backbone if weights and not config.checkpoint_path else without_weights(config.backbone)
+    backbone = build_backbone(arguments, config.num_maps)
     if config.freeze_batch_norm:
         backbone = freeze_batch_norm_2d(backbone)
+    freeze(backbone, config.freeze)
+    common: dict[str, Any] = {
+        "num_queries": config.num_queries,
+        "embed_dim": config.embed_dim,
+        "num_heads": config.num_heads,
+        "encoder_depth": config.encoder_depth,
+        "decoder_depth": config.decoder_depth,
+        "mlp_dim": config.mlp_dim,
+        "drop_rate": config.drop_rate,
+    }
+    model: BaseDETR
     try:
-        return DeformableDETR(
-            backbone,
-            num_classes,
-            num_queries=config.num_queries,
-            embed_dim=config.embed_dim,
-            num_heads=config.num_heads,
-            encoder_depth=config.encoder_depth,
-            decoder_depth=config.decoder_depth,
-            mlp_dim=config.mlp_dim,
-            drop_rate=config.drop_rate,
-            num_levels=config.num_levels,
-            num_points=config.num_points,
-            box_refine=config.box_refine,
-            two_stage=config.two_stage,
-        )
+        if config.kind == "detr":
+            model = DETR(backbone, num_classes, **common, pre_norm=config.pre_norm)
+        else:
+            model = DeformableDETR(
+                backbone,
+                num_classes,
+                **common,
+                num_levels=config.num_levels,
+                num_points=config.num_points,
+                box_refine=config.box_refine,
+                two_stage=config.two_stage,
+            )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    if weights and config.checkpoint_path:
+        official.load(model, config.checkpoint_path)
+    return model
 
 
-def build_backbone(arguments: dict[str, Any]) -> nn.Module:
-    """A timm feature extractor from `name`, `checkpoint_path` (of a classifier) and any arguments of its model.
-
-    Gives the maps at strides 8, 16 and 32 unless `out_indices` says otherwise.
-    """
-    arguments = {"out_indices": list(DEFAULT_OUT_INDICES), **arguments}
-    checkpoint_path = arguments.pop("checkpoint_path", None)
-    if not checkpoint_path:
-        return create_timm_model(arguments, features_only=True)
-    weights = {"state_dict": classifier_weights(arguments, checkpoint_path), "num_classes": 0}
-    return create_timm_model(arguments, features_only=True, pretrained=True, pretrained_cfg_overlay=weights)
+def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
+    """The losses of a model; what `loss` leaves open is as in the paper of the model."""
+    paper = PAPER_WEIGHTS[model.scores]["loss_ce"]
+    cost_class, weight_class = (paper if x is None else x for x in (loss.cost_class, loss.weight_class))
+    return SetCriterion(
+        model.num_classes,
+        HungarianMatcher(cost_class, loss.cost_box, loss.cost_giou, model.scores),
+        model.scores,
+        weights={"loss_ce": weight_class, "loss_bbox": loss.weight_box, "loss_giou": loss.weight_giou},
+        focal_alpha=loss.focal_alpha,
+        no_object_weight=loss.no_object_weight,
+    )
 
 
 def load_detector(path: Path, device: torch.device) -> Detector:

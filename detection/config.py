@@ -9,6 +9,8 @@ from typing import Any, Literal
 from dat.training.config import check_range, get_value
 from dat.training.errors import ConfigError
 
+from .backbone import check_backbone
+
 
 def default_backbone() -> dict[str, Any]:
     return {"name": "dat_tiny"}
@@ -16,9 +18,20 @@ def default_backbone() -> dict[str, Any]:
 
 @dataclass
 class ModelConfig:
-    """`backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`."""
+    """`kind`: deformable_detr, or detr, which knows neither levels, points, box_refine nor two_stage.
 
+    `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
+    makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
+    `num_levels`, at most three, for deformable_detr.
+    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
+    new where its number of classes is another.
+    `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
+    `pre_norm`: of detr, normalise before attention instead of after.
+    """
+
+    kind: Literal["deformable_detr", "detr"] = "deformable_detr"
     backbone: dict[str, Any] = field(default_factory=default_backbone)
+    checkpoint_path: str | None = None
     num_queries: int = 300
     embed_dim: int = 256
     num_heads: int = 8
@@ -26,12 +39,19 @@ class ModelConfig:
     decoder_depth: int = 6
     mlp_dim: int = 1024
     drop_rate: float = 0.1
+    pre_norm: bool = False
     num_levels: int = 4
     num_points: int = 4
     box_refine: bool = False
     two_stage: bool = False
     # sensible for a backbone that starts from trained weights only
     freeze_batch_norm: bool = True
+    freeze: list[str] = field(default_factory=list)
+
+    @property
+    def num_maps(self) -> int:
+        """Of the backbone, where `backbone` has no out_indices."""
+        return 1 if self.kind == "detr" else min(3, self.num_levels)
 
 
 @dataclass
@@ -58,12 +78,16 @@ class TrainDataConfig:
 
 @dataclass
 class ValDataConfig:
-    """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`."""
+    """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`.
+
+    `top_k`: how many detections of an image count; COCO's own limit is 100 of a class.
+    """
 
     annotations: str = "annotations/instances_val2017.json"
     images: str = "val2017"
     size: int = 800
     max_size: int = 1333
+    top_k: int = 100
 
 
 @dataclass
@@ -79,15 +103,20 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Costs of the assignment, weights of the losses, alpha of the focal loss (of the loss, not of the cost)."""
+    """Costs of the assignment, weights of the losses, alpha of the focal loss (of the loss, not of the cost).
 
-    cost_class: float = 2.0
+    `cost_class` and `weight_class` null: those of the paper of `model.kind`, 2 for deformable_detr and 1 for detr.
+    `focal_alpha` is of deformable_detr alone, `no_object_weight`, of that class in the cross-entropy, of detr.
+    """
+
+    cost_class: float | None = None
     cost_box: float = 5.0
     cost_giou: float = 2.0
-    weight_class: float = 2.0
+    weight_class: float | None = None
     weight_box: float = 5.0
     weight_giou: float = 2.0
     focal_alpha: float = 0.25
+    no_object_weight: float = 0.1
 
 
 @dataclass
@@ -143,14 +172,15 @@ def check_config(config: DetectionConfig) -> None:
             "model", "num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim", "num_levels", "num_points"
         ),
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
-        *_keys("data", "val.size", "val.max_size", "pad_multiple"),
+        *_keys("data", "val.size", "val.max_size", "val.top_k", "pad_multiple"),
         *_keys("train", "epochs", "batch_size", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"),
     ]
     at_least_0 = [
         *("seed", "model.encoder_depth"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
         *_keys("train", "checkpoint_steps", "pictures", "workers"),
-        *_keys("train.loss", "cost_class", "cost_box", "cost_giou", "weight_class", "weight_box", "weight_giou"),
+        *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
+        *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
         *("model.drop_rate", "data.mean", "train.loss.focal_alpha"),
@@ -171,8 +201,32 @@ def check_config(config: DetectionConfig) -> None:
         raise ConfigError(
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
-    if "name" not in config.model.backbone:
+    check_model(config.model)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError on parts of a model that do not go together, before any of it is made."""
+    if "name" not in model.backbone:
         raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
+    if model.two_stage and not model.box_refine:
+        raise ConfigError("model.two_stage is true, which needs model.box_refine=true")
+    if model.kind == "detr" and model.box_refine:
+        wrong = "two_stage" if model.two_stage else "box_refine"
+        raise ConfigError(f"model.{wrong} is true, which needs model.kind=deformable_detr; it is detr")
+    if model.kind != "detr" and model.pre_norm:
+        raise ConfigError(f"model.pre_norm is true, which needs model.kind=detr; it is {model.kind}")
+    if model.embed_dim % 4 or model.embed_dim % model.num_heads:
+        raise ConfigError(
+            f"model.embed_dim is {model.embed_dim}, should be a multiple of 4 and of model.num_heads, {model.num_heads}"
+        )
+    maps = check_backbone(model.backbone, model.num_maps)
+    if model.kind == "detr" and maps != 1:
+        raise ConfigError(f"model.backbone.out_indices gives {maps} maps, model.kind=detr takes one, such as [-1]")
+    if model.kind != "detr" and maps > model.num_levels:
+        raise ConfigError(
+            f"model.num_levels is {model.num_levels}, fewer than the {maps} maps of model.backbone: "
+            "raise it, or give fewer model.backbone.out_indices"
+        )
 
 
 def _keys(section: str, *names: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Losses of DETR (arXiv:2005.12872) and Deformable DETR (arXiv:2010.04159)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,14 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
-from .matcher import HungarianMatcher, Scores, check_scores
-
-Targets = list[dict[str, Tensor]]
+from .matcher import HungarianMatcher, Matches, Scores, Targets, check_scores
 
 PAPER_WEIGHTS = {
     "sigmoid": {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
     "softmax": {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
 }
+
+
+@dataclass
+class _Stack:
+    """Layers of the same number of queries, stacked along the batch, so that they are treated in one go.
+
+    `outputs`: "pred_logits" [layers * B, Q, K] and "pred_boxes" [layers * B, Q, 4]; `targets` of the B images.
+    """
+
+    outputs: dict[str, Tensor]
+    suffixes: list[str]
+    targets: Targets
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.suffixes)
 
 
 class SetCriterion(nn.Module):
@@ -62,14 +77,20 @@ class SetCriterion(nn.Module):
             of the layers before and "_enc" of the encoder, each divided by the number of boxes
             (its mean over processes, at least 1).
         """
-        num_boxes = self._num_boxes(targets, outputs["pred_boxes"].device)
+        device = outputs["pred_boxes"].device
+        num_boxes = self._num_boxes(targets, device)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
-        losses = self._losses(layers, suffixes, targets, num_boxes)
+        stacks = [self._stack(layers, suffixes, targets)]
         if "enc_outputs" in outputs:
             # The encoder tells objects from background: every object is of class 0.
             binary = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
-            losses |= self._losses([outputs["enc_outputs"]], ["_enc"], binary, num_boxes)
+            stacks.append(self._stack([outputs["enc_outputs"]], ["_enc"], binary))
+        matches = self.matcher.match_all([(stack.outputs, stack.targets * stack.num_layers) for stack in stacks])
+        indices = _flat_indices(stacks, matches, device)
+        losses: dict[str, Tensor] = {}
+        for stack, index in zip(stacks, indices, strict=True):
+            losses |= self._losses(stack, index, num_boxes)
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -84,18 +105,19 @@ class SetCriterion(nn.Module):
         dist.all_reduce(total)
         return (total / dist.get_world_size()).clamp(min=1)
 
-    def _losses(
-        self, layers: list[dict[str, Tensor]], suffixes: list[str], targets: Targets, num_boxes: Tensor | float
-    ) -> dict[str, Tensor]:
-        """The layers' losses in one go: stacked along the batch, so that all are matched with one transfer."""
+    def _stack(self, layers: list[dict[str, Tensor]], suffixes: list[str], targets: Targets) -> _Stack:
         logits = torch.cat([layer["pred_logits"] for layer in layers])
         boxes = torch.cat([layer["pred_boxes"] for layer in layers])
         logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))
         self._check_classes(logits)
-        matches = self.matcher({"pred_logits": logits, "pred_boxes": boxes}, targets * len(layers))
-        image, query, target = _flat_indices(matches, targets, len(layers), logits.device)
-        labels = torch.cat([t["labels"] for t in targets])[target]
-        target_boxes = torch.cat([t["boxes"] for t in targets])[target].to(boxes.dtype)
+        return _Stack({"pred_logits": logits, "pred_boxes": boxes}, suffixes, targets)
+
+    def _losses(self, stack: _Stack, index: Tensor, num_boxes: Tensor | float) -> dict[str, Tensor]:
+        """The losses of every layer; index [3, M] is that of _flat_indices."""
+        logits, boxes = stack.outputs["pred_logits"], stack.outputs["pred_boxes"]
+        image, query, target = index
+        labels = torch.cat([t["labels"] for t in stack.targets])[target]
+        target_boxes = torch.cat([t["boxes"] for t in stack.targets])[target].to(boxes.dtype)
 
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[image, query] = labels
@@ -104,11 +126,11 @@ class SetCriterion(nn.Module):
         # The function's own eps is large next to the area of a small box.
         giou = generalized_box_iou_loss(*corners, eps=torch.finfo(boxes.dtype).tiny)
         per_layer = {
-            "loss_ce": self._class_loss(logits, classes, len(layers), num_boxes),
-            "loss_bbox": _sum_per_layer((matched - target_boxes).abs().sum(-1), len(layers)) / num_boxes,
-            "loss_giou": _sum_per_layer(giou, len(layers)) / num_boxes,
+            "loss_ce": self._class_loss(logits, classes, stack.num_layers, num_boxes),
+            "loss_bbox": _sum_per_layer((matched - target_boxes).abs().sum(-1), stack.num_layers) / num_boxes,
+            "loss_giou": _sum_per_layer(giou, stack.num_layers) / num_boxes,
         }
-        return {name + suffix: value[i] for i, suffix in enumerate(suffixes) for name, value in per_layer.items()}
+        return {name + suffix: value[i] for i, suffix in enumerate(stack.suffixes) for name, value in per_layer.items()}
 
     def _class_loss(self, logits: Tensor, classes: Tensor, num_layers: int, num_boxes: Tensor | float) -> Tensor:
         """[num_layers]: focal loss per box, or cross-entropy averaged with the weights of the classes."""
@@ -135,13 +157,18 @@ def _sum_per_layer(x: Tensor, num_layers: int) -> Tensor:
     return x.reshape(num_layers, x.numel() // num_layers).sum(1)
 
 
-def _flat_indices(
-    matches: list[tuple[Tensor, Tensor]], targets: Targets, num_layers: int, device: torch.device
-) -> Tensor:
-    """[3, M]: rows of the stacked batch, queries, and positions in the concatenated targets, in one transfer."""
-    sizes = torch.tensor([len(t["labels"]) for t in targets] or [0])
-    starts = (sizes.cumsum(0) - sizes).repeat(num_layers)
-    image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches)])
-    query = torch.cat([query for query, _ in matches])
-    target = torch.cat([target + start for (_, target), start in zip(matches, starts, strict=True)])
-    return torch.stack((image, query, target)).to(device)
+def _flat_indices(stacks: list[_Stack], matches: list[Matches], device: torch.device) -> list[Tensor]:
+    """For each stack [3, M]: rows of the batch, queries, and positions in the concatenated targets, in one transfer."""
+    flat = []
+    for stack, of_stack in zip(stacks, matches, strict=True):
+        sizes = torch.tensor([len(t["labels"]) for t in stack.targets])
+        starts = (sizes.cumsum(0) - sizes).repeat(stack.num_layers)
+        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(of_stack)])
+        query = torch.cat([query for query, _ in of_stack])
+        target = torch.cat([target + start for (_, target), start in zip(of_stack, starts, strict=True)])
+        flat.append(torch.stack((image, query, target)))
+    joined = torch.cat(flat, 1)
+    if device.type == "cuda":
+        # The host need not wait for the device again.
+        joined = joined.pin_memory()
+    return list(joined.to(device, non_blocking=True).split([index.shape[1] for index in flat], 1))

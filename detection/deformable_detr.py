@@ -5,12 +5,14 @@ Semantics, initialisation and defaults are those of the official implementation,
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import BaseDETR, box_head, resize_masks
+from .matcher import Scores
 from .position_encoding import sine_encoding, sine_position
 from .transformer import (
     DeformableDecoderLayer,
@@ -31,11 +33,10 @@ def _class_head(embed_dim: int, num_classes: int) -> nn.Linear:
 
 def _box_head(embed_dim: int) -> nn.Sequential:
     """Starts at zero: each layer at first returns its reference."""
-    last = nn.Linear(embed_dim, 4)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    hidden = (nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim), nn.ReLU())
-    return nn.Sequential(*hidden, last)
+    head = box_head(embed_dim)
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
 
 
 def _projections(channels: list[int], embed_dim: int, num_levels: int) -> nn.ModuleList:
@@ -50,7 +51,7 @@ def _projections(channels: list[int], embed_dim: int, num_levels: int) -> nn.Mod
     return projections
 
 
-class DeformableDETR(nn.Module):
+class DeformableDETR(BaseDETR):
     """Detects objects by deformable attention from a set of queries to the levels of a backbone.
 
     Args:
@@ -73,6 +74,8 @@ class DeformableDETR(nn.Module):
         ValueError: for arguments that do not fit together.
     """
 
+    scores: ClassVar[Scores] = "sigmoid"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -90,11 +93,8 @@ class DeformableDETR(nn.Module):
         two_stage: bool = False,
         aux_loss: bool = True,
     ):
-        super().__init__()
+        super().__init__(backbone, num_classes, num_queries, embed_dim, num_heads, decoder_depth, aux_loss)
         channels = list(backbone.feature_info.channels())
-        _check_positive(num_classes=num_classes, num_queries=num_queries, decoder_depth=decoder_depth)
-        if embed_dim % 4 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} should be a multiple of 4 and of num_heads={num_heads}")
         if num_levels < len(channels):
             raise ValueError(
                 f"num_levels={num_levels} is fewer than the backbone's {len(channels)} feature maps: "
@@ -102,9 +102,7 @@ class DeformableDETR(nn.Module):
             )
         if two_stage and not box_refine:
             raise ValueError("two_stage=True needs box_refine=True")
-        self.num_classes, self.num_queries = num_classes, num_queries
-        self.box_refine, self.two_stage, self.aux_loss = box_refine, two_stage, aux_loss
-        self.backbone = backbone
+        self.box_refine, self.two_stage = box_refine, two_stage
         self.input_proj = _projections(channels, embed_dim, num_levels)
         self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         layer_args = (embed_dim, num_heads, mlp_dim, drop_rate, num_levels, num_points)
@@ -137,37 +135,15 @@ class DeformableDETR(nn.Module):
             # Without a proposal's size the first boxes are small: sigmoid(-2) of the image.
             nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2.0)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Detects.
-
-        Args:
-            images: [B, 3, H, W].
-            mask: [B, H, W] bool, True on padding (to the right and below); None when nothing is padded.
-
-        Returns:
-            "pred_logits" [B, Q, num_classes] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image;
-            with aux_loss "aux_outputs", a list of the same two for every decoder layer but the last;
-            with two_stage "enc_outputs", the same two for every cell of the levels.
-        """
-        if mask is not None and mask.shape != (images.shape[0], *images.shape[-2:]):
-            expected = (images.shape[0], *images.shape[-2:])
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
-        return self.detect(*self.features(images, mask))
-
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """The levels, projected to embed_dim channels [B, C, h, w], and their masks [B, h, w]."""
-        maps = self.backbone(images)
-        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        maps = self.backbone_maps(images)
         levels = [project(x) for project, x in zip(self.input_proj, maps, strict=False)]
         for project in self.input_proj[len(maps) :]:
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
-        if mask is None:
-            return levels, None
-        return levels, [F.interpolate(mask[:, None].float(), size=x.shape[-2:])[:, 0].bool() for x in levels]
+        return levels, resize_masks(mask, levels)
 
     def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
-        """Everything after the backbone: levels [B, C, h, w] and masks [B, h, w] to forward's outputs."""
+        """As in BaseDETR; with two_stage also "enc_outputs", the predictions of every cell of the levels."""
         B = levels[0].shape[0]
         shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
@@ -181,7 +157,7 @@ class DeformableDETR(nn.Module):
         reference = (centres[:, :, None] * ratios[:, None]).expand(B, -1, -1, -1)
         memory = x
         for layer in self.encoder:
-            memory = layer(memory, pos, reference, shapes, padding_mask)
+            memory = self.run_layer(layer, memory, pos, reference, shapes, padding_mask)
         if not self.two_stage:
             return self._decode(*self._learned_queries(memory), memory, shapes, ratios, padding_mask)
         encoded = self._propose(memory, centres, shapes, padding_mask)
@@ -226,7 +202,7 @@ class DeformableDETR(nn.Module):
         outputs = []
         for i, layer in enumerate(self.decoder):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
-            x = layer(x, pos, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
+            x = self.run_layer(layer, x, pos, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
             head = i if self.box_refine else 0
             delta = self.bbox_embed[head](x)
             # A point reference gives the centre only, the width and height come from the head.
@@ -235,11 +211,4 @@ class DeformableDETR(nn.Module):
             outputs.append({"pred_logits": self.class_embed[head](x), "pred_boxes": boxes})
             if self.box_refine:
                 reference = boxes.detach()
-        final: dict[str, Any] = outputs.pop()
-        return {**final, "aux_outputs": outputs} if self.aux_loss else final
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} should be at least 1")
+        return self.as_outputs(outputs)

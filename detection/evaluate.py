@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if annotations.warning and distributed.main:
         print(f"warning: {annotations.warning}", file=sys.stderr)
     loader = val_loader(annotations, config, distributed)
-    results = gather_results(detect(detector.model, loader, detector.categories, distributed.device, config.train.amp))
+    results = detect(
+        detector.model, loader, detector.categories, distributed.device, config.train.amp, config.data.val.top_k
+    )
+    results = gather_results(results)
     if not distributed.main:
         return
     metrics = average_precision(annotations, results)

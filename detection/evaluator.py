@@ -7,10 +7,11 @@ import numpy as np
 import torch
 import torch.distributed
 from faster_coco_eval import COCO, COCOeval_faster
-from torch import Tensor, nn
+from torch import Tensor
 
 from dat.training.loop import amp_context
 
+from .base import BaseDETR
 from .data import Batch, Category, CocoAnnotations
 from .post_process import post_process
 
@@ -20,13 +21,14 @@ _AREAS = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module,
+    model: BaseDETR,
     batches: Iterable[Batch],
     categories: Sequence[Category],
     device: torch.device,
     amp: str = "none",
+    top_k: int = 100,
 ) -> list[dict[str, Any]]:
-    """COCO results of every image: image_id, category_id (the file's own), bbox (x, y, w, h) in pixels, score.
+    """COCO results of every image, at most top_k: image_id, category_id (the file's own), bbox (x, y, w, h), score.
 
     The model is run in evaluation mode and left as it was.
     """
@@ -36,7 +38,7 @@ def detect(
     for images, mask, targets in batches:
         with amp_context(device, amp):
             outputs = model(images.to(device), None if mask is None else mask.to(device))
-        found = post_process(outputs, torch.tensor([target["size"] for target in targets]))
+        found = post_process(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
         for target, detections in zip(targets, found, strict=True):
             results += to_results(target["image_id"], target["size"], detections, categories)
     model.train(training)

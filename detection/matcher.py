@@ -12,6 +12,8 @@ from dat.training.errors import NonFiniteError
 from dat.training.finite import check_finite
 
 Scores = Literal["sigmoid", "softmax"]
+Targets = list[dict[str, Tensor]]
+Matches = list[tuple[Tensor, Tensor]]
 
 
 def check_scores(scores: str) -> None:
@@ -38,8 +40,7 @@ class HungarianMatcher:
             raise ValueError("cost_class, cost_box and cost_giou are all 0, one should not be")
         self.cost_class, self.cost_box, self.cost_giou, self.scores = cost_class, cost_box, cost_giou, scores
 
-    @torch.no_grad()
-    def __call__(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, outputs: dict[str, Tensor], targets: Targets) -> Matches:
         """Matches every image of a batch, with one transfer from the device.
 
         Args:
@@ -52,7 +53,23 @@ class HungarianMatcher:
         Raises:
             NonFiniteError: naming the first of the tensors that holds NaN or infinity.
         """
-        cost = self._cost(outputs, targets).cpu()
+        return self.match_all([(outputs, targets)])[0]
+
+    @torch.no_grad()
+    def match_all(self, batches: list[tuple[dict[str, Tensor], Targets]]) -> list[Matches]:
+        """Matches several batches, which may have other numbers of queries, with one transfer from the device for all.
+
+        Each is given and returned, and may raise, as in a call.
+        """
+        costs = [self._cost(outputs, targets) for outputs, targets in batches]
+        sizes = [cost.numel() for cost in costs]
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu().split(sizes)
+        return [
+            self._assign(cost.view(on_device.shape), *batch)
+            for cost, on_device, batch in zip(flat, costs, batches, strict=True)
+        ]
+
+    def _assign(self, cost: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:
         matches = []
         for image, target in zip(cost, targets, strict=True):
             image = image[:, : len(target["labels"])]
@@ -62,7 +79,7 @@ class HungarianMatcher:
             matches.append((torch.as_tensor(query), torch.as_tensor(matched)))
         return matches
 
-    def _cost(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    def _cost(self, outputs: dict[str, Tensor], targets: Targets) -> Tensor:
         """[B, Q, T], T the largest T_i; what lies past an image's own T_i has no meaning."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -86,7 +103,7 @@ def _class_cost(logits: Tensor, scores: Scores, alpha: float = 0.25, gamma: floa
     return positive - negative
 
 
-def _raise_non_finite(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> None:
+def _raise_non_finite(outputs: dict[str, Tensor], targets: Targets) -> None:
     check_finite([(name, outputs[name]) for name in ("pred_logits", "pred_boxes")], "matching")
     check_finite([(f"targets[{i}]['boxes']", t["boxes"]) for i, t in enumerate(targets)], "matching")
     raise NonFiniteError("matching: the cost of an assignment is not finite although predictions and targets are")

@@ -22,16 +22,20 @@ def sine_encoding(coordinates: Tensor, num_feats: int, temperature: float = 1000
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-3)
 
 
-def sine_position(mask: Tensor | None, size: tuple[int, int], embed_dim: int, like: Tensor) -> Tensor:
+def sine_position(
+    mask: Tensor | None, size: tuple[int, int], embed_dim: int, like: Tensor, anchor: float = 0.5
+) -> Tensor:
     """Position encoding of every cell of a map: half of the channels for y, half for x.
 
-    Coordinates are cell centres as fractions of the unpadded part, so padding does not change them.
+    Coordinates are fractions of the unpadded part, so padding does not change them.
 
     Args:
         mask: [B, h, w], True on padding, or None where nothing is padded.
         size: (h, w).
         embed_dim: channels, a multiple of 4.
         like: gives the device and the result's dtype; computed in float32, as the official implementation does.
+        anchor: the point of the cell that its coordinates are of: 0.5, the centre (Deformable DETR), or 1, the far edge
+            (DETR).
 
     Returns:
         [B, h * w, embed_dim], or [1, h * w, embed_dim] without a mask.
@@ -44,7 +48,7 @@ def sine_position(mask: Tensor | None, size: tuple[int, int], embed_dim: int, li
     else:
         y, x = (~mask).cumsum(1, dtype=torch.float32), (~mask).cumsum(2, dtype=torch.float32)
     # A wholly padded row or column counts 0 cells: the small term keeps it finite.
-    y = (y - 0.5) / (y[:, -1:] + 1e-6)
-    x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+    y = (y - 1 + anchor) / (y[:, -1:] + 1e-6)
+    x = (x - 1 + anchor) / (x[:, :, -1:] + 1e-6)
     halves = (sine_encoding(c[..., None], embed_dim // 2).expand(-1, h, w, -1) for c in (y, x))
     return torch.cat(list(halves), -1).flatten(1, 2).to(like.dtype)

@@ -66,7 +66,7 @@ def predict(
         batch, mask, _ = collate([(transform(image), {})])
         with amp_context(device, detector.config.train.amp):
             outputs = detector.model(batch.to(device), None if mask is None else mask.to(device))
-        (found,) = post_process(outputs, torch.tensor([size]), top_k=top_k)
+        (found,) = post_process(outputs, torch.tensor([size]), detector.model.scores, top_k)
         name = path.relative_to(folder).as_posix()
         of_image = to_results(len(results) + 1, size, found, detector.categories)
         results[path] = [{**result, "file_name": name} for result in of_image]

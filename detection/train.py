@@ -1,4 +1,4 @@
-"""Trains Deformable DETR on a data set in COCO's JSON format.
+"""Trains DETR or Deformable DETR on a data set in COCO's JSON format.
 
     python -m detection.train CONFIG [key.path=value ...]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
@@ -47,9 +47,8 @@ from dat.training.loop import (
     stop_on_sigterm,
 )
 
-from .build import build_model
-from .config import DetectionConfig, LossConfig, TrainConfig, check_config
-from .criterion import SetCriterion
+from .build import build_criterion, build_model
+from .config import DetectionConfig, TrainConfig, check_config
 from .data import (
     AspectRatioBatchSampler,
     Batch,
@@ -59,9 +58,9 @@ from .data import (
     read_coco,
     train_transform,
 )
+from .deformable_detr import DeformableDETR
 from .evaluate import val_loader
 from .evaluator import average_precision, detect, format_table, gather_results
-from .matcher import HungarianMatcher
 from .report import plot_curve, save_pictures
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
@@ -127,7 +126,7 @@ class Trainer:
         seed_everything(config.seed)
         # the files of a resumed backbone need not exist any more
         self.model = build_model(config.model, len(train.categories), weights=resume is None).to(self.device)
-        self.criterion = make_criterion(len(train.categories), config.train.loss)
+        self.criterion = build_criterion(self.model, config.train.loss)
         self.optimizer = make_optimizer(self.model, config.train)
         self.ema = make_ema(self.model, config.train.ema_decay)
         self.loader, self.sampler = self._train_loader()
@@ -259,7 +258,14 @@ class Trainer:
         if self.distributed.world_size > 1:
             # each process has statistics of its own where batch norm is trained
             distribute_bn(model, self.distributed.world_size)
-        results = detect(model, self.val_loader, self.val_set.categories, self.device, self.config.train.amp)
+        results = detect(
+            model,
+            self.val_loader,
+            self.val_set.categories,
+            self.device,
+            self.config.train.amp,
+            self.config.data.val.top_k,
+        )
         results = gather_results(results)
         metrics = average_precision(self.val_set, results)
         progress.eval_seconds += time.perf_counter() - start
@@ -381,18 +387,12 @@ class Trainer:
         trace_non_finite(self.model, lambda: self._forward(self.model, images, mask), where)
 
 
-def make_criterion(num_classes: int, loss: LossConfig) -> SetCriterion:
-    matcher = HungarianMatcher(loss.cost_class, loss.cost_box, loss.cost_giou)
-    weights = {"loss_ce": loss.weight_class, "loss_bbox": loss.weight_box, "loss_giou": loss.weight_giou}
-    return SetCriterion(num_classes, matcher, weights=weights, focal_alpha=loss.focal_alpha)
-
-
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW with the learning rates of Deformable DETR: lower for the backbone and for what places the samples."""
-    multipliers = {
-        r"^backbone\.": train.backbone_lr_scale,
-        r"sampling_offsets|reference_points": train.sampling_lr_scale,
-    }
+    multipliers = {r"^backbone\.": train.backbone_lr_scale}
+    # DETR places no samples
+    if isinstance(model, DeformableDETR):
+        multipliers[r"sampling_offsets|reference_points"] = train.sampling_lr_scale
     # hundreds of small tensors: one call instead of a dozen for each
     return torch.optim.AdamW(param_groups(model, train.lr, train.weight_decay, multipliers), fused=True)
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers of Deformable DETR (arXiv:2010.04159, section 4) and the geometry that they share."""
+"""Encoder and decoder layers of Deformable DETR (arXiv:2010.04159, section 4), their geometry, and what DETR shares."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,29 @@ from dat.layers.ms_deform_attn import MSDeformAttn
 Shapes = tuple[tuple[int, int], ...]
 
 
-class DeformableEncoderLayer(nn.Module):
+class TransformerLayer(nn.Module):
+    """A layer with an MLP, whose parameters are named as in the official implementations."""
+
+    def add_mlp(self, embed_dim: int, mlp_dim: int, drop_rate: float) -> None:
+        self.linear1 = nn.Linear(embed_dim, mlp_dim)
+        self.linear2 = nn.Linear(mlp_dim, embed_dim)
+        self.drop = nn.Dropout(drop_rate)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], with the dropout that precedes the sum."""
+        return self.drop(self.linear2(self.drop(F.relu(self.linear1(x)))))
+
+
+def attention(embed_dim: int, num_heads: int, drop_rate: float) -> nn.MultiheadAttention:
+    """Attention initialised as the official implementations do it."""
+    attn = nn.MultiheadAttention(embed_dim, num_heads, dropout=drop_rate, batch_first=True)
+    nn.init.xavier_uniform_(attn.out_proj.weight)
+    return attn
+
+
+class DeformableEncoderLayer(TransformerLayer):
     """Multi-scale deformable self-attention and an MLP, each followed by a LayerNorm."""
 
     def __init__(
@@ -18,20 +40,16 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(embed_dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.linear1 = nn.Linear(embed_dim, mlp_dim)
-        self.linear2 = nn.Linear(mlp_dim, embed_dim)
+        self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.drop = nn.Dropout(drop_rate)
-        nn.init.xavier_uniform_(self.linear1.weight)
-        nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor, pos: Tensor, reference: Tensor, shapes: Shapes, padding_mask: Tensor | None) -> Tensor:
         """x [B, S, C], pos [B or 1, S, C], reference [B, S, L, 2], padding_mask [B, S] -> [B, S, C]."""
         x = self.norm1(x + self.drop(self.self_attn(x + pos, reference, x, shapes, padding_mask)))
-        return self.norm2(x + self.drop(self.linear2(self.drop(F.relu(self.linear1(x))))))
+        return self.norm2(x + self.mlp(x))
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(TransformerLayer):
     """Self-attention among the queries, deformable attention to the encoded levels and an MLP, post-normalised."""
 
     def __init__(
@@ -40,14 +58,10 @@ class DeformableDecoderLayer(nn.Module):
         super().__init__()
         self.cross_attn = MSDeformAttn(embed_dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout=drop_rate, batch_first=True)
+        self.self_attn = attention(embed_dim, num_heads, drop_rate)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.linear1 = nn.Linear(embed_dim, mlp_dim)
-        self.linear2 = nn.Linear(mlp_dim, embed_dim)
+        self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm3 = nn.LayerNorm(embed_dim)
-        self.drop = nn.Dropout(drop_rate)
-        for linear in (self.self_attn.out_proj, self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
 
     def forward(
         self, x: Tensor, pos: Tensor, reference: Tensor, memory: Tensor, shapes: Shapes, padding_mask: Tensor | None
@@ -56,7 +70,7 @@ class DeformableDecoderLayer(nn.Module):
         query = x + pos
         x = self.norm2(x + self.drop(self.self_attn(query, query, x, need_weights=False)[0]))
         x = self.norm1(x + self.drop(self.cross_attn(x + pos, reference, memory, shapes, padding_mask)))
-        return self.norm3(x + self.drop(self.linear2(self.drop(F.relu(self.linear1(x))))))
+        return self.norm3(x + self.mlp(x))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -16,6 +16,9 @@ from dat.training.errors import ConfigError
 
 T = TypeVar("T")
 
+# key of a file, not of a schema
+_BASE = "base"
+
 # YAML 1.1 reads 1e-4 as text because it lacks a point
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -23,14 +26,18 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     """Reads a YAML file over the defaults of a dataclass, then applies overrides.
 
+    A file may say `base: other.yaml`, relative to its own folder, and is then read over that file: section by section,
+    while a list or a free-form dictionary replaces that of the other file.
+
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.
         path: YAML file.
         overrides: "key.path=value", the value read as YAML.
     Raises:
-        ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), or a value of another type.
+        ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type, or
+            files that are each other's base.
     """
-    data = _read_yaml(Path(path))
+    data = _read_with_base(schema, Path(path), [])
     for override in overrides:
         _apply_override(schema, override, data)
     return from_dict(schema, data, str(path))
@@ -84,6 +91,35 @@ def _range(low: float, high: float, exclusive: bool) -> str:
     if high == math.inf:
         return f"more than {low}" if exclusive else f"at least {low}"
     return f"more than {low} and at most {high}" if exclusive else f"{low} to {high}"
+
+
+def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, Any]:
+    """The file's content over that of its base; `above`: the files that lead to it."""
+    data = _read_yaml(path)
+    if _BASE not in data:
+        return data
+    base = data.pop(_BASE)
+    if not isinstance(base, str) or not base or Path(base).is_absolute():
+        raise ConfigError(f"{path}: {_BASE} is {base!r}, should be the path of a YAML file, relative to this one")
+    target = path.parent / base
+    above = [*above, path]
+    if target.resolve() in [file.resolve() for file in above]:
+        chain = " -> ".join(str(file) for file in [*above, target])
+        raise ConfigError(f"{path}: {_BASE} leads back to a file that it is read for: {chain}")
+    return _lay_over(schema, _read_with_base(schema, target, above), data)
+
+
+def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` over `below`: sections that are dataclasses are merged, everything else is replaced."""
+    hints = typing.get_type_hints(schema)
+    merged = dict(below)
+    for name, value in data.items():
+        nested, under = _nested(hints.get(name)), merged.get(name)
+        if nested is not None and isinstance(under, dict) and isinstance(value, (dict, type(None))):
+            # a section with every line commented out reads as null
+            value = _lay_over(nested, under, value or {})
+        merged[name] = value
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 import yaml
 from coco_scenes import write_scenes
 
@@ -73,3 +74,10 @@ def module_config(tmp_path_factory):
     """As config_file, the same for all tests of a module."""
     folder = tmp_path_factory.mktemp("module")
     return write_config(folder, scenes_in(folder))
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

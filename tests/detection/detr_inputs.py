@@ -9,6 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from detection import HungarianMatcher, SetCriterion, official
+from detection.criterion import PAPER_WEIGHTS
+
 
 class FixedFeatures(nn.Module):
     """Stands for a timm model made with features_only=True: returns the maps that it was given."""
@@ -43,8 +46,8 @@ def fill(model: nn.Module) -> None:
             parameter.copy_(values)
 
 
-def two_stage_inputs() -> tuple[list[Tensor], Tensor, list[dict[str, Tensor]]]:
-    """Maps, mask [2, 96, 128] and targets of the two-stage fixture."""
+def formula_inputs() -> tuple[list[Tensor], Tensor, list[dict[str, Tensor]]]:
+    """Maps, mask [2, 96, 128] and targets (of 7 classes) of the fixtures that hold no inputs."""
     sizes = [(16, 12, 16), (32, 6, 8), (48, 3, 4)]
     maps = [scatter((2, *size), 100 + i) for i, size in enumerate(sizes)]
     mask = torch.zeros(2, 96, 128, dtype=torch.bool)
@@ -78,3 +81,37 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference relative to the largest entry."""
     assert ours.shape == theirs.shape
     return ((ours.detach() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
+def run(model: nn.Module, mask: Tensor, targets: list[dict[str, Tensor]]) -> tuple[dict, dict[str, Tensor], Tensor]:
+    """Outputs, losses and their total in float64, in training."""
+    outputs = model.double().train()(torch.zeros(2, 3, *mask.shape[1:]), mask)
+    matcher = HungarianMatcher(cost_class=PAPER_WEIGHTS[model.scores]["loss_ce"], scores=model.scores)
+    criterion = SetCriterion(model.num_classes, matcher, model.scores)
+    losses = criterion(outputs, targets)
+    return outputs, losses, criterion.total(losses)
+
+
+def check_parity(
+    outputs: dict,
+    losses: dict[str, Tensor],
+    total: Tensor,
+    model: nn.Module,
+    theirs: dict[str, Tensor],
+    tolerance: float,
+) -> None:
+    """Outputs, losses and gradients are those of a fixture made by the official code."""
+    for key in ("pred_logits", "pred_boxes"):
+        assert relative_error(outputs[key], theirs[key]) < tolerance, key
+        assert relative_error(outputs["aux_outputs"][0][key], theirs[f"aux.0.{key}"]) < tolerance, key
+        if "enc_outputs" in outputs:
+            assert relative_error(outputs["enc_outputs"][key], theirs[f"enc.{key}"]) < tolerance, key
+    for name, loss in losses.items():
+        assert relative_error(loss.reshape(1), theirs[f"loss.{name}"]) < tolerance, name
+    assert relative_error(total.reshape(1), theirs["total_loss"]) < tolerance
+    total.backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    gradients = official.convert(part(theirs, "grad."), model)
+    assert len(gradients) >= 13
+    for name, gradient in gradients.items():
+        assert relative_error(ours[name], gradient) < tolerance, name

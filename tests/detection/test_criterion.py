@@ -69,6 +69,15 @@ def test_layers_are_independent():
     assert len(losses) == 12
 
 
+def test_one_transfer_brings_the_costs_of_all_layers(monkeypatch):
+    calls, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: calls.append(x.numel()) or cpu(x))
+    outputs = {**layer(seed=2), "aux_outputs": [layer(seed=0), layer(seed=1)], "enc_outputs": layer(queries=20)}
+    SetCriterion(4, HungarianMatcher())(outputs, targets(2, 5))
+    # of 2 images with 5 targets at most: 3 decoder layers of 6 queries, 20 cells
+    assert calls == [2 * 5 * (3 * 6 + 20)]
+
+
 @pytest.mark.parametrize(("scores", "classes"), [("sigmoid", 4), ("softmax", 5)])
 def test_no_targets_at_all(scores, classes):
     outputs = layer(classes=classes)

@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from detr_inputs import FixedFeatures, fill, fixture_targets, load_fixture, part, relative_error, two_stage_inputs
+from detr_inputs import FixedFeatures, check_parity, fill, fixture_targets, formula_inputs, load_fixture, part, run
 from torch import nn
 
 from detection import DeformableDETR, HungarianMatcher, SetCriterion, official
@@ -44,37 +44,6 @@ def assert_same(ours, theirs, atol=1e-5):
         torch.testing.assert_close(ours[key], theirs[key], atol=atol, rtol=0)
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def check_parity(outputs, losses, total, model, theirs, tolerance):
-    for key in ("pred_logits", "pred_boxes"):
-        assert relative_error(outputs[key], theirs[key]) < tolerance, key
-        assert relative_error(outputs["aux_outputs"][0][key], theirs[f"aux.0.{key}"]) < tolerance, key
-        if "enc_outputs" in outputs:
-            assert relative_error(outputs["enc_outputs"][key], theirs[f"enc.{key}"]) < tolerance, key
-    for name, loss in losses.items():
-        assert relative_error(loss.reshape(1), theirs[f"loss.{name}"]) < tolerance, name
-    assert relative_error(total.reshape(1), theirs["total_loss"]) < tolerance
-    total.backward()
-    ours = {name: p.grad for name, p in model.named_parameters()}
-    gradients = official.convert(part(theirs, "grad."), model)
-    assert len(gradients) >= 13
-    for name, gradient in gradients.items():
-        assert relative_error(ours[name], gradient) < tolerance, name
-
-
-def run(model, mask, targets, num_classes):
-    outputs = model.double().train()(torch.zeros(2, 3, *mask.shape[1:]), mask)
-    criterion = SetCriterion(num_classes, HungarianMatcher())
-    losses = criterion(outputs, targets)
-    return outputs, losses, criterion.total(losses)
-
-
 @pytest.mark.parametrize("name", ["deformable_detr_micro", "deformable_detr_refine_micro"])
 def test_official_numbers(name, double):
     tensors, c = load_fixture(name)
@@ -92,12 +61,12 @@ def test_official_numbers(name, double):
         box_refine=c["with_box_refine"],
     )
     model.load_state_dict(official.convert(part(tensors, "state."), model))
-    results = run(model, tensors["mask"], fixture_targets(tensors), c["num_classes"])
+    results = run(model, tensors["mask"], fixture_targets(tensors))
     check_parity(*results, model, tensors, 1e-6)
 
 
 def test_official_numbers_in_two_stages(double):
-    maps, mask, targets = two_stage_inputs()
+    maps, mask, targets = formula_inputs()
     model = DeformableDETR(
         FixedFeatures(maps),
         7,
@@ -112,7 +81,7 @@ def test_official_numbers_in_two_stages(double):
     fill(model.double())
     tensors, _ = load_fixture("deformable_detr_two_stage")
     # The formula of the inputs multiplies what processors' sines differ by.
-    check_parity(*run(model, mask, targets, 7), model, tensors, 1e-6)
+    check_parity(*run(model, mask, targets), model, tensors, 1e-6)
 
 
 @pytest.mark.parametrize("box_refine", [False, True])

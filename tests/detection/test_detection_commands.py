@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.loop import main_guard
-from detection import evaluate, predict, train
+from detection import SetCriterion, evaluate, predict, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,7 +201,7 @@ def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
         (["data.val.images=nowhere"], "nowhere: no such folder of images"),
         (["model.backbone.name=dat_nan"], "no timm model 'dat_nan'"),
         (["model.backbone.num_headz=3"], "model.backbone"),
-        (["model.num_heads=3"], "embed_dim=16 should be a multiple"),
+        (["model.num_heads=3"], "model.embed_dim is 16, should be a multiple"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, capsys, overrides, message):
@@ -282,10 +283,29 @@ def test_bfloat16_without_averaged_weights(config_file, tmp_path):
     assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
 
 
+def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp_path):
+    options = ["model.kind=detr", "model.box_refine=false", "model.two_stage=false", "model.backbone.out_indices=[3]"]
+    train.main([str(config_file), *options, "train.epochs=1"])
+    checkpoint = load_checkpoint(tmp_path / "run/best.pth")
+    # "no object" has a logit too
+    assert len(checkpoint["state_dict"]["class_embed.bias"]) == len(checkpoint["class_names"]) + 1
+    found = json.loads((tmp_path / "run/detections.json").read_text())
+    per_image = Counter(result["image_id"] for result in found)
+    # one detection a query, where sigmoid scores would give one a query and class
+    assert set(per_image.values()) == {10}
+    evaluate.main([str(tmp_path / "run/best.pth"), "--out", str(tmp_path), "--device", "cpu", "data.val.top_k=3"])
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert set(Counter(result["image_id"] for result in found).values()) == {3}
+    out = tmp_path / "pictures"
+    predict.main([str(tmp_path / "run/best.pth"), str(scenes / "images"), "--out", str(out), "--device", "cpu"])
+    found = json.loads((out / "detections.json").read_text())
+    assert set(Counter(result["image_id"] for result in found).values()) == {10}
+
+
 def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
     calls = []
-    forward = train.SetCriterion.forward
-    monkeypatch.setattr(train.SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
+    forward = SetCriterion.forward
+    monkeypatch.setattr(SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
     line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
     assert "step 0, images [10" in line
     # that of the step: the criterion waits for the other processes, which may have nothing to trace

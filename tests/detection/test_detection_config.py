@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from dat.training.config import load_config
+from dat.training.config import apply_overrides, load_config
 from dat.training.errors import ConfigError
-from detection.build import build_model
-from detection.config import DetectionConfig, check_config
+from detection import DETR, DeformableDETR
+from detection.build import build_criterion, build_model
+from detection.config import DetectionConfig, LossConfig, ModelConfig, check_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/detection").glob("*.yaml"))
 
@@ -14,8 +16,52 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs/detection").glob("*.yaml"
 def test_every_configuration_makes_a_model(path):
     config = load_config(DetectionConfig, path)
     check_config(config)
-    model = build_model(config.model, 3, weights=False)
+    with torch.device("meta"):
+        model = build_model(config.model, 3, weights=False)
+    assert isinstance(model, DETR if path.stem.startswith("detr_") else DeformableDETR)
     assert model.num_queries == config.model.num_queries
+    # none writes over another's run
+    assert config.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "published"),
+    [
+        ("detr_r50", 41_302_368, 41),
+        ("detr_r50_dc5", 41_302_368, 41),
+        ("deformable_detr_r50_single_scale", 33_844_193, 34),
+        ("deformable_detr_r50_single_scale_dc5", 33_844_193, 34),
+        ("deformable_detr_r50", 39_847_265, 40),
+        ("deformable_detr_r50_refine", 40_627_260, 41),
+        ("deformable_detr_r50_two_stage", 40_959_129, 41),
+    ],
+)
+def test_parameters_are_those_of_the_papers(name, trained, published):
+    """With the 91 classes of the official heads, and without what the backbone's frozen stem and first stage hold."""
+    config = load_config(DetectionConfig, CONFIGS[0].with_name(f"{name}.yaml"))
+    with torch.device("meta"):
+        model = build_model(config.model, 91, weights=False)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert abs(trained / 1e6 / published - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "levels"),
+    [
+        ("detr_r50", [32], None),
+        ("detr_r50_dc5", [16], None),
+        ("deformable_detr_r50_single_scale", [32], 1),
+        ("deformable_detr_r50_single_scale_dc5", [16], 1),
+        ("deformable_detr_r50_two_stage", [8, 16, 32], 4),
+    ],
+)
+def test_maps_of_the_variants(name, strides, levels):
+    config = load_config(DetectionConfig, CONFIGS[0].with_name(f"{name}.yaml"))
+    with torch.device("meta"):
+        model = build_model(config.model, 3, weights=False)
+    assert model.backbone.feature_info.reduction() == strides
+    if levels is not None:
+        assert len(model.input_proj) == levels
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -45,6 +91,9 @@ def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
         ("train.lr=.nan", "train.lr is nan, should be more than 0"),
         ("train.weight_decay=-1", "train.weight_decay is -1.0, should be at least 0"),
         ("train.ema_decay=1.5", "train.ema_decay is 1.5, should be 0 to 1"),
+        ("train.loss.cost_class=-1", "train.loss.cost_class is -1.0, should be at least 0"),
+        ("train.loss.no_object_weight=-1", "train.loss.no_object_weight is -1.0, should be at least 0"),
+        ("data.val.top_k=0", "data.val.top_k is 0, should be at least 1"),
     ],
 )
 def test_values_that_cannot_work_are_named(override, message):
@@ -52,6 +101,51 @@ def test_values_that_cannot_work_are_named(override, message):
     with pytest.raises(ConfigError) as raised:
         check_config(config)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["two_stage=true"], "model.two_stage is true, which needs model.box_refine=true"),
+        (["kind=detr", "box_refine=true"], "model.box_refine is true, which needs model.kind=deformable_detr"),
+        (["kind=detr", "box_refine=true", "two_stage=true"], "model.two_stage is true, which needs model.kind="),
+        (["pre_norm=true"], "model.pre_norm is true, which needs model.kind=detr; it is deformable_detr"),
+        (["num_heads=5"], "model.embed_dim is 256, should be a multiple of 4 and of model.num_heads, 5"),
+        (["backbone.out_indices=[1, 2, 3, 4]", "num_levels=3"], "model.num_levels is 3, fewer than the 4 maps of"),
+        (
+            ["kind=detr", "backbone.out_indices=[3, 4]"],
+            "model.backbone.out_indices gives 2 maps, model.kind=detr",
+        ),
+        (["backbone.name=dat_tiny", "backbone.output_stride=16"], "unexpected keyword argument 'output_stride'"),
+        (["backbone.name=resnet5"], "model.backbone.name: no timm model 'resnet5'"),
+        (["backbone={}"], "model.backbone: has no 'name'"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, message):
+    config = load_config(DetectionConfig, CONFIGS[0].with_name("deformable_detr_r50.yaml"))
+    config = apply_overrides(config, [f"model.{override}" for override in overrides])
+    with pytest.raises(ConfigError) as raised:
+        check_config(config)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_frozen_module_that_the_backbone_lacks_is_named():
+    with pytest.raises(ConfigError, match=r"model.freeze: the backbone has no module 'layer9', it has conv1, bn1, "):
+        build_model(ModelConfig(backbone={"name": "test_resnet"}, freeze=["layer1", "layer9"]), 3)
+
+
+def test_loss_weights_are_those_of_the_models_paper():
+    base = {"backbone": {"name": "test_resnet"}, "embed_dim": 32}
+    for kind, scores, weight in (("deformable_detr", "sigmoid", 2.0), ("detr", "softmax", 1.0)):
+        model = build_model(ModelConfig(kind=kind, **base), 3)
+        criterion = build_criterion(model, LossConfig(no_object_weight=0.3, weight_box=4.0))
+        assert (criterion.scores, criterion.matcher.scores) == (scores, scores)
+        assert criterion.weights == {"loss_ce": weight, "loss_bbox": 4.0, "loss_giou": 2.0}
+        assert (criterion.matcher.cost_class, criterion.matcher.cost_box) == (weight, 5.0)
+        assert criterion.no_object_weight == 0.3
+        criterion = build_criterion(model, LossConfig(cost_class=0.0, weight_class=3.0))
+        assert (criterion.matcher.cost_class, criterion.weights["loss_ce"]) == (0.0, 3.0)
 
 
 def test_means_are_of_three_channels():

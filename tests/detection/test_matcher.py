@@ -79,6 +79,13 @@ def test_images_do_not_influence_each_other():
         assert target.equal(alone[1])
 
 
+def test_batches_together_are_matched_as_alone():
+    batches = [(some_outputs(2, 5), some_targets(3, 1)), (some_outputs(1, 9, seed=4), some_targets(2, seed=5))]
+    for together, batch in zip(HungarianMatcher().match_all(batches), batches, strict=True):
+        for found, alone in zip(together, HungarianMatcher()(*batch), strict=True):
+            assert all(a.equal(b) for a, b in zip(found, alone, strict=True))
+
+
 def test_no_targets():
     for query, target in HungarianMatcher()(some_outputs(), some_targets(0, 0)):
         assert query.shape == target.shape == (0,)

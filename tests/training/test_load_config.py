@@ -81,6 +81,47 @@ def test_a_free_form_section_is_replaced_by_the_file_and_extended_by_overrides(t
     assert config.model.backbone == {"name": "resnet18", "out_indices": [1, 2], "in_chans": 1}
 
 
+def test_a_base_is_read_first_and_its_sections_are_merged(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, "output: a\ntrain: {lr: 1e-4, epochs: 3, sizes: [1, 2]}\nmodel: {backbone: {name: a, in_chans: 1}}")
+    (tmp_path / "middle.yaml").write_text("base: config.yaml\ntrain: {epochs: 5, sizes: [3]}\n")
+    leaf = tmp_path / "deep/leaf.yaml"
+    leaf.write_text("base: ../middle.yaml\noutput: b\ntrain:\nmodel: {backbone: {name: b}}\n")
+    config = load_config(Config, leaf, ["train.amp=bf16"])
+    assert (config.output, config.train.lr, config.train.epochs, config.train.amp) == ("b", 1e-4, 5, "bf16")
+    assert config.train.sizes == [3]
+    assert config.model.backbone == {"name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("leaf.yaml", r"leaf.yaml: base leads back to a file that it is read for: .*leaf.yaml -> .*leaf.yaml"),
+        (
+            "config.yaml",
+            r"config.yaml: base leads back to a file that it is read for: .*leaf.yaml -> .*config.yaml",
+        ),
+        ("none.yaml", r"none.yaml: cannot read the configuration: No such file"),
+        ("/etc/hosts", r"base is '/etc/hosts', should be the path of a YAML file, relative to this one"),
+        ("[a]", r"base is \['a'\], should be the path of a YAML file"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
+    write(tmp_path, "base: ./leaf.yaml\n")
+    leaf = tmp_path / "leaf.yaml"
+    leaf.write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(Config, leaf)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_of_a_base_is_found(tmp_path):
+    write(tmp_path, "train: {lrr: 1}")
+    (tmp_path / "leaf.yaml").write_text("base: config.yaml\ntrain: {epochs: 2}\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'train.lrr'; did you mean 'train.lr'\?"):
+        load_config(Config, tmp_path / "leaf.yaml")
+
+
 def test_saved_configuration_reads_back_equal(tmp_path):
     config = load_config(Config, write(tmp_path, ""), ["train.scale=[0.2, 0.3]"])
     save_config(config, tmp_path / "saved.yaml")
