@@ -15,9 +15,10 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from dat.training.config import apply_overrides
+from dat.training.distributed import Distributed, setup_distributed
 from dat.training.errors import ConfigError
 from dat.training.files import write_json
-from dat.training.loop import Distributed, main_guard, setup_distributed
+from dat.training.loop import main_guard
 
 from .build import load_detector
 from .config import DetectionConfig, check_config

@@ -28,24 +28,13 @@ from dat.training.checkpoint import (
     training_state,
 )
 from dat.training.config import load_config, save_config, to_dict
+from dat.training.distributed import Distributed, StopSignal, prepare_output, setup_distributed, stop_on_sigterm
 from dat.training.errors import CheckpointError, NonFiniteError
 from dat.training.files import write_json
 from dat.training.finite import check_finite, check_state_finite, trace_non_finite
 from dat.training.logger import RunLogger
-from dat.training.loop import (
-    Distributed,
-    StopSignal,
-    amp_context,
-    clip_gradients,
-    main_guard,
-    make_ema,
-    make_scheduler,
-    param_groups,
-    prepare_output,
-    seed_everything,
-    setup_distributed,
-    stop_on_sigterm,
-)
+from dat.training.loop import amp_context, main_guard, seed_everything
+from dat.training.optim import clip_gradients, make_ema, make_scheduler, param_groups
 
 from .build import build_model
 from .config import DetectionConfig, LossConfig, TrainConfig, check_config

@@ -14,21 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from dat.training.distributed import Distributed, prepare_output, setup_distributed, stop_on_sigterm
 from dat.training.errors import ConfigError, DataError, NonFiniteError
-from dat.training.loop import (
-    Distributed,
-    EpochBatchSampler,
-    clip_gradients,
-    create_timm_model,
-    isolated_rng,
-    main_guard,
-    make_scheduler,
-    param_groups,
-    prepare_output,
-    seed_everything,
-    setup_distributed,
-    stop_on_sigterm,
-)
+from dat.training.loop import EpochBatchSampler, create_timm_model, isolated_rng, main_guard, seed_everything
+from dat.training.optim import clip_gradients, make_scheduler, param_groups
 
 
 def draw():
@@ -241,7 +230,8 @@ def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected):
 READERS = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, Dataset
-from dat.training.loop import loader_options, stop_on_sigterm
+from dat.training.distributed import stop_on_sigterm
+from dat.training.loop import loader_options
 
 class Slow(Dataset):
     def __len__(self):
