@@ -13,6 +13,7 @@ from dat.training.loop import amp_context
 
 from .data import Batch, Category, CocoAnnotations
 from .post_process import post_process
+from .recipe import model_scores
 
 # what is measured over all sizes, then over COCO's small, medium and large objects
 _AREAS = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}
@@ -36,7 +37,8 @@ def detect(
     for images, mask, targets in batches:
         with amp_context(device, amp):
             outputs = model(images.to(device), None if mask is None else mask.to(device))
-        found = post_process(outputs, torch.tensor([target["size"] for target in targets]))
+        sizes = torch.tensor([target["size"] for target in targets])
+        found = post_process(outputs, sizes, model_scores(model))
         for target, detections in zip(targets, found, strict=True):
             results += to_results(target["image_id"], target["size"], detections, categories)
     model.train(training)

@@ -26,6 +26,7 @@ from .data.loader import Collate
 from .draw import draw_boxes
 from .evaluator import to_results
 from .post_process import post_process
+from .recipe import model_scores
 from .report import to_pil
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def predict(
         batch, mask, _ = collate([(transform(image), {})])
         with amp_context(device, detector.config.train.amp):
             outputs = detector.model(batch.to(device), None if mask is None else mask.to(device))
-        (found,) = post_process(outputs, torch.tensor([size]), top_k=top_k)
+        (found,) = post_process(outputs, torch.tensor([size]), model_scores(detector.model), top_k)
         name = path.relative_to(folder).as_posix()
         of_image = to_results(len(results) + 1, size, found, detector.categories)
         results[path] = [{**result, "file_name": name} for result in of_image]

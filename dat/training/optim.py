@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models import group_parameters
+from timm.optim._param_groups import auto_group_layers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -15,8 +17,37 @@ from dat.training.errors import ConfigError
 from dat.training.finite import check_finite
 
 
+def scaled_lr(lr: float, images: int, reference: int, rule: str = "sqrt") -> float:
+    """The learning rate for `images` a step of one that was found with `reference` a step; 0: the same at any number.
+
+    Args:
+        rule: "sqrt", which keeps Adam's path (Malladi et al., arXiv:2205.10287), or "linear" (Goyal et al.,
+            arXiv:1706.02677), which many recipes use.
+    """
+    if reference == 0:
+        return lr
+    return lr * (images / reference) ** {"sqrt": 0.5, "linear": 1.0}[rule]
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factors on the learning rates of a timm model's parameters by name: x `decay` for each layer below the head.
+
+    What a layer is is the model's own group_matcher; BEiT's scheme (arXiv:2106.08254).
+    """
+    if hasattr(model, "group_matcher"):
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    else:
+        layers = auto_group_layers(model)
+    top = max(layers.values())
+    return {name: decay ** (top - layers.get(name, top)) for name, _ in model.named_parameters()}
+
+
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float, multipliers: dict[str, float] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    multipliers: dict[str, float] | None = None,
+    scales: dict[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups by learning rate factor and weight decay.
 
@@ -27,10 +58,11 @@ def param_groups(
         lr: base learning rate.
         weight_decay: of the other parameters.
         multipliers: {regular expression: factor on the learning rate}; the first that is found in a name counts.
+        scales: {name of a parameter: another factor on its learning rate}, see layer_scales.
     Raises:
         ConfigError: an expression matches no parameter.
     """
-    multipliers = multipliers or {}
+    multipliers, scales = multipliers or {}, scales or {}
     patterns = [
         f"{prefix}.{pattern}" if prefix else pattern
         for prefix, module in model.named_modules()
@@ -45,7 +77,7 @@ def param_groups(
         match = next((pattern for pattern in multipliers if re.search(pattern, name)), None)
         used.add(match)
         plain = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch.fnmatch(name, p) for p in patterns)
-        scale = 1.0 if match is None else multipliers[match]
+        scale = (1.0 if match is None else multipliers[match]) * scales.get(name, 1.0)
         groups.setdefault((scale, 0.0 if plain else weight_decay), []).append(parameter)
     for pattern in multipliers:
         if pattern not in used:

@@ -135,9 +135,13 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return tv_tensors.Image(F.pil_to_tensor(image))
 
 
-def read_sample(record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out."""
-    image = read_image(record.path, (record.width, record.height))
+def read_sample(record: ImageRecord, image: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out.
+
+    `image`: as read_image gives it, where it is known already.
+    """
+    if image is None:
+        image = read_image(record.path, (record.width, record.height))
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(record.boxes[~record.crowd]), format="XYXY", canvas_size=(record.height, record.width)
     )

@@ -1,6 +1,7 @@
 """Augmentation of images and boxes with torchvision.transforms.v2, as DETR (arXiv:2005.12872) is trained."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,9 +9,24 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 
-def resized_size(height: int, width: int, shortest: int, max_size: int) -> tuple[int, int]:
-    """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer."""
+@dataclass(frozen=True)
+class Canvas:
+    """The most that a training image may measure, in pixels: put into a target, it limits the last resize."""
+
+    height: int
+    width: int
+
+
+def resized_size(
+    height: int, width: int, shortest: int, max_size: int, canvas: Canvas | None = None
+) -> tuple[int, int]:
+    """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer.
+
+    Never more than the canvas.
+    """
     scale = min(shortest / min(height, width), max_size / max(height, width))
+    if canvas is not None:
+        scale = min(scale, canvas.height / height, canvas.width / width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -18,17 +34,20 @@ class ResizeShortestEdge(v2.Transform):
     """Resizes to a shortest edge drawn from `sizes`, in pixels, the longest being at most `max_size`.
 
     torchvision's RandomShortestSize truncates: 799 for a shortest edge of 800 at some aspect ratios.
+    `fit`: also to the Canvas among the inputs, if there is one.
     """
 
-    def __init__(self, sizes: Sequence[int], max_size: int):
+    def __init__(self, sizes: Sequence[int], max_size: int, fit: bool = True):
         super().__init__()
         self.sizes = list(sizes)
         self.max_size = max_size
+        self.fit = fit
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
-        return {"size": resized_size(height, width, shortest, self.max_size)}
+        canvas = next((item for item in flat_inputs if self.fit and isinstance(item, Canvas)), None)
+        return {"size": resized_size(height, width, shortest, self.max_size, canvas)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.resize(inpt, list(params["size"]))
@@ -85,7 +104,9 @@ def train_transform(
         steps.append(v2.RandomVerticalFlip(vertical_flip))
     resize = ResizeShortestEdge(sizes, max_size)
     if crop:
-        cropped = v2.Compose([ResizeShortestEdge(crop_resize, max_size), RandomSizeCrop(crop_min, crop_max), resize])
+        cropped = v2.Compose(
+            [ResizeShortestEdge(crop_resize, max_size, fit=False), RandomSizeCrop(crop_min, crop_max), resize]
+        )
         steps.append(v2.RandomChoice([resize, cropped], p=[1 - crop, crop]))
     else:
         steps.append(resize)

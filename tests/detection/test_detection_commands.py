@@ -17,7 +17,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.loop import main_guard
-from detection import evaluate, predict, train
+from detection import criterion, evaluate, predict, train, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,8 +284,8 @@ def test_bfloat16_without_averaged_weights(config_file, tmp_path):
 
 def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
     calls = []
-    forward = train.SetCriterion.forward
-    monkeypatch.setattr(train.SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
+    forward = criterion.SetCriterion.forward
+    monkeypatch.setattr(criterion.SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
     line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
     assert "step 0, images [10" in line
     # that of the step: the criterion waits for the other processes, which may have nothing to trace
@@ -332,7 +332,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
         "    count[0] += 1\n"
         "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
         "t.save_checkpoint = die\n"
-        "t.main(sys.argv[2:])\n"
+        "detection.train.main(sys.argv[2:])\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     # in the middle of the first epoch, before its evaluation, between best.pth and last.pth after it
@@ -362,7 +362,7 @@ def test_an_evaluation_that_fails_loses_no_training(config_file, scenes, tmp_pat
     assert [trained[key] for key in ("step", "epoch", "step_in_epoch")] == [2, 0, 2]
     path.write_bytes(content)
     # all that is left to do is the evaluation
-    monkeypatch.setattr(train.Trainer, "train_step", None)
+    monkeypatch.setattr(trainer.Trainer, "train_step", None)
     train.main([str(config_file), "train.epochs=1", "train.resume=true"])
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
