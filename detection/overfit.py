@@ -23,7 +23,7 @@ from .trainer import Trainer
 # where a run may end, and what it should reach
 ENOUGH, TARGET = 0.95, 0.9
 
-STEPS = 1500
+STEPS = 800
 
 
 def overfit(config: DetectionConfig, count: int) -> None:
@@ -76,7 +76,6 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
         photometric=0.0,
     )
     batch_size = min(train.batch_size, count)
-    steps = train.steps or STEPS
     return replace(
         config,
         output=str(Path(config.output) / "overfit"),
@@ -84,18 +83,19 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
         data=replace(data, train=plain, cache="memory"),
         train=replace(
             train,
-            steps=steps,
+            steps=STEPS,
             batch_size=batch_size,
             accumulate=1,
-            warmup_steps=min(train.warmup_steps, steps // 10),
+            warmup_steps=min(train.warmup_steps, STEPS // 10),
             schedule="cosine",
             min_lr_scale=0.01,
             weight_decay=0.0,
             layer_decay=1.0,
             ema_decay=0.0,
-            eval_epochs=max(1, steps // 20 * batch_size // count),
+            eval_epochs=max(1, STEPS // 20 * batch_size // count),
             pictures=min(count, train.pictures),
             resume=False,
+            workers=0,
         ),
     )
 
@@ -128,7 +128,7 @@ def diagnose(
     if len(curve) > 2 and curve[-1] - curve[len(curve) // 2] > 0.05:
         reasons.append(
             f"AP still rose, from {curve[len(curve) // 2]:.2f} to {curve[-1]:.2f} in the second half: it takes longer, "
-            f"train.steps={2 * config.train.steps}"
+            f"more than {config.train.steps} steps"
         )
     merged = class_agnostic(annotations, results)
     if len(annotations.categories) > 1 and (merged["AP"] or 0.0) > metrics["AP"] + 0.1:

@@ -13,6 +13,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 
 from dat.training.errors import ConfigError
+from dat.training.peers import start_watch
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Distributed:
 def setup_distributed(device: str = "auto") -> Distributed:
     """Reads torchrun's environment, if any, and picks the device: "auto" or "" is a GPU if there is one, else the CPU.
 
+    From here on, the failure of one process ends all.
+
     Raises:
         ConfigError: a device that this machine does not have.
     """
@@ -62,7 +65,10 @@ def setup_distributed(device: str = "auto") -> Distributed:
     if device.split(":")[0] not in allowed:
         raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
     found = init_distributed_device_so(device)
-    return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
+    distributed = Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
+    if distributed.world_size > 1:
+        start_watch(distributed.rank, distributed.world_size, distributed.device)
+    return distributed
 
 
 def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -> Path | None:

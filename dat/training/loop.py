@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import timm
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from dat.training.errors import ConfigError, UserError
+from dat.training.peers import current_watch
 
 
 def seed_everything(seed: int, *counters: int) -> None:
@@ -170,21 +171,45 @@ def _ignore_sigterm(exiting: Any, worker: int) -> None:
 def main_guard(main: Callable[[], None]) -> None:
     """Runs a command: UserError and OSError become one line and exit code 1, Ctrl-C exit code 130.
 
-    Any other exception is a defect of the program and keeps its traceback.
+    Any other exception is a defect of the program and keeps its traceback. Under torchrun the other processes are told
+    and end with this error too; a process that fails because another one did says what that one said.
     """
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
-        sys.exit(1)
+        _fail(f"error: {_one_line(error)}", 1, tell=_one_line(error))
     except KeyboardInterrupt:
-        print("interrupted; train.resume=true goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; train.resume=true goes on from the last checkpoint", 130, tell="interrupted")
+    except Exception as error:
+        watch = current_watch()
+        if watch is None:
+            raise
+        reason = watch.reason()
+        if reason is not None:
+            _fail(f"error: {reason}", 1)
+        _fail(traceback.format_exc(), 1, tell=f"{type(error).__name__}: {_one_line(error)}")
     finally:
+        # also where a command ends by sys.exit
+        watch = current_watch()
+        if watch is not None:
+            watch.done()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _fail(message: str, code: int, tell: str = "") -> NoReturn:
+    """Prints a message and ends with an exit code; the other processes, if there are any, are told the error."""
+    print(message, file=sys.stderr)
+    watch = current_watch()
+    if watch is None:
+        sys.exit(code)
+    watch.failed(tell)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # taking down a process group in which others have failed may never return
+    os._exit(code)
 
 
 def _one_line(error: Exception) -> str:
