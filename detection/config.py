@@ -114,6 +114,7 @@ class TrainConfig:
     `checkpoint_steps` 0: checkpoints at the ends of epochs only. `pictures`: validation images to draw.
     `worst`: objects that were missed, and false detections, to draw.
     `grad_checkpointing`: layers are computed again in the backward pass instead of kept in memory.
+    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large backbones.
     `device`: auto, cpu or cuda.
     """
 
@@ -136,6 +137,7 @@ class TrainConfig:
     decay_epochs: list[int] = field(default_factory=lambda: [40])
     amp: Literal["none", "bf16"] = "none"
     grad_checkpointing: bool = False
+    fsdp: bool = False
     ema_decay: float = 0.0
     eval_epochs: int = 1
     eval_batch_size: int = 4

@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from dat.training.checkpoint import (
     check_resumable,
     load_checkpoint,
-    restore_training_state,
+    load_optimizer,
+    restore_weights,
     save_checkpoint,
     training_state,
 )
 from dat.training.config import save_config, to_dict
 from dat.training.distributed import Distributed, StopSignal, stop_on_sigterm
-from dat.training.errors import CheckpointError, NonFiniteError
+from dat.training.errors import CheckpointError, ConfigError, NonFiniteError
 from dat.training.files import write_json
-from dat.training.finite import check_finite, check_state_finite, trace_non_finite
+from dat.training.finite import check_finite, check_weights_finite, trace_non_finite
 from dat.training.logger import RunLogger
 from dat.training.loop import amp_context, seed_everything
 from dat.training.optim import clip_gradients, make_ema, make_scheduler, scaled_lr
+from dat.training.sharding import is_sharded, shard, share_optimizer_state, whole
 
 from .build import build_model
 from .config import DetectionConfig
@@ -123,8 +125,13 @@ class Trainer:
         self.total_steps = train_config.steps or train_config.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.lr = scaled_lr(train_config.lr, self.sampler.images, train_config.lr_batch_size, train_config.lr_scaling)
-        self.optimizer = make_optimizer(self.model, train_config, self.lr, config.model.backbone)
         self.ema = make_ema(self.model, train_config.ema_decay)
+        self.progress = Progress()
+        self.resume = resume
+        # whole weights first: what is loaded then, and what the optimizer holds, may be shares of them
+        state = None if resume is None else self._restore(resume)
+        self.wrapped = self._wrap()
+        self.optimizer = make_optimizer(self.model, train_config, self.lr, config.model.backbone)
         self.scheduler = make_scheduler(
             self.optimizer,
             self.total_steps,
@@ -133,13 +140,25 @@ class Trainer:
             [epoch * self.steps_per_epoch for epoch in train_config.decay_epochs],
             min_lr=train_config.min_lr_scale * self.lr,
         )
-        self.progress = Progress()
-        self.resume = resume
-        if resume is not None:
-            self.restore(resume)
-        self.wrapped = distributed.wrap(self.model)
+        if state is not None and resume is not None:
+            if is_sharded(self.model) and "optimizer" in state:
+                state["optimizer"] = share_optimizer_state(state["optimizer"], self.optimizer)
+            load_optimizer(self.optimizer, state, resume)
         if cache is not None:
             cache.fill([*train.records, *val.records])
+
+    def _wrap(self) -> nn.Module:
+        """The model as it is trained: shared among the processes, or a copy on each."""
+        if not self.config.train.fsdp:
+            return self.distributed.wrap(self.model)
+        if self.distributed.world_size == 1:
+            raise ConfigError("train.fsdp is true, but there is only one process, should be several: see torchrun")
+        shard(self.model, self.device)
+        if self.ema is not None:
+            shard(self.ema.module, self.device)
+            # buffers stay whole, and torch does not take both in one call
+            self.ema.foreach = False
+        return self.model
 
     def run(self, until: float = math.inf) -> None:
         """Trains to the last step, or until an evaluation gives an AP of at least `until`, and writes the results."""
@@ -288,7 +307,7 @@ class Trainer:
         """Measures AP, of the averaged weights where there are any; the best go to best.pth and detections.json."""
         start = time.perf_counter()
         progress = self.progress
-        model = self.model if self.ema is None else self.ema.module
+        model = self._evaluated()
         if self.distributed.world_size > 1:
             # each process has statistics of its own where batch norm is trained
             distribute_bn(model, self.distributed.world_size)
@@ -303,6 +322,18 @@ class Trainer:
                 write_json(self.output / "detections.json", results)
         return metrics
 
+    def _evaluated(self) -> nn.Module:
+        """The model that is measured, averaged where there is one; a whole copy of one that is shared.
+
+        Processes run it alone, as often as their share of the images needs.
+        """
+        model = self.model if self.ema is None else self.ema.module
+        if not is_sharded(model):
+            return model
+        copy = build_model(self.config.model, len(self.train_set.categories), weights=False)
+        copy.load_state_dict(whole(model.state_dict()))
+        return copy.to(self.device)
+
     def state(self, weights_only: bool = False) -> dict[str, Any]:
         """The checkpoint; `weights_only`: without what only training needs."""
         return {
@@ -310,38 +341,46 @@ class Trainer:
             "config": to_dict(self.config),
             "class_names": [category.name for category in self.train_set.categories],
             "category_ids": [category.id for category in self.train_set.categories],
-            **training_state(self.model, self.ema, None if weights_only else self.optimizer),
+            **whole(training_state(self.model, self.ema, None if weights_only else self.optimizer)),
             **vars(self.progress),
         }
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Writes a checkpoint on the main process. Raises NonFiniteError rather than replace a good one by NaN."""
+        # shares are gathered by all processes
+        if not self.distributed.main and not is_sharded(self.model):
+            return
+        state = self.state(weights_only)
         if not self.distributed.main:
             return
-        averaged = None if self.ema is None else self.ema.module
-        check_state_finite(self.model, averaged, f"step {self.progress.step}, before saving {name}")
+        where = f"step {self.progress.step}, before saving {name}"
+        check_weights_finite(state["state_dict"], state.get("state_dict_ema"), where)
         self.logger.flush()
-        save_checkpoint(self.output / name, self.state(weights_only))
+        save_checkpoint(self.output / name, state)
 
-    def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint. Raises CheckpointError when it is of another model, of other classes or data."""
+    def _restore(self, path: Path) -> dict[str, Any]:
+        """Puts weights and progress of a checkpoint back; returns it.
+
+        Raises CheckpointError when it is of another model, of other classes or data.
+        """
         state = load_checkpoint(path, kind="detection")
         check_resumable(state["config"], self.config, RESUMED, path)
         found = list(zip(state["category_ids"], state["class_names"], strict=True))
         expected = [(category.id, category.name) for category in self.train_set.categories]
         if found != expected:
             raise CheckpointError(f"{path}: was trained on the classes {found}, the data has {expected}")
-        restore_training_state(state, self.model, self.ema, self.optimizer, path)
+        restore_weights(state, self.model, self.ema, path)
         steps = self.steps_per_epoch
         # checkpoints of before runs could end in the midst of an epoch lack `closed`
-        state = {"closed": state["epoch"] * steps, **state}
-        self.progress = Progress(**{name: state[name] for name in vars(Progress())})
+        known = {"closed": state["epoch"] * steps, **state}
+        self.progress = Progress(**{name: known[name] for name in vars(Progress())})
         progress = self.progress
         if progress.step != progress.epoch * steps + progress.step_in_epoch:
             raise CheckpointError(
                 f"{path}: is of step {progress.step}, epoch {progress.epoch}, but an epoch of this data and as many "
                 f"processes has {steps} steps; resuming needs the same"
             )
+        return state
 
     def report(self) -> None:
         """metrics.json, curve.png and pictures, of the best epoch."""
@@ -409,8 +448,11 @@ class Trainer:
     def _trace_non_finite(self, images: Tensor, mask: Tensor | None, where: str, part: int) -> None:
         """Repeats a forward pass; raises NonFiniteError at the first such tensor of images, weights and outputs.
 
-        Of this process alone: no loss and no wrapped model, both of which wait for the other processes.
+        Of this process alone: no loss and no wrapped model, both of which wait for the other processes; nothing at all
+        where weights are shared.
         """
         check_finite([("the batch of images", images)], where)
+        if is_sharded(self.model):
+            return
         images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
         trace_non_finite(self.model, lambda: self._forward(self.model, images, mask, part), where)

@@ -12,6 +12,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dat.training.errors import ConfigError
 from dat.training.finite import check_finite
@@ -29,7 +30,7 @@ def scaled_lr(lr: float, images: int, reference: int, rule: str = "sqrt") -> flo
     return lr * (images / reference) ** {"sqrt": 0.5, "linear": 1.0}[rule]
 
 
-def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+def layer_scales(model: Any, decay: float) -> dict[str, float]:
     """Factors on the learning rates of a timm model's parameters by name: x `decay` for each layer below the head.
 
     What a layer is is the model's own group_matcher; BEiT's scheme (arXiv:2106.08254).
@@ -133,10 +134,15 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> Tensor:
         NonFiniteError: names the first gradient that holds NaN or infinity; the weights are untouched.
     """
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([gradient for _, gradient in gradients])
+    norm = _whole(nn.utils.get_total_norm([gradient for _, gradient in gradients]))
     if not torch.isfinite(norm):
-        check_finite(((f"the gradient of {name}", gradient) for name, gradient in gradients), where)
+        check_finite(((f"the gradient of {name}", _whole(gradient)) for name, gradient in gradients), where)
         check_finite([("the norm of the gradients", norm)], where)
     if limit > 0:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a share, see dat.training.sharding."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
