@@ -212,7 +212,7 @@ class Trainer:
                 if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
                     self.save("last.pth")
                 if stopping:
-                    stop.exit()
+                    stop.exit(self.distributed)
 
     def _steps(self, count: int) -> Iterator[tuple[Batch, ...]]:
         """The batches of each of the next `count` optimizer steps."""

@@ -123,15 +123,19 @@ class StopSignal:
         return bool(distributed.sum(torch.tensor(int(self.received), device=distributed.device)))
 
     @staticmethod
-    def exit() -> None:
-        """Ends the command with SIGTERM's exit code, 143, and one line."""
+    def exit(distributed: Distributed) -> None:
+        """Ends the command with SIGTERM's exit code, 143, and one line.
+
+        Processes end together: what started them may kill the others as soon as one has ended, while it still saves.
+        """
+        distributed.barrier()
         print("stopped by SIGTERM; go on with train.resume=true", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Inside the block SIGTERM only sets the signal: `if stop.requested(distributed): save; stop.exit()`."""
+    """Inside the block SIGTERM only sets the signal: `if stop.requested(distributed): save; stop.exit(distributed)`."""
     stop = StopSignal()
 
     def receive(number: int, frame: object) -> None:
