@@ -63,6 +63,9 @@ class DataConfig:
 class TrainConfig:
     """`batch_size` is per process. Mixup and CutMix are timm's alphas, 0: off. `ema_decay` 0: no averaged weights.
 
+    `lr` is for steps of `lr_batch_size` images of all processes, and scaled linearly with, or by the square root of
+    (`lr_scaling`), the number in use; 0: for any number. `layer_decay`: factor on the rates for each layer below the
+    head.
     `checkpoint_steps` 0: checkpoints at the ends of epochs only. `log_steps`: steps between lines of log.jsonl.
     `pictures`: of the validation data, on the sheet that the run leaves; 0: no sheet.
     """
@@ -71,6 +74,9 @@ class TrainConfig:
     batch_size: int = 128
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_batch_size: int = 0
+    lr_scaling: Literal["sqrt", "linear"] = "linear"
+    layer_decay: float = 1.0
     min_lr: float = 1e-5
     weight_decay: float = 0.05
     warmup_epochs: float = 20.0
@@ -102,7 +108,17 @@ def check_config(config: ClassificationConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
     counts = ("train.epochs", "train.batch_size", "train.log_steps", "data.img_size")
     check_range(config, counts, 1)
-    names = ("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "checkpoint_steps")
+    check_range(config, ("train.layer_decay",), 0, 1, exclusive=True)
+    names = (
+        "min_lr",
+        "lr_batch_size",
+        "weight_decay",
+        "warmup_epochs",
+        "clip_grad",
+        "mixup",
+        "cutmix",
+        "checkpoint_steps",
+    )
     check_range(config, ("seed", *(f"train.{name}" for name in (*names, "workers", "pictures"))), 0)
     shares = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing", "train.ema_decay")
     check_range(config, (*shares, "data.mean"), 0, 1)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from classification.data import EvalPictures, SkippedPictures, eval_loader, make_transform, open_split
 from classification.model import load_classifier
+from dat.training.distributed import Distributed, setup_distributed
 from dat.training.errors import DataError
-from dat.training.loop import Distributed, amp_context, main_guard, setup_distributed
+from dat.training.loop import amp_context, main_guard
 
 
 @torch.no_grad()

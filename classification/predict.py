@@ -13,10 +13,12 @@ from PIL import Image, ImageOps
 
 from classification.data import UNREADABLE
 from classification.model import Classifier, load_classifier
-from classification.sheet import draw_sheet, label_pictures, sheet_title
+from classification.sheet import label_pictures, sheet_title
+from dat.training.distributed import setup_distributed
 from dat.training.errors import DataError
 from dat.training.files import find_images, write_json
-from dat.training.loop import main_guard, setup_distributed
+from dat.training.loop import main_guard
+from dat.training.sheet import draw_sheet
 
 
 def predict(

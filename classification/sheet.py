@@ -1,16 +1,15 @@
 """Sheets of pictures under their labels."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from classification.data import UNREADABLE, make_transform, read_picture
 from classification.model import Classifier
+from dat.training.sheet import draw_sheet
 
 
 @torch.no_grad()
@@ -27,19 +26,6 @@ def label_pictures(
         top = [{"label": label, "score": round(score, 6)} for label, score in zip(labels, row, strict=True)]
         results.append({**top[0], "top": top})
     return results
-
-
-def draw_sheet(pictures: Sequence[tuple[Image.Image, str]], path: Path) -> None:
-    """Writes an image of one or more pictures side by side, each under its title."""
-    columns = min(8, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
-    for position, (picture, title) in enumerate(pictures, start=1):
-        axes = figure.add_subplot(rows, columns, position)
-        axes.imshow(picture)
-        axes.set_title(title, fontsize=8, parse_math=False)
-        axes.axis("off")
-    figure.savefig(path, dpi=120)
 
 
 def sheet_title(result: dict[str, Any], truth: str | None = None) -> str:

@@ -40,27 +40,15 @@ from dat.training.checkpoint import (
     training_state,
 )
 from dat.training.config import load_config, save_config, to_dict
+from dat.training.distributed import Distributed, StopSignal, prepare_output, setup_distributed, stop_on_sigterm
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.finite import check_finite, check_state_finite, trace_non_finite
 from dat.training.logger import RunLogger
-from dat.training.loop import (
-    Distributed,
-    EpochBatchSampler,
-    StopSignal,
-    amp_context,
-    clip_gradients,
-    main_guard,
-    make_ema,
-    make_scheduler,
-    param_groups,
-    prepare_output,
-    seed_everything,
-    setup_distributed,
-    stop_on_sigterm,
-)
+from dat.training.loop import EpochBatchSampler, amp_context, main_guard, seed_everything
+from dat.training.optim import clip_gradients, layer_scales, make_ema, make_scheduler, param_groups, scaled_lr
 
 # what a resumed run cannot change: the order of the samples, and what the checkpoint's tensors belong to
-FIXED_KEYS = ("seed", "model", "train.batch_size", "train.optimizer")
+FIXED_KEYS = ("seed", "model", "train.batch_size", "train.optimizer", "train.layer_decay")
 
 
 @dataclass
@@ -215,7 +203,7 @@ def train_epoch(run: Run, loop: Loop) -> None:
                 logger.flush()
                 run.save("last.pth")
             if stopping:
-                loop.stop.exit()
+                loop.stop.exit(loop.distributed)
 
 
 def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) -> None:
@@ -243,14 +231,16 @@ def fit(run: Run, loop: Loop, measure: Callable[[nn.Module], dict[str, float]]) 
             logger.warning(warning)
 
 
-def make_run(config: ClassificationConfig, class_names: list[str], weights: bool, device: torch.device) -> Run:
+def make_run(config: ClassificationConfig, class_names: list[str], weights: bool, distributed: Distributed) -> Run:
     """A run at its start; `weights` False leaves out those that the configuration names. Raises ConfigError."""
     train = config.train
     seed_everything(config.seed)
-    model = build_classifier(config.model.backbone, len(class_names), weights).to(device)
-    groups = param_groups(model, train.lr, train.weight_decay)
+    model = build_classifier(config.model.backbone, len(class_names), weights).to(distributed.device)
+    lr = scaled_lr(train.lr, train.batch_size * distributed.world_size, train.lr_batch_size, train.lr_scaling)
+    scales = layer_scales(model, train.layer_decay) if train.layer_decay < 1 else None
+    groups = param_groups(model, lr, train.weight_decay, scales=scales)
     try:
-        optimizer = create_optimizer_v2(groups, train.optimizer, train.lr, train.weight_decay)
+        optimizer = create_optimizer_v2(groups, train.optimizer, lr, train.weight_decay)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train.optimizer: timm cannot make {train.optimizer!r}: {error}") from error
     return Run(model, make_ema(model, train.ema_decay), optimizer, config, class_names)
@@ -273,7 +263,7 @@ def train(config: ClassificationConfig) -> dict[str, float]:
     sampler = EpochBatchSampler(len(reader), settings.batch_size, config.seed, rank, world_size)
 
     checkpoint = prepare_output(output, settings.resume, distributed)
-    run = make_run(config, class_names, checkpoint is None, distributed.device)
+    run = make_run(config, class_names, checkpoint is None, distributed)
     steps, warmup_steps = settings.epochs * sampler.batches, round(settings.warmup_epochs * sampler.batches)
     scheduler = make_scheduler(run.optimizer, steps, warmup_steps, min_lr=settings.min_lr)
     # after the scheduler, which takes the base rate from this configuration and not from the checkpoint's

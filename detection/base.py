@@ -80,8 +80,10 @@ class BaseDETR(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trains with less memory and more time: layers, and the backbone where it can, are computed twice."""
         self.grad_checkpointing = enable
-        if hasattr(self.backbone, "set_grad_checkpointing"):
-            self.backbone.set_grad_checkpointing(enable)
+        # some of timm's feature extractors hold the model that can
+        for part in (self.backbone, getattr(self.backbone, "model", None)):
+            if callable(getattr(part, "set_grad_checkpointing", None)):
+                part.set_grad_checkpointing(enable)
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """layer(*inputs), whose insides are not kept for the backward pass under gradient checkpointing."""

@@ -59,6 +59,7 @@ class TrainDataConfig:
     """One split and its augmentation. Paths are relative to `data.root`; probabilities are 0 to 1.
 
     `sizes`: shortest edges in pixels, one is drawn per image. `max_size`: limit of the longest edge.
+    `max_pixels`: most pixels of a batch of one process, padding included, so that its memory is bounded; 0: no limit.
     `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
     sides from `crop_min` to `crop_max` pixels.
     """
@@ -67,6 +68,7 @@ class TrainDataConfig:
     images: str = "train2017"
     sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
     max_size: int = 1333
+    max_pixels: int = 0
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     crop: float = 0.5
@@ -92,6 +94,11 @@ class ValDataConfig:
 
 @dataclass
 class DataConfig:
+    """`cache` "memory": decoded images stay in memory, `cache_gib` of them at most for each process.
+
+    With more than fit in, the first of the training file stay.
+    """
+
     root: str = "data/coco"
     train: TrainDataConfig = field(default_factory=TrainDataConfig)
     val: ValDataConfig = field(default_factory=ValDataConfig)
@@ -99,6 +106,8 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # batches are padded to a multiple of this many pixels
     pad_multiple: int = 1
+    cache: Literal["none", "memory"] = "none"
+    cache_gib: float = 4.0
 
 
 @dataclass
@@ -121,18 +130,30 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    """`batch_size` is per process. `schedule`: "cosine" to `min_lr_scale * lr`, or "step": x 0.1 at `decay_epochs`.
+    """`batch_size` is per process; a step takes `accumulate` such batches of each process.
 
+    `steps`: length of the run in optimizer steps; 0: that of `epochs`.
+    `schedule`: "cosine" to `min_lr_scale * lr`, or "step": x 0.1 at `decay_epochs`.
+    `lr` is for steps of `lr_batch_size` images, and scaled by the square root of, or linearly with ("lr_scaling"), the
+    number in use; 0: for any number. `layer_decay`: factor on the rates of the backbone for each layer below its last.
     `lr` times `backbone_lr_scale` trains the backbone, times `sampling_lr_scale` the sampling offsets and reference
     points.
     `ema_decay` 0: no averaged weights. `eval_epochs`: evaluate every so many epochs, and after the last.
     `checkpoint_steps` 0: checkpoints at the ends of epochs only. `pictures`: validation images to draw.
+    `worst`: objects that were missed, and false detections, to draw.
+    `grad_checkpointing`: layers are computed again in the backward pass instead of kept in memory.
+    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large backbones.
     `device`: auto, cpu or cuda.
     """
 
     epochs: int = 50
+    steps: int = 0
     batch_size: int = 4
+    accumulate: int = 1
     lr: float = 2e-4
+    lr_batch_size: int = 0
+    lr_scaling: Literal["sqrt", "linear"] = "sqrt"
+    layer_decay: float = 1.0
     backbone_lr_scale: float = 0.1
     sampling_lr_scale: float = 0.1
     weight_decay: float = 1e-4
@@ -142,11 +163,14 @@ class TrainConfig:
     min_lr_scale: float = 0.0
     decay_epochs: list[int] = field(default_factory=lambda: [40])
     amp: Literal["none", "bf16"] = "none"
+    grad_checkpointing: bool = False
+    fsdp: bool = False
     ema_decay: float = 0.0
     eval_epochs: int = 1
     eval_batch_size: int = 4
     checkpoint_steps: int = 0
     pictures: int = 8
+    worst: int = 24
     picture_threshold: float = 0.3
     resume: bool = False
     workers: int = 2
@@ -173,12 +197,15 @@ def check_config(config: DetectionConfig) -> None:
         ),
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
         *_keys("data", "val.size", "val.max_size", "val.top_k", "pad_multiple"),
-        *_keys("train", "epochs", "batch_size", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"),
+        *_keys(
+            "train", "epochs", "batch_size", "accumulate", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"
+        ),
     ]
     at_least_0 = [
         *("seed", "model.encoder_depth"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
-        *_keys("train", "checkpoint_steps", "pictures", "workers"),
+        *_keys("train", "steps", "lr_batch_size", "checkpoint_steps", "pictures", "worst", "workers"),
+        *("data.train.max_pixels", "data.cache_gib"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
@@ -191,6 +218,7 @@ def check_config(config: DetectionConfig) -> None:
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
     check_range(config, ["train.lr", "data.std"], 0, exclusive=True)
+    check_range(config, ["train.layer_decay"], 0, 1, exclusive=True)
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):
             raise ConfigError(f"{key} is empty, should list one or more sizes")

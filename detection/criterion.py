@@ -64,21 +64,23 @@ class SetCriterion(nn.Module):
         self.weights = PAPER_WEIGHTS[scores] | (weights or {})
         self.focal_alpha, self.focal_gamma, self.no_object_weight = focal_alpha, focal_gamma, no_object_weight
 
-    def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+    def forward(self, outputs: dict[str, Any], targets: Targets, shares: Tensor | None = None) -> dict[str, Tensor]:
         """Unweighted losses.
 
         Args:
             outputs: "pred_logits" [B, Q, K], "pred_boxes" [B, Q, 4] and, where the model gives them, "aux_outputs" and
                 "enc_outputs".
             targets: B times "labels" [T_i] int64 and "boxes" [T_i, 4], cxcywh in 0..1.
+            shares: what `shares` returns for all batches of an optimizer step; None: this batch is all of it.
 
         Returns:
             scalars "loss_ce", "loss_bbox", "loss_giou" of the last decoder layer, with the suffix "_0", "_1", ...
-            of the layers before and "_enc" of the encoder, each divided by the number of boxes
-            (its mean over processes, at least 1).
+            of the layers before and "_enc" of the encoder, each divided by the number of boxes, or for
+            cross-entropy the weights of the classes: see `shares`.
         """
         device = outputs["pred_boxes"].device
-        num_boxes = self._num_boxes(targets, device)
+        if shares is None:
+            shares = self.shares(targets, outputs["pred_logits"].shape[1], device)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
         stacks = [self._stack(layers, suffixes, targets)]
@@ -90,20 +92,28 @@ class SetCriterion(nn.Module):
         indices = _flat_indices(stacks, matches, device)
         losses: dict[str, Tensor] = {}
         for stack, index in zip(stacks, indices, strict=True):
-            losses |= self._losses(stack, index, num_boxes)
+            losses |= self._losses(stack, index, shares)
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of what forward returned, a scalar."""
         return torch.stack([self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()]).sum()
 
-    def _num_boxes(self, targets: Targets, device: torch.device) -> Tensor | float:
-        count = sum(len(t["labels"]) for t in targets)
-        if not (dist.is_available() and dist.is_initialized()):
-            return float(max(count, 1))
-        total = torch.tensor(float(count), device=device)
-        dist.all_reduce(total)
-        return (total / dist.get_world_size()).clamp(min=1)
+    def shares(self, targets: Targets, num_queries: int, device: torch.device) -> Tensor:
+        """What the losses of `targets`, those of all batches of one optimizer step, are divided by.
+
+        Returns [2]: the number of boxes, at least 1, and the sum of the weights of all queries in the cross-entropy,
+        the same whatever is matched; means over the processes, whose gradients are averaged.
+        """
+        boxes = sum(len(t["labels"]) for t in targets)
+        matched = sum(min(len(t["labels"]), num_queries) for t in targets)
+        unmatched = len(targets) * num_queries - matched
+        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=torch.float64, device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+            totals /= dist.get_world_size()
+        # an empty batch divides zeros
+        return totals.maximum(totals.new_tensor([1.0, torch.finfo(torch.float32).tiny]))
 
     def _stack(self, layers: list[dict[str, Tensor]], suffixes: list[str], targets: Targets) -> _Stack:
         logits = torch.cat([layer["pred_logits"] for layer in layers])
@@ -112,8 +122,9 @@ class SetCriterion(nn.Module):
         self._check_classes(logits)
         return _Stack({"pred_logits": logits, "pred_boxes": boxes}, suffixes, targets)
 
-    def _losses(self, stack: _Stack, index: Tensor, num_boxes: Tensor | float) -> dict[str, Tensor]:
+    def _losses(self, stack: _Stack, index: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """The losses of every layer; index [3, M] is that of _flat_indices."""
+        num_boxes, class_weights = shares.unbind()
         logits, boxes = stack.outputs["pred_logits"], stack.outputs["pred_boxes"]
         image, query, target = index
         labels = torch.cat([t["labels"] for t in stack.targets])[target]
@@ -126,13 +137,15 @@ class SetCriterion(nn.Module):
         # The function's own eps is large next to the area of a small box.
         giou = generalized_box_iou_loss(*corners, eps=torch.finfo(boxes.dtype).tiny)
         per_layer = {
-            "loss_ce": self._class_loss(logits, classes, stack.num_layers, num_boxes),
+            "loss_ce": self._class_loss(logits, classes, stack.num_layers, num_boxes, class_weights),
             "loss_bbox": _sum_per_layer((matched - target_boxes).abs().sum(-1), stack.num_layers) / num_boxes,
             "loss_giou": _sum_per_layer(giou, stack.num_layers) / num_boxes,
         }
         return {name + suffix: value[i] for i, suffix in enumerate(stack.suffixes) for name, value in per_layer.items()}
 
-    def _class_loss(self, logits: Tensor, classes: Tensor, num_layers: int, num_boxes: Tensor | float) -> Tensor:
+    def _class_loss(
+        self, logits: Tensor, classes: Tensor, num_layers: int, num_boxes: Tensor, class_weights: Tensor
+    ) -> Tensor:
         """[num_layers]: focal loss per box, or cross-entropy averaged with the weights of the classes."""
         if self.scores == "sigmoid":
             one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
@@ -141,7 +154,7 @@ class SetCriterion(nn.Module):
         weight = torch.ones(self.num_classes + 1, dtype=logits.dtype, device=logits.device)
         weight[-1] = self.no_object_weight
         loss = F.cross_entropy(logits.transpose(1, 2), classes, weight, reduction="none")
-        return _sum_per_layer(loss, num_layers) / _sum_per_layer(weight[classes], num_layers)
+        return _sum_per_layer(loss, num_layers) / class_weights
 
     def _check_classes(self, logits: Tensor) -> None:
         expected = self.num_classes + (self.scores == "softmax")

@@ -15,17 +15,21 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from dat.training.config import apply_overrides
+from dat.training.distributed import Distributed, setup_distributed
 from dat.training.errors import ConfigError
 from dat.training.files import write_json
-from dat.training.loop import Distributed, main_guard, setup_distributed
+from dat.training.loop import main_guard
 
 from .build import load_detector
 from .config import DetectionConfig, check_config
 from .data import Batch, CocoAnnotations, DetectionDataset, SameSizeBatchSampler, make_loader, read_coco, val_transform
+from .data.cache import ImageCache
 from .evaluator import average_precision, detect, format_table, gather_results
 
 
-def val_loader(annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed) -> DataLoader[Batch]:
+def val_loader(
+    annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+) -> DataLoader[Batch]:
     """This process's share of the images, resized as `data.val` says."""
     data, train = config.data, config.train
     transform = val_transform(size=data.val.size, max_size=data.val.max_size, mean=data.mean, std=data.std)
@@ -37,7 +41,7 @@ def val_loader(annotations: CocoAnnotations, config: DetectionConfig, distribute
         distributed.rank,
         distributed.world_size,
     )
-    dataset = DetectionDataset(annotations.records, transform, config.seed)
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
     return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda")
 
 

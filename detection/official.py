@@ -1,6 +1,7 @@
 """Checkpoints of the official implementations and of transformers under this project's names."""
 
 import argparse
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,8 @@ from dat.training.checkpoint import BROKEN, load_weights
 from dat.training.errors import CheckpointError, ConfigError
 
 from .detr import DETR
+
+_logger = logging.getLogger(__name__)
 
 _HEADS = "class_embed."
 
@@ -118,6 +121,7 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
     heads = {name: tensor for name, tensor in own.items() if name.startswith(_HEADS)}
     fits = all(name in state and state[name].shape == tensor.shape for name, tensor in heads.items())
     if not fits:
+        _logger.warning("%s has other classes: the class heads start anew", path)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)} | heads
     load_weights(model, state, path)
     return fits

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from dat.training.distributed import setup_distributed
 from dat.training.errors import ConfigError, DataError
 from dat.training.files import find_images, write_json
-from dat.training.loop import amp_context, main_guard, setup_distributed
+from dat.training.loop import amp_context, main_guard
 
 from .build import Detector, load_detector
 from .data import read_image, val_transform

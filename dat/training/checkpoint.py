@@ -117,10 +117,15 @@ def restore_training_state(
     path: str | Path,
 ) -> None:
     """Puts back what training_state took. Raises CheckpointError for what does not fit."""
+    restore_weights(state, model, ema, path)
+    load_optimizer(optimizer, state, path)
+
+
+def restore_weights(state: dict[str, Any], model: torch.nn.Module, ema: ModelEmaV3 | None, path: str | Path) -> None:
+    """restore_training_state without the optimizer."""
     load_weights(model, state["state_dict"], path)
     if ema is not None:
         load_weights(ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-    load_optimizer(optimizer, state, path)
 
 
 def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:

@@ -30,9 +30,13 @@ def check_state_finite(model: nn.Module, averaged: nn.Module | None, where: str)
 
     To be called before any file of a checkpoint or an evaluation is replaced.
     """
-    check_finite(model.state_dict().items(), where)
-    if averaged is not None:
-        check_finite(((f"averaged {name}", tensor) for name, tensor in averaged.state_dict().items()), where)
+    check_weights_finite(model.state_dict(), None if averaged is None else averaged.state_dict(), where)
+
+
+def check_weights_finite(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, where: str) -> None:
+    """check_state_finite of state dictionaries."""
+    check_finite(weights.items(), where)
+    check_finite(((f"averaged {name}", tensor) for name, tensor in (averaged or {}).items()), where)
 
 
 def trace_non_finite(model: nn.Module, forward: Callable[[], Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a training loop: seeds, order of samples, optimizer groups, schedule, EMA, processes, commands.
+"""Parts of a training loop: seeds, order of samples, timm models, loaders, commands.
 
 Every random number of a run is a function of the seed and of counters (epoch, step, sample), never of what happened
 before. That makes a resumed run equal to an uninterrupted one, whatever the number of workers.
@@ -7,33 +7,25 @@ before. That makes a resumed run equal to an uninterrupted one, whatever the num
 import atexit
 import ctypes
 import difflib
-import fnmatch
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import timm
 import torch
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from timm.utils.distributed import init_distributed_device_so
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 
 from dat.training.errors import ConfigError, UserError
-from dat.training.finite import check_finite
+from dat.training.peers import current_watch
 
 
 def seed_everything(seed: int, *counters: int) -> None:
@@ -136,223 +128,9 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
         raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
 
 
-def param_groups(
-    model: nn.Module, lr: float, weight_decay: float, multipliers: dict[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Optimizer groups by learning rate factor and weight decay.
-
-    Biases, one-dimensional parameters and those that a (sub)module's no_weight_decay() names are not decayed.
-
-    Args:
-        model: its parameters that require gradients are grouped.
-        lr: base learning rate.
-        weight_decay: of the other parameters.
-        multipliers: {regular expression: factor on the learning rate}; the first that is found in a name counts.
-    Raises:
-        ConfigError: an expression matches no parameter.
-    """
-    multipliers = multipliers or {}
-    patterns = [
-        f"{prefix}.{pattern}" if prefix else pattern
-        for prefix, module in model.named_modules()
-        if callable(getattr(module, "no_weight_decay", None))
-        for pattern in module.no_weight_decay()
-    ]
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    used = set()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        match = next((pattern for pattern in multipliers if re.search(pattern, name)), None)
-        used.add(match)
-        plain = parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatch.fnmatch(name, p) for p in patterns)
-        scale = 1.0 if match is None else multipliers[match]
-        groups.setdefault((scale, 0.0 if plain else weight_decay), []).append(parameter)
-    for pattern in multipliers:
-        if pattern not in used:
-            raise ConfigError(f"learning rate multiplier {pattern!r} matches no parameter that is trained")
-    return [
-        {"params": parameters, "lr": lr, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
-    ]
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    total_steps: int,
-    warmup_steps: int = 0,
-    kind: str = "cosine",
-    decay_steps: Sequence[int] = (),
-    decay_rate: float = 0.1,
-    min_lr: float = 0.0,
-) -> Scheduler:
-    """Schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
-
-    Args:
-        optimizer: its groups' "lr_scale" multiplies their rate.
-        total_steps: steps of the whole run.
-        warmup_steps: linear from 0 (excluded) to the base rate; counted in total_steps.
-        kind: "cosine" down to min_lr, or "step": x decay_rate after each of decay_steps steps.
-    """
-    warmup_steps = min(warmup_steps, total_steps)
-    base = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    # the first step already moves: a rate of 0 would waste it
-    warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
-    if kind == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=min_lr, t_in_epochs=False, **warmup)
-    if kind != "step":
-        raise ConfigError(f"schedule is {kind!r}, should be 'cosine' or 'step'")
-    # timm applies a milestone one count early
-    milestones = [step + 1 for step in sorted(decay_steps)]
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=decay_rate, t_in_epochs=False, **warmup)
-
-
 def amp_context(device: torch.device, amp: str) -> torch.autocast:
     """Autocast to bfloat16 when amp is "bf16"; does nothing when it is "none". bfloat16 needs no loss scaler."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
-
-
-def make_ema(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """Moving average of the weights, timm's, with its decay warmed up so that short runs use it too; None at decay 0.
-
-    Call ema.update(model, step=finished steps) after each step.
-    """
-    return ModelEmaV3(model, decay=decay, use_warmup=True) if decay > 0 else None
-
-
-def clip_gradients(model: nn.Module, limit: float, where: str) -> Tensor:
-    """Clips the total norm of the gradients to `limit` (0: not at all); returns the norm before clipping.
-
-    Raises:
-        NonFiniteError: names the first gradient that holds NaN or infinity; the weights are untouched.
-    """
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([gradient for _, gradient in gradients])
-    if not torch.isfinite(norm):
-        check_finite(((f"the gradient of {name}", gradient) for name, gradient in gradients), where)
-        check_finite([("the norm of the gradients", norm)], where)
-    if limit > 0:
-        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return norm
-
-
-@dataclass(frozen=True)
-class Distributed:
-    """Where this process stands among those that torchrun started."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def barrier(self) -> None:
-        """Waits for every process."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, under DistributedDataParallel when there are several processes."""
-        if self.world_size == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
-
-
-def setup_distributed(device: str = "auto") -> Distributed:
-    """Reads torchrun's environment, if any, and picks the device: "auto" or "" is a GPU if there is one, else the CPU.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    if device in ("auto", ""):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    allowed = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if device.split(":")[0] not in allowed:
-        raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
-    found = init_distributed_device_so(device)
-    return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
-
-
-def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -> Path | None:
-    """Checks the folder of a run, without making it, and returns the checkpoint to go on from, None when there is none.
-
-    The main process decides for all.
-
-    Raises:
-        ConfigError: the folder holds another run's checkpoint and resume is false, it is a file, or a process does not
-            find the checkpoint that the main process found.
-    """
-    decision: list[Any] = [None]
-    if distributed.main:
-        try:
-            decision = [_find_last(output, resume)]
-        # raised on every process: the others would wait for this one
-        except ConfigError as error:
-            decision = [error]
-    if distributed.world_size > 1:
-        torch.distributed.broadcast_object_list(decision, device=distributed.device)
-    (last,) = decision
-    if isinstance(last, ConfigError):
-        raise last
-    lacking = last is not None and not last.exists()
-    if distributed.sum(torch.tensor(int(lacking), device=distributed.device)):
-        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that they share")
-    return last
-
-
-def _find_last(output: str | Path, resume: bool) -> Path | None:
-    if not str(output):
-        raise ConfigError("output is empty, should be the folder of this run")
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {output} is a file, should be a folder")
-    last = output / "last.pth"
-    if last.exists() and not resume:
-        raise ConfigError(f"output: {output} holds a run; go on with train.resume=true, or choose another folder")
-    return last if last.exists() else None
-
-
-class StopSignal:
-    """Whether SIGTERM came: a question to ask at each step boundary, instead of a sudden death."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def requested(self, distributed: Distributed) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer."""
-        if distributed.world_size == 1:
-            return self.received
-        return bool(distributed.sum(torch.tensor(int(self.received), device=distributed.device)))
-
-    @staticmethod
-    def exit() -> None:
-        """Ends the command with SIGTERM's exit code, 143, and one line."""
-        print("stopped by SIGTERM; go on with train.resume=true", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Inside the block SIGTERM only sets the signal: `if stop.requested(distributed): save; stop.exit()`."""
-    stop = StopSignal()
-
-    def receive(number: int, frame: object) -> None:
-        stop.received = True
-
-    previous = signal.signal(signal.SIGTERM, receive)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def loader_options(workers: int, pin: bool) -> dict[str, Any]:
@@ -393,21 +171,45 @@ def _ignore_sigterm(exiting: Any, worker: int) -> None:
 def main_guard(main: Callable[[], None]) -> None:
     """Runs a command: UserError and OSError become one line and exit code 1, Ctrl-C exit code 130.
 
-    Any other exception is a defect of the program and keeps its traceback.
+    Any other exception is a defect of the program and keeps its traceback. Under torchrun the other processes are told
+    and end with this error too; a process that fails because another one did says what that one said.
     """
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
-        sys.exit(1)
+        _fail(f"error: {_one_line(error)}", 1, tell=_one_line(error))
     except KeyboardInterrupt:
-        print("interrupted; train.resume=true goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; train.resume=true goes on from the last checkpoint", 130, tell="interrupted")
+    except Exception as error:
+        watch = current_watch()
+        if watch is None:
+            raise
+        reason = watch.reason()
+        if reason is not None:
+            _fail(f"error: {reason}", 1)
+        _fail(traceback.format_exc(), 1, tell=f"{type(error).__name__}: {_one_line(error)}")
     finally:
+        # also where a command ends by sys.exit
+        watch = current_watch()
+        if watch is not None:
+            watch.done()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _fail(message: str, code: int, tell: str = "") -> NoReturn:
+    """Prints a message and ends with an exit code; the other processes, if there are any, are told the error."""
+    print(message, file=sys.stderr)
+    watch = current_watch()
+    if watch is None:
+        sys.exit(code)
+    watch.failed(tell)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # taking down a process group in which others have failed may never return
+    os._exit(code)
 
 
 def _one_line(error: Exception) -> str:

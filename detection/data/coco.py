@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
     `categories`: those that the file must have (a validation file: those of training); None: any.
     Raises DataError for a file that is missing or is not COCO, absent images, and other categories.
     """
-    data = _read_json(path)
+    data = read_json(path)
     found = _categories(path, data)
     if categories is not None and found != categories:
         raise DataError(
@@ -134,9 +135,13 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return tv_tensors.Image(F.pil_to_tensor(image))
 
 
-def read_sample(record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out."""
-    image = read_image(record.path, (record.width, record.height))
+def read_sample(record: ImageRecord, image: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out.
+
+    `image`: as read_image gives it, where it is known already.
+    """
+    if image is None:
+        image = read_image(record.path, (record.width, record.height))
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(record.boxes[~record.crowd]), format="XYXY", canvas_size=(record.height, record.width)
     )
@@ -148,7 +153,8 @@ def _names(categories: tuple[Category, ...]) -> str:
     return shown + (f" and {len(categories) - 10} more" if len(categories) > 10 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The contents of an annotation file. Raises DataError unless 'images', 'annotations', 'categories' are lists."""
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file)
@@ -176,10 +182,7 @@ def _get(path: Path, entry: Any, where: str, key: str, kind: type | tuple[type, 
 
 
 def _categories(path: Path, data: dict[str, Any]) -> tuple[Category, ...]:
-    found = [
-        Category(_get(path, entry, f"categories[{i}]", "id", int), _get(path, entry, f"categories[{i}]", "name", str))
-        for i, entry in enumerate(data["categories"])
-    ]
+    found = [parse_category(path, entry, f"categories[{i}]") for i, entry in enumerate(data["categories"])]
     for key in ("id", "name"):
         repeated = [value for value, count in Counter(getattr(c, key) for c in found).items() if count > 1]
         if repeated:
@@ -189,15 +192,25 @@ def _categories(path: Path, data: dict[str, Any]) -> tuple[Category, ...]:
     return tuple(sorted(found, key=lambda category: category.id))
 
 
+def parse_category(path: Path, entry: Any, where: str) -> Category:
+    """One of 'categories'; `where` is its place in the file at `path`. Raises DataError."""
+    return Category(_get(path, entry, where, "id", int), _get(path, entry, where, "name", str))
+
+
+def parse_image(path: Path, entry: Any, where: str) -> dict[str, Any]:
+    """One of 'images', unchanged: it has "id", "file_name", "width" and "height". Raises DataError."""
+    _get(path, entry, where, "id", int)
+    _get(path, entry, where, "file_name", str)
+    for key in ("width", "height"):
+        if _get(path, entry, where, key, int) < 1:
+            raise DataError(f"{path}: {where} has '{key}' {entry[key]}; it should be at least 1")
+    return entry
+
+
 def _images(path: Path, data: dict[str, Any]) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for i, entry in enumerate(data["images"]):
-        where = f"images[{i}]"
-        image_id = _get(path, entry, where, "id", int)
-        _get(path, entry, where, "file_name", str)
-        for key in ("width", "height"):
-            if _get(path, entry, where, key, int) < 1:
-                raise DataError(f"{path}: {where} has '{key}' {entry[key]}; it should be at least 1")
+        image_id = parse_image(path, entry, f"images[{i}]")["id"]
         if image_id in images:
             raise DataError(f"{path}: image id {image_id} is used more than once")
         images[image_id] = entry
@@ -216,16 +229,13 @@ def _annotations(
     dropped = clipped = 0
     for i, entry in enumerate(data["annotations"]):
         where = f"annotations[{i}]"
-        image_id, category_id, (x, y, w, h) = _annotation(path, entry, where, label_of, images)
-        is_crowd, area = _crowd_and_area(path, entry, where)
-        width, height = images[image_id]["width"], images[image_id]["height"]
-        box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
-        # the negation also drops NaN
-        if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
+        image_id, category_id, bbox = parse_annotation(path, entry, where, label_of, images)
+        is_crowd, area = parse_crowd_and_area(path, entry, where)
+        box, outside = clip_box(bbox, images[image_id]["width"], images[image_id]["height"])
+        if box is None:
             dropped += 1
             continue
-        # less than half a pixel is rounding
-        clipped += max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
+        clipped += outside
         boxes[image_id].append(box)
         labels[image_id].append(label_of[category_id])
         crowd[image_id].append(is_crowd)
@@ -238,24 +248,38 @@ def _annotations(
     return boxes, labels, crowd, areas, warning
 
 
-def _annotation(
-    path: Path, entry: Any, where: str, label_of: dict[int, int], images: dict[int, dict[str, Any]]
+def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[float, float, float, float] | None, bool]:
+    """A bbox (x, y, w, h) in an image of width x height pixels as (x0, y0, x1, y1), and whether it reached outside.
+
+    None where nothing of it is left, or it was empty or not a number.
+    """
+    x, y, w, h = bbox
+    box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
+    # the negation also drops NaN
+    if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
+        return None, False
+    # less than half a pixel is rounding
+    return box, max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
+
+
+def parse_annotation(
+    path: Path, entry: Any, where: str, categories: Container[int], images: Container[int]
 ) -> tuple[int, int, list[float]]:
-    """Image id, category id and bbox of one annotation."""
+    """Image id, category id and bbox of one annotation; both ids should be known. Raises DataError."""
     image_id = _get(path, entry, where, "image_id", int)
     category_id = _get(path, entry, where, "category_id", int)
     bbox = _get(path, entry, where, "bbox", list)
     if image_id not in images:
         raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
-    if category_id not in label_of:
+    if category_id not in categories:
         raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
     if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
         raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
     return image_id, category_id, bbox
 
 
-def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
-    """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null."""
+def parse_crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
+    """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null. Raises DataError."""
     crowd, area = entry.get("iscrowd", 0), entry.get("area")
     if not isinstance(crowd, int) or crowd not in (0, 1):
         raise DataError(f"{path}: {where} has 'iscrowd' {crowd!r}; it should be 0 or 1")

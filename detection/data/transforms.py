@@ -1,37 +1,56 @@
 """Augmentation of images and boxes with torchvision.transforms.v2, as DETR (arXiv:2005.12872) is trained."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 
-def resized_size(height: int, width: int, shortest: int, max_size: int) -> tuple[int, int]:
-    """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer."""
+@dataclass(frozen=True)
+class Canvas:
+    """The most that a training image may measure, in pixels: put into a target, it limits the last resize."""
+
+    height: int
+    width: int
+
+
+def resized_size(
+    height: int, width: int, shortest: int, max_size: int, canvas: Canvas | None = None
+) -> tuple[int, int]:
+    """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer.
+
+    Never more than the canvas.
+    """
     scale = min(shortest / min(height, width), max_size / max(height, width))
+    if canvas is not None:
+        scale = min(scale, canvas.height / height, canvas.width / width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-class ResizeShortestEdge(v2.Transform):
+class ResizeShortestEdge(nn.Module):
     """Resizes to a shortest edge drawn from `sizes`, in pixels, the longest being at most `max_size`.
 
     torchvision's RandomShortestSize truncates: 799 for a shortest edge of 800 at some aspect ratios.
+    `fit`: also to the target's "canvas", a Canvas, if there is one.
     """
 
-    def __init__(self, sizes: Sequence[int], max_size: int):
+    def __init__(self, sizes: Sequence[int], max_size: int, fit: bool = True):
         super().__init__()
         self.sizes = list(sizes)
         self.max_size = max_size
+        self.fit = fit
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
+    def forward(self, image: Any, target: dict[str, Any] | None = None) -> Any:
+        """The image, or image and target."""
+        height, width = v2.query_size([image])
         shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
-        return {"size": resized_size(height, width, shortest, self.max_size)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, list(params["size"]))
+        canvas = target.get("canvas") if self.fit and target is not None else None
+        resize = v2.Resize(list(resized_size(height, width, shortest, self.max_size, canvas)))
+        return resize(image) if target is None else resize(image, target)
 
 
 class RandomSizeCrop(v2.Transform):
@@ -55,7 +74,7 @@ class RandomSizeCrop(v2.Transform):
         return F.crop(inpt, **params)
 
 
-def _normalize(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+def _normalize(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
@@ -78,14 +97,16 @@ def train_transform(
     Maps (image uint8, {"boxes", "labels"}) to float32; all randomness is torch's. Boxes smaller than a pixel are
     dropped in the end.
     """
-    steps: list[v2.Transform] = []
+    steps: list[nn.Module] = []
     if horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip(vertical_flip))
     resize = ResizeShortestEdge(sizes, max_size)
     if crop:
-        cropped = v2.Compose([ResizeShortestEdge(crop_resize, max_size), RandomSizeCrop(crop_min, crop_max), resize])
+        cropped = v2.Compose(
+            [ResizeShortestEdge(crop_resize, max_size, fit=False), RandomSizeCrop(crop_min, crop_max), resize]
+        )
         steps.append(v2.RandomChoice([resize, cropped], p=[1 - crop, crop]))
     else:
         steps.append(resize)

@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.loop import main_guard
-from detection import SetCriterion, evaluate, predict, train
+from detection import SetCriterion, evaluate, predict, train, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -278,6 +278,29 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
     assert last.read_bytes() == before
 
 
+def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
+    options = ["train.grad_checkpointing=true", "data.cache=memory", "data.train.max_pixels=5000", "train.steps=3"]
+    options += ["train.lr=1e-3", "train.lr_batch_size=8", "train.layer_decay=0.5", "train.backbone_lr_scale=1"]
+    train.main([str(config_file), *options])
+    run = tmp_path / "run"
+    assert "2 images a step (2 x 1 accumulated x 1 processes), learning rate 0.0005, 0.001 for 8 images" in (
+        (run / "train.log").read_text()
+    )
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines if line["kind"] == "train"] == [5e-4] * 3
+    # it ends in the midst of its second epoch, and is evaluated there
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [2, 3]
+    assert (run / "worst.png").exists()
+    # then on data with one class more
+    for split in ("train", "val"):
+        data = json.loads((tmp_path / f"scenes/{split}.json").read_text())
+        data["categories"].append({"id": 50, "name": "green"})
+        write_json(tmp_path / f"scenes/{split}.json", data)
+    train.main([str(config_file), "train.steps=1", f"model.checkpoint_path={run}/best.pth", f"output={tmp_path}/new"])
+    assert f"starts from {run}/best.pth, new class heads" in (tmp_path / "new/train.log").read_text()
+    assert load_checkpoint(tmp_path / "new/last.pth")["class_names"] == ["blue", "red", "green"]
+
+
 def test_bfloat16_without_averaged_weights(config_file, tmp_path):
     train.main([str(config_file), "train.amp=bf16", "train.epochs=1", "train.ema_decay=0"])
     assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
@@ -340,19 +363,21 @@ def test_two_processes_train_and_evaluate(config_file, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
-    arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1"]
+    arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1", "train.worst=0", "train.pictures=0"]
+    # steps of two batches each
+    arguments += ["train.batch_size=1", "train.accumulate=2"]
     train.main([*arguments, f"output={tmp_path}/whole"])
     whole = load_checkpoint(tmp_path / "whole/last.pth")
     # kills itself with SIGKILL right after its n-th checkpoint
     script = (
-        "import os, sys, detection.train as t\n"
+        "import os, sys, detection.train, detection.trainer as t\n"
         "save, count = t.save_checkpoint, [0]\n"
         "def die(path, state):\n"
         "    save(path, state)\n"
         "    count[0] += 1\n"
         "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
         "t.save_checkpoint = die\n"
-        "t.main(sys.argv[2:])\n"
+        "detection.train.main(sys.argv[2:])\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     # in the middle of the first epoch, before its evaluation, between best.pth and last.pth after it
@@ -382,7 +407,7 @@ def test_an_evaluation_that_fails_loses_no_training(config_file, scenes, tmp_pat
     assert [trained[key] for key in ("step", "epoch", "step_in_epoch")] == [2, 0, 2]
     path.write_bytes(content)
     # all that is left to do is the evaluation
-    monkeypatch.setattr(train.Trainer, "train_step", None)
+    monkeypatch.setattr(trainer.Trainer, "train_step", None)
     train.main([str(config_file), "train.epochs=1", "train.resume=true"])
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

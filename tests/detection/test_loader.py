@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from detection.data import (
     read_coco,
     train_transform,
 )
+from detection.data.cache import ImageCache
 from detection.data.loader import Collate
 
 TRANSFORM = {
@@ -155,3 +157,72 @@ def test_a_truncated_image_stops_the_loader_and_is_named(scenes):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"train_2.jpg: cannot be read as an image"):
         load(scenes, workers=0)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate", "batch_size"), [(1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1)])
+def test_steps_take_the_same_images_however_they_are_split(world_size, accumulate, batch_size):
+    def steps(batch_size, world_size, accumulate):
+        samplers = [
+            AspectRatioBatchSampler(mixed(23, 18), batch_size, 3, r, world_size, accumulate) for r in range(world_size)
+        ]
+        batches = [list(sampler) for sampler in samplers]
+        assert {len(share) for share in batches} == {len(samplers[0])} == {samplers[0].steps * accumulate}
+        assert samplers[0].images == 8
+        return [
+            sorted(key for share in batches for batch in share[i : i + accumulate] for key in batch)
+            for i in range(0, len(samplers[0]), accumulate)
+        ]
+
+    assert steps(batch_size, world_size, accumulate) == steps(8, 1, 1)
+
+
+def test_an_epoch_of_accumulated_batches_is_entered_at_a_step():
+    sampler = AspectRatioBatchSampler(mixed(20, 0), 2, 3, accumulate=3)
+    whole = list(sampler)
+    sampler.set_position(0, 1)
+    assert list(sampler) == whole[3:]
+
+
+def test_images_of_a_step_have_similar_shapes():
+    data = records([(100 + 10 * (i % 10), 100) for i in range(1, 401)])
+    spreads = []
+    for batch in AspectRatioBatchSampler(data, 4, 0):
+        ratios = [data[index].width for _, index in batch]
+        spreads.append(max(ratios) - min(ratios))
+    assert sum(spreads) / len(spreads) < 20
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_no_batch_has_more_pixels_than_allowed(scenes, multiple):
+    limit = 3 * 48 * 48
+    annotations = read_coco(scenes / "train.json", scenes / "images")
+    sampler = AspectRatioBatchSampler(annotations.records, 2, seed=3, max_pixels=limit, pad_multiple=multiple)
+    settings = TRANSFORM | {"sizes": [48, 90], "max_size": 200}
+    seen = set()
+    for epoch in range(8):
+        sampler.set_position(epoch)
+        dataset = DetectionDataset(annotations.records, train_transform(**settings), seed=3)
+        for images, _, targets in make_loader(dataset, sampler, multiple, 0, pin_memory=False):
+            pixels = images.shape[0] * images.shape[2] * images.shape[3]
+            assert pixels <= limit
+            seen.add(pixels)
+            assert all(target["boxes"].max() <= 1 for target in targets if len(target["boxes"]))
+    assert max(seen) > 0.6 * limit
+
+
+@pytest.mark.parametrize(("gib", "kept"), [(1.0, 4), (2.5 * 3 * 80 * 60 / 2**30, 2), (0.0, 0)])
+def test_cached_images_change_nothing(scenes, gib, kept):
+    annotations = read_coco(scenes / "train.json", scenes / "images")
+    cache = ImageCache(gib)
+    cache.fill(annotations.records)
+    assert len(cache) == kept
+    if kept == 4:
+        shutil.rmtree(scenes / "images")
+    batches = []
+    for workers in (0, 2):
+        dataset = DetectionDataset(annotations.records, train_transform(**TRANSFORM), 3, cache)
+        sampler = AspectRatioBatchSampler(annotations.records, 2, seed=3)
+        batches.append(list(make_loader(dataset, sampler, 1, workers, pin_memory=False)))
+    assert_same(*batches)
+    if kept < 4:
+        assert_same(batches[0], load(scenes, workers=0))

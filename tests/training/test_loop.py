@@ -1,6 +1,7 @@
 """Seeds, order of samples, optimizer groups, schedules and what a command prints when it fails."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -14,21 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from dat.training.distributed import Distributed, prepare_output, setup_distributed, stop_on_sigterm
 from dat.training.errors import ConfigError, DataError, NonFiniteError
-from dat.training.loop import (
-    Distributed,
-    EpochBatchSampler,
-    clip_gradients,
-    create_timm_model,
-    isolated_rng,
-    main_guard,
-    make_scheduler,
-    param_groups,
-    prepare_output,
-    seed_everything,
-    setup_distributed,
-    stop_on_sigterm,
-)
+from dat.training.loop import EpochBatchSampler, create_timm_model, isolated_rng, main_guard, seed_everything
+from dat.training.optim import clip_gradients, layer_scales, make_scheduler, param_groups, scaled_lr
 
 
 def draw():
@@ -119,6 +109,26 @@ def test_groups_scale_rates_and_spare_biases():
     assert [g["weight_decay"] for g in nested for p in g["params"] if p is model.table] == [0.0]
     with pytest.raises(ConfigError, match="'^bakbone' matches no parameter".replace("^", r"\^")):
         param_groups(model, 0.5, 0.1, {"^bakbone": 0.1})
+
+
+def test_rates_follow_the_images_of_a_step():
+    assert scaled_lr(1e-3, 4, 0) == 1e-3
+    assert scaled_lr(1e-3, 8, 32) == pytest.approx(5e-4)
+    assert scaled_lr(1e-3, 8, 32, "linear") == pytest.approx(2.5e-4)
+
+
+def test_rates_of_layers_fall_from_the_head_down():
+    model = create_timm_model({"name": "test_vit"}, num_classes=3)
+    scales = layer_scales(model, 0.5)
+    assert scales.keys() == {name for name, _ in model.named_parameters()}
+    assert scales["head.weight"] == 1
+    blocks = [scales[f"blocks.{i}.mlp.fc1.weight"] for i in range(len(model.blocks))]
+    assert all(upper == 2 * lower for lower, upper in itertools.pairwise(blocks))
+    assert scales["patch_embed.proj.weight"] == blocks[0] / 2
+    groups = param_groups(model, 1.0, 0.1, {"^head": 0.1}, scales)
+    found = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    assert found[id(model.head.weight)] == pytest.approx(0.1)
+    assert found[id(model.patch_embed.proj.weight)] == scales["patch_embed.proj.weight"]
 
 
 def rates(steps, **arguments):
@@ -241,7 +251,8 @@ def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected):
 READERS = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, Dataset
-from dat.training.loop import loader_options, stop_on_sigterm
+from dat.training.distributed import stop_on_sigterm
+from dat.training.loop import loader_options
 
 class Slow(Dataset):
     def __len__(self):
@@ -291,7 +302,7 @@ def test_sigterm_is_answered_at_the_next_question(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested(ALONE)
         with pytest.raises(SystemExit) as ended:
-            stop.exit()
+            stop.exit(ALONE)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert "train.resume=true" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Fully sharded training (FSDP2): each process keeps a share of the weights, gradients and optimizer state.
+
+Checkpoints are the same as without: whole tensors, so that a run may go on either way.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# parameters from which a module of a list is gathered on its own; smaller ones are gathered with the rest
+LEAST = 100_000
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Replaces the parameters, the same on every process, by shares of them.
+
+    The blocks or layers of the model (modules of its lists and sequences) are gathered one by one when they run.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for unit in list(_units(model)):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called for a model."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(value: Any) -> Any:
+    """A copy of nested dictionaries and lists with whole tensors in place of shares; every process has to call it.
+
+    Such tensors are moved to the CPU, one by one.
+    """
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, dict):
+        return type(value)((key, whole(item)) for key, item in value.items())
+    return [whole(item) for item in value] if isinstance(value, list) else value
+
+
+def share_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state of whole tensors as that of a sharded model; every process has to call it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # a state of another model is left to load_state_dict, which says so
+    shared = {
+        index: {key: _share(item, parameters[index]) for key, item in values.items()}
+        for index, values in state["state"].items()
+        if index < len(parameters)
+    }
+    return {**state, "state": shared}
+
+
+def _share(value: Any, parameter: Tensor) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules in lists and sequences that are large enough."""
+    for child in module.children():
+        listed = isinstance(module, (nn.ModuleList, nn.Sequential)) and not isinstance(child, nn.ModuleList)
+        if listed and sum(parameter.numel() for parameter in child.parameters()) >= LEAST:
+            yield child
+        else:
+            yield from _units(child)

@@ -1,0 +1,130 @@
+"""Two processes train and evaluate as one process does."""
+
+import json
+import os
+
+import pytest
+import torch
+from coco_scenes import write_json, write_scenes
+from processes import run_processes
+
+from dat.training import sharding
+from dat.training.checkpoint import load_checkpoint
+from dat.training.errors import ConfigError
+from detection import train
+
+# no images of two sizes in a batch, whose padding would differ, and none left out
+SAME = ["data.train.sizes=[48]", "data.train.crop=0", "model.drop_rate=0", "model.freeze_batch_norm=true"]
+PLAIN = [*SAME, "train.epochs=2", "train.eval_batch_size=1", "train.pictures=0", "train.worst=0"]
+
+
+@pytest.fixture
+def one_size(config_file, scenes):
+    """A configuration whose eight training and three validation images, uneven shares, are of one size."""
+    for split, count in (("train", 16), ("val", 6)):
+        data = write_scenes(scenes, split, count)
+        data["images"] = data["images"][::2]
+        ids = {image["id"] for image in data["images"]}
+        # objects are spread unevenly too: the second image has none
+        ids -= {data["images"][1]["id"]}
+        data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
+        write_json(scenes / f"{split}.json", data)
+    return config_file
+
+
+def weights(folder):
+    return load_checkpoint(folder / "last.pth")["state_dict"]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((value.double() - b[name].double()).abs().max().item() for name, value in a.items())
+
+
+class RecordingAdamW(torch.optim.AdamW):
+    """Keeps the gradients of the first step in the file `path`.
+
+    The larger eps: Adam makes whole steps of gradients that are rounding alone, such as those of the keys' biases,
+    which softmax ignores.
+    """
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named, eps=1e-3)
+
+    def step(self, *arguments, **named):
+        if not self.path.exists():
+            torch.save(sharding.whole([p.grad for group in self.param_groups for p in group["params"]]), self.path)
+        return super().step(*arguments, **named)
+
+
+def run(config, folder, *overrides):
+    RecordingAdamW.path = folder / f"gradients_{os.environ['RANK']}.pth"
+    torch.optim.AdamW = RecordingAdamW
+    train.main([str(config), *PLAIN, f"output={folder}/run", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("processes", "split"),
+    [
+        (1, ["train.batch_size=1", "train.accumulate=4"]),
+        (2, ["train.batch_size=2"]),
+        (2, ["train.batch_size=1", "train.accumulate=2"]),
+    ],
+)
+def test_the_split_of_a_step_changes_nothing(one_size, tmp_path, processes, split):
+    """Gradients, weights, losses and AP are those of one process that takes all images at once."""
+    found = []
+    for name, count, overrides in (("whole", 1, ["train.batch_size=4"]), ("split", processes, split)):
+        (tmp_path / name).mkdir()
+        codes, errors, _ = run_processes(count, run, tmp_path, one_size, tmp_path / name, *overrides)
+        assert codes == [0] * count, errors
+        gradients = torch.load(tmp_path / name / "gradients_0.pth")
+        metrics = json.loads((tmp_path / name / "run/metrics.json").read_text())
+        lines = [json.loads(line) for line in (tmp_path / name / "run/log.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if line["kind"] == "train"]
+        found.append((gradients, metrics, losses, weights(tmp_path / name / "run")))
+    (gradients, metrics, losses, whole), (other_gradients, other_metrics, other_losses, other) = found
+    for gradient, other_gradient in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-6)
+    assert losses == pytest.approx(other_losses, rel=1e-4)
+    assert len(losses) == 4
+    assert largest_difference(whole, other) < 1e-5
+    assert {k: metrics[k] for k in ("AP", "AP50")} == {k: other_metrics[k] for k in ("AP", "AP50")}
+
+
+def test_more_processes_than_images_to_evaluate(one_size, tmp_path):
+    codes, errors, _ = run_processes(
+        4, run, tmp_path, one_size, tmp_path, "train.batch_size=1", "train.epochs=1", "train.eval_batch_size=2"
+    )
+    assert codes == [0] * 4, errors
+    results = json.loads((tmp_path / "run/detections.json").read_text())
+    assert len({result["image_id"] for result in results}) == 3
+
+
+def run_sharded(config, folder, *overrides):
+    # the layers of the tiny model too
+    sharding.LEAST = 1000
+    run(config, folder, "train.fsdp=true", *overrides)
+
+
+def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoints(one_size, tmp_path):
+    found = []
+    for name, stages in (("copies", [(run, 5)]), ("mixed", [(run, 1), (run_sharded, 3), (run, 5)])):
+        (tmp_path / name).mkdir()
+        for function, steps in stages:
+            overrides = [f"train.steps={steps}", "train.batch_size=2", "train.eval_epochs=9", "train.schedule=step"]
+            arguments = (one_size, tmp_path / name, *overrides, "train.resume=true")
+            codes, errors, _ = run_processes(2, function, tmp_path, *arguments)
+            assert codes == [0, 0], errors
+        metrics = json.loads((tmp_path / name / "run/metrics.json").read_text())
+        found.append((load_checkpoint(tmp_path / name / "run/last.pth"), {key: metrics[key] for key in ("AP", "AP50")}))
+    (whole, metrics), (mixed, other_metrics) = found
+    assert mixed["step"] == whole["step"] == 5
+    for key in ("state_dict", "state_dict_ema"):
+        assert largest_difference(whole[key], mixed[key]) < 1e-5
+    assert metrics == other_metrics
+
+
+def test_one_process_has_nothing_to_share(one_size, capsys):
+    with pytest.raises(ConfigError, match=r"train.fsdp is true, but there is only one process"):
+        train.main([str(one_size), "train.fsdp=true"])

@@ -1,0 +1,52 @@
+"""Several processes of a job, forked: importing torch anew takes seconds."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def run_processes(count, function, folder: Path, *arguments, timeout=120):
+    """Runs function(*arguments) in `count` processes under torchrun's variables.
+
+    Returns their exit codes, what they wrote to stderr, and the moments (time.time()) at which they ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    errors = [folder / f"errors_{rank}" for rank in range(count)]
+    processes = [
+        context.Process(target=_enter, args=(rank, count, port, errors[rank], function, arguments))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    ended = [0.0] * count
+    deadline = time.time() + timeout
+    try:
+        while not all(ended) and time.time() < deadline:
+            time.sleep(0.05)
+            for rank, process in enumerate(processes):
+                if process.exitcode is not None and not ended[rank]:
+                    ended[rank] = time.time()
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    assert all(ended), [path.read_text() for path in errors]
+    return [process.exitcode for process in processes], [path.read_text() for path in errors], ended
+
+
+def _enter(rank, count, port, errors, function, arguments):
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    # pytest has put its own in the place of the process's
+    sys.stderr = os.fdopen(os.open(errors, os.O_WRONLY | os.O_CREAT), "w", buffering=1)
+    torch.set_num_threads(1)
+    function(*arguments)
