@@ -236,11 +236,11 @@ def check_model(model: ModelConfig) -> None:
     """Raises ConfigError on parts of a model that do not go together, before any of it is made."""
     if "name" not in model.backbone:
         raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
-    if model.two_stage and not model.box_refine:
-        raise ConfigError("model.two_stage is true, which needs model.box_refine=true")
-    if model.kind == "detr" and model.box_refine:
+    if model.kind == "detr" and (model.two_stage or model.box_refine):
         wrong = "two_stage" if model.two_stage else "box_refine"
         raise ConfigError(f"model.{wrong} is true, which needs model.kind=deformable_detr; it is detr")
+    if model.two_stage and not model.box_refine:
+        raise ConfigError("model.two_stage is true, which needs model.box_refine=true")
     if model.kind != "detr" and model.pre_norm:
         raise ConfigError(f"model.pre_norm is true, which needs model.kind=detr; it is {model.kind}")
     if model.embed_dim % 4 or model.embed_dim % model.num_heads:

@@ -149,5 +149,8 @@ class DETR(BaseDETR):
 
 
 def _attended(padding_mask: Tensor) -> Tensor:
-    """The mask [B, S] without that of images that are padding alone: attention to nothing at all would be NaN."""
+    """The mask [B, S] without that of images that are padding alone.
+
+    Attention to nothing at all is 0 / 0, to which not every version and kernel of the attention has an answer.
+    """
     return padding_mask & ~padding_mask.all(1, keepdim=True)

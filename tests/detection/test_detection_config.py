@@ -108,7 +108,7 @@ def test_values_that_cannot_work_are_named(override, message):
     [
         (["two_stage=true"], "model.two_stage is true, which needs model.box_refine=true"),
         (["kind=detr", "box_refine=true"], "model.box_refine is true, which needs model.kind=deformable_detr"),
-        (["kind=detr", "box_refine=true", "two_stage=true"], "model.two_stage is true, which needs model.kind="),
+        (["kind=detr", "two_stage=true"], "model.two_stage is true, which needs model.kind="),
         (["pre_norm=true"], "model.pre_norm is true, which needs model.kind=detr; it is deformable_detr"),
         (["num_heads=5"], "model.embed_dim is 256, should be a multiple of 4 and of model.num_heads, 5"),
         (["backbone.out_indices=[1, 2, 3, 4]", "num_levels=3"], "model.num_levels is 3, fewer than the 4 maps of"),
