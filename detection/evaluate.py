@@ -4,7 +4,8 @@
     torchrun --nproc-per-node N -m detection.evaluate CHECKPOINT [key.path=value ...]
 
 The overrides change the configuration that the checkpoint carries, for instance data.root or data.val.annotations.
-Prints AP by class; writes metrics.json and detections.json into evaluation/ beside the checkpoint, or into `--out`.
+Prints AP by class; writes metrics.json, detections.json and worst.png (objects missed and false detections) into
+evaluation/ beside the checkpoint, or into `--out`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from .config import DetectionConfig, check_config
 from .data import Batch, CocoAnnotations, DetectionDataset, SameSizeBatchSampler, make_loader, read_coco, val_transform
 from .data.cache import ImageCache
 from .evaluator import average_precision, detect, format_table, gather_results
+from .misses import draw_worst
 
 
 def val_loader(
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     write_json(out / "detections.json", results)
+    draw_worst(annotations, results, out / "worst.png", config.train.worst)
     print(f"{format_table(metrics)}\nwritten to {out}")
 
 

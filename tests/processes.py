@@ -1,4 +1,7 @@
-"""Several processes of a job, forked: importing torch anew takes seconds."""
+"""Several processes of a job, forked from one that has imported much and done nothing: importing takes seconds.
+
+Forked from this process they could not use autograd once a test here has.
+"""
 
 import multiprocessing
 import os
@@ -18,7 +21,8 @@ def run_processes(count, function, folder: Path, *arguments, timeout=120):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detection.train", "classification.train", "pytest"])
     errors = [folder / f"errors_{rank}" for rank in range(count)]
     processes = [
         context.Process(target=_enter, args=(rank, count, port, errors[rank], function, arguments))

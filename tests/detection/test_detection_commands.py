@@ -297,7 +297,7 @@ def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
         data["categories"].append({"id": 50, "name": "green"})
         write_json(tmp_path / f"scenes/{split}.json", data)
     train.main([str(config_file), "train.steps=1", f"model.checkpoint_path={run}/best.pth", f"output={tmp_path}/new"])
-    assert f"starts from {run}/best.pth, new class heads" in (tmp_path / "new/train.log").read_text()
+    assert f"starts from {run}/best.pth\n" in (tmp_path / "new/train.log").read_text()
     assert load_checkpoint(tmp_path / "new/last.pth")["class_names"] == ["blue", "red", "green"]
 
 
