@@ -34,11 +34,11 @@ class MeasuredBackbone(Measured):
         super().__init__(model, [images], lambda logits: F.cross_entropy(logits, labels), spec["threads"])
 
     def answers(self) -> dict[str, Callable[..., Any]]:
-        return {**super().answers(), "block": self.block, "output": self.output}
+        return {**super().answers(), "part": self.part, "output": self.output}
 
-    def block(self, stage: int, index: int) -> float | None:
-        """Megabytes that forward and backward of one block hold at once, beyond its input."""
-        run = self._block(stage, index)
+    def part(self, name: str, stage: int, index: int) -> float | None:
+        """Megabytes that forward and backward of a "block" or its "attention" hold at once, beyond the input."""
+        run = self._part(name, stage, index)
         run()
         return megabytes(peak_bytes(run, self.device))
 
@@ -46,22 +46,25 @@ class MeasuredBackbone(Measured):
         """Writes the logits to a file."""
         torch.save(self.forward().cpu(), path)
 
-    def _block(self, stage: int, index: int) -> Callable[[], None]:
+    def _part(self, part: str, stage: int, index: int) -> Callable[[], None]:
         (images,) = self.inputs
         H, W = (-(-side // (4 * 2**stage)) for side in images.shape[2:])
         if hasattr(self.model, "stages"):
             block = self.model.stages[stage].blocks[index]
+            function = block if part == "block" else block.attn
             shape = (len(images), H, W, block.norm1.weight.numel())
         else:
             config, name = self.model.stage_configs[stage], f"stages.{stage}.blocks.{index}"
-            block = partial(self.model.block, name, config["blocks"][index], config)
+            function = partial(self.model.block, name, config["blocks"][index], config)
+            if part == "attention":
+                function = partial(self.model.deformable, f"{name}.attn", config, shift=False)
             shape = (len(images), self.model.get(f"{name}.norm1.weight").numel(), H, W)
         x = torch.randn(shape, device=self.device, requires_grad=True)
 
         def run() -> None:
             self.model.zero_grad()
             x.grad = None
-            block(x).square().mean().backward()
+            function(x).square().mean().backward()
 
         return run
 

@@ -104,12 +104,13 @@ class Competition:
         return self.row(f"peak of {what}", **peaks(self.start, implementations, "peak", what))
 
     def blocks(self) -> Iterator[Row]:
-        """Megabytes that the first deformable block of each stage holds at once, forward and backward."""
+        """Megabytes that the first deformable block of each stage, and its attention, hold, forward and backward."""
         for stage, config in enumerate(self.stages):
             index = config["blocks"].find("D")
             if index >= 0:
-                found = peaks(self.start, ("ours", "official"), "block", stage, index)
-                yield self.row(f"peak of block {stage}.{index}", **found)
+                for part in ("block", "attention"):
+                    found = peaks(self.start, ("ours", "official"), "part", part, stage, index)
+                    yield self.row(f"peak of {part} {stage}.{index}", **found)
 
     def difference(self) -> Row:
         """How far the logits of ours are from those of the official formulation."""

@@ -104,15 +104,7 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
         ConfigError: no such file.
         CheckpointError: not a checkpoint, or of another model; names the first tensor that differs.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{key}: no such file: {path}")
-    try:
-        # Official checkpoints hold their command line, and schedulers their milestones.
-        with torch.serialization.safe_globals([argparse.Namespace, Counter]):
-            theirs = timm.models.load_state_dict(str(path), weights_only=True)
-    except (*BROKEN, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    theirs = _read(path, key)
     try:
         state = convert(theirs, model)
     except ValueError as error:
@@ -125,6 +117,32 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)} | heads
     load_weights(model, state, path)
     return fits
+
+
+def num_classes(path: str | Path, kind: str) -> int:
+    """Classes of a detector's file, "no object" left out; `kind` is "detr" or "deformable_detr".
+
+    Raises:
+        ConfigError: no such file.
+        CheckpointError: not a checkpoint of a detector.
+    """
+    is_detr = kind == "detr"
+    for name, tensor in _read(path, "WEIGHTS").items():
+        if re.match(r"class_embed\..*bias$", _rename(name, is_detr)):
+            return len(tensor) - is_detr
+    raise CheckpointError(f"{path}: not of a DETR: it has no class heads")
+
+
+def _read(path: str | Path, key: str) -> dict[str, Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{key}: no such file: {path}")
+    try:
+        # Official checkpoints hold their command line, and schedulers their milestones.
+        with torch.serialization.safe_globals([argparse.Namespace, Counter]):
+            return timm.models.load_state_dict(str(path), weights_only=True)
+    except (*BROKEN, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
 
 
 def _rename(name: str, is_detr: bool) -> str:

@@ -1,14 +1,24 @@
 """MLP with a depth-wise convolution between its two layers, as in DAT++."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Values between the linear layers, of an image, beyond which its map is computed in parts.
+LARGE_MAP = 2**21
+# The same, of a batch, in a part.
+PART = 2**20
 
 
 class ConvMlp(nn.Module):
     """Linear layer, 3x3 depth-wise convolution, GELU, linear layer: [B, H, W, C] to [B, H, W, C].
+
+    What is between the linear layers would be most of what a block holds. Of maps as large as those of detectors it is
+    in memory for a few rows at a time, and computed again in the backward pass.
 
     Args:
         dim: channels C.
@@ -36,12 +46,31 @@ class ConvMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        width = W * self.fc1.out_features
+        # A dropped cell is another one in the rows that two parts share, and the compiler plans memory by itself.
+        whole = (self.training and self.drop.p > 0) or torch.compiler.is_compiling()
+        if whole or H * width <= LARGE_MAP:
+            return self._rows(x, 0, H)
+        parts = x.split(max(PART // (B * width), 1), 1)
+        above = [x[:, :0], *(part[:, -1:] for part in parts[:-1])]
+        below = [*(part[:, :1] for part in parts[1:]), x[:, :0]]
+        run = partial(checkpoint, self._part, use_reentrant=False) if torch.is_grad_enabled() else self._part
+        return torch.cat([run(*rows) for rows in zip(above, parts, below, strict=True)], 1)
+
+    def _part(self, above: Tensor, part: Tensor, below: Tensor) -> Tensor:
+        """The result of some rows, which takes a row on either side, if there is one."""
+        return self._rows(torch.cat((above, part, below), 1), above.shape[1], part.shape[1])
+
+    def _rows(self, x: Tensor, start: int, count: int) -> Tensor:
+        """`count` rows of the result."""
+        rows = slice(start, start + count)
         x = self.fc1(x)
         if self.residual:
             x = self.drop(x)
-            x = F.gelu(x + depthwise(self.dwconv, x))
+            x = F.gelu(x[:, rows] + depthwise(self.dwconv, x)[:, rows])
         else:
-            x = self.drop(F.gelu(depthwise(self.dwconv, x)))
+            x = self.drop(F.gelu(depthwise(self.dwconv, x)[:, rows]))
         return self.drop(self.fc2(x))
 
 

@@ -19,8 +19,9 @@ from dat.layers import (
 )
 from dat.layers.mlp import depthwise
 
-# Shapes decide what these do, which torch.fx cannot trace.
+# Shapes, or whether gradients are wanted, decide what these do, which torch.fx cannot trace.
 for _layer in (
+    ConvMlp,
     DeformableAttention,
     NeighborhoodAttention,
     SlideAttention,

@@ -1,6 +1,6 @@
 """COCO-JSON detection data: annotations, augmentation, loaders."""
 
-from .coco import Category, CocoAnnotations, ImageRecord, read_coco, read_image, read_sample
+from .coco import Category, CocoAnnotations, ImageRecord, read_categories, read_coco, read_image, read_sample
 from .loader import (
     AspectRatioBatchSampler,
     Batch,
@@ -19,6 +19,7 @@ __all__ = [
     "ImageRecord",
     "SameSizeBatchSampler",
     "make_loader",
+    "read_categories",
     "read_coco",
     "read_image",
     "read_sample",

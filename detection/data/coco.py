@@ -113,6 +113,11 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
     return CocoAnnotations(path, found, tuple(records), warning)
 
 
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """The categories of an annotation file alone, in the order of their ids. Raises DataError as read_coco does."""
+    return _categories(path, read_json(path))
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An image file as tv_tensors.Image [3, H, W] uint8, RGB, whatever its mode.
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dat.layers import ConvMlp
+from dat.layers import ConvMlp, mlp
 
 
 def convolve(mlp: ConvMlp, x: torch.Tensor) -> torch.Tensor:
@@ -34,3 +34,38 @@ def test_drops_before_the_convolution_or_behind_the_activation(residual):
     first = mlp.fc1(x)
     torch.testing.assert_close(inputs[0], first if residual else F.gelu(convolve(mlp, first)))
     assert inputs[1].shape == (1, 4, 4, 6)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_a_large_map_in_parts_is_the_map_as_a_whole(monkeypatch, residual, rows):
+    torch.manual_seed(0)
+    layer = ConvMlp(6, 10, residual).double()
+    x = torch.randn(2, 11, 5, 6, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(x)
+
+    def results():
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
+
+    whole = results()
+    monkeypatch.setattr(mlp, "LARGE_MAP", 0)
+    monkeypatch.setattr(mlp, "PART", rows * 2 * 5 * 10)
+    calls = []
+    forward = ConvMlp._part
+    monkeypatch.setattr(ConvMlp, "_part", lambda *arguments: calls.append(1) or forward(*arguments))
+    for ours, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+    # again in the backward
+    assert len(calls) == 2 * -(-11 // rows)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole[0])
+
+
+def test_dropout_takes_a_large_map_as_a_whole(monkeypatch):
+    """A cell that two parts share would be dropped in one and kept in the other."""
+    monkeypatch.setattr(mlp, "LARGE_MAP", 0)
+    monkeypatch.setattr(ConvMlp, "_part", None)
+    layer = ConvMlp(6, 10, drop=0.5)
+    layer(torch.randn(1, 9, 5, 6)).sum().backward()
+    assert layer.fc1.weight.grad.isfinite().all()
