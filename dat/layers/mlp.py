@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Values between the linear layers, of an image, beyond which its map is computed in parts.
 LARGE_MAP = 2**21
-# The same, of a batch, in a part.
+# The same, in a part of a map or of a batch.
 PART = 2**20
 
 
@@ -47,8 +47,16 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
+        images = max(PART // max(H * W * self.fc1.out_features, 1), 1)
+        # A few images at a time stay in a processor's cache. The compiler plans memory by itself.
+        if x.device.type == "cpu" and images < B and not torch.compiler.is_compiling():
+            return torch.cat([self._images(part) for part in x.split(images)])
+        return self._images(x)
+
+    def _images(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
         width = W * self.fc1.out_features
-        # A dropped cell is another one in the rows that two parts share, and the compiler plans memory by itself.
+        # A dropped cell is another one in the rows that two parts share.
         whole = (self.training and self.drop.p > 0) or torch.compiler.is_compiling()
         if whole or H * width <= LARGE_MAP:
             return self._rows(x, 0, H)
@@ -68,7 +76,7 @@ class ConvMlp(nn.Module):
         x = self.fc1(x)
         if self.residual:
             x = self.drop(x)
-            x = F.gelu(x[:, rows] + depthwise(self.dwconv, x)[:, rows])
+            x = F.gelu(residual_depthwise(self.dwconv, x)[:, rows])
         else:
             x = self.drop(F.gelu(depthwise(self.dwconv, x)[:, rows]))
         return self.drop(self.fc2(x))
@@ -77,3 +85,14 @@ class ConvMlp(nn.Module):
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of a map [B, H, W, C]."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A map [B, H, W, C] and its convolution, one that keeps its size, added."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return x + depthwise(conv, x)
+    # One pass over the map, not two: the kernel with 1 added at its centre, beside which short numbers lose the rest.
+    centre = [side // 2 for side in reversed(conv.kernel_size) for _ in range(2)]
+    weight = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), centre)
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, padding=conv.padding, groups=conv.groups)
+    return x.permute(0, 2, 3, 1)

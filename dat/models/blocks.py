@@ -17,7 +17,7 @@ from dat.layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
-from dat.layers.mlp import depthwise
+from dat.layers.mlp import depthwise, residual_depthwise
 
 # Shapes, or whether gradients are wanted, decide what these do, which torch.fx cannot trace.
 for _layer in (
@@ -81,7 +81,7 @@ class LocalPerception(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + depthwise(self.conv, x)
+        return residual_depthwise(self.conv, x)
 
 
 class Block(nn.Module):

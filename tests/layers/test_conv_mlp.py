@@ -50,7 +50,9 @@ def test_a_large_map_in_parts_is_the_map_as_a_whole(monkeypatch, residual, rows)
 
     whole = results()
     monkeypatch.setattr(mlp, "LARGE_MAP", 0)
+    # of both images, but for what a batch does by itself
     monkeypatch.setattr(mlp, "PART", rows * 2 * 5 * 10)
+    monkeypatch.setattr(ConvMlp, "forward", ConvMlp._images)
     calls = []
     forward = ConvMlp._part
     monkeypatch.setattr(ConvMlp, "_part", lambda *arguments: calls.append(1) or forward(*arguments))
@@ -60,6 +62,24 @@ def test_a_large_map_in_parts_is_the_map_as_a_whole(monkeypatch, residual, rows)
     assert len(calls) == 2 * -(-11 // rows)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole[0])
+
+
+def test_a_batch_in_parts_is_the_batch_as_a_whole(monkeypatch):
+    torch.manual_seed(0)
+    layer = ConvMlp(6, 10).double()
+    x = torch.randn(5, 4, 3, 6, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    whole = layer(x)
+    expected = torch.autograd.grad(whole, [x, *layer.parameters()], cotangent)
+    monkeypatch.setattr(mlp, "PART", 2 * 4 * 3 * 10)
+    sizes = []
+    rows = ConvMlp._rows
+    monkeypatch.setattr(ConvMlp, "_rows", lambda self, x, *place: sizes.append(len(x)) or rows(self, x, *place))
+    parts = layer(x)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(parts, whole)
+    for ours, theirs in zip(torch.autograd.grad(parts, [x, *layer.parameters()], cotangent), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_dropout_takes_a_large_map_as_a_whole(monkeypatch):
