@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dat.layers import DeformConv2d, deform_conv2d
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# In float32 both have errors of sums of thousands, which depend on the processor.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
 
 
 @pytest.fixture(autouse=True)
