@@ -41,6 +41,7 @@ def measure(op: str, name: str, device: torch.device, natten: Natten | None, fle
         natten.load(tensors, **neighborhood_attn.options(work))
         row["natten_versions"] = natten.versions
         outputs["natten"] = natten.output()
+        row["natten_cores"] = round(natten.cores(), 2)
     row["error"] = {form: (output - exact).abs().max().item() for form, output in outputs.items()}
     half = [*(t.bfloat16() for t in tensors[:3]), *tensors[3:]]
     for pass_name, make in PASSES.items():
@@ -83,6 +84,8 @@ def text(row: Row) -> str:
         if key in row:
             figures = "  ".join(f"{name} {figure:.4g}" for name, figure in row[key].items())
             lines.append(f"  {key:<16}  {figures}")
+    if "natten_cores" in row:
+        lines.append(f"  {'natten_cores':<16}  {row['natten_cores']}")
     return "\n".join(lines)
 
 

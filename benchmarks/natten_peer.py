@@ -1,7 +1,12 @@
-"""NATTEN 0.14 as a peer of `neighborhood_attn`, in a Python of its own, since it needs a torch of its time."""
+"""NATTEN 0.14 as a peer of `neighborhood_attn`, in a Python of its own, since it needs a torch of its time.
+
+Its setup compiles without OpenMP, and then torch's headers run its CPU kernels on one thread whatever is asked for:
+build it with -fopenmp to compare on as many threads as ours. `cores` says which of the two it is.
+"""
 
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +48,10 @@ class Natten(Process):
         """Seconds of one of several calls in a row, a pass of `benchmarks.timing.PASSES`."""
         return self.ask("seconds", name, calls)
 
+    def cores(self) -> float:
+        """Seconds of processors in a second of forward: about 1 where its kernels run on one thread."""
+        return self.ask("cores")
+
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, size: tuple[int, int], kernel_size: int, scale: float
@@ -80,7 +89,15 @@ class Work:
     def seconds(self, name: str, calls: int) -> float:
         return seconds_of(self.runs[name], calls, torch.device("cpu"))
 
+    def cores(self) -> float:
+        run = self.runs["forward"]
+        run()
+        wall, processors = time.perf_counter(), time.process_time()
+        for _ in range(3):
+            run()
+        return (time.process_time() - processors) / (time.perf_counter() - wall)
+
 
 if __name__ == "__main__":
     work = Work(int(sys.argv[1]))
-    serve({"versions": work.versions, "load": work.load, "output": work.output, "seconds": work.seconds})
+    serve({name: getattr(work, name) for name in ("versions", "load", "output", "seconds", "cores")})
