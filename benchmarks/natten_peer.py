@@ -44,10 +44,6 @@ class Natten(Process):
             self.ask("output", f"{folder}/output")
             return torch.load(f"{folder}/output", weights_only=True)
 
-    def seconds(self, name: str, calls: int) -> float:
-        """Seconds of one of several calls in a row, a pass of `benchmarks.timing.PASSES`."""
-        return self.ask("seconds", name, calls)
-
     def cores(self) -> float:
         """Seconds of processors in a second of forward: about 1 where its kernels run on one thread."""
         return self.ask("cores")

@@ -6,19 +6,19 @@ Imports torch alone, so that a process may run beside an old one.
 
 import contextlib
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import memory_kept, peak_bytes
+from benchmarks.timing import medians, memory_kept, peak_bytes, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +61,10 @@ class Process:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
             raise ProcessEnded(f"{' '.join(self._command)} {how}")
         return json.loads(answer)
+
+    def seconds(self, name: str, calls: int) -> float:
+        """Seconds of one of several calls in a row of the pass `name`: what `benchmarks.timing.seconds_of` is here."""
+        return self.ask("seconds", name, calls)
 
     def __enter__(self) -> "Process":
         return self
@@ -113,25 +117,17 @@ class Measured:
         self.loss(self.model(*self.inputs)).backward()
         self.optimizer.step()
 
-    def seconds(self, name: str) -> float:
-        """Of one pass, with memory kept between passes, as allocators made for this do, which torch advises on CPUs."""
+    def seconds(self, name: str, calls: int) -> float:
+        """Of a pass, with memory kept between passes, as allocators made for this do, which torch advises on CPUs."""
         if self.kept is None:
             # for as long as the process lives, which answers about memory in another
             self.kept = memory_kept()
             self.kept.__enter__()
-        self._synchronize()
-        start = time.perf_counter()
-        getattr(self, name)()
-        self._synchronize()
-        return time.perf_counter() - start
+        return seconds_of(getattr(self, name), calls, self.device)
 
     def peak(self, name: str) -> float | None:
         """Megabytes that a pass holds at once, beyond what was there before it: weights and inputs."""
         return megabytes(peak_bytes(getattr(self, name), self.device))
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def megabytes(count: int | None) -> float | None:
@@ -140,18 +136,12 @@ def megabytes(count: int | None) -> float | None:
 
 def take_turns(processes: Mapping[str, Process], name: str, batch: int, repeats: int) -> dict[str, dict[str, float]]:
     """Median times of a pass in each process, and how often the first's goes into the others'."""
-    times: dict[str, list[float]] = {key: [] for key in processes}
-    for turn in range(repeats + 1):
-        for key, process in processes.items():
-            seconds = process.ask("seconds", name)
-            # The first call may make things that later ones find there.
-            if turn:
-                times[key].append(seconds)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    first = next(iter(medians.values()))
+    elsewhere = {key: partial(process.seconds, name) for key, process in processes.items()}
+    seconds = medians({}, torch.device("cpu"), repeats, math.inf, elsewhere)
+    first = next(iter(seconds.values()))
     return {
         key: {"ms": round(s * 1e3, 1), "images_per_second": round(batch / s, 2), "ratio": round(s / first, 2)}
-        for key, s in medians.items()
+        for key, s in seconds.items()
     }
 
 

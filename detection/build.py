@@ -1,5 +1,6 @@
 """A detector from its configuration, or from a checkpoint that carries it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 
 from dat.training.checkpoint import load_checkpoint, load_weights
-from dat.training.config import from_dict
+from dat.training.config import from_dict, to_dict
 from dat.training.errors import ConfigError
 from dat.training.weights import without_weights
 
@@ -84,6 +85,16 @@ def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
         focal_alpha=loss.focal_alpha,
         no_object_weight=loss.no_object_weight,
     )
+
+
+def detector_state(config: DetectionConfig, categories: Sequence[Category]) -> dict[str, Any]:
+    """What a checkpoint holds beside weights, so that `load_detector` can rebuild the detector."""
+    return {
+        "kind": "detection",
+        "config": to_dict(config),
+        "class_names": [category.name for category in categories],
+        "category_ids": [category.id for category in categories],
+    }
 
 
 def load_detector(path: Path, device: torch.device) -> Detector:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from dat.training.checkpoint import save_checkpoint
-from dat.training.config import load_config, to_dict
+from dat.training.config import load_config
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.loop import main_guard
 
 from . import official
 from .base import BaseDETR
-from .build import build_model
+from .build import build_model, detector_state
 from .config import DetectionConfig, check_config
 from .data import Category, read_categories
 from .deformable_detr import DeformableDETR
@@ -34,15 +34,10 @@ def keep_classes(state: dict[str, Tensor], model: BaseDETR, ids: Sequence[int]) 
     """
     last = [model.num_classes] if model.scores == "softmax" else []
     rows = torch.tensor([*ids, *last])
-    encoder = ""
+    kept = state | {name: tensor[rows] for name, tensor in state.items() if name.startswith("class_embed.")}
     if isinstance(model, DeformableDETR) and model.two_stage:
-        encoder = f"class_embed.{len(model.class_embed) - 1}."
-    kept = {}
-    for name, tensor in state.items():
-        if name.startswith("class_embed."):
-            first = name.startswith(encoder) and bool(encoder)
-            tensor = tensor[torch.cat([rows.new_zeros(1), rows[1:]]) if first else rows]
-        kept[name] = tensor
+        for name in (f"class_embed.{len(model.class_embed) - 1}.{part}" for part in ("weight", "bias")):
+            kept[name] = torch.cat([state[name][:1], kept[name][1:]])
     return kept
 
 
@@ -51,8 +46,9 @@ def convert(config: DetectionConfig, weights: Path, categories: Sequence[Categor
 
     Raises CheckpointError for weights of another model, or with fewer classes than the largest category id.
     """
-    model = build_model(config.model, official.num_classes(weights, config.model.kind), weights=False)
-    official.load(model, weights)
+    theirs = official.read(weights, "WEIGHTS")
+    model = build_model(config.model, official.num_classes(theirs, config.model.kind, weights), weights=False)
+    official.load_state(model, theirs, weights)
     largest = max(category.id for category in categories)
     if largest >= model.num_classes or min(category.id for category in categories) < 0:
         raise CheckpointError(
@@ -77,13 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out: {options.out.parent} should be a folder")
     save_checkpoint(
         options.out,
-        {
-            "kind": "detection",
-            "config": to_dict(config),
-            "class_names": [category.name for category in categories],
-            "category_ids": [category.id for category in categories],
-            "state_dict": state,
-        },
+        {**detector_state(config, categories), "state_dict": state},
     )
     print(f"{options.out}: {len(categories)} classes of {options.annotations}")
 

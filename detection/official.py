@@ -104,7 +104,11 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
         ConfigError: no such file.
         CheckpointError: not a checkpoint, or of another model; names the first tensor that differs.
     """
-    theirs = _read(path, key)
+    return load_state(model, read(path, key), path)
+
+
+def load_state(model: nn.Module, theirs: dict[str, Tensor], path: str | Path) -> bool:
+    """`load` of tensors that `read` has read from `path`."""
     try:
         state = convert(theirs, model)
     except ValueError as error:
@@ -119,21 +123,21 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
     return fits
 
 
-def num_classes(path: str | Path, kind: str) -> int:
-    """Classes of a detector's file, "no object" left out; `kind` is "detr" or "deformable_detr".
+def num_classes(theirs: dict[str, Tensor], kind: str, path: str | Path) -> int:
+    """Classes of a detector's tensors, "no object" left out; `kind` is "detr" or "deformable_detr".
 
     Raises:
-        ConfigError: no such file.
-        CheckpointError: not a checkpoint of a detector.
+        CheckpointError: not of a detector.
     """
     is_detr = kind == "detr"
-    for name, tensor in _read(path, "WEIGHTS").items():
+    for name, tensor in theirs.items():
         if re.match(r"class_embed\..*bias$", _rename(name, is_detr)):
             return len(tensor) - is_detr
     raise CheckpointError(f"{path}: not of a DETR: it has no class heads")
 
 
-def _read(path: str | Path, key: str) -> dict[str, Tensor]:
+def read(path: str | Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a detector's file, under its own names. Raises ConfigError and CheckpointError as `load` does."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{key}: no such file: {path}")

@@ -21,7 +21,7 @@ from dat.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from dat.training.config import save_config, to_dict
+from dat.training.config import save_config
 from dat.training.distributed import Distributed, StopSignal, stop_on_sigterm
 from dat.training.errors import CheckpointError, ConfigError, NonFiniteError
 from dat.training.files import write_json
@@ -31,7 +31,7 @@ from dat.training.loop import amp_context, seed_everything
 from dat.training.optim import clip_gradients, make_ema, make_scheduler, scaled_lr
 from dat.training.sharding import is_sharded, shard, share_optimizer_state, whole
 
-from .build import build_criterion, build_model
+from .build import build_criterion, build_model, detector_state
 from .config import DetectionConfig
 from .data import Batch, CocoAnnotations
 from .data.cache import ImageCache
@@ -335,10 +335,7 @@ class Trainer:
     def state(self, weights_only: bool = False) -> dict[str, Any]:
         """The checkpoint; `weights_only`: without what only training needs."""
         return {
-            "kind": "detection",
-            "config": to_dict(self.config),
-            "class_names": [category.name for category in self.train_set.categories],
-            "category_ids": [category.id for category in self.train_set.categories],
+            **detector_state(self.config, self.train_set.categories),
             **whole(training_state(self.model, self.ema, None if weights_only else self.optimizer)),
             **vars(self.progress),
         }

@@ -47,18 +47,20 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
+        # The compiler plans memory by itself.
+        if torch.compiler.is_compiling():
+            return self._rows(x, 0, H)
         images = max(PART // max(H * W * self.fc1.out_features, 1), 1)
-        # A few images at a time stay in a processor's cache. The compiler plans memory by itself.
-        if x.device.type == "cpu" and images < B and not torch.compiler.is_compiling():
+        # A few images at a time stay in a processor's cache.
+        if x.device.type == "cpu" and images < B:
             return torch.cat([self._images(part) for part in x.split(images)])
         return self._images(x)
 
     def _images(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
         width = W * self.fc1.out_features
-        # A dropped cell is another one in the rows that two parts share.
-        whole = (self.training and self.drop.p > 0) or torch.compiler.is_compiling()
-        if whole or H * width <= LARGE_MAP:
+        # A dropped cell would be another one in the rows that two parts share.
+        if H * width <= LARGE_MAP or (self.training and self.drop.p > 0):
             return self._rows(x, 0, H)
         parts = x.split(max(PART // (B * width), 1), 1)
         above = [x[:, :0], *(part[:, -1:] for part in parts[:-1])]

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 from detection import HungarianMatcher, SetCriterion, official
 from detection.criterion import PAPER_WEIGHTS
 
+# Arguments of small detectors.
+SMALL = {
+    "embed_dim": 32,
+    "num_heads": 4,
+    "encoder_depth": 1,
+    "decoder_depth": 2,
+    "mlp_dim": 48,
+    "num_queries": 9,
+    "drop_rate": 0.0,
+}
+
 
 class FixedFeatures(nn.Module):
     """Stands for a timm model made with features_only=True: returns the maps that it was given."""

@@ -1,20 +1,21 @@
 import pytest
 import timm
 import torch
-from detr_inputs import FixedFeatures, check_parity, fill, fixture_targets, formula_inputs, load_fixture, part, run
+from detr_inputs import (
+    SMALL,
+    FixedFeatures,
+    check_parity,
+    fill,
+    fixture_targets,
+    formula_inputs,
+    load_fixture,
+    part,
+    run,
+)
 from torch import nn
 
 from detection import DeformableDETR, HungarianMatcher, SetCriterion, official
 
-SMALL = {
-    "embed_dim": 32,
-    "num_heads": 4,
-    "encoder_depth": 1,
-    "decoder_depth": 2,
-    "mlp_dim": 48,
-    "num_queries": 9,
-    "drop_rate": 0.0,
-}
 VARIANTS = [(False, False), (True, False), (True, True)]
 
 

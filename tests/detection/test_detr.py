@@ -2,20 +2,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from detr_inputs import FixedFeatures, check_parity, fill, formula_inputs, load_fixture, part, run
+from detr_inputs import SMALL, FixedFeatures, check_parity, fill, formula_inputs, load_fixture, part, run
 from torch import nn
 
 from detection import DETR, DeformableDETR, HungarianMatcher, SetCriterion
 
-SMALL = {
-    "embed_dim": 32,
-    "num_heads": 4,
-    "encoder_depth": 1,
-    "decoder_depth": 2,
-    "mlp_dim": 48,
-    "num_queries": 9,
-    "drop_rate": 0.0,
-}
 KEYS = ("pred_logits", "pred_boxes")
 
 
