@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +145,9 @@ class Trainer:
             cache.fill([*train.records, *val.records])
 
     def _wrap(self) -> nn.Module:
-        """The model as it is trained: shared among the processes, or a copy on each."""
+        """The model as it is trained: shared among the processes, or a copy on each; its calls may be compiled."""
+        if self.config.train.compile:
+            self.model.compile(dynamic=True)
         if not self.config.train.fsdp:
             return self.distributed.wrap(self.model)
         if self.distributed.world_size == 1:
@@ -271,7 +273,9 @@ class Trainer:
     def _where(self, image_ids: list[int]) -> str:
         return f"step {self.progress.step}, images {image_ids}"
 
-    def _forward(self, model: nn.Module, images: Tensor, mask: Tensor | None, part: int) -> dict[str, Any]:
+    def _forward(
+        self, model: Callable[..., dict[str, Any]], images: Tensor, mask: Tensor | None, part: int
+    ) -> dict[str, Any]:
         # drawn anew from the counters, so that a resumed run meets the same dropout
         place = part * self.distributed.world_size + self.distributed.rank
         seed_everything(self.config.seed, self.progress.step, place)
@@ -449,4 +453,5 @@ class Trainer:
         if is_sharded(self.model):
             return
         images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
-        trace_non_finite(self.model, lambda: self._forward(self.model, images, mask, part), where)
+        # not what was compiled, which has no hooks in its midst
+        trace_non_finite(self.model, lambda: self._forward(self.model.forward, images, mask, part), where)
