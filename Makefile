@@ -10,7 +10,7 @@ CLANG_FORMATTED := $(KERNELS) $(wildcard $(foreach suffix,h cuh cpp cu,tests/cud
 # What the wheel is installed beside to be checked: PYTHON:TORCH, torch as a requirement of pip.
 CHECKS ?= python3.10:torch~=2.11.0 python3.12:torch
 
-.PHONY: install demo test lint format wheel clean
+.PHONY: install demo test lint format docs wheel clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+docs: install
+	$(BIN)/python -m pip install --quiet mkdocs-material "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 format: install
 	$(BIN)/ruff check --fix .
