@@ -143,6 +143,7 @@ class TrainConfig:
     `worst`: objects that were missed, and false detections, to draw.
     `grad_checkpointing`: layers are computed again in the backward pass instead of kept in memory.
     `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large backbones.
+    `compile`: torch.compile, once for all image sizes, of which batches with and without padding are two graphs.
     `device`: auto, cpu or cuda.
     """
 
@@ -165,6 +166,7 @@ class TrainConfig:
     amp: Literal["none", "bf16"] = "none"
     grad_checkpointing: bool = False
     fsdp: bool = False
+    compile: bool = False
     ema_decay: float = 0.0
     eval_epochs: int = 1
     eval_batch_size: int = 4

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,8 @@ class Trainer:
         self.resume = resume
         # whole weights first: what is loaded then, and what the optimizer holds, may be shares of them
         state = None if resume is None else self._restore(resume)
+        if train_config.compile:
+            self.model.compile(dynamic=True)
         self.wrapped = wrap_model(self.model, self.ema, distributed, train_config.fsdp)
         self.optimizer = make_optimizer(self.model, train_config, self.lr, config.model.backbone)
         self.scheduler = make_scheduler(
@@ -249,7 +251,9 @@ class Trainer:
     def _where(self, image_ids: list[int]) -> str:
         return f"step {self.progress.step}, images {image_ids}"
 
-    def _forward(self, model: nn.Module, images: Tensor, mask: Tensor | None, part: int) -> dict[str, Any]:
+    def _forward(
+        self, model: Callable[..., dict[str, Any]], images: Tensor, mask: Tensor | None, part: int
+    ) -> dict[str, Any]:
         # drawn anew from the counters, so that a resumed run meets the same dropout
         place = part * self.distributed.world_size + self.distributed.rank
         seed_everything(self.config.seed, self.progress.step, place)
@@ -402,4 +406,5 @@ class Trainer:
         if is_sharded(self.model):
             return
         images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
-        trace_non_finite(self.model, lambda: self._forward(self.model, images, mask, part), where)
+        # not what was compiled, which has no hooks in its midst
+        trace_non_finite(self.model, lambda: self._forward(self.model.forward, images, mask, part), where)

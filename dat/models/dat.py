@@ -357,6 +357,7 @@ default_cfgs = generate_default_cfgs(
         "dat_base_384.in1k": _cfg(input_size=(3, 384, 384), pool_size=(12, 12)),
         "dat_nano.untrained": _cfg(),
         "dat_plus_tiny.in1k": _cfg_2023(first_conv="patch_embed.proj"),
+        "dat_plus_nano.untrained": _cfg_2023(first_conv="patch_embed.proj"),
         "dat_pp_tiny.in1k": _cfg_2023(),
         "dat_pp_small.in1k": _cfg_2023(),
         "dat_pp_base.in1k": _cfg_2023(),
@@ -441,6 +442,13 @@ def dat_base_384(pretrained: bool = False, **kwargs: Any) -> DAT:
 def dat_plus_tiny(pretrained: bool = False, **kwargs: Any) -> DAT:
     model_args = {"stages": _release_2023(64, 2, (1, 2, 4, 8), convs=False), "drop_path_rate": 0.2}
     return _create_dat("dat_plus_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dat_plus_nano(pretrained: bool = False, **kwargs: Any) -> DAT:
+    """A small DAT+ for tests, demos and CPUs; not one of the paper's."""
+    stages = _release_2023(32, 1, (1, 1, 2, 4), convs=False, depth=4)
+    return _create_dat("dat_plus_nano", pretrained, **dict({"stages": stages, "mlp_ratio": 3.0}, **kwargs))
 
 
 @register_model

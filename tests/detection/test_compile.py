@@ -3,8 +3,11 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
-from detection import DETR, DeformableDETR
+from dat.training.checkpoint import load_checkpoint
+from detection import DETR, DeformableDETR, train
+from detection.trainer import Trainer
 
 SMALL = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16, "num_queries": 5}
 
@@ -29,3 +32,33 @@ def test_one_graph_for_all_sizes(kind, options):
             outputs = compiled(images, mask)
             outputs["pred_boxes"].sum().backward()
             torch.testing.assert_close(outputs["pred_boxes"], model(images, mask)["pred_boxes"])
+
+
+def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkeypatch):
+    """And as many graphs as there are kinds of batches, not as many as there are sizes of images."""
+    compiled, sizes = [], set()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def compile_module(module, **options):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
+
+    def forward(self, model, images, mask, part):
+        sizes.add(images.shape)
+        return uncounted(self, model, images, mask, part)
+
+    uncounted = Trainer._forward
+    monkeypatch.setattr(Trainer, "_forward", forward)
+    monkeypatch.setattr(nn.Module, "compile", compile_module)
+    torch.compiler.reset()
+    # larger, of which no level has the size 1; no dropout
+    overrides = ["data.train.sizes=[96,112,128,144,160]", "data.train.max_size=224", "model.drop_rate=0"]
+    overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3"]
+    for run, compile_ in (("eager", "false"), ("compiled", "true")):
+        train.main([str(config_file), f"output={tmp_path / run}", f"train.compile={compile_}", *overrides])
+    eager, other = (load_checkpoint(tmp_path / run / "last.pth")["state_dict"] for run in ("eager", "compiled"))
+    for name, value in eager.items():
+        torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert 1 <= len(compiled) <= 2 < len(sizes)

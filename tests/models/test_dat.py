@@ -20,7 +20,7 @@ PARAMETERS = {
     "dat_pp_base": 93_690_640,
     "dat_pp_base_384": 93_690_640,
 }
-NANOS = ["dat_nano", "dat_pp_nano"]
+NANOS = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]
 NAMES = [*NANOS, *PARAMETERS]
 # Every block, every position bias, either stem that has no model of its own, and a stem of other channels.
 ZOO = (

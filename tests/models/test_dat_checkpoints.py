@@ -8,7 +8,7 @@ from torch import nn
 
 from dat.models.checkpoint import imagenet_22k_to_1k
 
-NAMES = ["dat_nano", "dat_pp_nano"]
+NAMES = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]
 
 
 @pytest.fixture(params=NAMES)
