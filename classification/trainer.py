@@ -1,4 +1,10 @@
-"""A training run: model, optimizer, schedule, evaluation, checkpoints."""
+"""A training run: model, optimizer, schedule, evaluation, checkpoints.
+
+A run that was stopped and goes on with the same split ends with the same bits on a CPU. How the images of a step are
+split, into processes and accumulated batches, may change between runs and in the midst of one: the order of the
+pictures, their augmentation, mixup and learning rates stay the same, gradients and metrics to the rounding of sums. What
+does depend on the split are the draws of dropout and drop path, and the statistics of batch norm, those of one batch.
+"""
 
 import time
 from collections.abc import Sequence
@@ -147,13 +153,15 @@ class Trainer:
         check_resumable(state["config"], self.config, FIXED_KEYS, path)
         if state["class_names"] != self.class_names:
             raise CheckpointError(f"{path}: was trained on classes other than those of data.root now")
-        if state["images_per_step"] != self.sampler.images:
+        # older checkpoints do not say
+        images = state.get("images_per_step", self.sampler.images)
+        if images != self.sampler.images:
             raise CheckpointError(
-                f"{path}: a step took {state['images_per_step']} images, it is now {self._describe_step()}; "
+                f"{path}: a step took {images} images, it is now {self._describe_step()}; "
                 "resuming needs the same number"
             )
         restore_weights(state, self.model, self.ema, path)
-        self.progress = progress = Progress(**{name: state[name] for name in vars(Progress())})
+        self.progress = progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
         if progress.step != progress.epoch * self.sampler.steps + progress.step_in_epoch:
             raise CheckpointError(
                 f"{path}: is of step {progress.step}, epoch {progress.epoch}, but an epoch of this data has "
@@ -307,8 +315,7 @@ class Trainer:
         """metrics.json, confusion.png, worst.png and predictions.png of the best epoch, and a table in the log."""
         self._warn(self.val_skipped)
         output, progress, train = self.output, self.progress, self.config.train
-        # without an epoch there is nothing to report
-        if not self.distributed.main or not (output / "best.pth").is_file():
+        if not self.distributed.main or not (output / "results.npz").is_file():
             return
         best = Results.load(output / "results.npz")
         metrics = {
