@@ -2,8 +2,8 @@
 
 A run that was stopped and goes on with the same split ends with the same bits on a CPU. How the images of a step are
 split, into processes and accumulated batches, may change between runs and in the midst of one: the order of the
-pictures, their augmentation, mixup and learning rates stay the same, gradients and metrics to the rounding of sums. What
-does depend on the split are the draws of dropout and drop path, and the statistics of batch norm, those of one batch.
+pictures, their augmentation, mixup and learning rates stay the same, gradients and metrics to the rounding of sums.
+Draws of dropout and drop path depend on the split, and so do the statistics of batch norm, those of one batch.
 """
 
 import time
