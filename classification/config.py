@@ -20,9 +20,16 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`."""
+    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`.
+
+    `path` hfds/NAME: a data set of the Hugging Face hub, or a folder that its package `datasets` can load; `split`,
+    `image_key` and `label_key` are names in it, and `data.root` is the folder of its cache, empty for its own.
+    """
 
     path: str = ""
+    split: str = "train"
+    image_key: str = "image"
+    label_key: str = "label"
 
 
 @dataclass
@@ -49,7 +56,7 @@ class DataConfig:
 
     root: str = "data/imagenet"
     train: SplitConfig = field(default_factory=lambda: SplitConfig("train"))
-    val: SplitConfig = field(default_factory=lambda: SplitConfig("val"))
+    val: SplitConfig = field(default_factory=lambda: SplitConfig("val", "validation"))
     img_size: int = 224
     crop_pct: float = 0.875
     crop_mode: Literal["center", "squash", "border"] = "center"
@@ -61,17 +68,23 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """`batch_size` is per process. Mixup and CutMix are timm's alphas, 0: off. `ema_decay` 0: no averaged weights.
+    """`batch_size` is per process; a step takes `accumulate` such batches of each process.
 
-    `lr` is for steps of `lr_batch_size` images of all processes, and scaled linearly with, or by the square root of
-    (`lr_scaling`), the number in use; 0: for any number. `layer_decay`: factor on the rates for each layer below the
-    head.
+    `mixup` and `cutmix` are timm's alphas, 0: off; they are drawn for each pair of pictures (timm's mode "pair"), so
+    that they do not depend on how a step is split. `ema_decay` 0: no averaged weights.
+    `lr` is for steps of `lr_batch_size` images, and scaled linearly with, or by the square root of (`lr_scaling`), the
+    number in use; 0: for any number. `layer_decay`: factor on the rates for each layer below the head.
+    `grad_checkpointing`: blocks are computed again in the backward pass instead of kept in memory.
+    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large models.
+    `channels_last`: maps, and without fsdp weights, lie in memory with the channels last. `compile`: torch.compile.
     `checkpoint_steps` 0: checkpoints at the ends of epochs only. `log_steps`: steps between lines of log.jsonl.
-    `pictures`: of the validation data, on the sheet that the run leaves; 0: no sheet.
+    `pictures`: of the validation data, on the sheet that the run leaves; 0: no sheet. `worst`: mistakes on another.
+    `wandb_project`: of Weights & Biases, that the numbers go to as well.
     """
 
     epochs: int = 300
     batch_size: int = 128
+    accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 1e-3
     lr_batch_size: int = 0
@@ -87,9 +100,15 @@ class TrainConfig:
     cutmix: float = 1.0
     ema_decay: float = 0.0
     amp: Literal["none", "bf16"] = "none"
+    grad_checkpointing: bool = False
+    fsdp: bool = False
+    channels_last: bool = False
+    compile: bool = False
     checkpoint_steps: int = 0
     log_steps: int = 50
     pictures: int = 32
+    worst: int = 32
+    wandb_project: str = ""
     resume: bool = False
     workers: int = 4
     device: str = "auto"
@@ -106,7 +125,7 @@ class ClassificationConfig:
 
 def check_config(config: ClassificationConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
-    counts = ("train.epochs", "train.batch_size", "train.log_steps", "data.img_size")
+    counts = ("train.epochs", "train.batch_size", "train.accumulate", "train.log_steps", "data.img_size")
     check_range(config, counts, 1)
     check_range(config, ("train.layer_decay",), 0, 1, exclusive=True)
     names = (
@@ -119,7 +138,7 @@ def check_config(config: ClassificationConfig) -> None:
         "cutmix",
         "checkpoint_steps",
     )
-    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "workers", "pictures"))), 0)
+    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "workers", "pictures", "worst"))), 0)
     shares = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing", "train.ema_decay")
     check_range(config, (*shares, "data.mean"), 0, 1)
     check_range(config, ("data.augment.color_jitter",), 0)

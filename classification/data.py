@@ -1,8 +1,5 @@
-"""Pictures of a folder or a tar, one class per folder, with augmentation that depends on (seed, epoch, index) alone."""
+"""Samples and batches of a split's pictures, with augmentation that depends on (seed, epoch, index) alone."""
 
-import struct
-import tarfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -11,61 +8,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_transform
+from timm.data import Mixup, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from classification.config import DataConfig
+from classification.config import DataConfig, TrainConfig
+from classification.readers import Split
+from dat.training.distributed import Distributed, gather
 from dat.training.errors import ConfigError, DataError
+from dat.training.files import UNREADABLE
 from dat.training.loop import EpochBatchSampler, isolated_rng, loader_options
 
-# PIL reports a broken file in several ways
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, tarfile.TarError, Image.DecompressionBombError)
 # more broken pictures than this in a row: something else is wrong
 MAX_IN_A_ROW = 100
-
-
-def open_split(root: str, path: str, key: str, class_names: Sequence[str] | None = None) -> tuple[Any, list[str]]:
-    """Lists the pictures of one split.
-
-    Args:
-        root, path: `data.root` and the split's path below it: a folder or a .tar, one folder per class.
-        key: of the split in the configuration, for messages.
-        class_names: those to number the classes by; None takes the folders' names, sorted naturally.
-    Returns:
-        timm's reader, item i is (open file, class index), and the class names.
-    Raises:
-        DataError: nothing there, no pictures, pictures outside class folders, or a class not in class_names.
-    """
-    place = Path(root) / path
-    if not place.exists():
-        raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
-    if place.is_file() and place.suffix != ".tar":
-        raise DataError(f"{key}: {place} is a file that is not a .tar")
-    try:
-        reader = ImageDataset(str(place)).reader
-    # timm gives up on a split without pictures in its own way for folders and for tars
-    except (RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise DataError(f"{key}: {place} holds no readable pictures in class folders") from error
-    found = _class_names(reader)
-    if not all(found):
-        raise DataError(f"{key}: {place} holds pictures outside class folders; it should hold one folder per class")
-    if class_names is None:
-        return reader, found
-    unknown = [name for name in found if name not in class_names]
-    if unknown:
-        raise DataError(
-            f"{key}: {place} has {len(found)} classes, {len(unknown)} of them (such as {unknown[0]!r}) not among the "
-            f"{len(class_names)} classes of the training data"
-        )
-    if found == list(class_names):
-        return reader, found
-    return ImageDataset(str(place), class_map={name: i for i, name in enumerate(class_names)}).reader, found
-
-
-def _class_names(reader: Any) -> list[str]:
-    indices = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
-    return sorted(indices, key=indices.get)
 
 
 def make_transform(data: DataConfig, training: bool) -> Any:
@@ -95,45 +50,38 @@ def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple
     return (max(1, *level_fn(level, hparams)),)
 
 
-def read_picture(reader: Any, index: int) -> tuple[Image.Image, int]:
-    """Picture `index` in RGB and its class. Raises one of UNREADABLE."""
-    file, label = reader[index]
-    with file, Image.open(file) as picture:
-        return picture.convert("RGB"), int(label)
-
-
-class TrainPictures(Dataset[tuple[Tensor, int, int, int]]):
-    """Item (epoch, index) is (image, label, index, used): an unreadable picture is replaced by the next readable one.
+class TrainPictures(Dataset[tuple[Tensor, int, int, int, int]]):
+    """Item (epoch, index) is (image, label, index, used, epoch); the next readable picture replaces an unreadable one.
 
     `used` is the index that was read in the end; every picture from `index` up to it is unreadable.
     """
 
-    def __init__(self, reader: Any, transform: Any, seed: int) -> None:
-        self.reader, self.transform, self.seed = reader, transform, seed
+    def __init__(self, split: Split, transform: Any, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.split)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int, int, int]:
         epoch, index = item
         for step in range(min(len(self), MAX_IN_A_ROW)):
             used = (index + step) % len(self)
             try:
-                picture, label = read_picture(self.reader, used)
+                picture, label = self.split.read(used)
             except UNREADABLE:
                 continue
             with isolated_rng(self.seed, epoch, index):
-                return self.transform(picture), label, index, used
-        name = self.reader.filename(index)
-        raise DataError(f"data.train: no picture can be read: {min(len(self), MAX_IN_A_ROW)} in a row from {name} on")
+                return self.transform(picture), label, index, used, epoch
+        count, name = min(len(self), MAX_IN_A_ROW), self.split.name(index)
+        raise DataError(f"data.train: no picture can be read: {count} in a row from {name} on")
 
 
 class EvalPictures(Dataset[tuple[Tensor, int, int]]):
     """Item i is (image, label, i) of every world_size-th picture; an unreadable one is black, with label -1."""
 
-    def __init__(self, reader: Any, transform: Any, rank: int = 0, world_size: int = 1) -> None:
-        self.reader, self.transform = reader, transform
-        self.indices = range(rank, len(reader), world_size)
+    def __init__(self, split: Split, transform: Any, rank: int = 0, world_size: int = 1) -> None:
+        self.split, self.transform = split, transform
+        self.indices = range(rank, len(split), world_size)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -141,15 +89,41 @@ class EvalPictures(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
         index = self.indices[item]
         try:
-            picture, label = read_picture(self.reader, index)
+            picture, label = self.split.read(index)
         except UNREADABLE:
             picture, label = Image.new("RGB", (32, 32)), -1
         return self.transform(picture), label, index
 
 
-def train_loader(pictures: TrainPictures, sampler: EpochBatchSampler, workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches (images [B, 3, H, W], labels [B], index [B], used [B]) of the sampler's epoch."""
-    return DataLoader(pictures, batch_sampler=sampler, **loader_options(workers, pin))
+class MixPairs:
+    """Collates training samples and mixes them by two, the first with the second and so on, with timm's Mixup.
+
+    What is drawn for a pair depends on (seed, epoch, index of its first picture) alone: neither on the other pictures
+    of the batch, nor on how the pictures of a step are split into batches of an even number.
+    """
+
+    def __init__(self, train: TrainConfig, num_classes: int, seed: int) -> None:
+        self.mixup = Mixup(train.mixup, train.cutmix, label_smoothing=train.smoothing, num_classes=num_classes)
+        self.seed = seed
+
+    def __call__(self, samples: list[Any]) -> list[Tensor]:
+        """Samples of TrainPictures as those of train_loader, labels [B, num_classes] float."""
+        images, labels, index, used, epoch = default_collate(samples)
+        targets = []
+        for first in range(0, len(images), 2):
+            pair = slice(first, first + 2)
+            # the third counter: other draws than those of the picture's augmentation
+            with isolated_rng(self.seed, int(epoch[first]), int(index[first]), 1):
+                images[pair], mixed = self.mixup(images[pair], labels[pair])
+            targets.append(mixed)
+        return [images, torch.cat(targets), index, used, epoch]
+
+
+def train_loader(
+    pictures: TrainPictures, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
+) -> DataLoader[Any]:
+    """Batches (images [B, 3, H, W], labels [B] or, mixed, [B, K], index [B], used [B], epoch [B]) of the epoch."""
+    return DataLoader(pictures, batch_sampler=sampler, collate_fn=mix, **loader_options(workers, pin))
 
 
 def eval_loader(pictures: EvalPictures, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
@@ -158,28 +132,41 @@ def eval_loader(pictures: EvalPictures, batch_size: int, workers: int, pin: bool
 
 
 class SkippedPictures:
-    """Collects unreadable pictures, warns of them once by number, and lists them in a file."""
+    """Collects unreadable pictures, and lists those that all processes met in a file.
 
-    def __init__(self, reader: Any, path: Path | None) -> None:
-        self.reader, self.path = reader, path
-        self.names: set[str] = set()
+    Args:
+        split: of the pictures; files that it left out are in the list from the start.
+        path: of the list; None: no list.
+        resumed: the list of the run so far is kept.
+    """
+
+    def __init__(self, split: Split, path: Path | None, resumed: bool = False) -> None:
+        self.split, self.path = split, path
+        self.names = set(split.left_out)
+        if path is not None and resumed and path.is_file():
+            self.names.update(path.read_text(encoding="utf-8").splitlines())
 
     def add(self, index: Tensor, used: Tensor) -> None:
         """Notes the pictures from index [B] up to used [B], as TrainPictures gives them."""
         for first, last in torch.stack([index, used], dim=1)[index != used].tolist():
-            count = (last - first) % len(self.reader)
-            self.names.update(self.reader.filename((first + i) % len(self.reader)) for i in range(count))
+            count = (last - first) % len(self.split)
+            self.names.update(self.split.name((first + i) % len(self.split)) for i in range(count))
 
     def add_unlabelled(self, index: Tensor, labels: Tensor) -> None:
         """Notes the pictures index [B] whose label is -1, as EvalPictures gives them."""
-        self.names.update(self.reader.filename(i) for i in index[labels < 0].tolist())
+        self.names.update(self.split.name(i) for i in index[labels < 0].tolist())
 
-    def report(self) -> str | None:
-        """Writes the list; returns a line to warn with, None when every picture could be read."""
+    def write(self, distributed: Distributed) -> str | None:
+        """Writes the list; returns a line to warn with, None when every picture could be read.
+
+        Every process has to call it.
+        """
+        self.names = set().union(*gather(self.names))
         if not self.names:
             return None
         where = ""
         if self.path is not None:
-            self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
+            if distributed.main:
+                self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
             where = f"; they are listed in {self.path}"
         return f"{len(self.names)} unreadable pictures were left out{where}"

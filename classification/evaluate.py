@@ -1,17 +1,29 @@
-"""Accuracy of a trained classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...]"""
+"""Accuracy of a trained classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...] [--out FOLDER]
+
+Also under torchrun, one process per GPU. Prints top-1, top-5, speed and a table of the classes; writes metrics.json,
+confusion.png and worst.png, the surest mistakes, into evaluation/ beside the checkpoint, or into `--out`. Models of
+ImageNet's 1,000 classes may also be measured by the reassessed labels of the validation pictures (`--real`, arXiv:
+2006.07159) and on ImageNet-V2 (`--v2`, arXiv:1902.10811).
+"""
 
 import argparse
-import json
+import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import RealLabelsImagenet
 from torch import nn
 from torch.utils.data import DataLoader
 
-from classification.data import EvalPictures, SkippedPictures, eval_loader, make_transform, open_split
-from classification.model import load_classifier
-from dat.training.distributed import Distributed, setup_distributed
+from classification.data import EvalPictures, SkippedPictures, eval_loader, make_transform
+from classification.model import Classifier, load_classifier
+from classification.readers import Split, open_place, open_split
+from classification.report import write_report
+from classification.results import Results, format_table
+from dat.training.distributed import Distributed, gather, setup_distributed
 from dat.training.errors import DataError
 from dat.training.loop import amp_context, main_guard
 
@@ -19,65 +31,126 @@ from dat.training.loop import amp_context, main_guard
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: DataLoader[Any], distributed: Distributed, amp: str, skipped: SkippedPictures
-) -> dict[str, float]:
-    """Measures a model on every readable picture of a loader, over all processes.
+) -> Results:
+    """What a model says of every readable picture of a loader, over all processes; each of them returns the same.
 
     Args:
         model: images [B, 3, H, W] to logits [B, K]; left in the mode in which it came.
         loader: see eval_loader; each process holds its share.
         distributed, amp: as in training.
         skipped: told of unreadable pictures.
-    Returns:
-        {"top1", "top5"} in percent, {"loss"} the mean cross-entropy, {"images"} counted.
     Raises:
         DataError: no picture could be read.
     """
     training = model.training
     model.eval()
     device = distributed.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    found: list[Results] = []
     for images, labels, index in loader:
         skipped.add_unlabelled(index, labels)
         readable = labels >= 0
-        images, labels = images[readable].to(device), labels[readable].to(device)
-        if len(images) == 0:
-            continue
-        with amp_context(device, amp):
-            logits = model(images)
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels), device=device)])
+        if readable.any():
+            with amp_context(device, amp):
+                # without what was compiled for the batches of training
+                logits = model.forward(images[readable].to(device, non_blocking=True))
+            found.append(_results(logits.float(), labels[readable], index[readable]))
     model.train(training)
-    top1, top5, loss_sum, images_seen = distributed.sum(sums).tolist()
-    if images_seen == 0:
+    parts = [part for share in gather(found) for part in share]
+    if not parts:
         raise DataError("data.val: no picture can be read")
+    return Results.join(parts)
+
+
+def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> Results:
+    on_device = labels.to(logits.device)
+    logs = logits.log_softmax(1)
+    top = logs.topk(min(5, logits.shape[1]), dim=1)
+    losses = F.nll_loss(logs, on_device, reduction="none")
+    numbers = (top.indices, top.values.exp(), logs.gather(1, on_device[:, None])[:, 0].exp(), losses.double())
+    return Results(index.numpy(), labels.numpy(), *(values.cpu().numpy() for values in numbers))
+
+
+def run(classifier: Classifier, split: Split, distributed: Distributed) -> tuple[Results, dict[str, float], str | None]:
+    """The results of a split, {"images_per_second", "seconds"} with loading, and a warning of unreadable pictures."""
+    data, train = classifier.config.data, classifier.config.train
+    pictures = EvalPictures(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
+    loader = eval_loader(pictures, train.batch_size, train.workers, distributed.device.type == "cuda")
+    skipped = SkippedPictures(split, path=None)
+    start = time.perf_counter()
+    results = evaluate(classifier.model, loader, distributed, train.amp, skipped)
+    seconds = time.perf_counter() - start
+    speed = {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
+    return results, speed, skipped.write(distributed)
+
+
+def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]:
+    """{"top1", "top5"} in percent, by the reassessed labels of ImageNet's validation pictures.
+
+    Pictures that have no label any more are left out.
+
+    Args:
+        results: of ImageNet's validation pictures, under their own names.
+        path: real.json; "" takes the copy that comes with timm.
+    Raises:
+        DataError: not that file, or other pictures.
+    """
+    names = [Path(split.name(int(i))).name for i in results.index]
+    try:
+        labels = RealLabelsImagenet([split.name(i) for i in range(len(split))], path or None).real_labels
+        given = [labels[name] for name in names]
+    except (OSError, ValueError, TypeError, AssertionError, KeyError) as error:
+        raise DataError(
+            f"--real {path}: should be the labels of ImageNet's 50,000 validation pictures, and data.val these, named "
+            f"ILSVRC2012_val_00000001.JPEG and so on; it has {len(split)}, such as {names[0]}"
+        ) from error
+    rows = [(top, right) for top, right in zip(results.top.tolist(), given, strict=True) if right]
     return {
-        "top1": 100 * top1 / images_seen,
-        "top5": 100 * top5 / images_seen,
-        "loss": loss_sum / images_seen,
-        "images": int(images_seen),
+        f"top{k}": round(100 * float(np.mean([not set(top[:k]).isdisjoint(right) for top, right in rows])), 4)
+        for k in (1, 5)
     }
 
 
+def open_v2(folder: Path, num_classes: int) -> Split:
+    """ImageNet-V2, whose folders are named 0 to 999 after the classes in the order of their WordNet ids."""
+    return open_place(folder, "--v2", [str(k) for k in range(num_classes)])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="classification.evaluate", description=__doc__)
-    parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
+    parser = argparse.ArgumentParser(
+        prog="classification.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="folder for the results (default: evaluation, beside the checkpoint)")
+    parser.add_argument(
+        "--real", nargs="?", const="", metavar="FILE", help="also by ImageNet-Real (default: timm's copy)"
+    )
+    parser.add_argument("--v2", type=Path, metavar="FOLDER", help="also on the pictures of ImageNet-V2")
+    arguments = parser.parse_intermixed_args()
     device = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("train.device=")), "auto")
     distributed = setup_distributed(device)
     classifier = load_classifier(arguments.checkpoint, arguments.overrides, distributed.device)
-    data, train = classifier.config.data, classifier.config.train
-    reader, _ = open_split(data.root, data.val.path, "data.val.path", classifier.class_names)
-    pictures = EvalPictures(reader, make_transform(data, training=False), distributed.rank, distributed.world_size)
-    loader = eval_loader(pictures, train.batch_size, train.workers, distributed.device.type == "cuda")
-    skipped = SkippedPictures(reader, path=None)
-    metrics = evaluate(classifier.model, loader, distributed, train.amp, skipped)
+    names = classifier.class_names
+    split = open_split(classifier.config.data, "val", names)
+    results, speed, warning = run(classifier, split, distributed)
+    more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
+    if arguments.real is not None:
+        more["real"] = real_accuracy(results, split, arguments.real)
+    if arguments.v2 is not None:
+        more["v2"] = run(classifier, open_v2(arguments.v2, len(names)), distributed)[0].metrics()
     if distributed.main:
-        if skipped.report():
-            print(f"warning: {skipped.report()}")
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+        out = arguments.out or arguments.checkpoint.parent / "evaluation"
+        out.mkdir(parents=True, exist_ok=True)
+        rows = write_report(results, split, names, out, classifier.config.train.worst, more)
+        print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(rows)]))
+        for name, metrics in (
+            ("", {**results.metrics(), **speed}),
+            ("Real ", more.get("real")),
+            ("V2 ", more.get("v2")),
+        ):
+            if metrics is not None:
+                print("  ".join(f"{name}{key} {value:.6g}" for key, value in metrics.items()))
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

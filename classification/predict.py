@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from classification.data import UNREADABLE
 from classification.model import Classifier, load_classifier
 from classification.sheet import label_pictures, sheet_title
 from dat.training.distributed import setup_distributed
 from dat.training.errors import DataError
-from dat.training.files import find_images, write_json
+from dat.training.files import UNREADABLE, find_images, to_rgb, write_json
 from dat.training.loop import main_guard
 from dat.training.sheet import draw_sheet
 
@@ -36,7 +35,7 @@ def predict(
         for path in paths[start : start + batch_size]:
             try:
                 with Image.open(path) as picture:
-                    pictures.append(picture.convert("RGB"))
+                    pictures.append(to_rgb(picture))
                 names.append(path)
             except UNREADABLE:
                 unreadable.append(path)
@@ -51,7 +50,7 @@ def draw_results(results: list[dict[str, Any]], path: Path) -> None:
     pictures = []
     for result in results:
         with Image.open(result["file"]) as picture:
-            pictures.append((ImageOps.contain(picture.convert("RGB"), (256, 256)), sheet_title(result)))
+            pictures.append((ImageOps.contain(to_rgb(picture), (256, 256)), sheet_title(result)))
     draw_sheet(pictures, path)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from classification.data import UNREADABLE, make_transform, read_picture
+from classification.data import make_transform
 from classification.model import Classifier
+from classification.readers import Split
+from dat.training.files import UNREADABLE
 from dat.training.sheet import draw_sheet
 
 
@@ -34,15 +36,12 @@ def sheet_title(result: dict[str, Any], truth: str | None = None) -> str:
     return title if truth in (None, result["label"]) else f"{title}\n(is {truth[:16]})"
 
 
-def draw_validation_sheet(classifier: Classifier, reader: Any, device: torch.device, count: int, path: Path) -> bool:
-    """Draws `count` pictures of a split, evenly chosen, under their predicted labels; False if none can be read.
-
-    `reader`: see open_split.
-    """
+def draw_validation_sheet(classifier: Classifier, split: Split, device: torch.device, count: int, path: Path) -> bool:
+    """Draws `count` pictures of a split, evenly chosen, under their predicted labels; False if none can be read."""
     pictures, truths = [], []
-    for index in torch.linspace(0, len(reader) - 1, min(count, len(reader))).long().tolist():
+    for index in torch.linspace(0, len(split) - 1, min(count, len(split))).long().tolist():
         try:
-            picture, label = read_picture(reader, index)
+            picture, label = split.read(index)
         except UNREADABLE:
             continue
         pictures.append(picture)

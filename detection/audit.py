@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dat.training.config import load_config
 from dat.training.errors import DataError
 from dat.training.files import write_json
+from dat.training.findings import format_problems
 from dat.training.loop import main_guard
 from dat.training.sheet import draw_sheet
 
@@ -128,11 +129,7 @@ def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
         f"  resized to a shortest edge of {size}: shortest side {sides['smallest_resized']}, "
         f"{sides['below_8_resized']} boxes below 8 pixels"
     )
-    for problem in sorted(summary["problems"], key=lambda problem: not problem["stops"]):
-        mark = "STOPS TRAINING" if problem["stops"] else "warning"
-        lines.append(f"  {mark}: {problem['kind']} ({problem['count']})")
-        lines += [f"      {example}" for example in problem["examples"][:3]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *format_problems(summary["problems"])])
 
 
 def draw_samples(found: Survey, folder: Path, path: Path, count: int) -> bool:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from dat.training.distributed import gather
 from dat.training.loop import amp_context
 
 from .base import BaseDETR
@@ -66,11 +66,7 @@ def to_results(
 
 def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of all processes, in the order of the ranks; shares may be of any size, or empty."""
-    if not torch.distributed.is_initialized():
-        return results
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, results)
-    return [result for share in shares for result in share]
+    return [result for share in gather(results) for result in share]
 
 
 def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:

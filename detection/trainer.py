@@ -13,23 +13,16 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from dat.training.checkpoint import (
-    check_resumable,
-    load_checkpoint,
-    load_optimizer,
-    restore_weights,
-    save_checkpoint,
-    training_state,
-)
+from dat.training.checkpoint import check_resumable, load_checkpoint, restore_weights
 from dat.training.config import save_config
 from dat.training.distributed import Distributed, StopSignal, stop_on_sigterm
-from dat.training.errors import CheckpointError, ConfigError, NonFiniteError
+from dat.training.errors import CheckpointError, NonFiniteError
 from dat.training.files import write_json
-from dat.training.finite import check_finite, check_weights_finite, trace_non_finite
-from dat.training.logger import RunLogger
+from dat.training.finite import check_finite, trace_non_finite
+from dat.training.logger import RunLogger, peak_memory
 from dat.training.loop import amp_context, seed_everything
 from dat.training.optim import clip_gradients, make_ema, make_scheduler, scaled_lr
-from dat.training.sharding import is_sharded, shard, share_optimizer_state, whole
+from dat.training.sharding import is_sharded, restore_optimizer, save_state, whole_model, wrap_model
 
 from .build import build_criterion, build_model, detector_state
 from .config import DetectionConfig
@@ -127,7 +120,9 @@ class Trainer:
         self.resume = resume
         # whole weights first: what is loaded then, and what the optimizer holds, may be shares of them
         state = None if resume is None else self._restore(resume)
-        self.wrapped = self._wrap()
+        if train_config.compile:
+            self.model.compile(dynamic=True)
+        self.wrapped = wrap_model(self.model, self.ema, distributed, train_config.fsdp)
         self.optimizer = make_optimizer(self.model, train_config, self.lr, config.model.backbone)
         self.scheduler = make_scheduler(
             self.optimizer,
@@ -138,26 +133,9 @@ class Trainer:
             min_lr=train_config.min_lr_scale * self.lr,
         )
         if state is not None and resume is not None:
-            if is_sharded(self.model) and "optimizer" in state:
-                state["optimizer"] = share_optimizer_state(state["optimizer"], self.optimizer)
-            load_optimizer(self.optimizer, state, resume)
+            restore_optimizer(state, self.model, self.optimizer, resume)
         if cache is not None:
             cache.fill([*train.records, *val.records])
-
-    def _wrap(self) -> nn.Module:
-        """The model as it is trained: shared among the processes, or a copy on each; its calls may be compiled."""
-        if self.config.train.compile:
-            self.model.compile(dynamic=True)
-        if not self.config.train.fsdp:
-            return self.distributed.wrap(self.model)
-        if self.distributed.world_size == 1:
-            raise ConfigError("train.fsdp is true, but there is only one process, should be several: see torchrun")
-        shard(self.model, self.device)
-        if self.ema is not None:
-            shard(self.ema.module, self.device)
-            # buffers stay whole, and torch does not take both in one call
-            self.ema.foreach = False
-        return self.model
 
     def run(self, until: float = math.inf) -> None:
         """Trains to the last step, or until an evaluation gives an AP of at least `until`, and writes the results."""
@@ -308,7 +286,8 @@ class Trainer:
         """Measures AP, of the averaged weights where there are any; the best go to best.pth and detections.json."""
         start = time.perf_counter()
         progress = self.progress
-        model = self._evaluated()
+        averaged = self.model if self.ema is None else self.ema.module
+        model = whole_model(averaged, self._build, self.device)
         if self.distributed.world_size > 1:
             # each process has statistics of its own where batch norm is trained
             distribute_bn(model, self.distributed.world_size)
@@ -324,38 +303,15 @@ class Trainer:
                 write_json(self.output / "detections.json", results)
         return metrics
 
-    def _evaluated(self) -> nn.Module:
-        """The model that is measured, averaged where there is one; a whole copy of one that is shared.
-
-        Processes run it alone, as often as their share of the images needs.
-        """
-        model = self.model if self.ema is None else self.ema.module
-        if not is_sharded(model):
-            return model
-        copy = build_model(self.config.model, len(self.train_set.categories), weights=False)
-        copy.load_state_dict(whole(model.state_dict()))
-        return copy.to(self.device)
-
-    def state(self, weights_only: bool = False) -> dict[str, Any]:
-        """The checkpoint; `weights_only`: without what only training needs."""
-        return {
-            **detector_state(self.config, self.train_set.categories),
-            **whole(training_state(self.model, self.ema, None if weights_only else self.optimizer)),
-            **vars(self.progress),
-        }
+    def _build(self) -> nn.Module:
+        return build_model(self.config.model, len(self.train_set.categories), weights=False)
 
     def save(self, name: str, weights_only: bool = False) -> None:
-        """Writes a checkpoint on the main process. Raises NonFiniteError rather than replace a good one by NaN."""
-        # shares are gathered by all processes
-        if not self.distributed.main and not is_sharded(self.model):
-            return
-        state = self.state(weights_only)
-        if not self.distributed.main:
-            return
-        where = f"step {self.progress.step}, before saving {name}"
-        check_weights_finite(state["state_dict"], state.get("state_dict_ema"), where)
+        """Writes a checkpoint; `weights_only`: without what only training needs. Every process has to call it."""
         self.logger.flush()
-        save_checkpoint(self.output / name, state)
+        state = {**detector_state(self.config, self.train_set.categories), **vars(self.progress)}
+        optimizer, where = None if weights_only else self.optimizer, f"step {self.progress.step}, before saving {name}"
+        save_state(self.output / name, state, self.model, self.ema, optimizer, self.distributed, where)
 
     def _restore(self, path: Path) -> dict[str, Any]:
         """Puts weights and progress of a checkpoint back; returns it.
@@ -410,11 +366,8 @@ class Trainer:
         self.progress.loss = meter.mean()[0]
         epoch = self.progress.step / self.steps_per_epoch
         named = dict(zip(("loss", *LOSSES, "grad_norm"), meter.mean(), strict=True))
-        if self.device.type == "cuda":
-            named["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.logger.log(
-            "train", self.progress.step, epoch=epoch, lr=self._lr(), images_per_second=meter.images / seconds, **named
-        )
+        named |= {"images_per_second": meter.images / seconds, "memory_gib": peak_memory(self.device)}
+        self.logger.log("train", self.progress.step, epoch=epoch, lr=self._lr(), **named)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)

@@ -109,20 +109,8 @@ def training_state(
     return state
 
 
-def restore_training_state(
-    state: dict[str, Any],
-    model: torch.nn.Module,
-    ema: ModelEmaV3 | None,
-    optimizer: torch.optim.Optimizer,
-    path: str | Path,
-) -> None:
-    """Puts back what training_state took. Raises CheckpointError for what does not fit."""
-    restore_weights(state, model, ema, path)
-    load_optimizer(optimizer, state, path)
-
-
 def restore_weights(state: dict[str, Any], model: torch.nn.Module, ema: ModelEmaV3 | None, path: str | Path) -> None:
-    """restore_training_state without the optimizer."""
+    """Puts back the weights that training_state took. Raises CheckpointError for what does not fit."""
     load_weights(model, state["state_dict"], path)
     if ema is not None:
         load_weights(ema.module, state.get("state_dict_ema", state["state_dict"]), path)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.utils.distributed import init_distributed_device_so
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dat.training.errors import ConfigError
 from dat.training.peers import start_watch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Distributed:
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Inside it the backward passes of a wrapped model only add to the gradients of this process."""
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank, on each of them: anything that can be pickled."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def setup_distributed(device: str = "auto") -> Distributed:

@@ -2,13 +2,35 @@
 
 import json
 import os
+import struct
+import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
-from timm.data import get_img_extensions
+import numpy as np
+from PIL import Image
+from timm.data import add_img_extensions, get_img_extensions
 from timm.utils import natural_key
 
 from dat.training.errors import DataError
+
+# timm's own are those of PNG and JPEG alone
+add_img_extensions([".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp", ".avif"])
+
+# Pillow reports a broken file in several ways
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
+    struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, 8 bits a channel. Raises one of UNREADABLE."""
+    if picture.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion would clip all above 255 to white
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def write_json(path: str | Path, content: Any) -> None:

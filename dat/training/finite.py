@@ -25,16 +25,11 @@ def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
             )
 
 
-def check_state_finite(model: nn.Module, averaged: nn.Module | None, where: str) -> None:
+def check_weights_finite(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, where: str) -> None:
     """check_finite of all that a checkpoint holds of a model: parameters and buffers, and the averaged ones if any.
 
     To be called before any file of a checkpoint or an evaluation is replaced.
     """
-    check_weights_finite(model.state_dict(), None if averaged is None else averaged.state_dict(), where)
-
-
-def check_weights_finite(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, where: str) -> None:
-    """check_state_finite of state dictionaries."""
     check_finite(weights.items(), where)
     check_finite(((f"averaged {name}", tensor) for name, tensor in (averaged or {}).items()), where)
 

@@ -64,39 +64,50 @@ def _seed_host(seed: int, *counters: int) -> int:
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), shuffled by (seed, epoch) alone and dealt to the processes.
 
-    Whole batches only; a data set smaller than one batch gives one batch that repeats samples. Every process gets the
-    same number of batches.
+    An optimizer step takes `batch_size` samples for each of its `accumulate` batches and each process. Which samples it
+    takes depends on the product of the three alone. Whole steps only; a data set smaller than one step gives one that
+    repeats samples. Every process gets the same number of batches.
 
     Args:
         length: samples of the data set.
         batch_size: samples of a batch of one process.
         seed: of the run.
         rank, world_size: this process and their number.
+        accumulate: batches of a step, of one process.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.first_batch = 0, 0
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.epoch, self.first_step = 0, 0
 
-    def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """The next iteration gives the batches of `epoch` from `first_batch` on."""
-        self.epoch, self.first_batch = epoch, first_batch
+    def set_position(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration gives the batches of `epoch` from those of `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
 
     @property
-    def batches(self) -> int:
-        """Batches of a whole epoch, of one process."""
-        return max(1, self.length // (self.batch_size * self.world_size))
+    def images(self) -> int:
+        """Samples of a step, over all its batches and processes."""
+        return self.batch_size * self.accumulate * self.world_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole epoch."""
+        return max(1, self.length // self.images)
 
     def __len__(self) -> int:
-        return max(0, self.batches - self.first_batch)
+        """Batches, of one process, that the next iteration gives."""
+        return max(0, self.steps - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
-        epoch, size = self.epoch, self.batch_size * self.world_size
-        order = order.repeat(-(-size // self.length))[: self.batches * size]
-        for batch in order.view(self.batches, self.world_size, self.batch_size)[self.first_batch :, self.rank]:
+        epoch = self.epoch
+        order = order.repeat(-(-self.images // self.length))[: self.steps * self.images]
+        batches = order.view(self.steps, self.accumulate, self.world_size, self.batch_size)
+        for batch in batches[self.first_step :, :, self.rank].flatten(0, 1):
             yield [(epoch, index) for index in batch.tolist()]
 
 

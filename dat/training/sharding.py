@@ -3,14 +3,21 @@
 Checkpoints are the same as without: whole tensors, so that a run may go on either way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dat.training.checkpoint import load_optimizer, save_checkpoint, training_state
+from dat.training.distributed import Distributed
+from dat.training.errors import ConfigError
+from dat.training.finite import check_weights_finite
 
 # parameters from which a module of a list is gathered on its own; smaller ones are gathered with the rest
 LEAST = 100_000
@@ -25,6 +32,23 @@ def shard(model: nn.Module, device: torch.device) -> None:
     for unit in list(_units(model)):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def wrap_model(model: nn.Module, ema: ModelEmaV3 | None, distributed: Distributed, fsdp: bool) -> nn.Module:
+    """The model as it is trained: a copy on each process or, with `fsdp`, shared among them, as its average then is.
+
+    To be called before the optimizer is made, with whole weights in both. Raises ConfigError.
+    """
+    if not fsdp:
+        return distributed.wrap(model)
+    if distributed.world_size == 1:
+        raise ConfigError("train.fsdp is true, but there is only one process, should be several: see torchrun")
+    shard(model, distributed.device)
+    if ema is not None:
+        shard(ema.module, distributed.device)
+        # buffers stay whole, and torch does not take both in one call
+        ema.foreach = False
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -42,6 +66,50 @@ def whole(value: Any) -> Any:
     if isinstance(value, dict):
         return type(value)((key, whole(item)) for key, item in value.items())
     return [whole(item) for item in value] if isinstance(value, list) else value
+
+
+def whole_model(model: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """The model, or a whole copy, made by `build`, of one that is shared.
+
+    Processes can run it alone, as often as their share of the data needs; every process has to call this.
+    """
+    if not is_sharded(model):
+        return model
+    copy = build()
+    copy.load_state_dict(whole(model.state_dict()))
+    return copy.to(device)
+
+
+def save_state(
+    path: Path,
+    state: dict[str, Any],
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer | None,
+    distributed: Distributed,
+    where: str,
+) -> None:
+    """Writes `state` and the tensors of training_state, on the main process; every process has to call it.
+
+    Raises NonFiniteError, which says `where`, rather than replace a good checkpoint by NaN, and CheckpointError.
+    """
+    # shares are gathered by all processes
+    if not distributed.main and not is_sharded(model):
+        return
+    tensors = whole(training_state(model, ema, optimizer))
+    if not distributed.main:
+        return
+    check_weights_finite(tensors["state_dict"], tensors.get("state_dict_ema"), where)
+    save_checkpoint(path, {**state, **tensors})
+
+
+def restore_optimizer(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path
+) -> None:
+    """load_optimizer for a model that may be shared; every process has to call it."""
+    if is_sharded(model) and "optimizer" in state:
+        state = {**state, "optimizer": share_optimizer_state(state["optimizer"], optimizer)}
+    load_optimizer(optimizer, state, path)
 
 
 def share_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dat.training.errors import DataError
+from dat.training.files import UNREADABLE, to_rgb
 
 PerImage = dict[int, list[Any]]
 
@@ -129,11 +130,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             image.load()
             if size is None or image.size != size:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                # 16-bit grey: Pillow's own conversion would clip all above 255 to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = to_rgb(image)
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     if size is not None and image.size != size:
         raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dat.training.errors import DataError
+from dat.training.findings import Findings
 
 from .coco import (
     Category,
@@ -26,17 +27,7 @@ from .coco import (
 
 
 @dataclass
-class Problem:
-    """One kind of problem: how often it was met, the first few cases, and whether it would stop training."""
-
-    kind: str
-    stops: bool
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Survey:
+class Survey(Findings):
     """What a split holds. `boxes` [n, 4] float64 are (x, y, w, h) in pixels, clipped to their image; crowds included.
 
     `image_of` and `category_of` give the image and category id of each box, `hashes` the image ids by the digest of
@@ -53,19 +44,10 @@ class Survey:
     hashes: dict[str, list[int]] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)
     unlisted: set[Path] = field(default_factory=set)
-    problems: dict[str, Problem] = field(default_factory=dict)
 
     def add(self, kind: str, example: str, stops: bool = False, count: int = 1) -> None:
-        """Counts a problem of a kind."""
-        problem = self.problems.setdefault(kind, Problem(kind, stops))
-        problem.count += count
-        if len(problem.examples) < 5:
-            problem.examples.append(example.removeprefix(f"{self.path}: ").removeprefix("is not COCO: "))
-
-    @property
-    def stops(self) -> bool:
-        """Whether training on this split would stop."""
-        return any(problem.stops for problem in self.problems.values())
+        """Counts a problem of a kind; what each message about this file opens with is left out."""
+        super().add(kind, example.removeprefix(f"{self.path}: ").removeprefix("is not COCO: "), stops, count)
 
     def objects(self) -> dict[int, int]:
         """Number of boxes by category id, 0 for categories without."""

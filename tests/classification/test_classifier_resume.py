@@ -1,48 +1,23 @@
 """A run that was stopped, at any moment and in any way, ends as if nothing had happened."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from kills import assert_same_run, numbers, train_killed
 
-from classification import train as training
+from classification import trainer
 from classification.config import ClassificationConfig
 from classification.train import train
+from classification.trainer import Trainer
+from dat.training import sharding
 from dat.training.checkpoint import load_checkpoint
 from dat.training.config import from_dict
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(settings, output, **changes):
     settings = {**settings, "output": str(output), "train": {**settings["train"], **changes}}
     return train(from_dict(ClassificationConfig, settings, "test"))
-
-
-def assert_same_run(first, second):
-    """Same weights, averaged weights, optimizer state, best metric, log and configuration but for the folder."""
-    a, b = load_checkpoint(first / "last.pth"), load_checkpoint(second / "last.pth")
-    for part in ("state_dict", "state_dict_ema"):
-        assert a[part].keys() == b[part].keys()
-        for name, tensor in a[part].items():
-            assert torch.equal(tensor, b[part][name]), name
-    for key, state in a["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, b["optimizer"]["state"][key][name])
-    for key in ("step", "epoch", "step_in_epoch", "best"):
-        assert a[key] == b[key]
-    assert numbers(first) == numbers(second)
-
-
-def numbers(output):
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 class Killed(BaseException):
@@ -57,7 +32,7 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     run(settings, tmp_path / "whole")
 
     steps = []
-    step, save, measure = training.train_step, training.save_checkpoint, training.evaluate
+    step, save, measure = Trainer.train_step, sharding.save_checkpoint, trainer.evaluate
 
     def train_step(*arguments):
         steps.append(None)
@@ -76,9 +51,9 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
             raise Killed
         return measure(*arguments)
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
-    monkeypatch.setattr(training, "train_step", train_step)
-    monkeypatch.setattr(training, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(sharding, "save_checkpoint", save_checkpoint)
     with pytest.raises(Killed):
         run(settings, tmp_path / "stopped")
     monkeypatch.undo()
@@ -88,42 +63,12 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def spawn(config, *overrides, group=False):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "classification.train", str(config), *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=group
-    )
-
-
-def wait_for_step(output, step, process):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (output / "log.jsonl").exists() and f'"step": {step},' in (output / "log.jsonl").read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} never came: {process.stderr.read()}")
-
-
-def test_kill_9_then_sigterm_then_resume(settings, tmp_path, write_config):
-    settings["train"]["epochs"] = 12
-    settings["train"]["workers"] = 1
-    output = tmp_path / "run"
-    config = write_config(settings)
-    with spawn(config) as process:
-        wait_for_step(output, 10, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
-    assert load_checkpoint(output / "last.pth")["step"] < 48
-    with spawn(config, "train.resume=true", group=True) as process:
-        wait_for_step(output, 20, process)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(60) == 143
-        assert process.stderr.read().strip().splitlines()[-1] == "stopped by SIGTERM; go on with train.resume=true"
-    assert load_checkpoint(output / "last.pth")["step"] < 48
-    run(settings, output, resume=True)
+def test_killed_at_random_moments(settings, tmp_path, write_config):
+    settings["train"] |= {"epochs": 16, "workers": 1}
+    killed = train_killed(write_config(settings), tmp_path / "run", kills=3, seed=time.time_ns(), spread=0.2)
+    assert [name for name, _ in killed] == ["SIGKILL", "SIGTERM", "SIGKILL"]
     run(settings, tmp_path / "whole", workers=0)
-    assert_same_run(tmp_path / "whole", output)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_resuming_a_finished_run_changes_nothing(settings, tmp_path):

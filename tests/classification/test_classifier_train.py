@@ -13,11 +13,12 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from classification import sheet
-from classification import train as training
+from classification import sheet, trainer
 from classification.config import ClassificationConfig
-from classification.data import TrainPictures, make_transform, open_split, train_loader
-from classification.train import make_loss, train
+from classification.data import MixPairs, TrainPictures, make_transform, train_loader
+from classification.readers import open_place
+from classification.train import train
+from classification.trainer import Trainer, make_loss
 from dat.training.checkpoint import load_checkpoint
 from dat.training.config import from_dict
 from dat.training.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -36,7 +37,14 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
     assert result["best"] > 90
     output = tmp_path / "run"
     names = {path.name for path in output.iterdir()}
-    assert names == {"best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log", "predictions.png"}
+    assert names - {"worst.png"} == {
+        "best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log", "predictions.png",
+        "results.npz", "metrics.json", "confusion.png",
+    }  # fmt: skip
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["top1"] == result["best"]
+    assert metrics["epochs"] == 12
+    assert "most often taken for" in (output / "train.log").read_text()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 48
@@ -60,7 +68,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(settings, tmp_path,
     settings["output"] = str(tmp_path / "second")
     settings["model"]["backbone"]["checkpoint_path"] = first
     seen = []
-    monkeypatch.setattr(training, "fit", lambda run, *rest: seen.append(run.model.state_dict()))
+    monkeypatch.setattr(Trainer, "run", lambda self, warnings: seen.append(self.model.state_dict()))
     run(settings)
     assert torch.equal(seen[0]["stem.0.weight"], load_checkpoint(first)["state_dict_ema"]["stem.0.weight"])
 
@@ -98,24 +106,26 @@ def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_p
         assert min(image.size) > 100
 
 
-def test_a_loss_that_is_not_finite_is_traced_without_the_other_processes():
+def test_a_loss_that_is_not_finite_is_traced_without_the_other_processes(settings, monkeypatch):
+    calls = []
+
     class Wrapped(nn.Module):
         def __init__(self, module):
             super().__init__()
-            self.module, self.calls = module, 0
+            self.module = module
 
         def forward(self, images):
-            self.calls += 1
+            calls.append(None)
             return self.module(images)
 
-    model = Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))
-    nn.init.constant_(model.module[1].weight, 3e38)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(NonFiniteError, match=r"step 1: first non-finite tensor is output of 1 "):
-        training.train_step(
-            model, nn.CrossEntropyLoss(), optimizer, torch.ones(2, 3, 1, 1), torch.tensor([0, 1]), "none", 0.0, "step 1"
-        )
-    assert model.calls == 1
+    def wrap_model(model, *rest):
+        nn.init.constant_(model.stem[0].weight, 3e38)
+        return Wrapped(model)
+
+    monkeypatch.setattr(trainer, "wrap_model", wrap_model)
+    with pytest.raises(NonFiniteError, match=r"step 1: first non-finite tensor is output of stem.0 "):
+        run(settings)
+    assert len(calls) == 1
 
 
 def test_tars_are_read_like_folders(settings, pictures, tmp_path):
@@ -152,8 +162,8 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
         run(settings)
 
     def read_in_a_worker():
-        reader, _ = open_split(str(pictures), "train", "data.train.path")
-        loader = train_loader(TrainPictures(reader, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
+        split = open_place(pictures / "train", "data.train.path")
+        loader = train_loader(TrainPictures(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
         batches = iter(loader)
         try:
             next(batches)
@@ -169,16 +179,16 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
     steps = []
-    step = training.train_step
+    step = Trainer.train_step
 
-    def train_step(model, *rest):
+    def train_step(self, batches):
         steps.append(None)
         if len(steps) == 6:
             with torch.no_grad():
-                model.stages[1].blocks[0].norm.weight[0] = float("inf")
-        return step(model, *rest)
+                self.model.stages[1].blocks[0].norm.weight[0] = float("inf")
+        return step(self, batches)
 
-    monkeypatch.setattr(training, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     with pytest.raises(NonFiniteError, match=r"step 6, parameters: .* stages.1.blocks.0.norm.weight .* 1 infinite"):
         run(settings)
     state = load_checkpoint(tmp_path / "run/last.pth")
@@ -187,15 +197,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings,
 
 
 def test_weights_that_are_not_finite_are_never_saved(settings, tmp_path, monkeypatch):
-    step = training.train_step
+    step = Trainer.train_step
 
-    def train_step(model, *rest):
-        result = step(model, *rest)
+    def train_step(self, batches):
+        result = step(self, batches)
         with torch.no_grad():
-            model.head.fc.bias[0] = float("nan")
+            self.model.head.fc.bias[0] = float("nan")
         return result
 
-    monkeypatch.setattr(training, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     with pytest.raises(NonFiniteError, match=r"head.fc.bias"):
         run(settings, checkpoint_steps=1)
     assert not (tmp_path / "run/last.pth").exists()
@@ -257,7 +267,10 @@ def test_resuming_another_model_is_refused(settings):
 
 def test_what_cannot_change_in_a_run_is_named(settings, tmp_path):
     run(settings, epochs=1)
-    with pytest.raises(CheckpointError, match=r"last.pth: train.batch_size was 6, is now 4; resuming needs the same"):
+    message = (
+        r"last.pth: a step took 6 images, it is now 4 \(4 x 1 accumulated x 1 processes\); resuming needs the same"
+    )
+    with pytest.raises(CheckpointError, match=message):
         run(settings, epochs=2, batch_size=4, resume=True)
     with pytest.raises(CheckpointError, match=r"last.pth: train.optimizer was 'adamw', is now 'sgd'"):
         run(settings, epochs=2, optimizer="sgd", resume=True)
@@ -285,10 +298,10 @@ def test_the_imagenet_augmentation_takes_every_draw():
 def test_losses_are_least_at_the_smoothed_labels(loss, mixup):
     config = ClassificationConfig()
     config.train.loss, config.train.mixup, config.train.cutmix, config.train.smoothing = loss, mixup, 0, 0.1
-    function, mix = make_loss(config.train, 4)
-    targets = torch.tensor([1, 2])
-    if mix is not None:
-        _, targets = mix(torch.zeros(2, 3, 8, 8), targets)
+    function, targets = make_loss(config.train), torch.tensor([1, 2])
+    if mixup:
+        mix = MixPairs(config.train, 4, seed=0)
+        _, targets, *_ = mix([(torch.zeros(3, 8, 8), int(label), 0, 0, 0) for label in targets])
     soft = targets if mixup else 0.9 * torch.eye(4)[targets] + 0.1 / 4
     right = {"cross_entropy": torch.log, "bce": torch.logit}[loss](soft)
     for k in range(4):

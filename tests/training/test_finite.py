@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dat.training.errors import NonFiniteError
-from dat.training.finite import check_finite, check_state_finite, trace_non_finite
+from dat.training.finite import check_finite, check_weights_finite, trace_non_finite
 
 
 def test_the_first_is_named_with_its_counts():
@@ -45,8 +45,8 @@ def test_the_first_module_whose_output_breaks_is_named():
 
 def test_buffers_and_averaged_weights_are_checked_too():
     model, averaged = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    check_state_finite(model, averaged, "step 1")
+    check_weights_finite(model.state_dict(), averaged.state_dict(), "step 1")
     averaged.running_var[0] = float("inf")
-    check_state_finite(model, None, "step 1")
+    check_weights_finite(model.state_dict(), None, "step 1")
     with pytest.raises(NonFiniteError, match="step 1: first non-finite tensor is averaged running_var"):
-        check_state_finite(model, averaged, "step 1")
+        check_weights_finite(model.state_dict(), averaged.state_dict(), "step 1")

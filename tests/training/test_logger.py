@@ -2,12 +2,15 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dat.training.errors import ConfigError
 from dat.training.logger import RunLogger
 
 
@@ -85,4 +88,39 @@ def test_other_processes_write_nothing(tmp_path):
     logger.log("train", 1, loss=1.0)
     logger.figure("x", np.zeros((4, 5, 3), np.uint8), 1)
     logger.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_and_biases_are_told_and_gone_on_with(tmp_path, monkeypatch):
+    """A stand-in for the package, which needs an account."""
+    started, told, metrics, ended = [], [], [], []
+
+    def init(**options):
+        started.append(options)
+        run = {
+            "log": told.append,
+            "finish": lambda: ended.append(None),
+            "define_metric": lambda *a, **k: metrics.append(a),
+        }
+        return SimpleNamespace(**run)
+
+    package = SimpleNamespace(init=init, Image=lambda array: array.shape, errors=SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for resume_step in (None, 2, None):
+        logger = RunLogger(tmp_path, resume_step=resume_step, wandb_project="flowers", config={"seed": 1})
+        logger.log("train", 3, loss=0.5)
+        logger.figure("curve", np.zeros((4, 5, 3), np.uint8), 3)
+        logger.close()
+    assert told[:2] == [{"step": 3, "train/loss": 0.5}, {"step": 3, "curve": (4, 5, 3)}]
+    assert len(ended) == 3
+    first, resumed, new = started
+    assert first == resumed
+    assert first["id"] != new["id"]
+    assert (first["project"], first["name"], first["config"]) == ("flowers", tmp_path.name, {"seed": 1})
+
+
+def test_weights_and_biases_need_their_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"train.wandb_project is 'flowers', which .*: pip install wandb"):
+        RunLogger(tmp_path / "run", wandb_project="flowers")
     assert not (tmp_path / "run").exists()

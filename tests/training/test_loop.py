@@ -76,6 +76,23 @@ def test_the_order_depends_on_seed_and_epoch_and_can_be_entered_anywhere():
     assert list(EpochBatchSampler(20, 4, seed=2)) != first
 
 
+def test_the_samples_of_a_step_do_not_depend_on_how_it_is_split():
+    def steps(batch_size, world_size, accumulate):
+        """The samples of each step, in the order of parts and processes."""
+        samplers = [EpochBatchSampler(50, batch_size, 1, rank, world_size, accumulate) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.set_position(2, 1)
+        batches = [list(sampler) for sampler in samplers]
+        assert [len(b) for b in batches] == [3 * accumulate] * world_size == [len(sampler) for sampler in samplers]
+        order = [item for parts in zip(*batches, strict=True) for batch in parts for item in batch]
+        return [order[i : i + 12] for i in range(0, len(order), 12)]
+
+    whole = steps(12, 1, 1)
+    assert [len(step) for step in whole] == [12] * 3
+    for split in [(6, 2, 1), (6, 1, 2), (2, 3, 2), (2, 2, 3)]:
+        assert steps(*split) == whole
+
+
 def test_a_small_data_set_still_fills_one_batch():
     (batch,) = EpochBatchSampler(3, 8, seed=0)
     assert len(batch) == 8

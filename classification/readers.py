@@ -1,0 +1,159 @@
+"""The pictures of a split and their classes: a folder, a .tar, or a data set of the Hugging Face hub."""
+
+import importlib.util
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from timm.data import get_img_extensions
+from timm.data.readers import create_reader
+
+from classification.config import DataConfig
+from dat.training.errors import ConfigError, DataError
+from dat.training.files import UNREADABLE, to_rgb
+
+# those of timm's readers that only stream
+STREAMS = ("wds", "tfds", "hfids")
+
+
+@dataclass
+class Split:
+    """Pictures that may be asked for in any order.
+
+    `reader`: timm's, item i is (open file, class index). `class_names`: those that the split has, sorted naturally.
+    `left_out`: files in class folders, relative to the split's, that are no pictures.
+    """
+
+    reader: Any
+    class_names: list[str]
+    left_out: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Picture `index`, the first frame of an animated one, in RGB, and its class. Raises one of UNREADABLE."""
+        file, label = self.reader[index]
+        with file, Image.open(file) as picture:
+            return to_rgb(picture), int(label)
+
+    def name(self, index: int) -> str:
+        """File name of a picture, below the split's folder or in its tar."""
+        # the hub's data sets need not know one
+        return self.reader.filename(index) or f"picture {index}"
+
+
+def open_split(data: DataConfig, name: Literal["train", "val"], class_names: Sequence[str] | None = None) -> Split:
+    """Lists the pictures of one split.
+
+    Args:
+        data: `data.NAME.path` is below `data.root`, or names a data set, see SplitConfig.
+        name: of the split.
+        class_names: those to number the classes by; None takes the split's own, sorted naturally.
+    Raises:
+        ConfigError: a kind of data set that cannot be read, or not without another package.
+        DataError: nothing there, no pictures, pictures outside class folders, or a class not in class_names.
+    """
+    settings, key = (data.train, "data.train") if name == "train" else (data.val, "data.val")
+    scheme = settings.path.partition("/")[0].lower() if "/" in settings.path else ""
+    if scheme in STREAMS:
+        raise ConfigError(
+            f"{key}.path is {settings.path!r}: timm reads {scheme}/ as a stream, in which no order or place can be "
+            "chosen, so that a run could not be resumed; it should be a folder, a .tar or hfds/NAME"
+        )
+    if scheme == "hfds":
+        return _check_classes(_open_hub(data.root, settings, key, class_names), class_names, f"{key}: {settings.path}")
+    place = Path(data.root) / settings.path
+    return open_place(place, f"{key}.path", class_names)
+
+
+def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) -> Split:
+    """open_split of a folder or .tar. `key`: where it is named, for messages."""
+    if not place.exists():
+        raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
+    if place.is_file() and place.suffix != ".tar":
+        raise DataError(f"{key}: {place} is a file that is not a .tar")
+    options: dict[str, Any] = {}
+    left_out: list[str] = []
+    if place.is_dir():
+        extensions, left_out = _survey_names(place)
+        options["input_key"] = ";".join(sorted(extensions))
+    try:
+        split = Split(create_reader("", root=str(place), **options), [], left_out)
+        split.class_names = _class_names(split.reader)
+        checked = _check_classes(split, class_names, f"{key}: {place}")
+        if class_names is not None and checked.class_names != list(class_names):
+            options["class_map"] = {name: i for i, name in enumerate(class_names)}
+            checked.reader = create_reader("", root=str(place), **options)
+    except DataError:
+        raise
+    # timm gives up on a split without pictures in its own way for folders and for tars
+    except (RuntimeError, AssertionError, *UNREADABLE) as error:
+        raise DataError(f"{key}: {place} holds no readable pictures in class folders") from error
+    return checked
+
+
+def _survey_names(place: Path) -> tuple[set[str], list[str]]:
+    """Extensions of files that may be pictures, by name or, for one of them at least, by content; and other files.
+
+    Only of files in class folders; hidden ones are passed over.
+    """
+    known: set[str] = get_img_extensions(as_set=True)
+    others: dict[str, list[str]] = defaultdict(list)
+    for folder, _, files in os.walk(place, followlinks=True):
+        if Path(folder) != place:
+            for file in files:
+                extension = os.path.splitext(file)[1].lower()
+                if extension not in known and not file.startswith("."):
+                    others[extension].append(os.path.join(folder, file))
+    found = {extension for extension, files in others.items() if any(map(_is_picture, files))}
+    left_out = [os.path.relpath(file, place) for extension in others.keys() - found for file in others[extension]]
+    return known | found, sorted(left_out)
+
+
+def _is_picture(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except UNREADABLE:
+        return False
+
+
+def _open_hub(root: str, settings: Any, key: str, class_names: Sequence[str] | None) -> Split:
+    """A map-style data set of the package `datasets`: on the hub, or a folder that it can load."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(f"{key}.path is {settings.path!r}, which needs another package: pip install datasets")
+    class_map = None if class_names is None else {name: i for i, name in enumerate(class_names)}
+    try:
+        reader = create_reader(
+            settings.path, root=root or None, split=settings.split, class_map=class_map,
+            input_key=settings.image_key, target_key=settings.label_key,
+        )  # fmt: skip
+        # with a class map the reader knows that alone
+        own = reader.dataset.features[settings.label_key].names
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {reason}") from error
+    return Split(reader, list(own))
+
+
+def _class_names(reader: Any) -> list[str]:
+    indices = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
+    return sorted(indices, key=indices.get)
+
+
+def _check_classes(split: Split, class_names: Sequence[str] | None, where: str) -> Split:
+    """The split. Raises DataError for pictures outside class folders and for classes that are not in `class_names`."""
+    if not all(split.class_names):
+        raise DataError(f"{where} holds pictures outside class folders; it should hold one folder per class")
+    unknown = [name for name in split.class_names if class_names is not None and name not in class_names]
+    if class_names is not None and unknown:
+        raise DataError(
+            f"{where} has {len(split.class_names)} classes, {len(unknown)} of them (such as {unknown[0]!r}) not among "
+            f"the {len(class_names)} classes of the training data"
+        )
+    return split

@@ -1,0 +1,76 @@
+"""The audit finds what is wrong with pictures before they are trained on."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from odd_pictures import write_odd_pictures
+from PIL import Image
+
+from classification import audit
+
+
+def run(capsys, *arguments, code=0):
+    if code:
+        with pytest.raises(SystemExit) as ended:
+            audit.main([str(argument) for argument in arguments])
+        assert ended.value.code == code
+    else:
+        audit.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def problems(folder, split):
+    return {p["kind"]: p for p in json.loads((folder / "audit.json").read_text())[split]["problems"]}
+
+
+def test_problems_are_counted_and_named(pictures, tmp_path, capsys):
+    (pictures / "train/red/0.png").write_bytes(b"")
+    shutil.copy(pictures / "train/red/1.png", pictures / "train/red/again.png")
+    shutil.copy(pictures / "train/red/2.png", pictures / "train/blue/other.png")
+    shutil.copy(pictures / "train/green/3.png", pictures / "val/green/known.png")
+    shutil.rmtree(pictures / "val/blue")
+    text = run(capsys, pictures, "--out", tmp_path / "out")
+    found = problems(tmp_path / "out", "train")
+    assert found["picture that cannot be read, left out"]["examples"][0].startswith("red/0.png: cannot identify")
+    assert found["same picture twice"]["examples"] == ["red/1.png, red/again.png"]
+    assert found["same picture in several classes"]["examples"] == ["blue/other.png, red/2.png"]
+    assert found["class of fewer than 10 pictures"]["count"] == 3
+    found = problems(tmp_path / "out", "val")
+    assert found["picture of training"]["examples"] == ["green/known.png is green/3.png of training"]
+    assert found["class without pictures"]["examples"] == ["blue"]
+    summary = json.loads((tmp_path / "out/audit.json").read_text())["train"]
+    assert summary["pictures"] == 26
+    assert summary["readable"] == 25
+    assert summary["classes"] == [{"name": n, "pictures": p} for n, p in (("blue", 9), ("green", 8), ("red", 8))]
+    assert summary["sides"] == {"smallest": 20, "median": 20.0, "largest": 24, "below_img_size": 25}
+    assert "green            8         3" in text
+    assert "warning: same picture twice (1)" in text
+    for name in ("train", "val"):
+        with Image.open(tmp_path / f"out/samples_{name}.png") as sheet:
+            assert min(sheet.size) > 100
+
+
+def test_what_training_would_leave_out_is_listed(tmp_path, capsys):
+    unreadable = write_odd_pictures(tmp_path / "odd", plain=10, odd=40)
+    text = run(capsys, tmp_path / "odd", "--out", tmp_path / "out")
+    found = problems(tmp_path / "out", "all")
+    count = sum(
+        found[f"{kind}, left out"]["count"] for kind in ("picture that cannot be read", "file that is no picture")
+    )
+    assert count == len(unreadable)
+    assert "training can start" in text
+
+
+def test_what_stops_training_gives_exit_code_1(pictures, tmp_path, capsys):
+    (pictures / "val/red").rename(pictures / "val/crimson")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"root": str(pictures)}}))
+    text = run(capsys, config, "--out", tmp_path / "out", code=1)
+    assert "STOPS TRAINING: cannot be opened (1)" in text
+    assert "crimson" in problems(tmp_path / "out", "val")["cannot be opened"]["examples"][0]
+    for path in (pictures / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    text = run(capsys, config, "--out", tmp_path / "out", code=1)
+    assert "STOPS TRAINING: no picture can be read (1)" in text

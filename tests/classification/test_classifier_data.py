@@ -1,0 +1,119 @@
+"""Which files are pictures, whatever they are named, and which data sets can be read."""
+
+import importlib.util
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from odd_pictures import encode, odd_files, write_odd_pictures
+from PIL import Image
+
+from classification import readers
+from classification.config import ClassificationConfig, DataConfig, SplitConfig
+from classification.readers import open_place, open_split
+from classification.train import train
+from dat.training.config import from_dict
+from dat.training.errors import ConfigError, DataError
+from dat.training.files import UNREADABLE
+
+
+def test_all_that_can_be_read_is_trained_on_and_all_else_is_listed(settings, tmp_path):
+    """Of 200 files 40 are odd, of every kind twice."""
+    root = tmp_path / "odd"
+    unreadable = write_odd_pictures(root / "train", plain=160, odd=40)
+    unreadable_val = write_odd_pictures(root / "val", plain=20, odd=20, seed=1)
+    assert len(unreadable) == 12
+    settings["data"] |= {"root": str(root), "img_size": 32}
+    split = open_place(root / "train", "here")
+    # the text file that is a picture by neither name nor content is not among them
+    assert len(split) + len(split.left_out) == 200
+    settings["train"] |= {"epochs": 1, "batch_size": 2, "ema_decay": 0, "pictures": 0, "log_steps": 50}
+    train(from_dict(ClassificationConfig, settings, "test"))
+    output = tmp_path / "run"
+    assert set((output / "skipped.txt").read_text().splitlines()) == unreadable
+    assert set((output / "skipped_val.txt").read_text().splitlines()) == unreadable_val
+    assert f"warning: {len(unreadable)} unreadable pictures were left out" in (output / "train.log").read_text()
+
+
+def test_every_kind_is_what_it_claims(tmp_path):
+    (tmp_path / "a").mkdir()
+    for kind, (extension, content, readable) in odd_files(np.random.default_rng(0), 16).items():
+        path = tmp_path / "a" / f"{kind}{extension}"
+        path.write_bytes(content)
+        split = open_place(tmp_path, "here") if kind != "text_by_name" else None
+        if split is None:
+            path.unlink()
+            continue
+        if readable:
+            picture, label = split.read(0)
+            assert (picture.mode, picture.size, label) == ("RGB", (16, 16), 0), kind
+        else:
+            with pytest.raises(UNREADABLE):
+                split.read(0)
+        path.unlink()
+
+
+def test_16_bits_are_scaled(tmp_path):
+    (tmp_path / "a").mkdir()
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "a/grey.png")
+    picture, _ = open_place(tmp_path, "here").read(0)
+    np.testing.assert_allclose(np.asarray(picture)[..., 0], grey / 257, atol=1)
+
+
+@pytest.mark.parametrize("path", ["wds/imagenet", "tfds/imagenet2012", "HFIDS/imagenet"])
+def test_streams_are_refused(path):
+    data = DataConfig(root="", train=SplitConfig(path))
+    with pytest.raises(ConfigError, match=r"data.train.path is '.*': timm reads .* as a stream, .* or hfds/NAME"):
+        open_split(data, "train")
+
+
+def test_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"data.val.path is 'hfds/me/flowers', which .*: pip install datasets"):
+        open_split(DataConfig(val=SplitConfig("hfds/me/flowers")), "val")
+
+
+def test_data_sets_of_the_hub_are_read_by_their_columns(monkeypatch):
+    """A stand-in for timm's reader of the package `datasets`, which not every machine has."""
+    asked = []
+
+    class Reader:
+        dataset = SimpleNamespace(features={"kind": SimpleNamespace(names=["rose", "daisy"])})
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return io.BytesIO(encode(Image.new("RGB", (4, 4)), "PNG")), 1
+
+        def filename(self, index):
+            return None
+
+    def create_reader(name, **options):
+        asked.append((name, options))
+        if options["split"] == "nowhere":
+            raise ValueError("Unknown split")
+        return Reader()
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(readers, "create_reader", create_reader)
+    data = DataConfig(root="", train=SplitConfig("hfds/me/flowers", "train", "photo", "kind"))
+    split = open_split(data, "train")
+    assert split.class_names == ["rose", "daisy"]
+    assert split.name(0) == "picture 0"
+    assert split.read(0)[1] == 1
+    data.val = SplitConfig("hfds/me/flowers", "validation", "photo", "kind")
+    open_split(data, "val", ["daisy", "rose"])
+    columns = {"input_key": "photo", "target_key": "kind", "root": None}
+    assert asked == [
+        ("hfds/me/flowers", {"split": "train", "class_map": None, **columns}),
+        ("hfds/me/flowers", {"split": "validation", "class_map": {"daisy": 0, "rose": 1}, **columns}),
+    ]
+    data.train.split = "nowhere"
+    with pytest.raises(DataError, match=r"data.train: cannot load split 'nowhere' of hfds/me/flowers: Unknown split"):
+        open_split(data, "train")
+    data.train = SplitConfig("hfds/me/flowers", "train", "photo", "colour")
+    with pytest.raises(DataError, match=r"data.train: cannot load split 'train'"):
+        open_split(data, "train")
