@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ def write_json(path: str | Path, content: Any) -> None:
         raise
 
 
-def find_images(source: Path, exclude: Path | None = None) -> list[Path]:
+def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:
     """The file itself, or the images of a folder and of the folders in it, in natural order.
 
     Args:
         source: an image file of any kind, or a folder, of which files with timm's image extensions are taken.
         exclude: folder inside `source` whose files are left out, such as that of the results.
+        more: further extensions, such as ".mp4", of which files of a folder are taken.
     Raises:
         DataError: no such file or folder, or a folder without images.
     """
@@ -44,7 +46,7 @@ def find_images(source: Path, exclude: Path | None = None) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"{source}: no such image or folder")
-    extensions = get_img_extensions(as_set=True)
+    extensions = get_img_extensions(as_set=True).union(more)
     # "._name.jpg" is what macOS leaves beside name.jpg on foreign disks
     images = [
         path
