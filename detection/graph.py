@@ -1,7 +1,5 @@
 """A detector from pixels to detections in pixels: what is exported, and what predicts."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,5 +45,7 @@ class DetectorGraph(nn.Module):
         if self.pad_multiple == 1:
             return x, None
         height, width = x.shape[-2:]
-        padding: Sequence[int] = (0, -width % self.pad_multiple, 0, -height % self.pad_multiple)
+        # in a form that torch.export can reason about
+        down, right = (((side - 1) // self.pad_multiple + 1) * self.pad_multiple - side for side in (height, width))
+        padding = (0, right, 0, down)
         return F.pad(x, padding), F.pad(torch.zeros_like(x[:, 0]), padding, value=1.0) > 0

@@ -11,6 +11,7 @@ from exporting import write_detector
 
 from dat.deploy.export import _WRITERS, ExportError
 from dat.deploy.runtime import load_exported
+from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.errors import CheckpointError, ConfigError
 from detection import export
 from detection.build import load_detector
@@ -99,6 +100,13 @@ def test_a_program_of_torch_export_is_loaded_only_on_trust(checkpoint, tmp_path)
     images = torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8)
     scores, _, boxes, _ = exported.run(images, torch.zeros(3, 2, dtype=torch.int64))
     assert (scores.shape, boxes.shape) == ((3, 14), (3, 14, 4))
+
+
+def test_padding_to_a_multiple_is_exported(checkpoint, tmp_path):
+    state = load_checkpoint(checkpoint)
+    state["config"]["data"]["pad_multiple"] = 32
+    save_checkpoint(tmp_path / "padded.pth", state)
+    export.main([str(tmp_path / "padded.pth"), "--out", str(tmp_path / "model.onnx"), "--sizes", "60", "90"])
 
 
 def test_padding_to_a_multiple_is_part_of_the_graph(checkpoint):
