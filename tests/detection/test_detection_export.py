@@ -102,8 +102,9 @@ def test_a_program_of_torch_export_is_loaded_only_on_trust(checkpoint, tmp_path)
     assert (scores.shape, boxes.shape) == ((3, 14), (3, 14, 4))
 
 
-def test_padding_to_a_multiple_is_exported(checkpoint, tmp_path):
-    state = load_checkpoint(checkpoint)
+def test_padding_to_a_multiple_is_exported(tmp_path):
+    backbone = {"name": "test_resnet", "out_indices": [-1]}
+    state = load_checkpoint(write_detector(tmp_path / "best.pth", backbone=backbone, **ONE_MAP))
     state["config"]["data"]["pad_multiple"] = 32
     save_checkpoint(tmp_path / "padded.pth", state)
     export.main([str(tmp_path / "padded.pth"), "--out", str(tmp_path / "model.onnx"), "--sizes", "60", "90"])
