@@ -28,9 +28,10 @@ from classification.config import ClassificationConfig, check_config
 from classification.readers import Split, open_place, open_split
 from dat.training.config import apply_overrides, load_config
 from dat.training.errors import DataError
-from dat.training.files import UNREADABLE, to_rgb, write_json
+from dat.training.files import write_json
 from dat.training.findings import Findings, format_problems
 from dat.training.loop import main_guard
+from dat.training.pictures import UNREADABLE, to_rgb
 from dat.training.sheet import draw_sheet
 
 # fewer pictures of a class than this are remarked on

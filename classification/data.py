@@ -16,20 +16,23 @@ from classification.config import DataConfig, TrainConfig
 from classification.readers import Split
 from dat.training.distributed import Distributed, gather
 from dat.training.errors import ConfigError, DataError
-from dat.training.files import UNREADABLE
 from dat.training.loop import EpochBatchSampler, isolated_rng, loader_options
+from dat.training.pictures import UNREADABLE
 
 # more broken pictures than this in a row: something else is wrong
 MAX_IN_A_ROW = 100
 
 
-def make_transform(data: DataConfig, training: bool) -> Any:
-    """timm's transform from a PIL picture to a normalised tensor [3, img_size, img_size]. Raises ConfigError."""
+def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> Any:
+    """timm's transform from a PIL picture to a tensor [3, img_size, img_size]. Raises ConfigError.
+
+    `normalize` False: the tensor is uint8, for a model whose graph normalises.
+    """
     augment = asdict(data.augment) if training else {}
     try:
         transform = create_transform(
             data.img_size, training, mean=data.mean, std=data.std, interpolation=data.interpolation,
-            crop_pct=data.crop_pct, crop_mode=data.crop_mode, **augment,
+            crop_pct=data.crop_pct, crop_mode=data.crop_mode, normalize=normalize, **augment,
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"data.augment: timm cannot make the transform: {error or data.augment}") from error

@@ -14,7 +14,7 @@ from timm.data.readers import create_reader
 
 from classification.config import DataConfig
 from dat.training.errors import ConfigError, DataError
-from dat.training.files import UNREADABLE, to_rgb
+from dat.training.pictures import UNREADABLE, to_rgb
 
 # those of timm's readers that only stream
 STREAMS = ("wds", "tfds", "hfids")

@@ -23,8 +23,9 @@ import dat  # noqa: F401  registers its models with timm
 from dat.models import DAT
 from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
 from dat.training.checkpoint import load_checkpoint, load_weights
-from dat.training.errors import ConfigError, DataError
+from dat.training.errors import ConfigError
 from dat.training.loop import create_timm_model, isolated_rng, main_guard
+from dat.training.pictures import read_picture
 from dat.training.weights import load_classifier_weights, without_weights
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def draw_keys(axes: "Axes", record: BlockRecord, view: View) -> None:
     """Reference grid and deformed points of a block, coloured by group, with lines from where they started."""
     from matplotlib.collections import LineCollection
 
-    _draw_picture(axes, view)
+    draw_picture(axes, view.picture)
     reference, points = (view.points(record, p).float() for p in (record.reference(), record.positions()))
     diameter = 0.45 * _spacing(record) * len(points) ** -0.25
     for start, end, color in zip(reference, points, group_colors(len(points)), strict=True):
@@ -95,7 +96,7 @@ def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | No
         view: the picture and the query.
         head: whose attention; None: the mean of the heads, over the keys of all groups.
     """
-    _draw_picture(axes, view)
+    draw_picture(axes, view.picture)
     row, column = view.cell(record)
     groups = record.layer.num_groups
     attention = record.attention(row, column).cpu().unflatten(0, (groups, -1))
@@ -109,20 +110,36 @@ def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | No
         group = head * groups // record.layer.num_heads
         attention, points = attention.flatten(0, 1)[head], points[group]
         title, color = f"head {head}, group {group}", group_colors(groups)[group]
-    order = attention.argsort()
-    attention, points = attention[order], points[order]
-    low, high = attention[0].item(), attention[-1].item()
-    areas = attention / high * diameter**2
-    _scatter(axes, points, areas, c=attention, cmap="plasma", alpha=0.85, linewidths=diameter / 30)
+    low, high = draw_weighted(axes, points, attention, diameter)
     axes.set_title(f"{title}\n{low:.2%} to {high:.2%}", fontsize=7, color=color)
     _draw_query(axes, record, view, (row, column))
+
+
+def draw_weighted(axes: "Axes", points: Tensor, weights: Tensor, diameter: float) -> tuple[float, float]:
+    """Points by their weights, the language of all pictures of attention.
+
+    Args:
+        axes: of matplotlib, in pixels of a picture.
+        points: [n, 2], (x, y) in its pixels.
+        weights: [n], at least 0; areas count from zero, colours from the least to the most.
+        diameter: of the heaviest, in typographic points.
+
+    Returns:
+        The least and the largest weight.
+    """
+    order = weights.argsort()
+    weights, points = weights[order], points[order]
+    low, high = weights[0].item(), weights[-1].item()
+    areas = weights / max(high, 1e-12) * diameter**2
+    _scatter(axes, points, areas, c=weights, cmap="plasma", alpha=0.85, linewidths=diameter / 30)
+    return low, high
 
 
 def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
     """A matplotlib figure of one block: its keys, and the attention of the query in the mean and in every head."""
     panels = 2 + record.layer.num_heads
     columns = min(COLUMNS, panels)
-    figure, axes = _create_figure(math.ceil(panels / columns), columns, view, title)
+    figure, axes = create_figure(math.ceil(panels / columns), columns, view.picture, title)
     draw_keys(axes[0], record, view)
     for head, panel in zip([None, *range(record.layer.num_heads)], axes[1:panels], strict=True):
         draw_attention(panel, record, view, head)
@@ -132,7 +149,7 @@ def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
 def draw_blocks(records: Sequence[BlockRecord], view: View, title: str = "") -> "Figure":
     """A matplotlib figure with a row for each block: its keys, the mean attention, and that of some heads."""
     columns = 2 + min(OVERVIEW_HEADS, max(record.layer.num_heads for record in records))
-    figure, axes = _create_figure(len(records), columns, view, title)
+    figure, axes = create_figure(len(records), columns, view.picture, title)
     for record, row in zip(records, axes.reshape(-1, columns), strict=True):
         shown = min(OVERVIEW_HEADS, record.layer.num_heads)
         heads = [i * record.layer.num_heads // shown for i in range(shown)]
@@ -150,12 +167,12 @@ def group_colors(groups: int) -> list[Any]:
     return [colors(group % colors.N) for group in range(groups)]
 
 
-def _create_figure(rows: int, columns: int, view: View, title: str) -> tuple["Figure", Any]:
+def create_figure(rows: int, columns: int, picture: Image.Image, title: str) -> tuple["Figure", Any]:
     """A figure of empty panels in the shape of the picture, and its axes [rows * columns]."""
     # Not pyplot's figures, which stay in memory until they are closed.
     from matplotlib.figure import Figure
 
-    height = PANEL * min(view.picture.height / view.picture.width, 3)
+    height = PANEL * min(picture.height / picture.width, 3)
     figure = Figure(figsize=(PANEL * columns, (height + 0.4) * rows + 0.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in axes:
@@ -164,9 +181,9 @@ def _create_figure(rows: int, columns: int, view: View, title: str) -> tuple["Fi
     return figure, axes
 
 
-def _draw_picture(axes: "Axes", view: View) -> None:
-    # Darker, for points to stand out.
-    axes.imshow(view.picture.point([level * 5 // 8 for level in range(256)] * 3))
+def draw_picture(axes: "Axes", picture: Image.Image) -> None:
+    """The picture, darker, for points to stand out."""
+    axes.imshow(picture.point([level * 5 // 8 for level in range(256)] * 3))
     axes.set_autoscale_on(False)
 
 
@@ -177,7 +194,12 @@ def _draw_query(axes: "Axes", record: BlockRecord, view: View, cell: tuple[int, 
     width, height = (record.stride * factor for factor in view.factors)
     corner = cell[1] * width - 0.5, cell[0] * height - 0.5
     axes.add_patch(Rectangle(corner, width, height, fill=False, color="lime", linewidth=0.8))
-    axes.scatter(*view.query, 45, marker="*", color="lime", edgecolors="black", linewidths=0.5, zorder=3)
+    draw_star(axes, *view.query)
+
+
+def draw_star(axes: "Axes", x: float, y: float) -> None:
+    """Where a query is."""
+    axes.scatter(x, y, 45, marker="*", color="lime", edgecolors="black", linewidths=0.5, zorder=3)
 
 
 def _scatter(axes: "Axes", points: Tensor, areas: Any, **style: Any) -> None:
@@ -274,17 +296,6 @@ def _check_model(model: nn.Module, name: str) -> DAT:
     if not isinstance(model, DAT) or not deformable_blocks(model):
         raise ConfigError(f"{name}: has no D (deformable) blocks to draw")
     return model.eval()
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """An image file in RGB. Raises DataError."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image") from error
 
 
 def to_input(picture: Image.Image, data: dict[str, Any], side: int | None = None) -> Tensor:

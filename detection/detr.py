@@ -137,7 +137,7 @@ class DETR(BaseDETR):
 
     def _decode(self, key: Tensor, memory: Tensor, padding_mask: Tensor | None) -> dict[str, Any]:
         pos = self.query_embed.weight[None]
-        x = torch.zeros_like(pos, dtype=memory.dtype).expand(len(memory), -1, -1)
+        x = torch.zeros_like(pos, dtype=memory.dtype).expand(memory.shape[0], -1, -1)
         layers = []
         for layer in self.decoder:
             x = self.run_layer(layer, x, pos, key, memory, padding_mask)

@@ -48,7 +48,7 @@ def sine_position(
     else:
         y, x = (~mask).cumsum(1, dtype=torch.float32), (~mask).cumsum(2, dtype=torch.float32)
     # A wholly padded row or column counts 0 cells: the small term keeps it finite.
-    y = (y - 1 + anchor) / (y[:, -1:] + 1e-6)
-    x = (x - 1 + anchor) / (x[:, :, -1:] + 1e-6)
+    y = (y - 1 + anchor) / (y[:, -1, None] + 1e-6)
+    x = (x - 1 + anchor) / (x[:, :, -1, None] + 1e-6)
     halves = (sine_encoding(c[..., None], embed_dim // 2).expand(-1, h, w, -1) for c in (y, x))
     return torch.cat(list(halves), -1).flatten(1, 2).to(like.dtype)

@@ -10,6 +10,7 @@ FORBIDDEN = {
     "dat/ops": ("dat.layers", "dat.models", "dat.training", "detection", "classification"),
     "dat/layers": ("dat.models", "dat.training", "detection", "classification"),
     "dat/models": ("dat.training", "detection", "classification"),
+    "dat/deploy": ("detection", "classification"),
     "dat/training": ("detection", "classification"),
     "detection": ("classification", "examples"),
     "classification": ("detection", "examples"),

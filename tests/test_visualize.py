@@ -212,7 +212,7 @@ def test_the_whole_picture_is_seen_normalised():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"image": "text.png"}, DataError, "text.png: not a readable image"),
+        ({"image": "text.png"}, DataError, "text.png: cannot be read as an image"),
         ({"source": "dat_nanno"}, ConfigError, "dat_nanno: neither a timm model"),
         ({"source": "dat_nano:gone.pth"}, ConfigError, "gone.pth: no such file of weights for dat_nano"),
         ({"source": "test_vit"}, ConfigError, "test_vit: has no D"),

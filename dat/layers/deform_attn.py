@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
+from dat.ops._library import longer
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of queries and keys, in all images and groups, that the MLP of "log_cpb" is given at a time.
@@ -167,7 +168,7 @@ class DeformableAttention(nn.Module):
             return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
         x = query.permute(0, 3, 1, 2)
         if self.drops_rest:
-            x = F.pad(x, (0, max(self.stride - W, 0), 0, max(self.stride - H, 0)))
+            x = F.pad(x, (0, longer(self.stride - W, 0), 0, longer(self.stride - H, 0)))
         # All groups share their weights; repeating those spares a copy of the queries with groups in the batch.
         conv = self.offset_conv
         weight, bias = conv.weight.repeat(groups, 1, 1, 1), None if conv.bias is None else conv.bias.repeat(groups)
@@ -186,7 +187,7 @@ class DeformableAttention(nn.Module):
         if factor < 0:
             # A single key starts at infinity, and the clamp puts it at 1, as in the official code.
             return (cells / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
-        steps = max(length - 1, 1)
+        steps = longer(length - 1, 1)
         return cells / steps * 2 - 1 + offset.tanh() * (factor / steps)
 
     def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -213,6 +214,9 @@ class DeformableAttention(nn.Module):
             bias = mlp(grid_part, positions).to(part.dtype)
             return F.scaled_dot_product_attention(part, k, v, bias, scale=self.scale)
 
+        # The number of parts would be fixed in an exported graph, which serves maps of every size.
+        if torch.compiler.is_exporting():
+            return attend(q, grid)
         step = max(LOG_CPB_PAIRS // max(positions[..., 0].numel(), 1), 1)
         if step >= len(grid):
             return attend(q, grid)
@@ -224,7 +228,7 @@ class DeformableAttention(nn.Module):
         """Where queries are on a side of `length`."""
         if self.release == "2022":
             return _cells(length, like) / length * 2 - 1
-        return torch.arange(length, dtype=like.dtype, device=like.device) / max(length - 1, 1) * 2 - 1
+        return torch.arange(length, dtype=like.dtype, device=like.device) / longer(length - 1, 1) * 2 - 1
 
 
 def _cells(length: int, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.ops import neighborhood_attn
+from dat.ops._library import longer
 
 
 class NeighborhoodAttention(nn.Module):
@@ -54,8 +55,10 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         _, H, W, _ = x.shape
-        down, right = (max(self.kernel_size * self.dilation - length, 0) for length in (H, W))
-        if down or right:
+        reach = self.kernel_size * self.dilation
+        down, right = (longer(length, reach) - length for length in (H, W))
+        # An exported graph serves maps of every size.
+        if torch.compiler.is_exporting() or down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))
         return self.proj_drop(self.proj(self._attend(x)[:, :H, :W]))
 

@@ -50,6 +50,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         _, H, W, _ = x.shape
+        if torch.compiler.is_exporting():
+            return self._forward_any_size(x)
         window, padded, shift = zip(*(self._tile(length) for length in (H, W)), strict=True)
         bias = self._bias(window, x.device)
         if self.shift_size or padded != (H, W):
@@ -64,6 +66,42 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = torch.roll(x, shift, (1, 2))
         return x[:, :H, :W]
+
+    def _forward_any_size(self, x: Tensor) -> Tensor:
+        """The same without branches that depend on the size, for an exported graph, which serves maps of all sizes.
+
+        Cells are gathered: where reshapes split sizes that were rounded up, torch.export would prove for minutes that
+        they can be split.
+        """
+        H, W, device = x.shape[1], x.shape[2], x.device
+        (rows, row_regions, row_places), (columns, column_regions, column_places) = (
+            self._axis(length, device) for length in (H, W)
+        )
+        cells = _pairs(rows * W, columns)
+        regions = _pairs(row_regions * 3, column_regions)
+        bias = self._bias((self.window_size, self.window_size), device)
+        bias = bias.masked_fill((regions[:, :, None] != regions[:, None]).unsqueeze(1), -torch.inf)
+        windows = x.flatten(1, 2)[:, cells]
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        # Written out: torch.onnx knows the fused attention of batches without windows alone.
+        out = ((q * self.scale) @ k.mT + bias.to(q.dtype)).softmax(-1) @ v
+        out = self.proj(out.transpose(2, 3).flatten(3)).flatten(1, 2)
+        window, inside = row_places
+        places = ((window * columns.shape[0])[:, None] + column_places[0]) * self.window_size**2
+        return self.proj_drop(out[:, places + (inside * self.window_size)[:, None] + column_places[1]])
+
+    def _axis(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Cells and their regions [windows, window_size] of a side; for each cell, its window and its place in it."""
+        window = self.window_size
+        count = (length - 1) // window + 1
+        cell = torch.arange(count, device=device)[:, None] * window + torch.arange(window, device=device)
+        cell = cell + self.shift_size
+        cell = torch.where(cell < count * window, cell, cell - count * window)
+        # Padding sees padding, so that no row is all masked; what is there does not matter.
+        regions = torch.where(cell < length, (cell < self.shift_size).long(), 2)
+        place = torch.arange(length, device=device) - self.shift_size
+        place = torch.where(place < 0, place + count * window, place)
+        return cell.clamp(max=length - 1), regions, (place // window, place % window)
 
     def _tile(self, length: int) -> tuple[int, int, int]:
         """Window, padded length and roll along a side. In a single window the roll would change nothing."""
@@ -114,3 +152,8 @@ class WindowAttention(nn.Module):
         labels = regions[0][:, None] * 3 + regions[1]
         labels = window_partition(labels[None, ..., None], window).flatten(1)
         return labels[:, :, None] == labels[:, None, :]
+
+
+def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
+    """Sums [windows, window_size**2] of what is known of rows and of columns, [windows, window_size] each."""
+    return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)

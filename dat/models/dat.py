@@ -34,6 +34,18 @@ from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
 __all__ = ["DAT", "StageConfig"]
 
 
+class Patches(PatchEmbed):
+    """timm's embedding [B, C, H, W] to [B, ceil(H/p), ceil(W/p), C'], whose sizes torch.export can work out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        # As much as may be missing of a patch: the convolution leaves out what does not fill one.
+        height, width = self.patch_size
+        x = self.proj(F.pad(x, (0, width - 1, 0, height - 1)))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
 class Downsample(nn.Module):
     """Convolution of stride 2, LayerNorm: [B, H, W, C] to [B, ceil(H/2), ceil(W/2), C'].
 
@@ -55,7 +67,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (2, 2):
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+            # In an exported graph, for all sizes, always: the convolution leaves out a row that is alone.
+            odd = (1, 1) if torch.compiler.is_exporting() else (x.shape[2] % 2, x.shape[1] % 2)
+            x = F.pad(x, (0, 0, 0, odd[0], 0, odd[1]))
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -283,7 +297,7 @@ class DAT(nn.Module):
 def create_stem(stem: str, patch_size: int, in_chans: int, embed_dims: int, **dd: Any) -> nn.Module:
     """What embeds images [B, in_chans, H, W] as maps [B, H', W', embed_dims]; see `DAT`."""
     if stem == "patch":
-        return PatchEmbed(
+        return Patches(
             None,
             patch_size,
             in_chans,

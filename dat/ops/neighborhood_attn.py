@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
+from dat.ops._library import LIBRARY, longer, refuse_forward_mode, register_batching, second_derivatives
 from dat.ops.deform_sample import autocast, sum_dtype, untraced
 
 LIBRARY.define(
@@ -64,11 +64,12 @@ def neighborhood_attn(
     query, key, value = autocast(query), autocast(key), autocast(value)
     _check(query, key, value, bias, (H, W), kernel_size, dilation)
     bias = None if bias is None else bias.to(sum_dtype(query))
-    down, right = max(kernel_size * dilation - H, 0), max(kernel_size * dilation - W, 0)
+    padded_H, padded_W = (longer(length, kernel_size * dilation) for length in (H, W))
+    down, right = padded_H - H, padded_W - W
     if down or right:
         query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))
-    padded_H, padded_W = H + down, W + right
-    if (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
+    # An exported graph serves maps of every size.
+    if not torch.compiler.is_exporting() and (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
         out = _one_window(query, key, value, bias, kernel_size, scale)
     else:
         out = torch.ops.dat.neighborhood_attn(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)

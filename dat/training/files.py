@@ -2,14 +2,10 @@
 
 import json
 import os
-import struct
-import tarfile
-import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from timm.data import add_img_extensions, get_img_extensions
 from timm.utils import natural_key
 
@@ -17,20 +13,6 @@ from dat.training.errors import DataError
 
 # timm's own are those of PNG and JPEG alone
 add_img_extensions([".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp", ".avif"])
-
-# Pillow reports a broken file in several ways
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
-    struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
-)  # fmt: skip
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, 8 bits a channel. Raises one of UNREADABLE."""
-    if picture.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip all above 255 to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    return picture.convert("RGB")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -53,12 +35,13 @@ def write_json(path: str | Path, content: Any) -> None:
         raise
 
 
-def find_images(source: Path, exclude: Path | None = None) -> list[Path]:
+def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:
     """The file itself, or the images of a folder and of the folders in it, in natural order.
 
     Args:
         source: an image file of any kind, or a folder, of which files with timm's image extensions are taken.
         exclude: folder inside `source` whose files are left out, such as that of the results.
+        more: further extensions, such as ".mp4", of which files of a folder are taken.
     Raises:
         DataError: no such file or folder, or a folder without images.
     """
@@ -66,7 +49,7 @@ def find_images(source: Path, exclude: Path | None = None) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"{source}: no such image or folder")
-    extensions = get_img_extensions(as_set=True)
+    extensions = get_img_extensions(as_set=True).union(more)
     # "._name.jpg" is what macOS leaves beside name.jpg on foreign disks
     images = [
         path

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dat.training.errors import DataError
-from dat.training.files import UNREADABLE, to_rgb
+from dat.training.pictures import read_picture
 
 PerImage = dict[int, list[Any]]
 
@@ -125,14 +124,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     `size` (width, height): what the annotations say; EXIF orientation is followed where that is what gives this size.
     None: EXIF orientation is always followed. Raises DataError for a file that cannot be decoded or has another size.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if size is None or image.size != size:
-                image = ImageOps.exif_transpose(image)
-            image = to_rgb(image)
-    except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+    image = read_picture(path, size)
     if size is not None and image.size != size:
         raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")
     return tv_tensors.Image(F.pil_to_tensor(image))

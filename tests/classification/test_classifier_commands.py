@@ -75,7 +75,7 @@ def test_predict_leaves_its_own_pictures_out(trained, pictures, monkeypatch, cap
 def test_predict_takes_one_picture_and_overrides(trained, pictures, monkeypatch, tmp_path):
     picture = pictures / "val/red/0.png"
     command(monkeypatch, predict, trained, picture, "data.img_size=48", "--out", tmp_path / "out", "--sheet", 0)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.json", "predictions.csv"}
 
 
 @pytest.mark.parametrize(

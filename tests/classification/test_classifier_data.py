@@ -15,7 +15,7 @@ from classification.readers import open_place, open_split
 from classification.train import train
 from dat.training.config import from_dict
 from dat.training.errors import ConfigError, DataError
-from dat.training.files import UNREADABLE
+from dat.training.pictures import UNREADABLE
 
 
 def test_all_that_can_be_read_is_trained_on_and_all_else_is_listed(settings, tmp_path):

@@ -132,7 +132,11 @@ def test_prediction_draws_and_writes_coco_results(trained, tmp_path, module_conf
 def test_prediction_of_one_image(trained, tmp_path, module_config):
     image = module_config.parent / "scenes/images/val_0.jpg"
     predict.main([str(trained / "best.pth"), str(image), "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detections.json", "val_0.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "detections.csv",
+        "detections.json",
+        "val_0.png",
+    ]
 
 
 def test_prediction_never_replaces_its_input(trained, tmp_path, capsys):

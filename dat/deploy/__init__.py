@@ -1,0 +1,1 @@
+"""What the commands that leave training behind share: exported models, pictures and videos to predict on."""

@@ -1,0 +1,176 @@
+"""Writes models as ONNX files and torch.export or AOTInductor packages, each checked before it takes its place."""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dat.deploy.runtime import load_exported
+from dat.training.errors import ConfigError, UserError
+
+Tensors = tuple[Tensor, ...]
+
+
+class ExportError(UserError, RuntimeError):
+    """A model that cannot be exported, or whose exported form does not give its results."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is exported: a module in evaluation mode on the CPU, and what its inputs and outputs are.
+
+    Attributes:
+        module: tensors to a tuple of tensors; pre- and post-processing are part of it.
+        inputs: names of its inputs, in order, each with the names of the axes that may have any size.
+        outputs: names of its outputs, in order.
+        example: inputs to trace with, whose values do not matter. No axis of any size, of a map in the model either,
+            should be 1 long, which broadcasts.
+        metadata: what a program has to know beside them, as JSON holds it; see `dat.deploy.runtime.Exported`.
+        difference: (torch's outputs, the exported model's) to the largest differences by name, as `check` judges them.
+        tolerances: the largest differences that are allowed, by name.
+    """
+
+    module: nn.Module
+    inputs: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+    example: Tensors
+    metadata: dict[str, Any]
+    difference: Callable[[Tensors, Tensors], dict[str, float]]
+    tolerances: dict[str, float]
+
+
+def export_format(path: Path, aot: bool) -> str:
+    """ "onnx", "export" or "aot": what a file of this name should hold. Raises ConfigError."""
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export, or AOTInductor with --aot)")
+    if aot and path.suffix != ".pt2":
+        raise ConfigError(f"--out: {path} should end in .pt2 with --aot")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--out: {path} is a folder, or in a folder that does not exist")
+    return "onnx" if path.suffix == ".onnx" else "aot" if aot else "export"
+
+
+def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, aot: bool = False) -> dict[str, float]:
+    """Exports a model, runs the file on samples, and puts it at `path` if it gives what torch gives.
+
+    Args:
+        graph: what to export.
+        samples: inputs to compare on.
+        path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
+        aot: a .pt2 of AOTInductor, for this kind of processor, instead of torch.export.
+
+    Returns:
+        The largest differences by name.
+
+    Raises:
+        ConfigError: a path or a library that is missing.
+        ExportError: torch cannot export the model, or the file gives other results.
+    """
+    form = export_format(path, aot)
+    module = graph.module.eval()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        with torch.no_grad(), _without_chatter():
+            _WRITERS[form](graph, temporary)
+            worst = _check(graph, module, samples, temporary)
+        os.replace(temporary, path)
+    return worst
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Exporters tell of steps that no reader can do anything about; their errors are raised."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.export", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check(graph: Graph, module: nn.Module, samples: Sequence[Tensors], path: Path) -> dict[str, float]:
+    exported = load_exported(path, graph.metadata["kind"], trust=True)
+    worst = dict.fromkeys(graph.tolerances, 0.0)
+    for inputs in samples:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
+        for name, value in graph.difference(module(*inputs), exported.run(*inputs)).items():
+            # a NaN is no agreement
+            if not value <= graph.tolerances[name]:
+                raise ExportError(
+                    f"{path.name}: {name} of the exported model differ by {value:.2g} from torch's at inputs {shapes}, "
+                    f"should be at most {graph.tolerances[name]:g}; nothing was written"
+                )
+            worst[name] = max(worst[name], value)
+    return worst
+
+
+def _program(graph: Graph) -> Any:
+    """The torch.export program, for any size of the named axes."""
+    axes = [dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in graph.inputs.values()]
+    try:
+        # Sizes that may be 1 are not told apart from others, or the program would take no others.
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(graph.module, graph.example, dynamic_shapes=tuple(axes), strict=False)
+    # it raises errors of every kind, with the cause in the first line
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ExportError(f"torch.export cannot capture this model: {type(error).__name__}: {reason}") from error
+
+
+def _write_onnx(graph: Graph, path: Path) -> None:
+    try:
+        import onnx
+
+        from dat.ops.onnx import translation_table
+    except ImportError as error:
+        raise ConfigError("writing ONNX needs onnx and onnxscript: pip install onnx onnxscript onnxruntime") from error
+    program = _program(graph)
+    exported = torch.onnx.export(
+        program,
+        (),
+        opset_version=20,
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        custom_translation_table=translation_table(),
+        verbose=False,
+    )
+    if exported is None:
+        raise ExportError("torch.onnx gave no model")
+    model = exported.model_proto
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in graph.metadata.items()})
+    for value, axes in zip(model.graph.input, graph.inputs.values(), strict=True):
+        for axis, name in axes.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    onnx.save(model, path)
+
+
+def _write_program(graph: Graph, path: Path) -> None:
+    torch.export.save(_program(graph), path, extra_files={"metadata.json": json.dumps(graph.metadata)})
+
+
+def _write_aot(graph: Graph, path: Path) -> None:
+    metadata = {"dat": json.dumps(graph.metadata)}
+    torch._inductor.aoti_compile_and_package(
+        _program(graph), package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+    )
+
+
+_WRITERS: dict[str, Callable[[Graph, Path], None]] = {
+    "onnx": _write_onnx,
+    "export": _write_program,
+    "aot": _write_aot,
+}

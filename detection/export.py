@@ -1,0 +1,112 @@
+"""Exports a detector with its pre- and post-processing.
+
+    python -m detection.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
+    python -m detection.export CHECKPOINT --out model.pt2 [--aot]
+
+.onnx is for onnxruntime and the like, .pt2 a torch.export program, with --aot compiled by AOTInductor for this kind of
+processor. Inputs, of any batch and size: "images" [B, 3, H, W] uint8, RGB, already resized (metadata: "size" of the
+shortest edge, "max_size" of the longest), and "sizes" [B, 2] int64, the (height, width) in pixels that boxes are wanted
+in, 0: in pixels of "images". Outputs: "scores" [B, k], falling, "labels" [B, k] int64, "boxes" [B, k, 4], (x0, y0, x1,
+y1), and "queries" [B, k] int64, which of the decoder's queries it was. The file is put in place only after it gave
+torch's results on real images: --images, the validation data, or generated ones, at two sizes, alone and in pairs.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dat.deploy.export import Graph, Tensors, export_checked, export_format
+from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
+from dat.training.errors import ConfigError
+from dat.training.loop import main_guard
+
+from .build import Detector, load_detector
+from .graph import DetectorGraph
+
+
+def detector_graph(detector: Detector, top_k: int) -> Graph:
+    """What is exported of a detector."""
+    data = detector.config.data
+    metadata: dict[str, Any] = {
+        "kind": "detection",
+        "class_names": [category.name for category in detector.categories],
+        "category_ids": [category.id for category in detector.categories],
+        "size": data.val.size,
+        "max_size": data.val.max_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "top_k": top_k,
+    }
+    return Graph(
+        DetectorGraph(detector.model, data, top_k).eval(),
+        {"images": {0: "batch", 2: "height", 3: "width"}, "sizes": {0: "batch"}},
+        ("scores", "labels", "boxes", "queries"),
+        (torch.zeros(EXAMPLE, dtype=torch.uint8), torch.zeros(EXAMPLE[0], 2, dtype=torch.int64)),
+        metadata,
+        difference,
+        {"scores": 1e-4, "boxes": 1e-3},
+    )
+
+
+def difference(wanted: Tensors, found: Tensors) -> dict[str, float]:
+    """The largest differences of scores and of boxes, in pixels, of detections that are the same.
+
+    Equal scores may come in any order, and at the end of the list the one may be there and the other not.
+    """
+    worst = {"scores": 0.0, "boxes": 0.0}
+    if any(a.shape != b.shape for a, b in zip(wanted, found, strict=True)):
+        return dict.fromkeys(worst, float("inf"))
+    for scores, labels, boxes, queries, *others in zip(*wanted, *found, strict=True):
+        worst["scores"] = max(worst["scores"], _largest(scores - others[0]))
+        same = (labels[:, None] == others[1]) & (queries[:, None] == others[3])
+        # those that are so near to the last that they may be left out
+        near = scores - scores[-1:] < 2e-4
+        there = same.any(1)
+        if not (there | near).all():
+            # In two stages queries that tie may have changed places: what they found is found by another.
+            same = (labels[:, None] == others[1]) & ((scores[:, None] - others[0]).abs() < 2e-4)
+            there = same.any(1)
+        if not (there | near).all():
+            worst["scores"] = float("inf")
+        distance = (boxes[:, None] - others[2]).abs().amax(-1).masked_fill(~same, float("inf")).amin(1)
+        worst["boxes"] = max(worst["boxes"], _largest(distance[there]))
+    return worst
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m detection.export", description="Exports a detector.")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
+    parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
+    parser.add_argument("--aot", action="store_true", help="compile the .pt2 with AOTInductor")
+    parser.add_argument("--images", type=Path, help="images to check on, a file or a folder (the validation data)")
+    parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
+    parser.add_argument("--top-k", type=int, help="most detections per image (those of the configuration)")
+    options = parser.parse_args(arguments)
+    if options.top_k is not None and options.top_k < 1:
+        raise ConfigError(f"--top-k is {options.top_k}, should be at least 1")
+    export_format(options.out, options.aot)
+    detector = load_detector(options.checkpoint, torch.device("cpu"))
+    data = detector.config.data
+    sizes = check_sizes(options.sizes, data.val.size)
+    pictures = sample_pictures(options.images, Path(data.root) / data.val.images)
+    samples = [
+        (images, torch.tensor([[0, 0], [480, 640]][: len(images)])) for images in sample_batches(pictures, sizes)
+    ]
+    graph = detector_graph(detector, options.top_k or data.val.top_k)
+    worst = export_checked(graph, samples, options.out, options.aot)
+    print(
+        f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['boxes']:.1e} pixels and "
+        f"{worst['scores']:.1e} in scores on {pictures.origin}, shortest edges {sizes[0]} and {sizes[1]}, batch 1 and 2"
+    )
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,104 @@
+"""Detects objects in pictures of any size, with a checkpoint or with what `detection.export` made of one."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from dat.deploy.runtime import is_exported, load_exported
+from dat.training.errors import CheckpointError
+from dat.training.loop import amp_context
+
+from .build import Detector, load_detector
+from .data import Category, resized_size
+from .graph import DetectorGraph
+
+# images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, see DetectorGraph
+Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What detects: `predictor(pictures)`.
+
+    Attributes:
+        categories: label i is the i-th.
+        size, max_size: of the shortest and the longest edge of what the model is given, in pixels.
+        run: see Run.
+        detector: what `run` is made of; None for an exported one.
+    """
+
+    categories: tuple[Category, ...]
+    size: int
+    max_size: int
+    run: Run
+    detector: Detector | None = None
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[dict[str, Tensor]]:
+        """Detects objects in RGB pictures; those that become equally large are run together.
+
+        Returns:
+            For each picture "scores" [k], falling, "labels" [k], "boxes" [k, 4], xyxy in its pixels, not clipped, and
+            "queries" [k], of the decoder, all on the CPU.
+        """
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, picture in enumerate(pictures):
+            groups[self.input_size(picture)].append(i)
+        found: dict[int, dict[str, Tensor]] = {}
+        for size, members in groups.items():
+            images = torch.stack([F.resize(F.pil_to_tensor(pictures[i]), list(size)) for i in members])
+            sizes = torch.tensor([(pictures[i].height, pictures[i].width) for i in members])
+            outputs = [output.cpu() for output in self.run(images, sizes)]
+            names = ("scores", "labels", "boxes", "queries")
+            for i, *values in zip(members, *outputs, strict=True):
+                found[i] = dict(zip(names, values, strict=True))
+        return [found[i] for i in range(len(pictures))]
+
+    def input_size(self, picture: Image.Image) -> tuple[int, int]:
+        """(height, width) at which the model sees a picture."""
+        return resized_size(picture.height, picture.width, self.size, self.max_size)
+
+
+def load_predictor(path: Path, device: torch.device, top_k: int = 100, trust: bool = False) -> Predictor:
+    """A predictor from a checkpoint, or from an exported .onnx or .pt2.
+
+    Args:
+        path: of the file.
+        device: that a checkpoint's model runs on; exported models run on the CPU.
+        top_k: most detections of a picture, of an exported model at most those that it was exported with.
+        trust: see load_exported.
+
+    Raises:
+        CheckpointError, ConfigError: not such a file; see load_detector and load_exported.
+    """
+    if is_exported(path):
+        return _load_exported(path, top_k, trust)
+    detector = load_detector(path, device)
+    data, amp = detector.config.data, detector.config.train.amp
+    graph = DetectorGraph(detector.model, data, top_k).to(device).eval()
+
+    @torch.inference_mode()
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        with amp_context(device, amp):
+            return graph(images.to(device), sizes.to(device))
+
+    return Predictor(detector.categories, data.val.size, data.val.max_size, run, detector)
+
+
+def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
+    exported = load_exported(path, "detection", trust)
+    ids, names = exported.metadata.get("category_ids"), exported.metadata["class_names"]
+    edges = [exported.metadata.get(name) for name in ("size", "max_size")]
+    if not isinstance(ids, list) or len(ids) != len(names) or not all(isinstance(edge, int) for edge in edges):
+        raise CheckpointError(f"{path}: its metadata lacks category_ids, size or max_size")
+    categories = tuple(Category(*pair) for pair in zip(ids, names, strict=True))
+
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output[:, :top_k] for output in exported.run(images, sizes))
+
+    return Predictor(categories, *edges, run)

@@ -1,0 +1,104 @@
+"""Exported classifiers of every family give torch's logits, or nothing is written."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from classification import export
+from classification.config import ClassificationConfig
+from classification.model import build_classifier, load_classifier
+from dat.deploy.runtime import load_exported
+from dat.training.checkpoint import save_checkpoint
+from dat.training.config import from_dict, to_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
+
+NAMES = ["a", "b", "c"]
+# a stage of each family, with every kind of its blocks
+DAT = {"name": "dat_nano", "stages": [{"blocks": "LSD", "embed_dims": 16, "num_heads": 2}]}
+DAT_PLUS = {
+    "name": "dat_plus_tiny",
+    "stages": [
+        {"blocks": "ND", "embed_dims": 16, "num_heads": 2, "kernel_size": 9, "stride": 8, "offset_range_factor": -1.0,
+         "release": "2023"},
+        {"blocks": "D", "embed_dims": 32, "num_heads": 4, "num_groups": 2, "kernel_size": 3, "stride": 2,
+         "release": "2023"},
+    ],
+}  # fmt: skip
+DAT_PP = {
+    "name": "dat_pp_nano",
+    "stages": [
+        {"blocks": "ND", "embed_dims": 16, "num_heads": 2, "kernel_size": 4, "stride": 4, "release": "2023",
+         "lpu": True, "conv_mlp": True},
+    ],
+}  # fmt: skip
+
+
+def write_classifier(path, backbone, img_size=64):
+    config = from_dict(
+        ClassificationConfig,
+        {"model": {"backbone": backbone}, "data": {"root": "nowhere", "img_size": img_size}},
+        "test",
+    )
+    torch.manual_seed(0)
+    model = build_classifier(config.model.backbone, len(NAMES), weights=False)
+    state = {"kind": "classification", "config": to_dict(config), "class_names": NAMES}
+    save_checkpoint(path, {**state, "state_dict": model.state_dict()})
+    return path
+
+
+@pytest.mark.parametrize(
+    "backbone", [DAT, DAT_PLUS, DAT_PP, {"name": "test_resnet"}], ids=["dat", "dat-plus", "dat-pp", "resnet"]
+)
+def test_onnx_gives_torchs_logits_of_any_batch_and_size(tmp_path, backbone):
+    path = write_classifier(tmp_path / "best.pth", backbone)
+    export.main([str(path), "--out", str(tmp_path / "model.onnx")])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    classifier = load_classifier(path, [], torch.device("cpu"))
+    data = classifier.config.data
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    # of sizes that the command has not seen, of maps smaller than windows and neighbourhoods too
+    for shape in ((3, 3, 90, 75), (1, 3, 20, 131)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        logits, scores, labels = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            wanted = classifier.model((images / 255 - mean) / std)
+        torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(scores), wanted.softmax(1).sort(1, descending=True).values)
+        assert labels[:, 0].tolist() == wanted.argmax(1).tolist()
+
+
+def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, capsys):
+    path = write_classifier(tmp_path / "best.pth", {"name": "test_vit"}, img_size=160)
+    (tmp_path / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "pictures/noise.png")
+    out = tmp_path / "model.onnx"
+    export.main([str(path), "--out", str(out), "--images", str(tmp_path / "pictures")])
+    assert "pictures, 160 pixels, the one size of the model, batch 1 and 2" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(out)
+    assert session.get_inputs()[0].shape == ["batch", 3, 160, 160]
+    metadata = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["class_names"] == NAMES
+    assert (metadata["img_size"], metadata["crop_pct"], metadata["crop_mode"]) == (160, 0.875, "center")
+
+
+def test_a_program_of_torch_export(tmp_path):
+    out = tmp_path / "model.pt2"
+    export.main([str(write_classifier(tmp_path / "best.pth", DAT)), "--out", str(out)])
+    exported = load_exported(out, "classification", trust=True)
+    assert exported.metadata["class_names"] == NAMES
+    logits, scores, _ = exported.run(torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8))
+    torch.testing.assert_close(scores.sum(1), torch.ones(3))
+    assert logits.shape == (3, 3)
+
+
+def test_difference_of_labels_is_judged_by_their_scores():
+    logits = torch.tensor([[2.0, 2.0, 0.0]])
+    scores = logits.softmax(1).sort(1, descending=True).values
+    assert export.difference((logits, scores, None), (logits, scores, torch.tensor([[1, 0, 2]])))["scores"] < 1e-6
+    assert export.difference((logits, scores, None), (logits, scores, torch.tensor([[2, 0, 1]])))["scores"] > 0.1

@@ -1,0 +1,202 @@
+"""Exported detectors give torch's detections, or nothing is written."""
+
+import json
+import shutil
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exporting import write_detector
+
+from dat.deploy.export import _WRITERS, ExportError
+from dat.deploy.runtime import load_exported
+from dat.training.checkpoint import load_checkpoint, save_checkpoint
+from dat.training.errors import CheckpointError, ConfigError
+from detection import export
+from detection.build import load_detector
+from detection.config import DataConfig
+from detection.graph import DetectorGraph
+from detection.post_process import post_process
+
+pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
+SIZES = ["--sizes", "64", "96"]
+ONE_MAP = {"encoder_depth": 0, "num_levels": 2}
+# two stages of a small DAT, with every kind of its blocks
+DAT = [{"blocks": "LS", "embed_dims": 16, "num_heads": 2}, {"blocks": "LD", "embed_dims": 16, "num_heads": 2}]
+DAT_PP = [
+    {"blocks": blocks, "embed_dims": 16, "num_heads": 2, "kernel_size": 3, "release": "2023", "conv_mlp": True}
+    for blocks in ("N", "ND")
+]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"box_refine": True, "two_stage": True},
+        {"kind": "detr"},
+        {"backbone": {"name": "dat_nano", "out_indices": [1], "stages": DAT}, **ONE_MAP},
+        {
+            "backbone": {"name": "dat_pp_nano", "out_indices": [1], "stages": DAT_PP},
+            "encoder_depth": 0,
+            "num_levels": 2,
+        },
+    ],
+    ids=["two-stage", "detr", "dat", "dat-pp"],
+)
+def test_onnx_gives_torchs_detections_of_any_batch_and_size(tmp_path, model, capsys):
+    path = write_detector(tmp_path / "best.pth", **model)
+    export.main([str(path), "--out", str(tmp_path / "model.onnx"), "--top-k", "5", *SIZES])
+    assert "generated pictures, shortest edges 64 and 96, batch 1 and 2" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pth", "model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [value.shape for value in session.get_inputs()] == [["batch", 3, "height", "width"], ["batch", 2]]
+    detector = load_detector(path, torch.device("cpu"))
+    # of sizes that the command has not seen, and for whose maps windows have to be padded
+    for batch, height, width in ((3, 75, 130), (1, 161, 66)):
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        sizes = torch.tensor([[30, 40], [300, 200], [0, 0]])[-batch:]
+        scores, labels, boxes, _ = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+        data = detector.config.data
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        with torch.no_grad():
+            outputs = detector.model((images / 255 - mean) / std)
+        sizes[-1] = torch.tensor([height, width])
+        for i, wanted in enumerate(post_process(outputs, sizes, detector.model.scores, top_k=5)):
+            torch.testing.assert_close(torch.from_numpy(scores[i]), wanted["scores"], rtol=0, atol=1e-4)
+            assert labels[i].tolist() == wanted["labels"].tolist()
+            torch.testing.assert_close(torch.from_numpy(boxes[i]), wanted["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_detector(tmp_path_factory.mktemp("detector") / "best.pth", encoder_depth=0)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    """The ONNX form of `checkpoint`."""
+    out = checkpoint.with_name("model.onnx")
+    export.main([str(checkpoint), "--out", str(out), *SIZES])
+    return out
+
+
+def test_metadata_says_what_a_program_has_to_know(exported):
+    texts = onnxruntime.InferenceSession(exported).get_modelmeta().custom_metadata_map
+    metadata = {name: json.loads(text) for name, text in texts.items()}
+    assert metadata["class_names"] == ["blue", "red"]
+    assert metadata["category_ids"] == [3, 11]
+    assert (metadata["size"], metadata["max_size"]) == (64, 256)
+    assert metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_a_program_of_torch_export_is_loaded_only_on_trust(checkpoint, tmp_path):
+    out = tmp_path / "model.pt2"
+    export.main([str(checkpoint), "--out", str(out), *SIZES])
+    with pytest.raises(ConfigError, match="can run any code"):
+        load_exported(out, "detection")
+    exported = load_exported(out, "detection", trust=True)
+    assert exported.metadata["class_names"] == ["blue", "red"]
+    images = torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8)
+    scores, _, boxes, _ = exported.run(images, torch.zeros(3, 2, dtype=torch.int64))
+    assert (scores.shape, boxes.shape) == ((3, 14), (3, 14, 4))
+
+
+def test_padding_to_a_multiple_is_exported(tmp_path):
+    backbone = {"name": "test_resnet", "out_indices": [-1]}
+    state = load_checkpoint(write_detector(tmp_path / "best.pth", backbone=backbone, **ONE_MAP))
+    state["config"]["data"]["pad_multiple"] = 32
+    save_checkpoint(tmp_path / "padded.pth", state)
+    export.main([str(tmp_path / "padded.pth"), "--out", str(tmp_path / "model.onnx"), "--sizes", "60", "90"])
+
+
+def test_padding_to_a_multiple_is_part_of_the_graph(checkpoint):
+    detector = load_detector(checkpoint, torch.device("cpu"))
+    images = torch.randint(0, 256, (1, 3, 70, 90), dtype=torch.uint8)
+    sizes = torch.tensor([[70, 90]])
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    graph = DetectorGraph(detector.model, DataConfig(mean=mean, std=std, pad_multiple=32), top_k=5)
+    x = torch.zeros(1, 3, 96, 96)
+    x[..., :70, :90] = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    mask = torch.ones(1, 96, 96, dtype=torch.bool)
+    mask[:, :70, :90] = False
+    with torch.no_grad():
+        scores, _, boxes, _ = graph(images, sizes)
+        (wanted,) = post_process(detector.model(x, mask), sizes, top_k=5)
+    torch.testing.assert_close(scores[0], wanted["scores"])
+    torch.testing.assert_close(boxes[0], wanted["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_a_file_that_gives_other_results_is_not_left_behind(exported, tmp_path, monkeypatch):
+    """The exporter, for once, exports another model."""
+    monkeypatch.setitem(_WRITERS, "onnx", lambda graph, path: shutil.copy(exported, path))
+    out = tmp_path / "model.onnx"
+    out.write_bytes(b"older")
+    checkpoint = write_detector(tmp_path / "best.pth", num_points=3)
+    with pytest.raises(ExportError, match=r"of the exported model differ by .* from torch's at inputs"):
+        export.main([str(checkpoint), "--out", str(out), *SIZES])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pth", "model.onnx"]
+    assert out.read_bytes() == b"older"
+
+
+def detections(scores, labels, boxes, queries):
+    return (
+        torch.tensor([scores]),
+        torch.tensor([labels]),
+        torch.tensor([[[x, 0.0, 10.0, 10.0] for x in boxes]]),
+        torch.tensor([queries]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "scores", "boxes"),
+    [
+        (([0.9, 0.5], [0, 1], [1.0, 2.0], [4, 5]), 0.0, 0.0),
+        # equal scores in another order
+        (([0.9, 0.5], [0, 1], [1.25, 2.0], [4, 5]), 0.0, 0.25),
+        (([0.8, 0.5], [0, 1], [1.0, 2.0], [4, 5]), 0.1, 0.0),
+        (([0.9, 0.5], [1, 1], [1.0, 2.0], [4, 5]), float("inf"), 0.0),
+        # the last may be another one of the same score
+        (([0.9, 0.5], [0, 0], [1.0, 7.0], [4, 6]), 0.0, 0.0),
+    ],
+)
+def test_difference_of_detections(found, scores, boxes):
+    wanted = detections([0.9, 0.5], [0, 1], [1.0, 2.0], [4, 5])
+    worst = export.difference(wanted, detections(*found))
+    assert worst == {"scores": pytest.approx(scores), "boxes": pytest.approx(boxes)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "{tmp}/model.pb"], r"should end in .onnx \(ONNX\) or .pt2"),
+        (["--out", "{tmp}/model.onnx", "--aot"], "should end in .pt2 with --aot"),
+        (["--out", "{tmp}/no/model.onnx"], "a folder that does not exist"),
+        (["--out", "{tmp}/model.onnx", "--sizes", "64", "64"], "should be two sizes"),
+        (["--out", "{tmp}/model.onnx", "--top-k", "0"], "--top-k is 0"),
+    ],
+)
+def test_mistakes_are_said_and_nothing_is_written(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        export.main([str(checkpoint), *(argument.format(tmp=tmp_path) for argument in arguments)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_strangers_files_are_refused_in_one_line(exported, tmp_path):
+    path = tmp_path / "model.onnx"
+    whole = exported.read_bytes()
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="of a detection model, should be a classification model"):
+        load_exported(path, "classification")
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"model.onnx: (not an ONNX model|without the metadata)"):
+            load_exported(path, "detection")
+    identity = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 20]> g (float[1] x) => (float[1] y) {y = Identity(x)}'
+    )
+    onnx.save(identity, path)
+    with pytest.raises(CheckpointError, match="without the metadata of an export"):
+        load_exported(path, "detection")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_exported(tmp_path / "none.onnx", "detection")

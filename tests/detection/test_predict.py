@@ -1,0 +1,192 @@
+"""Pictures, videos, tables and sampling points of detection.predict, of checkpoints and of exported models."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from exporting import write_detector
+from PIL import Image
+
+from dat.deploy import media
+from dat.training.errors import CheckpointError, ConfigError, DataError
+from detection import export, predict
+from detection.points import detect_with_points
+from detection.predictor import load_predictor
+
+pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
+CPU = torch.device("cpu")
+EVERYTHING = ["--device", "cpu", "--threshold", "0"]
+
+
+def noise(size, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_detector(tmp_path_factory.mktemp("detector") / "best.pth", box_refine=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two sizes of images, in two folders."""
+    (tmp_path / "in/b").mkdir(parents=True)
+    for i, (name, size) in enumerate((("1.png", (120, 90)), ("2.png", (120, 90)), ("b/3.png", (80, 130)))):
+        noise(size, i).save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def run(checkpoint, *arguments):
+    predict.main([str(checkpoint), *map(str, arguments), *EVERYTHING])
+
+
+def read(out):
+    return json.loads((out / "detections.json").read_text())
+
+
+def test_an_exported_model_finds_what_its_checkpoint_finds(checkpoint, folder, tmp_path):
+    export.main([str(checkpoint), "--out", str(tmp_path / "model.onnx"), "--sizes", "64", "96"])
+    for name, model in (("a", checkpoint), ("b", tmp_path / "model.onnx")):
+        run(model, folder, "--out", tmp_path / name)
+    wanted, found = (sorted(read(tmp_path / name), key=lambda r: (r["image_id"], -r["score"])) for name in "ab")
+    assert len(wanted) == len(found) == 3 * 14
+    for a, b in zip(wanted, found, strict=True):
+        assert b["score"] == pytest.approx(a["score"], abs=1e-4)
+    keys = [
+        {(r["image_id"], r["file_name"], r["category_id"], *np.round(r["bbox"])) for r in x} for x in (wanted, found)
+    ]
+    # boxes beside half a pixel may be rounded the other way
+    assert len(keys[0] & keys[1]) > 0.95 * len(keys[0])
+
+
+def test_batches_do_not_change_results(checkpoint, folder, tmp_path):
+    for size in (1, 8):
+        run(checkpoint, folder, "--out", tmp_path / str(size), "--batch-size", size)
+    one, eight = (read(tmp_path / size) for size in "18")
+    assert [r["file_name"] for r in one] == [r["file_name"] for r in eight]
+    np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in eight], atol=2e-5)
+
+
+def test_the_table_says_what_the_json_says(checkpoint, folder, tmp_path):
+    run(checkpoint, folder, "--out", tmp_path / "out")
+    with (tmp_path / "out/detections.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    results = read(tmp_path / "out")
+    assert len(rows) == len(results)
+    for row, result in zip(rows, results, strict=True):
+        assert [float(row[name]) for name in ("x", "y", "width", "height")] == result["bbox"]
+        assert row["category"] == {3: "blue", 11: "red"}[result["category_id"]]
+        assert (row["file_name"], row["frame"]) == (result["file_name"], "")
+
+
+def test_classes_and_crops(checkpoint, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(checkpoint, folder / "b", "--out", out, "--classes", "red", "--crops")
+    results = read(out)
+    assert {result["category_id"] for result in results} == {11}
+    assert f"{len(results)} detections of at least 0.0 in 1 images" in capsys.readouterr().out
+    assert [path.name for path in (out / "crops").iterdir()] == ["red"]
+    for i, result in enumerate(results, 1):
+        with Image.open(out / f"crops/red/3_{i}.png") as crop:
+            assert crop.width == pytest.approx(max(result["bbox"][2], 1), abs=1.6)
+            assert crop.height == pytest.approx(max(result["bbox"][3], 1), abs=1.6)
+    with pytest.raises(ConfigError, match="--classes: no class 'green', there are blue, red"):
+        run(checkpoint, folder, "--out", out, "--classes", "green")
+
+
+def test_patterns_and_several_sources_are_named_from_their_common_folder(checkpoint, folder, tmp_path):
+    run(checkpoint, folder / "b", f"{folder}/[12].png", folder / "1.png", "--out", tmp_path / "out")
+    names = dict.fromkeys(result["file_name"] for result in read(tmp_path / "out"))
+    assert list(names) == ["b/3.png", "1.png", "2.png"]
+    with pytest.raises(DataError, match="nothing has such a name"):
+        run(checkpoint, f"{folder}/no*.png", "--out", tmp_path / "out")
+
+
+def test_frames_of_a_video(checkpoint, folder, tmp_path, monkeypatch):
+    """Readers of videos are not installed everywhere: a stand-in gives the frames."""
+
+    def read_video(path, every):
+        yield from ((number, noise((96, 64), number)) for number in range(0, 5, every))
+
+    (folder / "clip.mp4").touch()
+    monkeypatch.setattr(media, "_video_reader", lambda: read_video)
+    out = tmp_path / "out"
+    run(checkpoint, folder, "--out", out, "--every", "2")
+    frames = {(r["image_id"], r["frame"]) for r in read(out) if r["file_name"] == "clip.mp4"}
+    assert {frame for _, frame in frames} == {0, 2, 4}
+    assert len({image for image, _ in frames}) == 3
+    assert sorted(path.name for path in (out / "clip.mp4").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    assert {r["frame"] for r in read(out) if "frame" in r} == {0, 2, 4}
+
+
+def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_path, monkeypatch):
+    (folder / "clip.mp4").touch()
+    monkeypatch.setattr(media, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs one of torchcodec, av \(PyAV\) and opencv-python"):
+        run(checkpoint, folder / "clip.mp4", "--out", tmp_path / "out")
+
+
+def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
+    """Reference, offsets and logits are taken from the op's own arguments; images are padded."""
+    from dat.layers import ms_deform_attn as layer
+    from dat.training.checkpoint import load_checkpoint, save_checkpoint
+
+    path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3)
+    state = load_checkpoint(path)
+    state["config"]["data"]["pad_multiple"] = 32
+    save_checkpoint(path, state)
+    predictor, calls = load_predictor(path, CPU), []
+    op = layer.ms_deform_attn
+    monkeypatch.setattr(layer, "ms_deform_attn", lambda *args: calls.append(args) or op(*args))
+    picture = noise((200, 120))
+    found, points = detect_with_points(predictor, picture)
+    _, shapes, reference, offsets, logits = calls[-1]
+    sizes = torch.tensor([(w, h) for h, w in shapes])
+    assert predictor.input_size(picture) == (64, 107)
+    # it is the corner of an input of 64 x 128
+    scale = torch.tensor([128 * 200 / 107, 64 * 120 / 64])
+    locations = (reference[0, :, None, :, None] + offsets[0] / sizes[:, None]) * scale
+    torch.testing.assert_close(points.locations, locations[found["queries"]])
+    weights = logits[0].flatten(2).softmax(-1).view_as(logits[0])
+    torch.testing.assert_close(points.weights, weights[found["queries"]])
+    torch.testing.assert_close(points.weights.sum((2, 3)), torch.ones(len(points.weights), 2))
+    (alone,) = predictor([picture])
+    torch.testing.assert_close(found["boxes"], alone["boxes"])
+
+
+def test_show_points_draws_a_sheet_beside_each_picture(checkpoint, folder, tmp_path):
+    run(checkpoint, folder / "b", "--out", tmp_path / "out", "--show-points")
+    with Image.open(tmp_path / "out/3_points.png") as sheet:
+        # a row for each of the twelve best, columns for all levels and for each of the four
+        assert sheet.width == pytest.approx(5 * 2.3 * 130, rel=0.1)
+        assert sheet.height > 4 * sheet.width / 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--batch-size", "0"], ConfigError, "--batch-size is 0, should be at least 1"),
+        (["--every", "0"], ConfigError, "--every is 0, should be at least 1"),
+        (["--threshold", "2"], ConfigError, "--threshold is 2.0, should be 0 to 1"),
+    ],
+)
+def test_mistakes_are_named(checkpoint, folder, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        predict.main([str(checkpoint), str(folder), "--out", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_points_need_a_deformable_detr(folder, tmp_path):
+    path = write_detector(tmp_path / "detr.pth", kind="detr")
+    with pytest.raises(ConfigError, match="sampling points need a deformable_detr"):
+        run(path, folder, "--out", tmp_path / "out", "--show-points")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_model_is_refused(folder, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="not an ONNX model"):
+        run(tmp_path / "model.onnx", folder, "--out", tmp_path / "out")
