@@ -133,9 +133,16 @@ def _open_hub(root: str, settings: Any, key: str, class_names: Sequence[str] | N
             settings.path, root=root or None, split=settings.split, class_map=class_map,
             input_key=settings.image_key, target_key=settings.label_key,
         )  # fmt: skip
+        columns = reader.dataset.column_names
+        if settings.image_key not in columns or settings.label_key not in columns:
+            wanted = f"{settings.image_key!r} (image_key) and {settings.label_key!r} (label_key)"
+            raise ValueError(f"its columns are {columns}, should be {wanted}")
         # with a class map the reader knows that alone
         own = reader.dataset.features[settings.label_key].names
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        # the package makes a column of nothing where there is none of this name
+        if reader.dataset[0][settings.image_key] is None:
+            raise ValueError(f"its column {settings.image_key!r} (image_key) holds no pictures, it should")
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {reason}") from error
     return Split(reader, list(own))

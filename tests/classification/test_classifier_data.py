@@ -3,6 +3,7 @@
 import importlib.util
 import io
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -79,8 +80,16 @@ def test_data_sets_of_the_hub_are_read_by_their_columns(monkeypatch):
     """A stand-in for timm's reader of the package `datasets`, which not every machine has."""
     asked = []
 
+    class Columns:
+        features: ClassVar = {"kind": SimpleNamespace(names=["rose", "daisy"])}
+        column_names: ClassVar = ["photo", "kind"]
+        first: ClassVar = {"photo": {"path": None}}
+
+        def __getitem__(self, index):
+            return self.first
+
     class Reader:
-        dataset = SimpleNamespace(features={"kind": SimpleNamespace(names=["rose", "daisy"])})
+        dataset = Columns()
 
         def __len__(self):
             return 1
@@ -114,6 +123,10 @@ def test_data_sets_of_the_hub_are_read_by_their_columns(monkeypatch):
     data.train.split = "nowhere"
     with pytest.raises(DataError, match=r"data.train: cannot load split 'nowhere' of hfds/me/flowers: Unknown split"):
         open_split(data, "train")
+    monkeypatch.setitem(Columns.first, "photo", None)
+    data.train.split = "train"
+    with pytest.raises(DataError, match=r"its column 'photo' \(image_key\) holds no pictures"):
+        open_split(data, "train")
     data.train = SplitConfig("hfds/me/flowers", "train", "photo", "colour")
-    with pytest.raises(DataError, match=r"data.train: cannot load split 'train'"):
+    with pytest.raises(DataError, match=r"its columns are \['photo', 'kind'\], should be 'photo' .* and 'colour'"):
         open_split(data, "train")
