@@ -27,6 +27,8 @@ SHORTER = {
     "detection.train": ["train.steps=2", "train.batch_size=1", "train.workers=0", "model.decoder_depth=1"],
     "classification.train": ["train.epochs=1", "train.batch_size=4", "train.workers=0", "data.img_size=32"],
 }
+# Learning by heart and exports take minutes, and a server does not end: they have tests of their own.
+ELSEWHERE = ("--overfit", ".export", ".serve", "model.onnx")
 
 
 def blocks(language):
@@ -38,8 +40,8 @@ def blocks(language):
 def commands():
     """Every different command of the package in the blocks, in the order of the pages."""
     lines = (line.split("  #")[0].strip() for _, text in blocks("bash") for line in text.splitlines())
-    # learning by heart takes minutes: test_overfit.py
-    return list(dict.fromkeys(line for line in lines if line.startswith("python -m") and "--overfit" not in line))
+    commands = dict.fromkeys(line for line in lines if line.startswith("python -m"))
+    return [line for line in commands if not any(word in line for word in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")
