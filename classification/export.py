@@ -1,10 +1,9 @@
 """Exports a classifier with its pre- and post-processing.
 
     python -m classification.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
-    python -m classification.export CHECKPOINT --out model.pt2 [--aot]
+    python -m classification.export CHECKPOINT --out model.pt2
 
-.onnx is for onnxruntime and the like, .pt2 a torch.export program, with --aot compiled by AOTInductor for this kind of
-processor. Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata: "img_size", "crop_pct", "crop_mode",
+.onnx is for onnxruntime and the like, .pt2 a torch.export program. Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata: "img_size", "crop_pct", "crop_mode",
 "interpolation"); any batch, and any size that the model takes. Outputs: "logits" [B, K], "scores" [B, k], the k <= 5
 highest probabilities, falling, and their "labels" [B, k] int64. The file is put in place only after it gave torch's
 results on real pictures: --images, the validation data, or generated ones, at two sizes, alone and in pairs.
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from classification.graph import ClassifierGraph
 from classification.model import Classifier, load_classifier
-from dat.deploy.export import Graph, Tensors, export_checked, export_format
+from dat.deploy.export import Graph, Tensors, check_path, export_checked
 from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
 from dat.training.loop import main_guard
 
@@ -76,11 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m classification.export", description="Exports a classifier.")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
     parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
-    parser.add_argument("--aot", action="store_true", help="compile the .pt2 with AOTInductor")
     parser.add_argument("--images", type=Path, help="pictures to check on, a file or a folder (the validation data)")
     parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
     options = parser.parse_args(arguments)
-    export_format(options.out, options.aot)
+    check_path(options.out)
     classifier = load_classifier(options.checkpoint, [], torch.device("cpu"))
     data = classifier.config.data
     sizes = check_sizes(options.sizes, data.img_size)
@@ -91,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not any_size:
         batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
     graph = classifier_graph(classifier, any_size)
-    worst = export_checked(graph, [(batch,) for batch in batches], options.out, options.aot)
+    worst = export_checked(graph, [(batch,) for batch in batches], options.out)
     at = f"shortest edges {sizes[0]} and {sizes[1]}" if any_size else f"{side} pixels, the one size of the model"
     print(
         f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['logits']:.1e} in logits "

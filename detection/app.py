@@ -160,14 +160,18 @@ async def receive(request: Request, limits: Limits) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.upload:
         raise too_large
-    body = bytearray()
+
+    async def read() -> bytearray:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limits.upload:
+                raise too_large
+        return body
+
     try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.upload:
-                    raise too_large
-    except TimeoutError as error:
+        body = await asyncio.wait_for(read(), limits.seconds)
+    except asyncio.TimeoutError as error:
         raise HTTPException(408, f"the upload took more than {limits.seconds:g} seconds") from error
     if not body:
         raise HTTPException(400, "the body is empty, should be a picture file")

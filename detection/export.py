@@ -1,10 +1,9 @@
 """Exports a detector with its pre- and post-processing.
 
     python -m detection.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
-    python -m detection.export CHECKPOINT --out model.pt2 [--aot]
+    python -m detection.export CHECKPOINT --out model.pt2
 
-.onnx is for onnxruntime and the like, .pt2 a torch.export program, with --aot compiled by AOTInductor for this kind of
-processor. Inputs, of any batch and size: "images" [B, 3, H, W] uint8, RGB, already resized (metadata: "size" of the
+.onnx is for onnxruntime and the like, .pt2 a torch.export program. Inputs, of any batch and size: "images" [B, 3, H, W] uint8, RGB, already resized (metadata: "size" of the
 shortest edge, "max_size" of the longest), and "sizes" [B, 2] int64, the (height, width) in pixels that boxes are wanted
 in, 0: in pixels of "images". Outputs: "scores" [B, k], falling, "labels" [B, k] int64, "boxes" [B, k, 4], (x0, y0, x1,
 y1), and "queries" [B, k] int64, which of the decoder's queries it was. The file is put in place only after it gave
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.deploy.export import Graph, Tensors, export_checked, export_format
+from dat.deploy.export import Graph, Tensors, check_path, export_checked
 from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
 from dat.training.errors import ConfigError
 from dat.training.loop import main_guard
@@ -85,14 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m detection.export", description="Exports a detector.")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
     parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
-    parser.add_argument("--aot", action="store_true", help="compile the .pt2 with AOTInductor")
     parser.add_argument("--images", type=Path, help="images to check on, a file or a folder (the validation data)")
     parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
     parser.add_argument("--top-k", type=int, help="most detections per image (those of the configuration)")
     options = parser.parse_args(arguments)
     if options.top_k is not None and options.top_k < 1:
         raise ConfigError(f"--top-k is {options.top_k}, should be at least 1")
-    export_format(options.out, options.aot)
+    check_path(options.out)
     detector = load_detector(options.checkpoint, torch.device("cpu"))
     data = detector.config.data
     sizes = check_sizes(options.sizes, data.val.size)
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (images, torch.tensor([[0, 0], [480, 640]][: len(images)])) for images in sample_batches(pictures, sizes)
     ]
     graph = detector_graph(detector, options.top_k or data.val.top_k)
-    worst = export_checked(graph, samples, options.out, options.aot)
+    worst = export_checked(graph, samples, options.out)
     print(
         f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['boxes']:.1e} pixels and "
         f"{worst['scores']:.1e} in scores on {pictures.origin}, shortest edges {sizes[0]} and {sizes[1]}, batch 1 and 2"

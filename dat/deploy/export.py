@@ -1,4 +1,4 @@
-"""Writes models as ONNX files and torch.export or AOTInductor packages, each checked before it takes its place."""
+"""Writes models as ONNX files and torch.export packages, each checked before it takes its place."""
 
 import json
 import logging
@@ -48,25 +48,21 @@ class Graph:
     tolerances: dict[str, float]
 
 
-def export_format(path: Path, aot: bool) -> str:
-    """ "onnx", "export" or "aot": what a file of this name should hold. Raises ConfigError."""
+def check_path(path: Path) -> None:
+    """Raises ConfigError unless a model can be written to this path, as what its ending says."""
     if path.suffix not in (".onnx", ".pt2"):
-        raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export, or AOTInductor with --aot)")
-    if aot and path.suffix != ".pt2":
-        raise ConfigError(f"--out: {path} should end in .pt2 with --aot")
+        raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export)")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--out: {path} is a folder, or in a folder that does not exist")
-    return "onnx" if path.suffix == ".onnx" else "aot" if aot else "export"
 
 
-def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, aot: bool = False) -> dict[str, float]:
+def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path) -> dict[str, float]:
     """Exports a model, runs the file on samples, and puts it at `path` if it gives what torch gives.
 
     Args:
         graph: what to export.
         samples: inputs to compare on.
         path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
-        aot: a .pt2 of AOTInductor, for this kind of processor, instead of torch.export.
 
     Returns:
         The largest differences by name.
@@ -75,12 +71,12 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, aot: bo
         ConfigError: a path or a library that is missing.
         ExportError: torch cannot export the model, or the file gives other results.
     """
-    form = export_format(path, aot)
+    check_path(path)
     module = graph.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         with torch.no_grad(), _without_chatter():
-            _WRITERS[form](graph, temporary)
+            (_write_onnx if path.suffix == ".onnx" else _write_program)(graph, temporary)
             worst = _check(graph, module, samples, temporary)
         os.replace(temporary, path)
     return worst
@@ -160,17 +156,3 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 
 def _write_program(graph: Graph, path: Path) -> None:
     torch.export.save(_program(graph), path, extra_files={"metadata.json": json.dumps(graph.metadata)})
-
-
-def _write_aot(graph: Graph, path: Path) -> None:
-    metadata = {"dat": json.dumps(graph.metadata)}
-    torch._inductor.aoti_compile_and_package(
-        _program(graph), package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
-    )
-
-
-_WRITERS: dict[str, Callable[[Graph, Path], None]] = {
-    "onnx": _write_onnx,
-    "export": _write_program,
-    "aot": _write_aot,
-}

@@ -1,7 +1,6 @@
-"""Runs exported models: ONNX files in onnxruntime, torch.export and AOTInductor packages in torch."""
+"""Runs exported models: ONNX files in onnxruntime, torch.export packages in torch."""
 
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def load_exported(path: Path, kind: str, trust: bool = False) -> Exported:
     Args:
         path: .onnx or .pt2.
         kind: "detection" or "classification".
-        trust: .pt2 packages hold pickles or machine code that loading runs; False refuses them.
+        trust: .pt2 packages hold pickles, which loading runs; False refuses them.
 
     Raises:
         ConfigError: onnxruntime is missing, or the file is a .pt2 and not trusted.
@@ -111,18 +110,13 @@ def _load_package(path: Path) -> Exported:
     import dat.ops  # noqa: F401  defines the operators of the package
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            native = any("/aotinductor/" in name for name in archive.namelist())
-        if native:
-            compiled = torch._inductor.aoti_load_package(str(path))
-            return Exported(json.loads(compiled.get_metadata().get("dat", "{}")), _as_tuple(compiled))
         extra = {"metadata.json": ""}
         # Its guards refuse axes of 1, of batches too, where shapes were inferred for longer ones: the graph does not.
         module = torch.export.load(path, extra_files=extra).module(check_guards=False)
         return Exported(json.loads(extra["metadata.json"] or "{}"), _as_tuple(module))
     # a damaged archive fails in ways as many as its parts
     except Exception as error:
-        raise CheckpointError(f"{path}: not a package of torch.export or AOTInductor, or a damaged one") from error
+        raise CheckpointError(f"{path}: not a package of torch.export, or a damaged one") from error
 
 
 def _as_tuple(model: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

@@ -170,7 +170,6 @@ def test_difference_of_detections(found, scores, boxes):
     ("arguments", "message"),
     [
         (["--out", "{tmp}/model.pb"], r"should end in .onnx \(ONNX\) or .pt2"),
-        (["--out", "{tmp}/model.onnx", "--aot"], "should end in .pt2 with --aot"),
         (["--out", "{tmp}/no/model.onnx"], "a folder that does not exist"),
         (["--out", "{tmp}/model.onnx", "--sizes", "64", "64"], "should be two sizes"),
         (["--out", "{tmp}/model.onnx", "--top-k", "0"], "--top-k is 0"),
