@@ -3,10 +3,11 @@
     python -m classification.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
     python -m classification.export CHECKPOINT --out model.pt2
 
-.onnx is for onnxruntime and the like, .pt2 a torch.export program. Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata: "img_size", "crop_pct", "crop_mode",
-"interpolation"); any batch, and any size that the model takes. Outputs: "logits" [B, K], "scores" [B, k], the k <= 5
-highest probabilities, falling, and their "labels" [B, k] int64. The file is put in place only after it gave torch's
-results on real pictures: --images, the validation data, or generated ones, at two sizes, alone and in pairs.
+.onnx is for onnxruntime and the like, .pt2 a torch.export program. Input: "images" [B, 3, H, W] uint8, RGB, resized and
+cropped (metadata: "img_size", "crop_pct", "crop_mode", "interpolation"); any batch, and any size that the model takes.
+Outputs: "logits" [B, K], "scores" [B, k], the k <= 5 highest probabilities, falling, and their "labels" [B, k] int64.
+The file is put in place only after it gave torch's results on real pictures: --images, the validation data, or
+generated ones, at two sizes, alone and in pairs.
 """
 
 import argparse

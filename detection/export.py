@@ -3,11 +3,12 @@
     python -m detection.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
     python -m detection.export CHECKPOINT --out model.pt2
 
-.onnx is for onnxruntime and the like, .pt2 a torch.export program. Inputs, of any batch and size: "images" [B, 3, H, W] uint8, RGB, already resized (metadata: "size" of the
-shortest edge, "max_size" of the longest), and "sizes" [B, 2] int64, the (height, width) in pixels that boxes are wanted
-in, 0: in pixels of "images". Outputs: "scores" [B, k], falling, "labels" [B, k] int64, "boxes" [B, k, 4], (x0, y0, x1,
-y1), and "queries" [B, k] int64, which of the decoder's queries it was. The file is put in place only after it gave
-torch's results on real images: --images, the validation data, or generated ones, at two sizes, alone and in pairs.
+.onnx is for onnxruntime and the like, .pt2 a torch.export program. Inputs, of any batch and size: "images" [B, 3, H, W]
+uint8, RGB, already resized (metadata: "size" of the shortest edge, "max_size" of the longest), and "sizes" [B, 2]
+int64, the (height, width) in pixels that boxes are wanted in, 0: in pixels of "images". Outputs: "scores" [B, k],
+falling, "labels" [B, k] int64, "boxes" [B, k, 4], (x0, y0, x1, y1), and "queries" [B, k] int64, which of the decoder's
+queries it was. The file is put in place only after it gave torch's results on real images: --images, the validation
+data, or generated ones, at two sizes, alone and in pairs.
 """
 
 import argparse

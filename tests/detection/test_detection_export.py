@@ -9,7 +9,7 @@ import pytest
 import torch
 from exporting import write_detector
 
-from dat.deploy.export import _WRITERS, ExportError
+from dat.deploy.export import ExportError
 from dat.deploy.runtime import load_exported
 from dat.training.checkpoint import load_checkpoint, save_checkpoint
 from dat.training.errors import CheckpointError, ConfigError
@@ -129,7 +129,7 @@ def test_padding_to_a_multiple_is_part_of_the_graph(checkpoint):
 
 def test_a_file_that_gives_other_results_is_not_left_behind(exported, tmp_path, monkeypatch):
     """The exporter, for once, exports another model."""
-    monkeypatch.setitem(_WRITERS, "onnx", lambda graph, path: shutil.copy(exported, path))
+    monkeypatch.setattr("dat.deploy.export._write_onnx", lambda graph, path: shutil.copy(exported, path))
     out = tmp_path / "model.onnx"
     out.write_bytes(b"older")
     checkpoint = write_detector(tmp_path / "best.pth", num_points=3)
