@@ -374,7 +374,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     whole = load_checkpoint(tmp_path / "whole/last.pth")
     # kills itself with SIGKILL right after its n-th checkpoint
     script = (
-        "import os, sys, detection.train, detection.trainer as t\n"
+        "import os, sys, detection.train, dat.training.sharding as t\n"
         "save, count = t.save_checkpoint, [0]\n"
         "def die(path, state):\n"
         "    save(path, state)\n"
