@@ -1,6 +1,5 @@
 """A run that was stopped, at any moment and in any way, ends as if nothing had happened."""
 
-
 import pytest
 import torch
 from kills import assert_same_run, numbers, train_killed
