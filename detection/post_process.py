@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from dat.ops._library import shorter
+
 from .matcher import Scores, check_scores
 
 
@@ -46,11 +48,11 @@ def best_detections(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if scores == "sigmoid":
         candidates = logits.to(dtype).sigmoid().flatten(1)
-        values, index = candidates.topk(torch.sym_min(top_k, candidates.shape[1]))
+        values, index = candidates.topk(shorter(top_k, candidates.shape[1]))
         query, labels = index // logits.shape[2], index % logits.shape[2]
     else:
         values, best = logits.to(dtype).softmax(-1)[..., :-1].max(-1)
-        values, query = values.topk(torch.sym_min(top_k, values.shape[1]))
+        values, query = values.topk(shorter(top_k, values.shape[1]))
         labels = best.gather(1, query)
     height, width = sizes.to(boxes.device, dtype).unbind(1)
     corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]
