@@ -21,7 +21,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from classification.config import ClassificationConfig, check_config
@@ -32,7 +32,7 @@ from dat.training.files import write_json
 from dat.training.findings import Findings, format_problems
 from dat.training.loop import main_guard
 from dat.training.pictures import UNREADABLE, to_rgb
-from dat.training.sheet import draw_sheet
+from dat.training.sheet import draw_sheet, thumbnail
 
 # fewer pictures of a class than this are remarked on
 FEW = 10
@@ -181,7 +181,7 @@ def draw_samples(found: PictureSurvey, class_names: Sequence[str], path: Path, c
     for i in np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int):
         if found.split is not None:
             picture, label = found.split.read(readable[i])
-            pictures.append((ImageOps.contain(picture, (256, 256)), class_names[label][:18]))
+            pictures.append((thumbnail(picture), class_names[label][:18]))
     if pictures:
         draw_sheet(pictures, path)
     return bool(pictures)

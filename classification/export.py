@@ -10,7 +10,6 @@ The file is put in place only after it gave torch's results on real pictures: --
 generated ones, at two sizes, alone and in pairs.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from classification.graph import ClassifierGraph
 from classification.model import Classifier, load_classifier
-from dat.deploy.export import Graph, Tensors, check_path, export_checked
+from dat.deploy.export import Graph, Tensors, check_path, export_checked, export_parser
 from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
 from dat.training.loop import main_guard
 
@@ -73,11 +72,7 @@ def takes_any_size(model: nn.Module, images: Sequence[Tensor]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m classification.export", description="Exports a classifier.")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
-    parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
-    parser.add_argument("--images", type=Path, help="pictures to check on, a file or a folder (the validation data)")
-    parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
+    parser = export_parser("python -m classification.export", "Exports a classifier.")
     options = parser.parse_args(arguments)
     check_path(options.out)
     classifier = load_classifier(options.checkpoint, [], torch.device("cpu"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from classification.labeller import Labeller, load_labeller
@@ -23,7 +23,7 @@ from dat.training.distributed import setup_distributed
 from dat.training.errors import ConfigError
 from dat.training.files import write_json
 from dat.training.loop import main_guard
-from dat.training.sheet import draw_sheet
+from dat.training.sheet import draw_sheet, thumbnail
 
 COLUMNS = ("file", "frame", "label", "score")
 
@@ -47,7 +47,7 @@ def predict(
                 number = {} if frame.number is None else {"frame": frame.number}
                 results.append({"file": str(frame.media.path), **number, **result})
                 if len(sheet) < options.sheet:
-                    sheet.append((ImageOps.contain(frame.picture, (256, 256)), sheet_title(result)))
+                    sheet.append((thumbnail(frame.picture), sheet_title(result)))
                 if options.crops:
                     save(frame, result["label"], options.out)
             bar.update(len(batch))

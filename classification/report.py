@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ImageOps
 
 from classification.readers import Split
 from classification.results import Results, class_table
 from classification.sheet import sheet_title
 from dat.training.files import write_json
-from dat.training.sheet import draw_sheet
+from dat.training.sheet import draw_sheet, thumbnail
 
 # classes up to which a matrix has their names, or the numbers in its cells
 NAMED, NUMBERED = 60, 20
@@ -68,7 +67,7 @@ def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], pa
         picture, _ = split.read(int(results.index[position]))
         found = {"label": class_names[results.top[position, 0]], "score": float(results.scores[position, 0])}
         title = sheet_title(found, class_names[results.labels[position]])
-        pictures.append((ImageOps.contain(picture, (256, 256)), title))
+        pictures.append((thumbnail(picture), title))
     if pictures:
         draw_sheet(pictures, path)
     return bool(pictures)

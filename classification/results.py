@@ -1,12 +1,13 @@
 """What a classifier says of the pictures of a split, and what follows from that."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dat.training.files import replacing
 
 # rows of a printed table of classes
 MOST_ROWS = 40
@@ -36,10 +37,8 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Replaces `path`, .npz; a crash leaves the old file or the new one."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **vars(self))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            np.savez(temporary, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Results":

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageOps
 
 from classification.labeller import labeller_of
 from classification.model import Classifier
 from classification.readers import Split
 from dat.training.pictures import UNREADABLE
-from dat.training.sheet import draw_sheet
+from dat.training.sheet import draw_sheet, thumbnail
 
 
 def sheet_title(result: dict[str, Any], truth: str | None = None) -> str:
@@ -33,6 +32,6 @@ def draw_validation_sheet(classifier: Classifier, split: Split, device: torch.de
         return False
     results = labeller_of(classifier, device)(pictures)
     titles = [sheet_title(result, truth) for result, truth in zip(results, truths, strict=True)]
-    small = [ImageOps.contain(picture, (256, 256)) for picture in pictures]
+    small = [thumbnail(picture) for picture in pictures]
     draw_sheet(list(zip(small, titles, strict=True)), path)
     return True

@@ -7,7 +7,6 @@ pixel (X, Y) of the image attends to each, as in figures 1 and 5 of DAT (https:/
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from dat.models import DAT
 from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
 from dat.training.checkpoint import load_checkpoint, load_weights
 from dat.training.errors import ConfigError
+from dat.training.files import replacing
 from dat.training.loop import create_timm_model, isolated_rng, main_guard
 from dat.training.pictures import read_picture
 from dat.training.weights import load_classifier_weights, without_weights
@@ -221,12 +221,8 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     path = Path(path)
     check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_format(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat.ops._library import shorter
+from dat.ops.sizes import shorter
 
 from .base import BaseDETR, box_head, resize_masks
 from .matcher import Scores

@@ -11,7 +11,6 @@ queries it was. The file is put in place only after it gave torch's results on r
 data, or generated ones, at two sizes, alone and in pairs.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.deploy.export import Graph, Tensors, check_path, export_checked
+from dat.deploy.export import Graph, Tensors, check_path, export_checked, export_parser
 from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
 from dat.training.errors import ConfigError
 from dat.training.loop import main_guard
@@ -82,11 +81,7 @@ def _largest(values: Tensor) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.export", description="Exports a detector.")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
-    parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
-    parser.add_argument("--images", type=Path, help="images to check on, a file or a folder (the validation data)")
-    parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
+    parser = export_parser("python -m detection.export", "Exports a detector.")
     parser.add_argument("--top-k", type=int, help="most detections per image (those of the configuration)")
     options = parser.parse_args(arguments)
     if options.top_k is not None and options.top_k < 1:

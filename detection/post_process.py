@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dat.ops._library import shorter
+from dat.ops.sizes import shorter
 
 from .matcher import Scores, check_scores
 

@@ -56,7 +56,6 @@ def workplace(tmp_path_factory):
             path = folder / "pictures" / split / ("red", "blue")[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 40), ((200, 30 * number, 0), (0, 30 * number, 200))[number % 2]).save(path)
-        (folder / f"pictures/{split}.tar").write_bytes(b"")
         subprocess.run(["tar", "-cf", f"{split}.tar", split], cwd=folder / "pictures", check=True)
     Image.new("RGB", (400, 300), (90, 120, 60)).save(folder / "photo.jpg")
     for name in ("dat_tiny", "dat_pp_tiny"):

@@ -1,5 +1,6 @@
 """Writes models as ONNX files and torch.export packages, each checked before it takes its place."""
 
+import argparse
 import json
 import logging
 import os
@@ -46,6 +47,16 @@ class Graph:
     metadata: dict[str, Any]
     difference: Callable[[Tensors, Tensors], dict[str, float]]
     tolerances: dict[str, float]
+
+
+def export_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that export commands share: checkpoint, --out, --images and --sizes."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
+    parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
+    parser.add_argument("--images", type=Path, help="pictures to check on, a file or a folder (the validation data)")
+    parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
+    return parser
 
 
 def check_path(path: Path) -> None:

@@ -12,12 +12,8 @@ from torch import Tensor
 from dat.training.errors import CheckpointError, ConfigError
 
 SUFFIXES = (".onnx", ".pt2")
-# what metadata holds for each kind of model, and what each has to be
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "class_names": list,
-    "mean": list,
-    "std": list,
-}
+# the lists that metadata holds for each kind of model
+_LISTS = ("class_names", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,8 @@ def check_metadata(metadata: dict[str, Any], kind: str, path: Path) -> None:
     if metadata.get("kind") != kind:
         found = f"of a {metadata['kind']} model" if "kind" in metadata else "without the metadata of an export"
         raise CheckpointError(f"{path}: {found}, should be a {kind} model exported by this project")
-    for name, wanted in _FIELDS.items():
-        if not isinstance(metadata.get(name), wanted):
+    for name in _LISTS:
+        if not isinstance(metadata.get(name), list):
             raise CheckpointError(f"{path}: its metadata has {name} = {metadata.get(name)!r}, which is no list")
     if not all(isinstance(name, str) for name in metadata["class_names"]):
         raise CheckpointError(f"{path}: its metadata has class_names that are no texts")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
-from dat.ops._library import longer
+from dat.ops.sizes import longer
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of queries and keys, in all images and groups, that the MLP of "log_cpb" is given at a time.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.ops import neighborhood_attn
-from dat.ops._library import longer
+from dat.ops.sizes import longer
 
 
 class NeighborhoodAttention(nn.Module):

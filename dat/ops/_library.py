@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,13 +128,3 @@ def sampling_flops(samples: Sequence[int], value: Sequence[int]) -> int:
     It takes four for the value's gradient and four for the corners' products with the output's gradient.
     """
     return 8 * math.prod(samples) * value[3]
-
-
-def longer(length: int, least: int) -> int:
-    """max(length, least) that does not decide which of the two it is in a graph that is exported for all sizes."""
-    return cast(int, torch.sym_max(length, least)) if torch.compiler.is_exporting() else max(length, least)
-
-
-def shorter(length: int, most: int) -> int:
-    """min(length, most), as `longer`."""
-    return cast(int, torch.sym_min(length, most)) if torch.compiler.is_exporting() else min(length, most)

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, longer, refuse_forward_mode, register_batching, second_derivatives
+from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
 from dat.ops.deform_sample import autocast, sum_dtype, untraced
+from dat.ops.sizes import longer
 
 LIBRARY.define(
     "neighborhood_attn(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, SymInt width, "

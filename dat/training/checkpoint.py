@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 
 from dat.training.config import from_dict, get_value, to_dict
 from dat.training.errors import CheckpointError
+from dat.training.files import replacing
 
 FORMAT = 1
 # what torch.load raises at files that are no checkpoints, or damaged ones
@@ -31,17 +32,14 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         CheckpointError: the file cannot be written (a full disk); the old file, if any, is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
         _sync_folder(path.parent)
     # torch's zip writer reports a failed write as RuntimeError
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         kept = "the previous checkpoint is kept" if path.exists() else "nothing was written"
         raise CheckpointError(f"{path}: cannot write the checkpoint: {_reason(error)}; {kept}") from error
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,32 @@ from dat.training.errors import DataError
 add_img_extensions([".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp", ".avif"])
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, of the same suffix, to write to; it takes the place of `path` at the end.
+
+    Whatever is raised inside leaves `path` as it was, and no temporary file behind.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Replaces `path` by the content as JSON, a list with an item per line; a crash leaves the old file or the new one.
 
     Raises:
         OSError: the file cannot be written; no temporary file stays behind.
     """
-    path = Path(path)
     if isinstance(content, list):
         text = "[\n" + ",\n".join(json.dumps(item) for item in content) + "\n]\n"
     else:
         text = json.dumps(content, indent=2) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import resource
 import secrets
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat.training.errors import ConfigError
+from dat.training.files import replacing
 
 
 class RunLogger:
@@ -171,7 +171,6 @@ def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
                 continue
             if entry["step"] <= step:
                 kept[entry["kind"], entry["step"]] = line + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept.values()), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept.values()), encoding="utf-8")
     return set(kept)

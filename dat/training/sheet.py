@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """A picture no larger than a sheet shows it, to keep until it is drawn."""
+    return ImageOps.contain(picture, (256, 256))
 
 
 def draw_sheet(

@@ -78,7 +78,7 @@ def test_the_split_of_a_step_changes_nothing(one_size, tmp_path, processes, spli
         (tmp_path / name).mkdir()
         codes, errors, _ = run_processes(count, run, tmp_path, one_size, tmp_path / name, *overrides)
         assert codes == [0] * count, errors
-        gradients = torch.load(tmp_path / name / "gradients_0.pth")
+        gradients = torch.load(tmp_path / name / "gradients_0.pth", weights_only=True)
         metrics = json.loads((tmp_path / name / "run/metrics.json").read_text())
         lines = [json.loads(line) for line in (tmp_path / name / "run/log.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if line["kind"] == "train"]

@@ -23,7 +23,7 @@ FRESH = """
 import sys, timm, torch, dat
 from PIL import Image
 folder, code = sys.argv[1:]
-name, x = f"local-dir:{folder}", torch.load(f"{folder}/x.pt")
+name, x = f"local-dir:{folder}", torch.load(f"{folder}/x.pt", weights_only=True)
 exec(code, values := {"image": Image.new("RGB", (90, 70))})
 model = timm.create_model(name, pretrained=True).eval()
 features = timm.create_model(name, pretrained=True, features_only=True).eval()
@@ -63,7 +63,7 @@ def test_a_fresh_process_loads_the_model(model, x, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("local-dir:mine", f"local-dir:{folder}")
     subprocess.run([sys.executable, "-c", FRESH, str(folder), code], check=True, cwd=Path(__file__).parents[2])
-    (logits, *features, final, other, output), names = torch.load(folder / "y.pt")
+    (logits, *features, final, other, output), names = torch.load(folder / "y.pt", weights_only=True)
     assert names == NAMES
     assert other.shape == (2, 5)
     assert output.shape == (1, 3)
