@@ -13,11 +13,9 @@ from torchvision.ops import box_convert, box_iou
 from dat.training.sheet import draw_sheet
 
 from .data import CocoAnnotations, ImageRecord, read_image
-from .draw import draw_boxes
-from .report import to_pil
+from .draw import draw_boxes, to_pil
+from .evaluator import MATCH_IOU
 
-# overlap from which a detection counts, as in AP50
-MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True)
