@@ -17,7 +17,6 @@ from .draw import draw_boxes, to_pil
 from .evaluator import MATCH_IOU
 
 
-
 @dataclass(frozen=True)
 class Mistake:
     """An object that was missed, or a detection of what is no object of its class.
@@ -74,6 +73,8 @@ def draw_worst(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], 
     false = [mistake for mistake in mistakes if not mistake.missed and mistake.score >= 0.3]
     shown = missed[: count - min(len(false), count // 2)]
     shown += false[: count - len(shown)]
+    # of an earlier call
+    path.unlink(missing_ok=True)
     if shown:
         pictures = [(_crop(annotations, mistake), _title(annotations, mistake)) for mistake in shown]
         heading = (
