@@ -24,7 +24,7 @@ def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     shown = sorted(sorted(range(len(categories)), key=lambda label: -objects[label])[:MOST_CLASSES])
     columns = min(len(shown), max(3, math.isqrt(len(shown) - 1) + 1))
     rows = -(-len(shown) // columns)
-    inches = 4.5 if len(shown) == 1 else 3.0 if columns <= 4 else 1.35
+    inches = 4.5 if columns == 1 else 3.0 if columns <= 4 else 2.2 if columns <= 6 else 1.35
     figure = Figure(figsize=(inches * columns, inches * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for panel in axes[len(shown) :]:
@@ -50,7 +50,8 @@ def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     drawn = next((panel for panel in axes if panel.lines), None)
     if drawn is not None:
         figure.legend(*drawn.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    figure.supxlabel("recall", fontsize=9)
+    some = f" (the {len(shown)} classes with most objects of {len(categories)})" if len(shown) < len(categories) else ""
+    figure.supxlabel(f"recall{some}", fontsize=9)
     figure.supylabel("precision", fontsize=9)
     save_plot(figure, path)
 
@@ -85,7 +86,7 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
     axes.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="square root of the area, pixels of the file")
     axes.set_ylabel("boxes")
     # room for the texts
-    axes.set_ylim(top=1.3 * max(axes.get_ylim()[1], 1))
+    axes.set_ylim(bottom=0, top=1.3 * max(axes.get_ylim()[1], 1))
     ticks = sorted(MEDIUM if tick == 128 else tick for tick in 2 ** np.arange(0, 14, 1 if edges[-1] < 2000 else 2))
     axes.set_xticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])
     axes.xaxis.set_major_formatter("{x:.0f}")

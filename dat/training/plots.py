@@ -72,7 +72,7 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
     figure = Figure(figsize=(inches + 1, inches), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(picture, ax=axes, label="share of the row")
+    figure.colorbar(picture, ax=axes, label="share of the row", fraction=0.04, pad=0.02)
     axes.set(xlabel="predicted", ylabel="is")
     if many <= NAMED:
         size = 8 if many <= 30 else 5
