@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dat.training.plots import save_plot
@@ -19,9 +20,9 @@ OVERLAPS = {"IoU 0.5": (0, "-"), "IoU 0.75": (5, "--")}
 
 def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     """Draws a panel for each class, a dot where F1 is highest; of many classes those with most objects."""
-    categories = evaluation.annotations.categories
+    names = [category.name for category in evaluation.annotations.categories]
     objects = [of_class["objects"] for of_class in evaluation.metrics()["per_class"].values()]
-    shown = sorted(sorted(range(len(categories)), key=lambda label: -objects[label])[:MOST_CLASSES])
+    shown = sorted(sorted(range(len(names)), key=lambda label: -objects[label])[:MOST_CLASSES])
     columns = min(len(shown), max(3, math.isqrt(len(shown) - 1) + 1))
     rows = -(-len(shown) // columns)
     inches = 4.5 if columns == 1 else 3.0 if columns <= 4 else 2.2 if columns <= 6 else 1.35
@@ -29,31 +30,36 @@ def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for panel in axes[len(shown) :]:
         panel.axis("off")
-    recall = np.linspace(0, 1, evaluation.precision.shape[1])
     for panel, label in zip(axes, shown, strict=False):
-        panel.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        panel.tick_params(labelsize=7)
-        panel.grid(alpha=0.3)
-        name = categories[label].name
-        panel.set_title(name[: int(11 * inches)], fontsize=6 if inches < 2 else 9, parse_math=False)
-        best = evaluation.best_f1(label)
-        if best is None:
-            panel.text(0.5, 0.5, "no objects", ha="center", va="center", fontsize=7, color="gray")
-            continue
-        for name, (overlap, line) in OVERLAPS.items():
-            panel.plot(recall, evaluation.precision[overlap, :, label, 0], line, color="tab:blue", lw=1.2, label=name)
-        f1, score, *point = best
-        panel.plot(*point, "o", color="tab:orange", ms=4, label="highest F1")
-        if inches > 2:
-            text = f"F1 {f1:.2f}\nscore {score:.2f}"
-            panel.annotate(text, point, (-4, -4), textcoords="offset points", fontsize=7, ha="right", va="top")
-    drawn = next((panel for panel in axes if panel.lines), None)
-    if drawn is not None:
-        figure.legend(*drawn.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    some = f" (the {len(shown)} classes with most objects of {len(categories)})" if len(shown) < len(categories) else ""
+        panel.set_title(names[label][: int(11 * inches)], fontsize=min(9, 4.5 * inches), parse_math=False)
+        _draw_class(panel, evaluation, label, with_text=inches > 2)
+    handles = {line.get_label(): line for panel in axes for line in panel.lines}
+    if handles:
+        figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=3, fontsize=8)
+    some = f" (the {len(shown)} classes with most objects of {len(names)})" if len(shown) < len(names) else ""
     figure.supxlabel(f"recall{some}", fontsize=9)
     figure.supylabel("precision", fontsize=9)
     save_plot(figure, path)
+
+
+def _draw_class(axes: Axes, evaluation: Evaluation, label: int, with_text: bool) -> None:
+    """The curves of a class; `with_text`: F1 and its score, beside the dot."""
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    best = evaluation.best_f1(label)
+    if best is None:
+        axes.text(0.5, 0.5, "no objects", ha="center", va="center", fontsize=7, color="gray")
+        return
+    recalls = np.linspace(0, 1, evaluation.precision.shape[1])
+    for name, (overlap, line) in OVERLAPS.items():
+        axes.plot(recalls, evaluation.precision[overlap, :, label, 0], line, color="tab:blue", lw=1.2, label=name)
+    f1, score, recall, precision = best
+    axes.plot(recall, precision, "o", color="tab:orange", ms=4, label="highest F1")
+    if with_text:
+        # to the lower left of the dot there is room: curves fall to the right
+        place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+        axes.annotate(f"F1 {f1:.2f}\nscore {score:.2f}", (recall, precision), fontsize=7, **place)
 
 
 def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Numbers, tables and pictures of an evaluation."""
 
-import json
 import shutil
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert "dat_tiny, top-1 66.67%" in page
     assert "real top1" in page
-    assert page.count("src=\"data:image/") == 2
+    assert page.count('src="data:image/') == 2
     # a perfect model has no mistakes to show, and those of before are not shown again
     perfect = results([0], [[0]])
     write_report(tmp_path, config, names, perfect, split, tell(perfect, names, {}))
