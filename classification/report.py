@@ -9,6 +9,7 @@ configuration, for instance data.root where the pictures have moved.
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def read_results(folder: Path) -> tuple[Results, list[str]]:
         raise DataError(f"{path}: is not there, the run was not evaluated yet")
     try:
         results = Results.load(path)
-    except UNREADABLE as error:
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return results, load_checkpoint(folder / "best.pth", kind="classification")["class_names"]
 
