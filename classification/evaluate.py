@@ -144,8 +144,6 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         told = tell(results, names, more)
         write_json(out / "metrics.json", told)
-        text = f"{arguments.checkpoint} on {len(results.index)} pictures"
-        write_report(out, classifier.config, names, results, split, told, text)
         print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(told["per_class"])]))
         for name, metrics in (
             ("", {**results.metrics(), **speed}),
@@ -154,6 +152,9 @@ def main() -> None:
         ):
             if metrics is not None:
                 print("  ".join(f"{name}{key} {value:.6g}" for key, value in metrics.items()))
+        # last: pictures take their time, and may fail
+        text = f"{arguments.checkpoint} on {len(results.index)} pictures"
+        write_report(out, classifier.config, names, results, split, told, text)
         print(f"written to {out}")
 
 

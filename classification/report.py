@@ -7,7 +7,6 @@ configuration, for instance data.root where the pictures have moved.
 """
 
 import argparse
-import json
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from dat.training.errors import CheckpointError, DataError
 from dat.training.loop import main_guard
 from dat.training.pictures import UNREADABLE
 from dat.training.plots import draw_confusion, draw_curves
-from dat.training.report import Page, Section, Table, confusion_table
+from dat.training.report import Page, Section, Table, confusion_table, told_before
 from dat.training.sheet import draw_sheet, thumbnail
 
 CURVES = {
@@ -135,10 +134,7 @@ def main() -> None:
     metrics: dict[str, Any] = {}
     try:
         results, names = read_results(folder)
-        told = folder / "metrics.json"
-        # what the trainer told of the run, beside the metrics
-        more = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
-        metrics = tell(results, names, {name: value for name, value in more.items() if name not in results.metrics()})
+        metrics = told_before(folder) | tell(results, names, {})
         opened = open_split(config.data, "val", names)
         if len(opened) <= results.index.max():
             raise DataError(f"data.val has {len(opened)} pictures, fewer than the results are of")

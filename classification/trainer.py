@@ -334,7 +334,7 @@ class Trainer:
                 classifier = load_classifier(output / "best.pth", [], self.device)
                 path = output / "predictions.png"
                 draw_validation_sheet(classifier, self.val_pictures, self.device, train.pictures, path)
-            text = self._describe()
+            text = self._describe_run()
             names, split = self.class_names, self.val_pictures
             for path in write_report(output, self.config, names, best, split, metrics, text):
                 self.logger.figure(path.stem, path, progress.step)
@@ -375,18 +375,21 @@ class Trainer:
     def _describe(self) -> str:
         """What is about to be trained, or resumed."""
         progress, train = self.progress, self.config.train
-        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        lines = [
-            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
-            f"{len(self.class_names)} classes, {len(self.pictures)} + {len(self.val_pictures)} pictures",
-            f"{self._describe_step()} images a step, {self.sampler.steps} steps an epoch, learning rate "
-            f"{self.optimizer.param_groups[0]['initial_lr']:.3g}",
-        ]
+        lines = [self._describe_run()]
         if self.resume is not None:
             lines.append(f"resumed from {self.resume}: step {progress.step}, epoch {progress.epoch + 1}/{train.epochs}")
         if progress.epoch >= train.epochs:
             lines.append("nothing left to train; raise train.epochs to go on")
         return "\n".join(lines)
+
+    def _describe_run(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        return (
+            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
+            f"{len(self.class_names)} classes, {len(self.pictures)} + {len(self.val_pictures)} pictures\n"
+            f"{self._describe_step()} images a step, {self.sampler.steps} steps an epoch, learning rate "
+            f"{self.optimizer.param_groups[0]['initial_lr']:.3g}"
+        )
 
     def _describe_step(self) -> str:
         train, processes = self.config.train, self.distributed.world_size

@@ -77,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     write_json(out / "detections.json", results)
+    print(format_table(metrics))
+    # last: pictures take their time, and may fail
     write_report(out, config, evaluation, metrics, f"{options.checkpoint} on {annotations.path}")
-    print(f"{format_table(metrics)}\nwritten to {out}")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dat.training.errors import DataError
 from dat.training.files import replacing
 from dat.training.loop import main_guard
 from dat.training.plots import draw_confusion, draw_curves
-from dat.training.report import Page, Section, Table, confusion_table
+from dat.training.report import Page, Section, Table, confusion_table, told_before
 
 from .config import DetectionConfig, check_config
 from .data import CocoAnnotations, read_coco, read_image
@@ -164,9 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation, text = None, ""
     try:
         evaluation = read_evaluation(options.run, config)
-        told = options.run / "metrics.json"
-        # what the trainer told of the run, beside the metrics
-        metrics = (json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}) | evaluation.metrics()
+        metrics = told_before(options.run) | evaluation.metrics()
     except DataError as error:
         text = f"Without an evaluation: {error}"
         print(f"warning: {text}", file=sys.stderr)

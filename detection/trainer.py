@@ -350,7 +350,8 @@ class Trainer:
         }
         write_json(self.output / "metrics.json", metrics)
         with keeping_the_run(self.logger.warning, f"python -m detection.report {self.output}"):
-            for path in write_report(self.output, self.config, evaluation, metrics, self._describe()):
+            text = f"{self._describe_run()}\n{self._describe_rate()}"
+            for path in write_report(self.output, self.config, evaluation, metrics, text):
                 tag = path.relative_to(self.output).with_suffix("").as_posix()
                 self.logger.figure(tag, path, progress.step)
         self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(metrics)}\nresults are in {self.output}")
@@ -369,13 +370,16 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _describe(self) -> str:
+        start = f"{self._describe_run()}, from step {self.progress.step}"
+        return f"{start}\n{self._describe_rate()}\n{self._describe_classes()}"
+
+    def _describe_run(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         return (
             f"{self.config.model.backbone['name']}, {parameters:.1f} M parameters, {self.device}: "
             f"{len(self.train_set.records)} training and {len(self.val_set.records)} validation images, "
             f"{len(self.train_set.categories)} classes; {self.steps_per_epoch} steps an epoch, "
-            f"{self.total_steps} in all, from step {self.progress.step}\n"
-            f"{self._describe_rate()}\n{self._describe_classes()}"
+            f"{self.total_steps} in all"
         )
 
     def _describe_rate(self) -> str:

@@ -4,6 +4,7 @@ Every text in it may be somebody else's, such as the names of files and classes:
 """
 
 import io
+import json
 import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,15 @@ def confusion_table(counts: np.ndarray, rows: Sequence[str], columns: Sequence[s
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     found = [(rows[i], columns[j], int(wrong[i, j]), f"{shares[i, j]:.1%}") for i, j in places]
     return Table(("is", "taken for", "times", "share"), found)
+
+
+def told_before(folder: Path) -> dict[str, Any]:
+    """What a run's metrics.json tells, such as its duration; nothing where it has none, or a damaged one."""
+    try:
+        told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 @contextmanager
