@@ -45,7 +45,7 @@ class Table:
         if value is None:
             return "–", True
         if isinstance(value, float):
-            return (f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"), True
+            return f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 1000 else 1}f}", True
         return str(value), isinstance(value, int)
 
 
