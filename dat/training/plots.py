@@ -31,7 +31,10 @@ def draw_curves(log: Path, path: Path, panels: Mapping[str, Sequence[tuple[str, 
     epoch = _steps_per_epoch(entries)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
+    width, height = 4.2 * columns, 2.7 * rows
+    figure = Figure(figsize=(width, height))
+    # margins in inches; a layout engine would take as long as all the drawing
+    figure.subplots_adjust(0.65 / width, 0.45 / height, 1 - 0.1 / width, 1 - 0.25 / height, wspace=0.22, hspace=0.36)
     for position, (title, series) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, position)
         axes.set_xlabel("epoch" if epoch else "step", fontsize=8)
