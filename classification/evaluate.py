@@ -1,7 +1,7 @@
 """Accuracy of a trained classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...] [--out FOLDER]
 
 Also under torchrun, one process per GPU. Prints top-1, top-5, speed and a table of the classes; writes metrics.json,
-confusion.png and worst.png, the surest mistakes, into evaluation/ beside the checkpoint, or into `--out`. Models of
+pictures and report.html, a page of them all, into evaluation/ beside the checkpoint, or into `--out`. Models of
 ImageNet's 1,000 classes may also be measured by the reassessed labels of the validation pictures (`--real`, arXiv:
 2006.07159) and on ImageNet-V2 (`--v2`, arXiv:1902.10811).
 """
@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from classification.data import EvalPictures, SkippedPictures, eval_loader, make_transform
 from classification.model import Classifier, load_classifier
 from classification.readers import Split, open_place, open_split
-from classification.report import write_report
+from classification.report import tell, write_report
 from classification.results import Results, format_table
 from dat.training.distributed import Distributed, gather, setup_distributed
 from dat.training.errors import DataError
+from dat.training.files import write_json
 from dat.training.loop import amp_context, main_guard
 
 
@@ -141,8 +142,9 @@ def main() -> None:
     if distributed.main:
         out = arguments.out or arguments.checkpoint.parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
-        rows = write_report(results, split, names, out, classifier.config.train.worst, more)
-        print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(rows)]))
+        told = tell(results, names, more)
+        write_json(out / "metrics.json", told)
+        print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(told["per_class"])]))
         for name, metrics in (
             ("", {**results.metrics(), **speed}),
             ("Real ", more.get("real")),
@@ -150,6 +152,9 @@ def main() -> None:
         ):
             if metrics is not None:
                 print("  ".join(f"{name}{key} {value:.6g}" for key, value in metrics.items()))
+        # last: pictures take their time, and may fail
+        text = f"{arguments.checkpoint} on {len(results.index)} pictures"
+        write_report(out, classifier.config, names, results, split, told, text)
         print(f"written to {out}")
 
 

@@ -1,62 +1,96 @@
-"""What an evaluation or a run leaves to look at: tables, the confusion matrix, the worst mistakes."""
+"""What a run or an evaluation leaves to look at: plots, pictures, and report.html, a page of them all.
 
+    python -m classification.report RUN [key.path=value ...]
+
+writes it anew for the folder of a run, whole or interrupted: what there is. The overrides change the run's
+configuration, for instance data.root where the pictures have moved.
+"""
+
+import argparse
+import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from classification.readers import Split
+from classification.config import ClassificationConfig, check_config
+from classification.readers import Split, open_split
 from classification.results import Results, class_table
 from classification.sheet import sheet_title
-from dat.training.files import write_json
+from dat.training.checkpoint import load_checkpoint
+from dat.training.config import load_config
+from dat.training.errors import CheckpointError, DataError
+from dat.training.loop import main_guard
+from dat.training.pictures import UNREADABLE
+from dat.training.plots import draw_confusion, draw_curves
+from dat.training.report import Page, Section, Table, confusion_table, told_before
 from dat.training.sheet import draw_sheet, thumbnail
 
-# classes up to which a matrix has their names, or the numbers in its cells
-NAMED, NUMBERED = 60, 20
+CURVES = {
+    "loss": [("train", "loss"), ("val", "loss")],
+    "accuracy, percent": [("val", "top1"), ("val", "top5")],
+    "learning rate": [("train", "lr")],
+    "norm of the gradients": [("train", "grad_norm")],
+}
 
 
 def write_report(
-    results: Results, split: Split, class_names: Sequence[str], folder: Path, worst: int, more: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Writes metrics.json, confusion.png and, where `worst` pictures are wanted and there are mistakes, worst.png.
+    folder: Path,
+    config: ClassificationConfig,
+    class_names: Sequence[str],
+    results: Results | None,
+    split: Split | None,
+    metrics: dict[str, Any],
+    text: str = "",
+) -> list[Path]:
+    """Draws all that there is to see of a run or an evaluation, and writes report.html; returns the pictures.
 
     Args:
-        results: of the pictures of `split`.
+        folder: that the files go to; its log.jsonl gives the training curves, its predictions.png belongs to the page.
+        config: of what was run.
         class_names: of the model.
-        folder: that the files go to.
-        worst: most pictures on the sheet of the worst mistakes.
-        more: further entries of metrics.json.
-    Returns:
-        the rows of class_table.
+        results, split: of the best epoch, and their pictures; None where there are none.
+        metrics: what the page should tell in figures; "per_class", the rows of class_table.
+        text: that the page opens with.
     """
-    confusion = results.confusion(len(class_names))
-    rows = class_table(confusion, class_names)
-    write_json(folder / "metrics.json", {**results.metrics(), **more, "per_class": rows})
-    draw_confusion(confusion, class_names, folder / "confusion.png")
-    draw_mistakes(results, split, class_names, folder / "worst.png", worst)
-    return rows
+    top1 = metrics.get("top1")
+    name = config.model.backbone["name"]
+    page = Page(name if top1 is None else f"{name}, top-1 {top1:.2f}%", text)
+    paths = {name: folder / f"{name}.png" for name in ("curve", "confusion", "worst", "predictions")}
+    if metrics:
+        page.sections.append(Section("Figures", tables=_tables(metrics)))
+    draw_curves(folder / "log.jsonl", paths["curve"], CURVES)
+    page.add_picture("Training", paths["curve"])
+    if results is not None:
+        counts = results.confusion(len(class_names))
+        draw_confusion(counts, class_names, class_names, paths["confusion"])
+        page.add_picture("Confusions", paths["confusion"], tables=[confusion_table(counts, class_names, class_names)])
+    if results is not None and split is not None:
+        draw_mistakes(results, split, class_names, paths["worst"], config.train.worst)
+        page.add_photos("Worst mistakes", [paths["worst"]])
+    page.add_photos("Predictions", [paths["predictions"]])
+    page.add_config(config)
+    page.write(folder / "report.html")
+    return [path for path in paths.values() if path.is_file()]
 
 
-def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draws a matrix of counts, label by predicted class, as shares of each label's pictures."""
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    inches = min(14, 3 + 0.35 * len(class_names)) if len(class_names) <= NAMED else 10
-    figure = Figure(figsize=(inches + 1, inches), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(picture, ax=axes, label="share of the pictures of a class")
-    axes.set(xlabel="predicted", ylabel="is")
-    if len(class_names) <= NAMED:
-        axes.set_xticks(range(len(class_names)), [name[:18] for name in class_names], rotation=90, parse_math=False)
-        axes.set_yticks(range(len(class_names)), [name[:18] for name in class_names], parse_math=False)
-    if len(class_names) <= NUMBERED:
-        for (row, column), count in np.ndenumerate(confusion):
-            if count:
-                color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
-    figure.savefig(path, dpi=120)
+def tell(results: Results, class_names: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json holds: the metrics, `more`, and "per_class", the rows of class_table."""
+    return {**results.metrics(), **more, "per_class": class_table(results.confusion(len(class_names)), class_names)}
+
+
+def _tables(metrics: dict[str, Any]) -> list[Table]:
+    shown: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            shown |= {f"{name} {inner}": number for inner, number in value.items()}
+        elif name != "per_class":
+            shown[name] = value
+    rows = [[row[key] for key in ("name", "images", "top1", "mistaken_for")] for row in metrics["per_class"]]
+    return [
+        Table(list(shown), [list(shown.values())]),
+        Table(("class", "pictures", "top-1, percent", "most often taken for"), rows),
+    ]
 
 
 def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], path: Path, count: int) -> bool:
@@ -71,3 +105,46 @@ def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], pa
     if pictures:
         draw_sheet(pictures, path)
     return bool(pictures)
+
+
+def read_results(folder: Path) -> tuple[Results, list[str]]:
+    """The results of a run's best epoch so far, and the classes. Raises DataError or CheckpointError without."""
+    path = folder / "results.npz"
+    if not path.is_file():
+        raise DataError(f"{path}: is not there, the run was not evaluated yet")
+    try:
+        results = Results.load(path)
+    except (*UNREADABLE, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return results, load_checkpoint(folder / "best.pth", kind="classification")["class_names"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="classification.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, whole or interrupted")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
+    arguments = parser.parse_intermixed_args()
+    folder = arguments.run
+    config = load_config(ClassificationConfig, folder / "config.yaml", arguments.overrides)
+    check_config(config)
+    results, split, lacking = None, None, ""
+    names: list[str] = []
+    metrics: dict[str, Any] = {}
+    try:
+        results, names = read_results(folder)
+        metrics = told_before(folder) | tell(results, names, {})
+        opened = open_split(config.data, "val", names)
+        if len(opened) <= results.index.max():
+            raise DataError(f"data.val has {len(opened)} pictures, fewer than the results are of")
+        split = opened
+    except (DataError, CheckpointError) as error:
+        lacking = f"Not complete: {error}"
+        print(f"warning: {lacking}", file=sys.stderr)
+    write_report(folder, config, names, results, split, metrics, lacking)
+    print(f"written to {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -32,17 +32,19 @@ from classification.data import (
 from classification.evaluate import evaluate
 from classification.model import build_classifier, load_classifier
 from classification.readers import Split
-from classification.report import write_report
+from classification.report import tell, write_report
 from classification.results import Results, format_table
 from classification.sheet import draw_validation_sheet
 from dat.training.checkpoint import check_resumable, load_checkpoint, restore_weights
 from dat.training.config import save_config, to_dict
 from dat.training.distributed import Distributed, StopSignal, stop_on_sigterm
 from dat.training.errors import CheckpointError, ConfigError
+from dat.training.files import write_json
 from dat.training.finite import check_finite, trace_non_finite
 from dat.training.logger import RunLogger, peak_memory
 from dat.training.loop import EpochBatchSampler, amp_context, seed_everything
 from dat.training.optim import clip_gradients, layer_scales, make_ema, make_scheduler, param_groups, scaled_lr
+from dat.training.report import keeping_the_run
 from dat.training.sharding import is_sharded, restore_optimizer, save_state, whole_model, wrap_model
 
 # what a resumed run cannot change besides the images of a step: what it draws, and what its tensors belong to
@@ -312,29 +314,31 @@ class Trainer:
         return evaluate(model, self.val_loader, self.distributed, self.config.train.amp, self.val_skipped)
 
     def report(self) -> None:
-        """metrics.json, confusion.png, worst.png and predictions.png of the best epoch, and a table in the log."""
+        """metrics.json, pictures and report.html of the best epoch, and a table in the log."""
         self._warn(self.val_skipped)
         output, progress, train = self.output, self.progress, self.config.train
         if not self.distributed.main or not (output / "results.npz").is_file():
             return
         best = Results.load(output / "results.npz")
-        metrics = {
+        more = {
             "epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "seconds": round(progress.seconds, 1),
             "images_per_second": round(progress.step * self.sampler.images / progress.seconds, 2),
             "memory_gib": round(peak_memory(self.device), 3),
         }
-        rows = write_report(best, self.val_pictures, self.class_names, output, train.worst, metrics)
-        if train.pictures:
-            classifier = load_classifier(output / "best.pth", [], self.device)
-            draw_validation_sheet(
-                classifier, self.val_pictures, self.device, train.pictures, output / "predictions.png"
-            )
-        for name in ("confusion", "worst", "predictions"):
-            if (output / f"{name}.png").is_file():
-                self.logger.figure(name, output / f"{name}.png", progress.step)
-        metrics = {**best.metrics(), **metrics}
+        metrics = tell(best, self.class_names, more)
+        write_json(output / "metrics.json", metrics)
+        with keeping_the_run(self.logger.warning, f"python -m classification.report {output}"):
+            if train.pictures:
+                classifier = load_classifier(output / "best.pth", [], self.device)
+                path = output / "predictions.png"
+                draw_validation_sheet(classifier, self.val_pictures, self.device, train.pictures, path)
+            text = self._describe_run()
+            names, split = self.class_names, self.val_pictures
+            for path in write_report(output, self.config, names, best, split, metrics, text):
+                self.logger.figure(path.stem, path, progress.step)
+        rows = metrics.pop("per_class")
         summary = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
         self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(rows)}\n{summary}\nresults are in {output}")
 
@@ -351,7 +355,7 @@ class Trainer:
         self.logger.log(
             "train",
             progress.step,
-            epoch=progress.epoch + 1,
+            epoch=progress.step / self.sampler.steps,
             **numbers,
             images_per_second=steps * self.sampler.images / seconds,
             eta_seconds=self._seconds_left(),
@@ -371,18 +375,21 @@ class Trainer:
     def _describe(self) -> str:
         """What is about to be trained, or resumed."""
         progress, train = self.progress, self.config.train
-        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        lines = [
-            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
-            f"{len(self.class_names)} classes, {len(self.pictures)} + {len(self.val_pictures)} pictures",
-            f"{self._describe_step()} images a step, {self.sampler.steps} steps an epoch, learning rate "
-            f"{self.optimizer.param_groups[0]['initial_lr']:.3g}",
-        ]
+        lines = [self._describe_run()]
         if self.resume is not None:
             lines.append(f"resumed from {self.resume}: step {progress.step}, epoch {progress.epoch + 1}/{train.epochs}")
         if progress.epoch >= train.epochs:
             lines.append("nothing left to train; raise train.epochs to go on")
         return "\n".join(lines)
+
+    def _describe_run(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        return (
+            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
+            f"{len(self.class_names)} classes, {len(self.pictures)} + {len(self.val_pictures)} pictures\n"
+            f"{self._describe_step()} images a step, {self.sampler.steps} steps an epoch, learning rate "
+            f"{self.optimizer.param_groups[0]['initial_lr']:.3g}"
+        )
 
     def _describe_step(self) -> str:
         train, processes = self.config.train, self.distributed.world_size

@@ -115,23 +115,26 @@ def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | No
     _draw_query(axes, record, view, (row, column))
 
 
-def draw_weighted(axes: "Axes", points: Tensor, weights: Tensor, diameter: float) -> tuple[float, float]:
+def draw_weighted(
+    axes: "Axes", points: Tensor, weights: Tensor, diameter: float, limits: tuple[float, float] | None = None
+) -> tuple[float, float]:
     """Points by their weights, the language of all pictures of attention.
 
     Args:
         axes: of matplotlib, in pixels of a picture.
         points: [n, 2], (x, y) in its pixels.
-        weights: [n], at least 0; areas count from zero, colours from the least to the most.
-        diameter: of the heaviest, in typographic points.
+        weights: [n], at least 0; areas count from zero, colours from the least to the most of `limits`.
+        diameter: of the most, in typographic points.
+        limits: least and most of all panels that are to be compared; None: of these weights.
 
     Returns:
-        The least and the largest weight.
+        The least and the most that areas and colours count by.
     """
     order = weights.argsort()
     weights, points = weights[order], points[order]
-    low, high = weights[0].item(), weights[-1].item()
+    low, high = limits or (weights[0].item(), weights[-1].item())
     areas = weights / max(high, 1e-12) * diameter**2
-    _scatter(axes, points, areas, c=weights, cmap="plasma", alpha=0.85, linewidths=diameter / 30)
+    _scatter(axes, points, areas, c=weights, vmin=low, vmax=high, cmap="plasma", alpha=0.85, linewidths=diameter / 30)
     return low, high
 
 

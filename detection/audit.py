@@ -31,13 +31,10 @@ from dat.training.sheet import draw_sheet
 from .config import DetectionConfig, check_config
 from .data import read_image, resized_size
 from .data.survey import Survey, compare, survey
-from .draw import draw_boxes
-from .report import to_pil
+from .draw import draw_boxes, to_pil
+from .evaluator import MEDIUM, SMALL
 
 FINETUNE = Path(__file__).parents[1] / "configs/detection/finetune.yaml"
-
-# COCO's limits between small, medium and large objects, in pixels: sides of squares of those areas
-SMALL, MEDIUM = 32, 96
 
 # more detections of an image do not count in COCO's AP
 MOST_DETECTIONS = 100

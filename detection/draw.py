@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2 import functional as F
 
 from .data import Category
 
@@ -12,6 +14,11 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC
 
 # smaller images are enlarged until their longest edge has this many pixels
 MIN_EDGE = 640
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """An image [3, H, W] uint8 as Pillow's."""
+    return F.to_pil_image(image)
 
 
 def draw_boxes(

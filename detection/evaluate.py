@@ -4,8 +4,8 @@
     torchrun --nproc-per-node N -m detection.evaluate CHECKPOINT [key.path=value ...]
 
 The overrides change the configuration that the checkpoint carries, for instance data.root or data.val.annotations.
-Prints AP by class; writes metrics.json, detections.json and worst.png (objects missed and false detections) into
-evaluation/ beside the checkpoint, or into `--out`.
+Prints AP by class; writes metrics.json, detections.json, pictures and report.html, a page of them all, into evaluation/
+beside the checkpoint, or into `--out`.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from .build import load_detector
 from .config import DetectionConfig, check_config
 from .data import Batch, CocoAnnotations, DetectionDataset, SameSizeBatchSampler, make_loader, read_coco, val_transform
 from .data.cache import ImageCache
-from .evaluator import average_precision, detect, format_table, gather_results
-from .misses import draw_worst
+from .evaluator import Evaluation, detect, format_table, gather_results
+from .report import write_report
 
 
 def val_loader(
@@ -71,13 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = gather_results(results)
     if not distributed.main:
         return
-    metrics = average_precision(annotations, results)
+    evaluation = Evaluation.of(annotations, results)
+    metrics = evaluation.metrics()
     out = options.out or options.checkpoint.parent / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     write_json(out / "detections.json", results)
-    draw_worst(annotations, results, out / "worst.png", config.train.worst)
-    print(f"{format_table(metrics)}\nwritten to {out}")
+    print(format_table(metrics))
+    # last: pictures take their time, and may fail
+    write_report(out, config, evaluation, metrics, f"{options.checkpoint} on {annotations.path}")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

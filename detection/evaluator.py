@@ -1,6 +1,7 @@
 """Runs a detector over a data set, and measures average precision with faster-coco-eval."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ from dat.training.loop import amp_context
 from .base import BaseDETR
 from .data import Batch, Category, CocoAnnotations
 from .post_process import post_process
+
+# COCO's limits between small, medium and large objects, in pixels: sides of squares of those areas
+SMALL, MEDIUM = 32, 96
+
+# overlap from which a detection counts in AP50, in confusions and among the worst mistakes
+MATCH_IOU = 0.5
 
 # what is measured over all sizes, then over COCO's small, medium and large objects
 _AREAS = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}
@@ -69,33 +76,103 @@ def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for share in gather(results) for result in share]
 
 
-def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """AP as COCO defines it, 0 to 1, crowds ignored; None where there is nothing to find.
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections beside what there is to find, for the T = 10 overlaps .5, .55, ... .95 and A = 4 sizes of COCO's AP.
 
-    Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "per_class": {name: {"AP", "AP50", "objects"}}}.
+    Sizes are all, small, medium and large; -1 marks classes and sizes without objects.
+
+    Attributes:
+        annotations, results: what was compared, the latter in COCO's result format.
+        precision: [T, 101, K, A], the highest at each recall 0, .01, ... 1 or beyond it.
+        scores: [T, 101, K, A], of the detection that reaches the recall; 0 where none does.
+        recall: [T, K, A], of all detections.
+    """
+
+    annotations: CocoAnnotations
+    results: list[dict[str, Any]]
+    precision: np.ndarray
+    scores: np.ndarray
+    recall: np.ndarray
+
+    @classmethod
+    def of(cls, annotations: CocoAnnotations, results: list[dict[str, Any]]) -> "Evaluation":
+        """Runs COCO's evaluation; crowds are ignored."""
+        truth = COCO(annotations.to_coco())
+        evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        found = {name: np.asarray(evaluation.eval[name])[..., -1] for name in ("precision", "scores", "recall")}
+        return cls(annotations, results, **found)
+
+    def metrics(self) -> dict[str, Any]:
+        """AP as COCO defines it, 0 to 1; None where there is nothing to find.
+
+        {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "per_class": {name: {"AP", "AP50", "objects"}}}.
+        """
+        metrics: dict[str, Any] = {name: _mean(self.precision[..., area]) for name, area in _AREAS.items()}
+        metrics |= {"AP50": _mean(self.precision[0, :, :, 0]), "AP75": _mean(self.precision[5, :, :, 0])}
+        metrics["AR100"] = _mean(self.recall[:, :, 0])
+        counts = np.bincount(
+            np.concatenate([record.labels[~record.crowd] for record in self.annotations.records]),
+            minlength=len(self.annotations.categories),
+        )
+        metrics["per_class"] = {
+            category.name: {
+                "AP": _mean(self.precision[:, :, label, 0]),
+                "AP50": _mean(self.precision[0, :, label, 0]),
+                "objects": int(counts[label]),
+            }
+            for label, category in enumerate(self.annotations.categories)
+        }
+        return metrics
+
+    def best_f1(self, label: int) -> tuple[float, float, float, float] | None:
+        """(F1, score, recall, precision) of a class where F1 is highest at an overlap of .5; None without objects."""
+        precision, recall = self.precision[0, :, label, 0], np.linspace(0, 1, self.precision.shape[1])
+        if precision[0] < 0:
+            return None
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(f1.argmax())
+        return float(f1[best]), float(self.scores[0, best, label, 0]), float(recall[best]), float(precision[best])
+
+
+def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of an Evaluation."""
+    return Evaluation.of(annotations, results).metrics()
+
+
+def count_confusions(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
+    """Objects by class (row) and class of the detection that found them (column), [K + 1, K + 1] int64.
+
+    Whatever its class, a detection finds the object that it overlaps most, by at least .5, and no other has found, the
+    highest score first. The last column counts objects that none found, the last row detections that found none.
+    Crowds, and detections in them, count nowhere.
+
+    Args:
+        annotations, results: to compare.
+        threshold: least score of the detections that count.
     """
     truth = COCO(annotations.to_coco())
-    evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+    kept = [dict(result) for result in results if result["score"] >= threshold]
+    evaluation = COCOeval_faster(truth, truth.loadRes(kept), "bbox", extra_calc=True)
+    evaluation.params.useCats, evaluation.params.iouThrs = 0, np.array([MATCH_IOU])
+    evaluation.params.maxDets, evaluation.params.areaRng = [max(1, len(kept))], [[0, 1e10]]
     evaluation.evaluate()
     evaluation.accumulate()
-    # [IoU thresholds, recalls, classes, areas, most detections], [IoU thresholds, classes, areas, most detections]
-    precision, recall = np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
-    metrics: dict[str, Any] = {name: _mean(precision[:, :, :, area, -1]) for name, area in _AREAS.items()}
-    metrics |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
-    metrics["AR100"] = _mean(recall[:, :, 0, -1])
-    counts = np.bincount(
-        np.concatenate([record.labels[~record.crowd] for record in annotations.records]),
-        minlength=len(annotations.categories),
-    )
-    metrics["per_class"] = {
-        category.name: {
-            "AP": _mean(precision[:, :, label, 0, -1]),
-            "AP50": _mean(precision[0, :, label, 0, -1]),
-            "objects": int(counts[label]),
-        }
-        for label, category in enumerate(annotations.categories)
-    }
-    return metrics
+    label_of = {category.id: label for label, category in enumerate(annotations.categories)}
+    none = len(label_of)
+    counts = np.zeros((none + 1, none + 1), dtype=np.int64)
+    # the library tells of every annotation and detection which it was matched to
+    detections = evaluation.cocoDt.anns
+    for target in evaluation.cocoGt.anns.values():
+        if not target["iscrowd"]:
+            found = detections[target["dt_id"]]["category_id"] if "dt_id" in target else None
+            counts[label_of[target["category_id"]], label_of.get(found, none)] += 1
+    for detection in detections.values():
+        if "gt_id" not in detection:
+            counts[none, label_of[detection["category_id"]]] += 1
+    return counts
 
 
 def format_table(metrics: dict[str, Any]) -> str:

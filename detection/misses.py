@@ -13,11 +13,8 @@ from torchvision.ops import box_convert, box_iou
 from dat.training.sheet import draw_sheet
 
 from .data import CocoAnnotations, ImageRecord, read_image
-from .draw import draw_boxes
-from .report import to_pil
-
-# overlap from which a detection counts, as in AP50
-MATCH_IOU = 0.5
+from .draw import draw_boxes, to_pil
+from .evaluator import MATCH_IOU
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,8 @@ def draw_worst(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], 
     false = [mistake for mistake in mistakes if not mistake.missed and mistake.score >= 0.3]
     shown = missed[: count - min(len(false), count // 2)]
     shown += false[: count - len(shown)]
+    # of an earlier call
+    path.unlink(missing_ok=True)
     if shown:
         pictures = [(_crop(annotations, mistake), _title(annotations, mistake)) for mistake in shown]
         heading = (

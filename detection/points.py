@@ -114,16 +114,15 @@ def draw_points(
     figure, axes = create_figure(len(order), columns, picture, "where each detection sampled, by weight")
     for i, row in zip(order, axes.reshape(-1, columns), strict=True):
         label = labels[results[i]["category_id"]]
-        heaviest = points.weights[i].max().item()
+        # sizes and colours of all panels of a row on one scale
+        limits = points.weights[i].min().item(), points.weights[i].max().item()
         for level, panel in zip([None, *range(levels)], row, strict=False):
             chosen = slice(None) if level is None else slice(level, level + 1)
             locations, weights = points.locations[i][:, chosen], points.weights[i][:, chosen]
             draw_picture(panel, picture)
             _draw_box(panel, results[i]["bbox"], COLORS[label % len(COLORS)])
             share = weights.sum().item() / points.weights[i].sum().item()
-            # sizes of all panels of a row on one scale
-            diameter = DIAMETER * (weights.max().item() / heaviest) ** 0.5
-            draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), diameter)
+            draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
             draw_star(panel, *points.references[i].tolist())
             name = f"{categories[label].name} {results[i]['score']:.2f}" if level is None else f"level {level}"
             panel.set_title(f"{name}, {share:.0%}", fontsize=7, parse_math=False)

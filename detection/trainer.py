@@ -22,6 +22,7 @@ from dat.training.finite import check_finite, trace_non_finite
 from dat.training.logger import RunLogger, peak_memory
 from dat.training.loop import amp_context, seed_everything
 from dat.training.optim import clip_gradients, make_ema, make_scheduler, scaled_lr
+from dat.training.report import keeping_the_run
 from dat.training.sharding import is_sharded, restore_optimizer, save_state, whole_model, wrap_model
 
 from .build import build_criterion, build_model, detector_state
@@ -29,10 +30,9 @@ from .config import DetectionConfig
 from .data import Batch, CocoAnnotations
 from .data.cache import ImageCache
 from .evaluate import val_loader
-from .evaluator import average_precision, detect, format_table, gather_results
-from .misses import draw_worst
+from .evaluator import Evaluation, average_precision, detect, format_table, gather_results
 from .recipe import make_optimizer, train_loader
-from .report import plot_curve, save_pictures
+from .report import write_report
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
@@ -338,25 +338,22 @@ class Trainer:
         return state
 
     def report(self) -> None:
-        """metrics.json, curve.png and pictures, of the best epoch."""
-        progress, train = self.progress, self.config.train
+        """metrics.json, pictures and report.html, of the best epoch."""
+        progress = self.progress
         results = json.loads((self.output / "detections.json").read_text(encoding="utf-8"))
-        metrics = average_precision(self.val_set, results)
-        metrics |= {
+        evaluation = Evaluation.of(self.val_set, results)
+        metrics = evaluation.metrics() | {
             "epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "seconds": round(progress.train_seconds + progress.eval_seconds, 1),
             "images_per_second": round(progress.images / progress.train_seconds, 2),
         }
         write_json(self.output / "metrics.json", metrics)
-        plot_curve(self.output / "log.jsonl", self.output / "curve.png", self.steps_per_epoch)
-        self.logger.figure("curve", self.output / "curve.png", progress.step)
-        folder = self.output / "predictions"
-        for path in save_pictures(self.val_set, results, folder, train.pictures, train.picture_threshold):
-            self.logger.figure(f"predictions/{path.stem}", path, progress.step)
-        worst = draw_worst(self.val_set, results, self.output / "worst.png", train.worst)
-        if worst:
-            self.logger.figure("worst", self.output / "worst.png", progress.step)
+        with keeping_the_run(self.logger.warning, f"python -m detection.report {self.output}"):
+            text = f"{self._describe_run()}\n{self._describe_rate()}"
+            for path in write_report(self.output, self.config, evaluation, metrics, text):
+                tag = path.relative_to(self.output).with_suffix("").as_posix()
+                self.logger.figure(tag, path, progress.step)
         self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(metrics)}\nresults are in {self.output}")
 
     def _log_steps(self, meter: Meter) -> None:
@@ -373,13 +370,16 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _describe(self) -> str:
+        start = f"{self._describe_run()}, from step {self.progress.step}"
+        return f"{start}\n{self._describe_rate()}\n{self._describe_classes()}"
+
+    def _describe_run(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         return (
             f"{self.config.model.backbone['name']}, {parameters:.1f} M parameters, {self.device}: "
             f"{len(self.train_set.records)} training and {len(self.val_set.records)} validation images, "
             f"{len(self.train_set.categories)} classes; {self.steps_per_epoch} steps an epoch, "
-            f"{self.total_steps} in all, from step {self.progress.step}\n"
-            f"{self._describe_rate()}\n{self._describe_classes()}"
+            f"{self.total_steps} in all"
         )
 
     def _describe_rate(self) -> str:

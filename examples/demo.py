@@ -55,6 +55,7 @@ def main() -> None:
     print(
         f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes: "
         f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on held-out scenes.\n"
+        f"  report    {OUTPUT / 'report.html'}\n"
         f"  metrics   {OUTPUT / 'metrics.json'}\n"
         f"  curve     {OUTPUT / 'curve.png'}\n"
         f"  pictures  {OUTPUT / 'predictions'}\n"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ def write_json(path: str | Path, content: Any) -> None:
         text = json.dumps(content, indent=2) + "\n"
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl, none where there is no such file."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        # a killed run may leave half a line behind
+        with suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat.training.errors import ConfigError
-from dat.training.files import replacing
+from dat.training.files import read_log, replacing
 
 
 class RunLogger:
@@ -161,16 +161,8 @@ def peak_memory(device: torch.device) -> float:
 
 def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
     """Drops the lines of a JSON-lines file past `step`, all when it is None; returns the (kind, step) of the others."""
-    kept: dict[tuple[str, int], str] = {}
-    if step is not None and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            # a killed run may leave half a line behind
-            except json.JSONDecodeError:
-                continue
-            if entry["step"] <= step:
-                kept[entry["kind"], entry["step"]] = line + "\n"
+    entries = () if step is None else read_log(path)
+    kept = {(entry["kind"], entry["step"]): json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step}
     with replacing(path) as temporary:
         temporary.write_text("".join(kept.values()), encoding="utf-8")
     return set(kept)

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from dat.training.plots import save_plot
+
 
 def thumbnail(picture: Image.Image) -> Image.Image:
     """A picture no larger than a sheet shows it, to keep until it is drawn."""
@@ -37,4 +39,4 @@ def draw_sheet(
         axes.imshow(picture)
         axes.set_title(title, fontsize=8, parse_math=False)
         axes.axis("off")
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)

@@ -37,7 +37,7 @@ def settings(tmp_path, pictures):
         "data": {"root": str(pictures), "img_size": 32, "crop_pct": 1.0},
         "train": {
             "epochs": 3, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "ema_decay": 0.9,
-            "checkpoint_steps": 3, "log_steps": 1, "workers": 0, "device": "cpu",
+            "checkpoint_steps": 3, "log_steps": 1, "workers": 0, "device": "cpu", "pictures": 2, "worst": 2,
         },
     }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Numbers, tables and pictures of an evaluation."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,9 +7,10 @@ import pytest
 from PIL import Image
 
 from classification import report
+from classification.config import ClassificationConfig, TrainConfig
 from classification.evaluate import open_v2, real_accuracy
 from classification.readers import open_place
-from classification.report import write_report
+from classification.report import tell, write_report
 from classification.results import Results, class_table, format_table
 from dat.training.errors import DataError
 
@@ -75,17 +75,25 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(
         report, "draw_sheet", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path))
     )
-    write_report(found, split, split.class_names, tmp_path, worst=1, more={"epoch": 3})
+    config = ClassificationConfig(train=TrainConfig(worst=1))
+    names = split.class_names
+    metrics = tell(found, names, {"epoch": 3, "real": {"top1": 12.5}})
+    pictures = write_report(tmp_path, config, names, found, split, metrics)
+    assert {path.name for path in pictures} == {"confusion.png", "worst.png"}
     assert drawn == ["red 87%\n(is green)"]
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["top1"] == pytest.approx(66.667, abs=0.01)
     assert metrics["epoch"] == 3
     assert [row["top1"] for row in metrics["per_class"]] == [100.0, 50.0, 50.0]
-    for name in ("confusion", "worst"):
-        with Image.open(tmp_path / f"{name}.png") as image:
+    for path in pictures:
+        with Image.open(path) as image:
             assert min(image.size) > 100
-    # a perfect model has no mistakes to show
-    write_report(results([0], [[0]]), split, split.class_names, tmp_path, worst=1, more={})
+    page = (tmp_path / "report.html").read_text()
+    assert "dat_tiny, top-1 66.67%" in page
+    assert "real top1" in page
+    assert page.count('src="data:image/') == 2
+    # a perfect model has no mistakes to show, and those of before are not shown again
+    perfect = results([0], [[0]])
+    write_report(tmp_path, config, names, perfect, split, tell(perfect, names, {}))
     assert not (tmp_path / "worst.png").exists()
 
 

@@ -39,7 +39,7 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert names - {"worst.png"} == {
         "best.pth", "last.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log", "predictions.png",
-        "results.npz", "metrics.json", "confusion.png",
+        "results.npz", "metrics.json", "confusion.png", "curve.png", "report.html",
     }  # fmt: skip
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["top1"] == result["best"]

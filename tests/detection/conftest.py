@@ -42,6 +42,7 @@ def write_config(folder, scenes):
             "ema_decay": 0.9,
             "log_steps": 1,
             "pictures": 2,
+            "worst": 2,
             "device": "cpu",
         },
     }

@@ -58,6 +58,10 @@ def test_a_run_leaves_its_results(trained):
         "log.jsonl",
         "metrics.json",
         "curve.png",
+        "precision_recall.png",
+        "confusion.png",
+        "box_sizes.png",
+        "report.html",
         "tensorboard",
     }
     assert files <= {path.name for path in trained.iterdir()}

@@ -69,6 +69,9 @@ def test_the_worst_are_drawn(annotations, tmp_path):
     assert draw_worst(annotations, [result(3, [40, 2, 9, 9], 0.9)], tmp_path / "b.png", 6)
     assert Image.open(tmp_path / "b.png").width > 600
     assert not draw_worst(annotations, [], tmp_path / "c.png", 0)
+    # those of an earlier call do not stay
+    assert not draw_worst(annotations, [*others(annotations), *perfect_first()], tmp_path / "b.png", 6)
+    assert not (tmp_path / "b.png").exists()
 
 
 def perfect_first():
