@@ -107,7 +107,8 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         yield
         worker.shutdown(cancel_futures=True)
 
-    app = FastAPI(title="Detector", description=__doc__ or "", lifespan=lifespan)
+    # no /docs: FastAPI's pages of the description fetch their scripts from elsewhere
+    app = FastAPI(title="Detector", description=__doc__ or "", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:

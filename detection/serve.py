@@ -2,8 +2,8 @@
 
     python -m detection.serve MODEL [--host 127.0.0.1] [--port 8000]
 
-MODEL is a checkpoint, or an .onnx or .pt2 that detection.export wrote. / is the page, /docs the description of the
-endpoint and /openapi.json the same for programs:
+MODEL is a checkpoint, or an .onnx or .pt2 that detection.export wrote. / is the page, /detect the endpoint for programs
+and /openapi.json its description:
 
     curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" "http://127.0.0.1:8000/detect?threshold=0.3"
 """
