@@ -26,6 +26,7 @@ from classification.results import Results, format_table
 from dat.training.distributed import Distributed, gather, setup_distributed
 from dat.training.errors import DataError
 from dat.training.loop import amp_context, main_guard
+from dat.training.rebuild import blaming
 
 
 @torch.no_grad()
@@ -132,7 +133,8 @@ def main() -> None:
     classifier = load_classifier(arguments.checkpoint, arguments.overrides, distributed.device)
     names = classifier.class_names
     split = open_split(classifier.config.data, "val", names)
-    results, speed, warning = run(classifier, split, distributed)
+    with blaming(arguments.checkpoint):
+        results, speed, warning = run(classifier, split, distributed)
     more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
     if arguments.real is not None:
         more["real"] = real_accuracy(results, split, arguments.real)

@@ -1,7 +1,7 @@
 """Runs exported models: ONNX files in onnxruntime, torch.export packages in torch."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dat.training.errors import CheckpointError, ConfigError
+from dat.training.rebuild import check_class_names
+from dat.training.untrusted import check_content
 
 SUFFIXES = (".onnx", ".pt2")
-# the lists that metadata holds for each kind of model
-_LISTS = ("class_names", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,17 @@ def check_metadata(metadata: dict[str, Any], kind: str, path: Path) -> None:
     if metadata.get("kind") != kind:
         found = f"of a {metadata['kind']} model" if "kind" in metadata else "without the metadata of an export"
         raise CheckpointError(f"{path}: {found}, should be a {kind} model exported by this project")
-    for name in _LISTS:
-        if not isinstance(metadata.get(name), list):
-            raise CheckpointError(f"{path}: its metadata has {name} = {metadata.get(name)!r}, which is no list")
-    if not all(isinstance(name, str) for name in metadata["class_names"]):
-        raise CheckpointError(f"{path}: its metadata has class_names that are no texts")
+    check_content(metadata, path)
+    check_class_names(metadata.get("class_names"), path)
+
+
+def check_found(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: Path | str) -> None:
+    """Raises CheckpointError for labels that are not 0 to classes - 1, and for numbers that are NaN or infinite."""
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if not whole or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+        raise CheckpointError(f"{path}: gives labels that are not 0 to {classes - 1}")
+    if not all(values.isfinite().all() for values in numbers):
+        raise CheckpointError(f"{path}: gives numbers that are NaN or infinite")
 
 
 def _load_onnx(path: Path) -> Exported:

@@ -81,7 +81,7 @@ def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
         ("data.val.max_size=100", "should be at least the largest shortest edge"),
         ("data.train.crop_max=10", "data.train.crop_max is 10, should be at least crop_min"),
         ("train.batch_size=0", "train.batch_size is 0, should be at least 1"),
-        ("data.train.sizes=[0, 480]", "data.train.sizes is [0, 480], should be at least 1"),
+        ("data.train.sizes=[0, 480]", "data.train.sizes is [0, 480], should be 1 to 4096"),
         ("data.std=[1, 1, 0]", "data.std is (1.0, 1.0, 0.0), should be more than 0"),
         ("model.num_heads=0", "model.num_heads is 0, should be at least 1"),
         ("seed=-1", "seed is -1, should be at least 0"),
