@@ -10,6 +10,7 @@ and /openapi.json its description:
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predictor = load_predictor(options.model, device, options.top_k, options.trust)
     limits = Limits(round(options.max_megabytes * 2**20), round(options.max_megapixels * 10**6), options.max_waiting)
     print(f"http://{options.host}:{options.port}: {options.model}, {len(predictor.categories)} classes", flush=True)
-    uvicorn.run(create_app(predictor, limits), host=options.host, port=options.port, log_level="warning")
+    # what ends a server as it should
+    with suppress(KeyboardInterrupt):
+        uvicorn.run(create_app(predictor, limits), host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

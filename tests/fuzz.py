@@ -475,12 +475,11 @@ def work(name: str, first: int, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind = make_kinds(folder)[name]()
     path = folder / f"case{kind.suffix}"
-    faulthandler.enable()
     for number in range(first, options.count):
         data = kind.case(options.seed * 1_000_000 + number)
         path.write_bytes(data)
         print(json.dumps({"begins": number}), flush=True)
-        faulthandler.dump_traceback_later(options.seconds, exit=True)
+        faulthandler.dump_traceback_later(options.seconds, exit=True, file=sys.__stderr__)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         wrong = fails(kind, path)
         faulthandler.cancel_dump_traceback_later()
@@ -526,6 +525,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
+        faulthandler.enable(sys.__stderr__)
         work(options.work, options.first, options)
         return
     options.out.mkdir(parents=True, exist_ok=True)

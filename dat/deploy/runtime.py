@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from dat.training.rebuild import check_class_names
 from dat.training.untrusted import check_content
 
 SUFFIXES = (".onnx", ".pt2")
+# seconds of onnxruntime for one batch
+LONGEST_RUN = 600.0
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,19 @@ def _load_onnx(path: Path) -> Exported:
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        # a graph may hold a loop without end
+        limit = onnxruntime.RunOptions()
+        watchdog = Timer(LONGEST_RUN, setattr, (limit, "terminate", True))
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            found = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
+            arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+            return tuple(torch.from_numpy(output) for output in session.run(None, arrays, limit))
         except Exception as error:
-            raise CheckpointError(f"{path}: onnxruntime cannot run it: {' '.join(str(error).split())}") from error
-        return tuple(torch.from_numpy(output) for output in found)
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
+        finally:
+            watchdog.cancel()
 
     return Exported(metadata, run)
 

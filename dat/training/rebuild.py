@@ -95,7 +95,7 @@ def blaming(path: Path | str) -> Iterator[None]:
     except (DataError, OSError):
         raise
     except UserError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     # what its configuration says may fail anywhere in a model
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
