@@ -29,13 +29,18 @@ import dat  # noqa: F401  registers its models
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
-# What is added to a printed command, so that it ends soon.
+# What is added to a printed command, so that it ends soon: small models of the same kind, few steps.
 SHORTER = {
     "detection.train": [
-        "train.steps=2", "train.batch_size=1", "train.workers=0", "model.encoder_depth=1", "model.decoder_depth=1",
+        "train.steps=2", "train.batch_size=1", "train.workers=0", "model.backbone.name=test_resnet",
+        "model.embed_dim=16", "model.num_heads=2", "model.mlp_dim=16", "model.encoder_depth=0", "model.decoder_depth=1",
+        "model.num_levels=2", "model.backbone.out_indices=[3]", "model.two_stage=false", "model.box_refine=false",
     ],
     "detection.export": ["--sizes", "64", "96"],
-    "classification.train": ["train.epochs=1", "train.batch_size=4", "train.workers=0", "data.img_size=32"],
+    "classification.train": [
+        "train.epochs=1", "train.batch_size=4", "train.workers=0", "data.img_size=32",
+        "model.backbone.stages=[{blocks: ND, embed_dims: 16, num_heads: 2, kernel_size: 3, release: '2023'}]",
+    ],
     "classification.export": ["--sizes", "32", "48"],
 }  # fmt: skip
 

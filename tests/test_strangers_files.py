@@ -25,6 +25,7 @@ from dat.training.untrusted import read_weights
 from detection.build import load_detector
 from detection.predictor import load_predictor
 from tests import fuzz
+from tests.damage import damage
 from tests.detection.exporting import write_detector
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_damaged_files_end_well(kinds, folder, name, count):
 def test_the_same_seed_is_the_same_damage(kinds):
     kind = kinds["safetensors"]()
     assert [kind.case(seed) for seed in range(5)] == [kind.case(seed) for seed in range(5)]
-    assert all(fuzz.damage(kind.whole[0], random.Random(seed)) != kind.whole[0] for seed in range(5))
+    assert all(damage(kind.whole[0], random.Random(seed)) != kind.whole[0] for seed in range(5))
 
 
 @pytest.fixture
@@ -148,7 +149,10 @@ def test_configurations_that_ask_for_too_much(tmp_path, state, place, value, mes
         (lambda s: s.pop("state_dict"), "holds a NoneType, should hold tensors by name"),
         (lambda s: s["state_dict"].update({"level_embed": [1.0]}), "level_embed is a list, should be a tensor"),
         (lambda s: s["state_dict"]["level_embed"].fill_(math.nan), r"level_embed \(4, 16\) holds NaN"),
-        (lambda s: s["state_dict"].update(level_embed=torch.zeros(()).expand(10**6, 10**6)), "would take 40000\\d+ bytes"),
+        (
+            lambda s: s["state_dict"].update(level_embed=torch.zeros(()).expand(10**6, 10**6)),
+            "would take 40000\\d+ bytes",
+        ),
         (lambda s: s["state_dict"].update(level_embed=torch.zeros(4, 16).to_sparse()), "should be a plain one"),
         (lambda s: s["class_names"].append("third"), "category_ids should be 3 different integers"),
         (lambda s: s.update(class_names=["red", "red"]), "two classes of one name"),
