@@ -43,7 +43,7 @@ def kinds(folder):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("detector", 25), ("classifier", 15), ("visualized", 10), ("weights", 15), ("safetensors", 20), ("uploads", 30)],
+    [("detector", 15), ("classifier", 12), ("visualized", 5), ("weights", 15), ("safetensors", 20), ("uploads", 20)],
 )
 def test_damaged_files_end_well(kinds, folder, name, count):
     kind = kinds[name]()

@@ -85,7 +85,7 @@ def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
         ("data.std=[1, 1, 0]", "data.std is (1.0, 1.0, 0.0), should be more than 0"),
         ("model.num_heads=0", "model.num_heads is 0, should be at least 1"),
         ("seed=-1", "seed is -1, should be at least 0"),
-        ("train.workers=-1", "train.workers is -1, should be at least 0"),
+        ("train.workers=-1", "train.workers is -1, should be 0 to 256"),
         ("train.pictures=-1", "train.pictures is -1, should be at least 0"),
         ("train.lr=-1", "train.lr is -1.0, should be more than 0"),
         ("train.lr=.nan", "train.lr is nan, should be more than 0"),
