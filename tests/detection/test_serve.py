@@ -19,7 +19,7 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.training.errors import ConfigError
+from dat.training.errors import CheckpointError, ConfigError
 from detection import serve
 from detection.evaluator import to_results
 from detection.predictor import load_predictor
@@ -189,6 +189,18 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor):
     assert found == [200, 200, *[429] * 6]
 
 
+def test_a_model_that_fails_is_said_and_the_server_lives_on(predictor):
+    def fail_at_once(images, sizes):
+        if images.shape[-1] > images.shape[-2]:
+            raise CheckpointError("best.pth: its model cannot be used")
+        return predictor.run(images, sizes)
+
+    failing = type(predictor)(predictor.categories, predictor.size, predictor.max_size, fail_at_once)
+    with serving(failing, app.Limits()) as port:
+        assert detect(port, encode(picture(0))) == (500, {"detail": "best.pth: its model cannot be used"})
+        assert detect(port, encode(picture(0, (80, 160))))[0] == 200
+
+
 def test_the_page_and_the_description(port):
     status, page = request(port, "GET", "/")
     assert status == 200
@@ -197,7 +209,7 @@ def test_the_page_and_the_description(port):
     status, text = request(port, "GET", "/openapi.json")
     detect_path = json.loads(text)["paths"]["/detect"]["post"]
     assert set(detect_path["requestBody"]["content"]) == set(app.FORMATS.values())
-    assert {"200", "400", "408", "413", "415", "422", "429"} == set(detect_path["responses"])
+    assert {"200", "400", "408", "413", "415", "422", "429", "500"} == set(detect_path["responses"])
     model = json.loads(request(port, "GET", "/model")[1])
     assert model == {"classes": ["blue", "red"], "points": True, "max_bytes": 200_000, "max_pixels": 250_000}
 
