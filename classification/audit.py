@@ -21,7 +21,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from classification.config import ClassificationConfig, check_config
@@ -31,7 +30,7 @@ from dat.training.errors import DataError
 from dat.training.files import write_json
 from dat.training.findings import Findings, format_problems
 from dat.training.loop import main_guard
-from dat.training.pictures import UNREADABLE, to_rgb
+from dat.training.pictures import UNREADABLE, open_picture, to_rgb
 from dat.training.sheet import draw_sheet, thumbnail
 
 # fewer pictures of a class than this are remarked on
@@ -66,7 +65,7 @@ def survey(place: str, split: Split, class_names: Sequence[str]) -> PictureSurve
                 file, label = split.reader[index]
                 with file:
                     content = file.read()
-            with Image.open(BytesIO(content)) as picture:
+            with open_picture(BytesIO(content)) as picture:
                 mode = picture.mode
                 to_rgb(picture)
                 return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (picture.size, mode, int(label))

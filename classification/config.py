@@ -7,7 +7,7 @@ section 5.1), which is DeiT's.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dat.training.config import check_range
+from dat.training.config import LARGEST_SIDE, MOST_WORKERS, check_range
 from dat.training.errors import ConfigError
 
 
@@ -125,8 +125,10 @@ class ClassificationConfig:
 
 def check_config(config: ClassificationConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
-    counts = ("train.epochs", "train.batch_size", "train.accumulate", "train.log_steps", "data.img_size")
+    counts = ("train.epochs", "train.batch_size", "train.accumulate", "train.log_steps")
     check_range(config, counts, 1)
+    check_range(config, ("data.img_size",), 1, LARGEST_SIDE)
+    check_range(config, ("train.workers",), 0, MOST_WORKERS)
     check_range(config, ("train.layer_decay",), 0, 1, exclusive=True)
     names = (
         "min_lr",
@@ -138,7 +140,7 @@ def check_config(config: ClassificationConfig) -> None:
         "cutmix",
         "checkpoint_steps",
     )
-    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "workers", "pictures", "worst"))), 0)
+    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "pictures", "worst"))), 0)
     shares = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing", "train.ema_decay")
     check_range(config, (*shares, "data.mean"), 0, 1)
     check_range(config, ("data.augment.color_jitter",), 0)

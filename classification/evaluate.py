@@ -27,6 +27,7 @@ from dat.training.distributed import Distributed, gather, setup_distributed
 from dat.training.errors import DataError
 from dat.training.files import write_json
 from dat.training.loop import amp_context, main_guard
+from dat.training.rebuild import blaming
 
 
 @torch.no_grad()
@@ -133,7 +134,8 @@ def main() -> None:
     classifier = load_classifier(arguments.checkpoint, arguments.overrides, distributed.device)
     names = classifier.class_names
     split = open_split(classifier.config.data, "val", names)
-    results, speed, warning = run(classifier, split, distributed)
+    with blaming(arguments.checkpoint):
+        results, speed, warning = run(classifier, split, distributed)
     more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
     if arguments.real is not None:
         more["real"] = real_accuracy(results, split, arguments.real)

@@ -9,13 +9,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from classification.config import ClassificationConfig, DataConfig
+from classification.config import ClassificationConfig, DataConfig, check_config
 from classification.data import make_transform
 from classification.graph import ClassifierGraph
 from classification.model import Classifier, load_classifier
-from dat.deploy.runtime import is_exported, load_exported
+from dat.deploy.runtime import check_found, is_exported, load_exported
 from dat.training.config import from_dict
 from dat.training.errors import CheckpointError, ConfigError
+from dat.training.rebuild import blaming
+
+# images uint8 [B, 3, H, W] to logits, scores and labels, see ClassifierGraph
+Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,12 @@ class Labeller:
     Attributes:
         class_names: label i is the i-th.
         data: how pictures are resized and cropped.
-        run: images uint8 [B, 3, H, W] to logits, scores and labels, see ClassifierGraph.
+        run: see Run.
     """
 
     class_names: list[str]
     data: DataConfig
-    run: Callable[[Tensor], tuple[Tensor, ...]]
+    run: Run
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """One {"label", "score", "top": [{"label", "score"}, up to 5]} per RGB picture; scores are 0 to 1."""
@@ -44,16 +48,18 @@ class Labeller:
         return results
 
 
-def labeller_of(classifier: Classifier, device: torch.device) -> Labeller:
-    """One that runs a classifier on the device that it is on."""
+def labeller_of(classifier: Classifier, device: torch.device, path: Path | str = "the model") -> Labeller:
+    """One that runs a classifier on the device that it is on; `path`: of its checkpoint, for messages."""
     data = classifier.config.data
     graph = ClassifierGraph(classifier.model, data, len(classifier.class_names)).to(device).eval()
 
     @torch.inference_mode()
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        return graph(images.to(device))
+        with blaming(path):
+            return graph(images.to(device))
 
-    return Labeller(list(classifier.class_names), data, run)
+    names = list(classifier.class_names)
+    return Labeller(names, data, _checked(run, len(names), path))
 
 
 def load_labeller(path: Path, overrides: Sequence[str], device: torch.device, trust: bool = False) -> Labeller:
@@ -64,14 +70,29 @@ def load_labeller(path: Path, overrides: Sequence[str], device: torch.device, tr
             load_exported.
     """
     if not is_exported(path):
-        return labeller_of(load_classifier(path, overrides, device), device)
+        return labeller_of(load_classifier(path, overrides, device), device, path)
     if overrides:
         raise ConfigError(f"{overrides[0]}: an exported model has its configuration inside, no override can change it")
     exported = load_exported(path, "classification", trust)
     names = ("img_size", "crop_pct", "crop_mode", "interpolation")
     stored = {name: exported.metadata.get(name) for name in names}
-    try:
-        data = from_dict(ClassificationConfig, {"data": stored}, str(path)).data
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: unfit metadata: {error}") from error
-    return Labeller(exported.metadata["class_names"], data, exported.run)
+    with blaming(path):
+        config = from_dict(ClassificationConfig, {"data": stored}, str(path))
+        check_config(config)
+    class_names = exported.metadata["class_names"]
+    return Labeller(class_names, config.data, _checked(exported.run, len(class_names), path))
+
+
+def _checked(run: Run, classes: int, path: Path | str) -> Run:
+    """`run`, whose results are known to be labels. It raises CheckpointError for others."""
+
+    def checked(images: Tensor) -> tuple[Tensor, ...]:
+        found = run(images)
+        shapes = [list(output.shape) for output in found]
+        if len(found) != 3 or shapes[1] != shapes[2] or any(len(shape) != 2 or 0 in shape for shape in shapes):
+            raise CheckpointError(f"{path}: gives {shapes}, should give [B, K], [B, k] and [B, k]")
+        _, scores, labels = found
+        check_found(labels, classes, (scores,), path)
+        return found
+
+    return checked

@@ -10,9 +10,9 @@ from torch import nn
 
 import dat  # noqa: F401  registers its models with timm
 from classification.config import ClassificationConfig, check_config
-from dat.training.checkpoint import load_checkpoint, load_weights
 from dat.training.config import apply_overrides, from_dict
 from dat.training.loop import create_timm_model
+from dat.training.rebuild import blaming, load_trained, rebuild
 from dat.training.weights import load_classifier_weights, without_weights
 
 
@@ -53,9 +53,12 @@ def load_classifier(path: str | Path, overrides: Sequence[str], device: torch.de
         CheckpointError: not a classification checkpoint, or its weights do not fit the model.
         ConfigError: an override is wrong.
     """
-    state = load_checkpoint(path, kind="classification")
-    config = apply_overrides(from_dict(ClassificationConfig, state["config"], str(path)), overrides)
+    trained, path = load_trained(Path(path), "classification"), Path(path)
+    with blaming(path):
+        config = from_dict(ClassificationConfig, trained.config, str(path))
+        check_config(config)
+    config = apply_overrides(config, overrides)
     check_config(config)
-    model = build_classifier(config.model.backbone, len(state["class_names"]), weights=False)
-    load_weights(model, state.get("state_dict_ema", state["state_dict"]), path)
-    return Classifier(model.to(device).eval(), config, state["class_names"])
+    names = trained.class_names
+    model = rebuild(lambda: build_classifier(config.model.backbone, len(names), weights=False), trained.weights, path)
+    return Classifier(model.to(device).eval(), config, names)

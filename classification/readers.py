@@ -14,7 +14,7 @@ from timm.data.readers import create_reader
 
 from classification.config import DataConfig
 from dat.training.errors import ConfigError, DataError
-from dat.training.pictures import UNREADABLE, to_rgb
+from dat.training.pictures import UNREADABLE, open_picture, to_rgb
 
 # those of timm's readers that only stream
 STREAMS = ("wds", "tfds", "hfids")
@@ -38,7 +38,7 @@ class Split:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Picture `index`, the first frame of an animated one, in RGB, and its class. Raises one of UNREADABLE."""
         file, label = self.reader[index]
-        with file, Image.open(file) as picture:
+        with file, open_picture(file) as picture:
             return to_rgb(picture), int(label)
 
     def name(self, index: int) -> str:
@@ -117,7 +117,7 @@ def _survey_names(place: Path) -> tuple[set[str], list[str]]:
 
 def _is_picture(path: str) -> bool:
     try:
-        with Image.open(path):
+        with open_picture(path):
             return True
     except UNREADABLE:
         return False

@@ -8,9 +8,9 @@ pixel (X, Y) of the image attends to each, as in figures 1 and 5 of DAT (https:/
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 import dat  # noqa: F401  registers its models with timm
 from dat.models import DAT
 from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
-from dat.training.checkpoint import load_checkpoint, load_weights
-from dat.training.errors import ConfigError
+from dat.training.config import LARGEST_SIDE, check_range, from_dict
+from dat.training.errors import CheckpointError, ConfigError
 from dat.training.files import replacing
 from dat.training.loop import create_timm_model, isolated_rng, main_guard
 from dat.training.pictures import read_picture
+from dat.training.rebuild import blaming, load_trained, rebuild
 from dat.training.weights import load_classifier_weights, without_weights
 
 if TYPE_CHECKING:
@@ -239,6 +240,16 @@ def check_format(path: Path) -> None:
         raise ConfigError(f"{path}: should be a file of one of the formats {', '.join(sorted(known))}")
 
 
+@dataclass
+class InputConfig:
+    """What a classifier's configuration says in `data` of the pictures that it was trained on."""
+
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic", "nearest"]
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode and what its input should look like.
@@ -270,12 +281,18 @@ def load_model(source: str) -> LoadedModel:
         return _load_by_name(name, file if colon else None)
     if not Path(source).is_file():
         raise ConfigError(f"{source}: neither a timm model, such as dat_tiny, nor a checkpoint file")
-    state = load_checkpoint(source, kind="classification")
-    backbone, class_names = state["config"]["model"]["backbone"], state["class_names"]
-    model = create_timm_model(without_weights(backbone), num_classes=len(class_names))
-    load_weights(model, state.get("state_dict_ema", state["state_dict"]), source)
-    title = f"{backbone['name']}, {Path(source).name}"
-    return LoadedModel(_check_model(model, source), title, state["config"]["data"], class_names)
+    path = Path(source)
+    trained = load_trained(path, "classification")
+    backbone, data = trained.config["model"].get("backbone"), trained.config.get("data")
+    if not isinstance(backbone, dict) or not isinstance(data, dict):
+        raise CheckpointError(f"{path}: its configuration has no model.backbone or no data")
+    arguments, names = without_weights(backbone), trained.class_names
+    with blaming(path):
+        known = {field.name: data[field.name] for field in fields(InputConfig) if field.name in data}
+        config = from_dict(InputConfig, known, source)
+        check_range(config, ["img_size"], 1, LARGEST_SIDE)
+    model = rebuild(lambda: create_timm_model(arguments, num_classes=len(names)), trained.weights, path)
+    return LoadedModel(_check_model(model, source), f"{backbone['name']}, {path.name}", asdict(config), names)
 
 
 def _load_by_name(name: str, file: str | None) -> LoadedModel:
@@ -372,7 +389,8 @@ def visualize(
     loaded = load_model(source)
     chosen = choose_blocks(loaded.model, stage, block)
     tensor = to_input(picture, loaded.data, size)
-    records, logits = record_blocks(loaded.model, tensor, chosen)
+    with blaming(Path(source)):
+        records, logits = record_blocks(loaded.model, tensor, chosen)
     view = View(picture, (tensor.shape[1], tensor.shape[2]), (x, y))
     H, W = view.input_size
     title = f"{loaded.title}, input {H}×{W}, query ({x:g}, {y:g}){predicted(loaded, logits)}"

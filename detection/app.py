@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, Field
 
-from dat.training.errors import ConfigError, DataError
+from dat.training.errors import ConfigError, DataError, UserError
 from dat.training.pictures import UNREADABLE, read_picture
 
 from .evaluator import to_results
@@ -86,6 +86,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "too many bytes or pixels",
         415: "not a picture of a type that is read",
         429: "too many requests are waiting",
+        500: "the model cannot be used for this picture",
     }.items()
 }
 UPLOAD = {
@@ -107,7 +108,8 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         yield
         worker.shutdown(cancel_futures=True)
 
-    app = FastAPI(title="Detector", description=__doc__ or "", lifespan=lifespan)
+    # no /docs: FastAPI's pages of the description fetch their scripts from elsewhere
+    app = FastAPI(title="Detector", description=__doc__ or "", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -139,6 +141,8 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
             return await asyncio.get_running_loop().run_in_executor(
                 worker, answer, predictor, body, allowed, threshold, points
             )
+        except UserError as error:
+            raise HTTPException(500, str(error)) from error
         finally:
             waiting -= 1
 

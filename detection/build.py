@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from timm.layers import freeze_batch_norm_2d
 
-from dat.training.checkpoint import load_checkpoint, load_weights
 from dat.training.config import from_dict, to_dict
-from dat.training.errors import ConfigError
+from dat.training.errors import CheckpointError, ConfigError
+from dat.training.rebuild import blaming, load_trained, rebuild
 from dat.training.weights import without_weights
 
 from . import official
 from .backbone import build_backbone, freeze
 from .base import BaseDETR
-from .config import DetectionConfig, LossConfig, ModelConfig
+from .config import DetectionConfig, LossConfig, ModelConfig, check_config
 from .criterion import PAPER_WEIGHTS, SetCriterion
 from .data import Category
 from .deformable_detr import DeformableDETR
@@ -102,9 +102,19 @@ def load_detector(path: Path, device: torch.device) -> Detector:
 
     Raises CheckpointError for anything but a detection checkpoint whose weights fit its configuration.
     """
-    state = load_checkpoint(path, kind="detection")
-    config = from_dict(DetectionConfig, state["config"], str(path))
-    categories = tuple(Category(*pair) for pair in zip(state["category_ids"], state["class_names"], strict=True))
-    model = build_model(config.model, len(categories), weights=False)
-    load_weights(model, state.get("state_dict_ema") or state["state_dict"], path)
+    trained = load_trained(path, "detection")
+    ids, names = trained.state.get("category_ids"), trained.class_names
+    categories = check_categories(ids, names, path)
+    with blaming(path):
+        config = from_dict(DetectionConfig, trained.config, str(path))
+        check_config(config)
+    model = rebuild(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
     return Detector(model.to(device).eval(), config, categories)
+
+
+def check_categories(ids: Any, names: Sequence[str], path: Path) -> tuple[Category, ...]:
+    """The classes of a file. Raises CheckpointError unless there is one integer of its own for each name."""
+    whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if not whole or len(ids) != len(names) or len(set(ids)) < len(ids):
+        raise CheckpointError(f"{path}: its category_ids should be {len(names)} different integers, one for each class")
+    return tuple(Category(*pair) for pair in zip(ids, names, strict=True))

@@ -6,7 +6,7 @@ The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and i
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dat.training.config import check_range, get_value
+from dat.training.config import LARGEST_SIDE, MOST_WORKERS, check_range, get_value
 from dat.training.errors import ConfigError
 
 from .backbone import check_backbone
@@ -197,8 +197,7 @@ def check_config(config: DetectionConfig) -> None:
         *_keys(
             "model", "num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim", "num_levels", "num_points"
         ),
-        *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
-        *_keys("data", "val.size", "val.max_size", "val.top_k", "pad_multiple"),
+        "data.val.top_k",
         *_keys(
             "train", "epochs", "batch_size", "accumulate", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"
         ),
@@ -206,7 +205,7 @@ def check_config(config: DetectionConfig) -> None:
     at_least_0 = [
         *("seed", "model.encoder_depth"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
-        *_keys("train", "steps", "lr_batch_size", "checkpoint_steps", "pictures", "worst", "workers"),
+        *_keys("train", "steps", "lr_batch_size", "checkpoint_steps", "pictures", "worst"),
         *("data.train.max_pixels", "data.cache_gib"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
@@ -216,7 +215,13 @@ def check_config(config: DetectionConfig) -> None:
         *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
         *_keys("train", "min_lr_scale", "ema_decay", "picture_threshold"),
     ]
+    sides = [
+        *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
+        *_keys("data", "val.size", "val.max_size", "pad_multiple"),
+    ]
     check_range(config, at_least_1, 1)
+    check_range(config, sides, 1, LARGEST_SIDE)
+    check_range(config, ["train.workers"], 0, MOST_WORKERS)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
     check_range(config, ["train.lr", "data.std"], 0, exclusive=True)

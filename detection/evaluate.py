@@ -20,6 +20,7 @@ from dat.training.distributed import Distributed, setup_distributed
 from dat.training.errors import ConfigError
 from dat.training.files import write_json
 from dat.training.loop import main_guard
+from dat.training.rebuild import blaming
 
 from .build import load_detector
 from .config import DetectionConfig, check_config
@@ -65,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if annotations.warning and distributed.main:
         print(f"warning: {annotations.warning}", file=sys.stderr)
     loader = val_loader(annotations, config, distributed)
-    results = detect(
-        detector.model, loader, detector.categories, distributed.device, config.train.amp, config.data.val.top_k
-    )
+    with blaming(options.checkpoint):
+        results = detect(
+            detector.model, loader, detector.categories, distributed.device, config.train.amp, config.data.val.top_k
+        )
     results = gather_results(results)
     if not distributed.main:
         return

@@ -6,13 +6,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dat.training.checkpoint import BROKEN, load_weights
+from dat.training.checkpoint import load_weights
 from dat.training.errors import CheckpointError, ConfigError
+from dat.training.untrusted import read_weights
 
 from .detr import DETR
 
@@ -141,12 +140,9 @@ def read(path: str | Path, key: str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{key}: no such file: {path}")
-    try:
-        # Official checkpoints hold their command line, and schedulers their milestones.
-        with torch.serialization.safe_globals([argparse.Namespace, Counter]):
-            return timm.models.load_state_dict(str(path), weights_only=True)
-    except (*BROKEN, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    # Official checkpoints hold their command line, and schedulers their milestones.
+    with torch.serialization.safe_globals([argparse.Namespace, Counter]):
+        return read_weights(path)
 
 
 def _rename(name: str, is_detr: bool) -> str:

@@ -10,11 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from dat.deploy.runtime import is_exported, load_exported
+from dat.deploy.runtime import check_found, is_exported, load_exported
+from dat.training.config import LARGEST_SIDE
 from dat.training.errors import CheckpointError
 from dat.training.loop import amp_context
+from dat.training.rebuild import blaming
 
-from .build import Detector, load_detector
+from .build import Detector, check_categories, load_detector
 from .data import Category, resized_size
 from .graph import DetectorGraph
 
@@ -84,21 +86,39 @@ def load_predictor(path: Path, device: torch.device, top_k: int = 100, trust: bo
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        with amp_context(device, amp):
+        with blaming(path), amp_context(device, amp):
             return graph(images.to(device), sizes.to(device))
 
-    return Predictor(detector.categories, data.val.size, data.val.max_size, run, detector)
+    checked = _checked(run, len(detector.categories), path)
+    return Predictor(detector.categories, data.val.size, data.val.max_size, checked, detector)
 
 
 def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
     exported = load_exported(path, "detection", trust)
     ids, names = exported.metadata.get("category_ids"), exported.metadata["class_names"]
     edges = [exported.metadata.get(name) for name in ("size", "max_size")]
-    if not isinstance(ids, list) or len(ids) != len(names) or not all(isinstance(edge, int) for edge in edges):
-        raise CheckpointError(f"{path}: its metadata lacks category_ids, size or max_size")
-    categories = tuple(Category(*pair) for pair in zip(ids, names, strict=True))
+    if not all(isinstance(edge, int) and 1 <= edge <= LARGEST_SIDE for edge in edges):
+        raise CheckpointError(f"{path}: its metadata lacks size or max_size, integers of 1 to {LARGEST_SIDE}")
+    categories = check_categories(ids, names, path)
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         return tuple(output[:, :top_k] for output in exported.run(images, sizes))
 
-    return Predictor(categories, *edges, run)
+    return Predictor(categories, *edges, _checked(run, len(categories), path))
+
+
+def _checked(run: Run, classes: int, path: Path) -> Run:
+    """`run`, whose results are known to be detections. It raises CheckpointError for others."""
+
+    def checked(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        found = run(images, sizes)
+        shape = (len(images), *found[0].shape[1:2]) if found else ()
+        wanted = (shape, shape, (*shape, 4), shape)
+        if len(shape) < 2 or tuple(tuple(output.shape) for output in found) != wanted:
+            shapes = ", ".join(str(list(output.shape)) for output in found)
+            raise CheckpointError(f"{path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
+        scores, labels, boxes, _ = found
+        check_found(labels, classes, (scores, boxes), path)
+        return found
+
+    return checked

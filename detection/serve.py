@@ -2,14 +2,15 @@
 
     python -m detection.serve MODEL [--host 127.0.0.1] [--port 8000]
 
-MODEL is a checkpoint, or an .onnx or .pt2 that detection.export wrote. / is the page, /docs the description of the
-endpoint and /openapi.json the same for programs:
+MODEL is a checkpoint, or an .onnx or .pt2 that detection.export wrote. / is the page, /detect the endpoint for programs
+and /openapi.json its description:
 
     curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" "http://127.0.0.1:8000/detect?threshold=0.3"
 """
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predictor = load_predictor(options.model, device, options.top_k, options.trust)
     limits = Limits(round(options.max_megabytes * 2**20), round(options.max_megapixels * 10**6), options.max_waiting)
     print(f"http://{options.host}:{options.port}: {options.model}, {len(predictor.categories)} classes", flush=True)
-    uvicorn.run(create_app(predictor, limits), host=options.host, port=options.port, log_level="warning")
+    # what ends a server as it should
+    with suppress(KeyboardInterrupt):
+        uvicorn.run(create_app(predictor, limits), host=options.host, port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ from dat.training.pictures import read_picture
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv"})
 
 
+# demuxers, by FFmpeg's names, of files that hold a video themselves
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,gif,image2"
+
+
 @dataclass(frozen=True)
 class Media:
     """A picture or a video.
@@ -151,7 +155,8 @@ def _read_av(path: Path, every: int) -> Iterator[tuple[int, Image.Image]]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        # a playlist under the name of a video could have other files and addresses opened
+        with av.open(str(path), options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS}) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number % every == 0:
                     yield number, frame.to_image()

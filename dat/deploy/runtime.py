@@ -1,19 +1,22 @@
 """Runs exported models: ONNX files in onnxruntime, torch.export packages in torch."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dat.training.errors import CheckpointError, ConfigError
+from dat.training.rebuild import check_class_names
+from dat.training.untrusted import check_content
 
 SUFFIXES = (".onnx", ".pt2")
-# the lists that metadata holds for each kind of model
-_LISTS = ("class_names", "mean", "std")
+# seconds of onnxruntime for one batch
+LONGEST_RUN = 600.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,17 @@ def check_metadata(metadata: dict[str, Any], kind: str, path: Path) -> None:
     if metadata.get("kind") != kind:
         found = f"of a {metadata['kind']} model" if "kind" in metadata else "without the metadata of an export"
         raise CheckpointError(f"{path}: {found}, should be a {kind} model exported by this project")
-    for name in _LISTS:
-        if not isinstance(metadata.get(name), list):
-            raise CheckpointError(f"{path}: its metadata has {name} = {metadata.get(name)!r}, which is no list")
-    if not all(isinstance(name, str) for name in metadata["class_names"]):
-        raise CheckpointError(f"{path}: its metadata has class_names that are no texts")
+    check_content(metadata, path)
+    check_class_names(metadata.get("class_names"), path)
+
+
+def check_found(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: Path | str) -> None:
+    """Raises CheckpointError for labels that are not 0 to classes - 1, and for numbers that are NaN or infinite."""
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if not whole or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+        raise CheckpointError(f"{path}: gives labels that are not 0 to {classes - 1}")
+    if not all(values.isfinite().all() for values in numbers):
+        raise CheckpointError(f"{path}: gives numbers that are NaN or infinite")
 
 
 def _load_onnx(path: Path) -> Exported:
@@ -89,11 +98,19 @@ def _load_onnx(path: Path) -> Exported:
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        # a graph may hold a loop without end
+        limit = onnxruntime.RunOptions()
+        watchdog = Timer(LONGEST_RUN, setattr, (limit, "terminate", True))
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            found = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
+            arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+            return tuple(torch.from_numpy(output) for output in session.run(None, arrays, limit))
         except Exception as error:
-            raise CheckpointError(f"{path}: onnxruntime cannot run it: {' '.join(str(error).split())}") from error
-        return tuple(torch.from_numpy(output) for output in found)
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
+        finally:
+            watchdog.cancel()
 
     return Exported(metadata, run)
 

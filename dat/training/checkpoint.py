@@ -1,8 +1,6 @@
 """Checkpoints: dictionaries of tensors and plain values, replaced atomically and read with weights_only."""
 
 import os
-import pickle
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,9 @@ from timm.utils import ModelEmaV3
 from dat.training.config import from_dict, get_value, to_dict
 from dat.training.errors import CheckpointError
 from dat.training.files import replacing
+from dat.training.untrusted import check_tensors, read_file
 
 FORMAT = 1
-# what torch.load raises at files that are no checkpoints, or damaged ones
-BROKEN = (
-    OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, AssertionError,
-    struct.error, pickle.UnpicklingError,
-)  # fmt: skip
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -56,10 +50,7 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    state = read_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: not a training checkpoint of this project: format is {found!r}, not {FORMAT}")
@@ -70,6 +61,13 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]
 
 def load_weights(model: torch.nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
     """load_state_dict, strict, whose mismatch is one line: CheckpointError names the first tensor that differs."""
+    check_fits(model, state_dict, path)
+    model.load_state_dict(state_dict)
+
+
+def check_fits(model: torch.nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
+    """Raises CheckpointError unless these are tensors of the names and shapes of a model's."""
+    check_tensors(state_dict, Path(path))
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state_dict:
@@ -82,7 +80,6 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Any], path: str |
     for name in state_dict:
         if name not in own:
             raise CheckpointError(f"{path}: of another architecture: the model has no {name}")
-    model.load_state_dict(state_dict)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:

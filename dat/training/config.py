@@ -16,6 +16,11 @@ from dat.training.errors import ConfigError
 
 T = TypeVar("T")
 
+# of pictures as models are given them, in pixels
+LARGEST_SIDE = 4096
+# processes that read them
+MOST_WORKERS = 256
+
 # key of a file, not of a schema
 _BASE = "base"
 
@@ -189,7 +194,7 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
 
 def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: {prefix[:-1]} is {data!r}, should hold keys and values")
+        raise ConfigError(f"{source}: {prefix[:-1]} is {_shown(data)}, should hold keys and values")
     hints = typing.get_type_hints(schema)
     values = {}
     for name, value in data.items():
@@ -204,11 +209,16 @@ def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -
         try:
             values[name] = _convert(hints[name], value)
         except ValueError as error:
-            raise ConfigError(f"{source}: {key} is {value!r}, should be {error}") from None
+            raise ConfigError(f"{source}: {key} is {_shown(value)}, should be {error}") from None
     missing = [field.name for field in dataclasses.fields(schema) if _required(field) and field.name not in values]
     if missing:
         raise ConfigError(f"{source}: {prefix}{missing[0]} is required")
     return schema(**values)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -190,7 +190,7 @@ def main_guard(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
-        _fail(f"error: {_one_line(error)}", 1, tell=_one_line(error))
+        _fail(f"error: {one_line(error)}", 1, tell=one_line(error))
     except KeyboardInterrupt:
         _fail("interrupted; train.resume=true goes on from the last checkpoint", 130, tell="interrupted")
     except Exception as error:
@@ -200,7 +200,7 @@ def main_guard(main: Callable[[], None]) -> None:
         reason = watch.reason()
         if reason is not None:
             _fail(f"error: {reason}", 1)
-        _fail(traceback.format_exc(), 1, tell=f"{type(error).__name__}: {_one_line(error)}")
+        _fail(traceback.format_exc(), 1, tell=f"{type(error).__name__}: {one_line(error)}")
     finally:
         # also where a command ends by sys.exit
         watch = current_watch()
@@ -223,11 +223,13 @@ def _fail(message: str, code: int, tell: str = "") -> NoReturn:
     os._exit(code)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What main_guard says of an error, without line breaks and not longer than a person reads."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).strip()
     # a loader's worker passes its error on as the text of a whole traceback
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if len(text) <= 1000 else f"{text[:1000]} ..."

@@ -11,11 +11,20 @@ from PIL import Image, ImageOps
 
 from dat.training.errors import DataError
 
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
 # Pillow reports a broken file in several ways
 UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
-    struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
+    struct.error, zlib.error, tarfile.TarError, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
+
+
+def open_picture(source: str | Path | BinaryIO) -> Image.Image:
+    """Image.open of the formats that Pillow decodes itself: for EPS it would start another program."""
+    Image.init()
+    return Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN])
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -39,7 +48,7 @@ def read_picture(source: str | Path | BinaryIO, size: tuple[int, int] | None = N
     """
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
     try:
-        with Image.open(source) as image:
+        with open_picture(source) as image:
             image.load()
             if size is None or image.size != size:
                 image = ImageOps.exif_transpose(image)

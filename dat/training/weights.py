@@ -4,13 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dat.training.checkpoint import BROKEN, load_weights
+from dat.training.checkpoint import load_weights
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.loop import create_timm_model
+from dat.training.untrusted import read_weights
 
 # arguments of timm.create_model that fetch weights
 _SOURCES = ("pretrained", "checkpoint_path")
@@ -49,10 +48,7 @@ def load_classifier_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"model.backbone.checkpoint_path: no such file: {path}")
-    try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except (*BROKEN, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    state = read_weights(path)
     if any(name.startswith("backbone.") for name in state):
         raise CheckpointError(f"{path}: is of a detector; model.backbone.checkpoint_path should be of a classifier")
     # resizes what depends on the image size, such as position tables

@@ -1,6 +1,5 @@
 """The server answers what predict finds, refuses bad uploads with a reason, and lives on under load."""
 
-import asyncio
 import http.client
 import io
 import json
@@ -12,7 +11,6 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +19,16 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.training.errors import ConfigError
+from dat.training.errors import CheckpointError, ConfigError
 from detection import serve
 from detection.evaluator import to_results
 from detection.predictor import load_predictor
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve'")
+pytest.importorskip("uvicorn", reason="the extra 'serve'")
 app = pytest.importorskip("detection.app", reason="the extra 'serve'")
+serving = pytest.importorskip("serving", reason="the extra 'serve'").serving
 
 ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def serving(predictor, limits):
-    """The port of a server that runs in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    config = uvicorn.Config(app.create_app(predictor, limits), log_level="warning", lifespan="on")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +155,18 @@ def test_wrong_arguments_are_refused(port, query):
     assert answer["detail"][0]["loc"][1] == query[1:].split("=")[0]
 
 
-def test_concurrent_requests_are_all_answered_and_none_is_mixed_up(port, predictor):
+def test_200_concurrent_requests_are_all_answered_and_none_is_mixed_up(predictor):
     images = [picture(seed, (120 + 10 * (seed % 3), 90)) for seed in range(6)]
     wanted = [to_results(0, (i.height, i.width), predictor([i])[0], predictor.categories) for i in images]
     bodies = [encode(image) for image in images]
-    with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda i: detect(port, bodies[i % 6]), range(60)))
+    together = threading.Barrier(200)
+
+    def ask(i):
+        together.wait(60)
+        return detect(port, bodies[i % 6])
+
+    with serving(predictor, app.Limits(waiting=200)) as port, ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, range(200)))
     for i, (status, answer) in enumerate(answers):
         assert status == 200
         assert [d["bbox"] for d in answer["detections"]] == [r["bbox"] for r in wanted[i % 6]]
@@ -201,6 +189,18 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor):
     assert found == [200, 200, *[429] * 6]
 
 
+def test_a_model_that_fails_is_said_and_the_server_lives_on(predictor):
+    def fail_at_once(images, sizes):
+        if images.shape[-1] > images.shape[-2]:
+            raise CheckpointError("best.pth: its model cannot be used")
+        return predictor.run(images, sizes)
+
+    failing = type(predictor)(predictor.categories, predictor.size, predictor.max_size, fail_at_once)
+    with serving(failing, app.Limits()) as port:
+        assert detect(port, encode(picture(0))) == (500, {"detail": "best.pth: its model cannot be used"})
+        assert detect(port, encode(picture(0, (80, 160))))[0] == 200
+
+
 def test_the_page_and_the_description(port):
     status, page = request(port, "GET", "/")
     assert status == 200
@@ -209,7 +209,7 @@ def test_the_page_and_the_description(port):
     status, text = request(port, "GET", "/openapi.json")
     detect_path = json.loads(text)["paths"]["/detect"]["post"]
     assert set(detect_path["requestBody"]["content"]) == set(app.FORMATS.values())
-    assert {"200", "400", "408", "413", "415", "422", "429"} == set(detect_path["responses"])
+    assert {"200", "400", "408", "413", "415", "422", "429", "500"} == set(detect_path["responses"])
     model = json.loads(request(port, "GET", "/model")[1])
     assert model == {"classes": ["blue", "red"], "points": True, "max_bytes": 200_000, "max_pixels": 250_000}
 

@@ -1,0 +1,28 @@
+"""A detector's server in a thread."""
+
+import asyncio
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+
+from detection.app import create_app
+
+
+@contextmanager
+def serving(predictor, limits):
+    """The port of a server that runs in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    config = uvicorn.Config(create_app(predictor, limits), log_level="warning", lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()

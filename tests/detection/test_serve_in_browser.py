@@ -1,0 +1,185 @@
+"""The page of detection.serve in a browser: what a person does with it."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from exporting import write_detector
+from PIL import Image
+
+from dat.training.pictures import read_picture
+from detection.evaluator import to_results
+from detection.predictor import load_predictor
+
+pytest.importorskip("uvicorn", reason="the extra 'serve'")
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
+app = pytest.importorskip("detection.app", reason="the extra 'serve'")
+serving = pytest.importorskip("serving", reason="the extra 'serve'").serving
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+MORE_OPTIONS = "--disable-component-update --disable-sync"
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    path = write_detector(tmp_path_factory.mktemp("detector") / "best.pth", box_refine=True)
+    predictor = load_predictor(path, torch.device("cpu"))
+    # scores all over 0..1
+    for name, parameter in predictor.detector.model.named_parameters():
+        if name.startswith("class_embed") and name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    # a browser's name may lead to a note that it is to be had elsewhere
+    if subprocess.run([CHROMIUM, "--version"], capture_output=True).returncode:
+        pytest.skip(f"{CHROMIUM} does not start")
+    with playwright.sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=f"{OPTIONS} {MORE_OPTIONS}".split()
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser, predictor):
+    """The page, which may ask nothing of any other server and must not fail inside."""
+    asked, failed = [], []
+    with serving(predictor, app.Limits(upload=100_000)) as port:
+        page = browser.new_page()
+        page.set_default_timeout(30_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.goto(f"http://127.0.0.1:{port}/")
+        yield page
+        page.close()
+    assert failed == []
+    assert {url.split("/")[2] for url in asked if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{port}"}
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture that lies on its side, as cameras write them."""
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((180, 120), 80).convert("RGB").save(path, exif=exif)
+    return path
+
+
+def expected(predictor, path):
+    """What the server finds in a picture file: detections in COCO's format, by falling score."""
+    upright = read_picture(path)
+    return to_results(0, (upright.height, upright.width), predictor([upright])[0], predictor.categories)
+
+
+def slide(page, value):
+    """Moves the slider of the least score."""
+    page.locator("#threshold").evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }", value
+    )
+
+
+def count(page, what):
+    return int(page.locator("#canvas").get_attribute(f"data-{what}"))
+
+
+def upload(page, path):
+    slide(page, 0)
+    page.set_input_files("#file", path)
+    page.locator("#list button").first.wait_for()
+
+
+def pixels(page):
+    return page.evaluate("document.querySelector('#canvas').toDataURL()")
+
+
+def test_boxes_follow_the_slider_and_a_click_shows_where_one_was_looked_for(page, predictor, picture):
+    assert page.get_by_label("Least score").is_hidden()
+    upload(page, picture)
+    found = [result for result in expected(predictor, picture) if result["score"] >= 0.02]
+    assert count(page, "boxes") == page.locator("#list button").count() == len(found)
+    box = page.locator("#canvas").bounding_box()
+    assert box["height"] / box["width"] == pytest.approx(180 / 120, rel=0.02)
+    all_boxes = pixels(page)
+
+    # a threshold between the third and the fourth
+    least = round((found[2]["score"] + found[3]["score"]) / 2, 2)
+    slide(page, least)
+    assert count(page, "boxes") == sum(result["score"] >= least for result in found)
+    assert page.locator("#value").inner_text() == f"{least:.2f}"
+    some_boxes = pixels(page)
+    assert some_boxes != all_boxes
+
+    # the smallest of the boxes that the middle of one is in
+    shown = [result["bbox"] for result in found if result["score"] >= least]
+    x, y = shown[0][0] + shown[0][2] / 2, shown[0][1] + shown[0][3] / 2
+    page.locator("#canvas").click(position={"x": x * box["width"] / 120, "y": y * box["height"] / 180})
+    # levels, heads, points
+    assert count(page, "points") == 4 * 2 * 4
+    pressed = page.locator("#list button[aria-pressed=true]")
+    over = [(w * h, i) for i, (a, b, w, h) in enumerate(shown) if a <= x <= a + w and b <= y <= b + h]
+    assert page.locator("#list button").all_inner_texts().index(pressed.inner_text()) == min(over)[1]
+    assert pixels(page) != some_boxes
+    page.keyboard.press("Escape")
+    assert count(page, "points") == 0
+    assert pixels(page) == some_boxes
+
+
+def test_everything_is_reached_by_keys(page, picture):
+    upload(page, picture)
+    page.locator("#file").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "threshold"
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#value").inner_text() == "0.03"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert count(page, "points") > 0
+    # the chosen one keeps the focus, and another press goes back
+    assert page.locator("#list button").first.evaluate("button => button === document.activeElement")
+    page.keyboard.press("Enter")
+    assert count(page, "points") == 0
+
+
+def test_what_is_wrong_is_said_and_the_page_goes_on(page, picture, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "cut.jpg").write_bytes(picture.read_bytes()[:-100])
+    (tmp_path / "large.jpg").write_bytes(b"\0" * 100_001)
+    page.get_by_text("pictures of up to 0.1 MB and 40 million pixels").wait_for()
+    reasons = {
+        "notes.txt": "not a picture of a type that is read",
+        "cut.jpg": "cannot be read as an image",
+        "large.jpg": "more than 0.1 MB",
+    }
+    for name, reason in reasons.items():
+        page.set_input_files("#file", tmp_path / name)
+        message = page.get_by_role("alert").filter(has_text=name)
+        message.wait_for()
+        assert reason in message.inner_text()
+        assert page.locator("#canvas").is_hidden()
+    upload(page, picture)
+    assert page.get_by_role("alert").count() == 0
+    page.get_by_text("found ").wait_for()
+
+
+def test_a_picture_may_be_dropped_anywhere_on_a_phone_too(page, picture):
+    page.set_viewport_size({"width": 360, "height": 740})
+    slide(page, 0)
+    page.evaluate(
+        """async bytes => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", {type: "image/jpeg"}));
+            document.querySelector("h1").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+        }""",
+        list(picture.read_bytes()),
+    )
+    page.locator("#list button").first.wait_for()
+    # nothing is wider than the screen
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,366 @@
+"""Damages every kind of file that commands take from strangers, and lists what does not end in one clear error.
+
+    python -m tests.fuzz [KIND ...] [--count 500] [--seed 0] [--seconds 60] [--mebibytes 1500] [--out runs/fuzz]
+
+A command may use a damaged file or refuse it in one line that names it. Anything else is listed, and its file kept in
+`--out`: another exception, the end of the process, more than so many seconds for one file, or so much more memory.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+
+from dat.training.errors import UserError
+from dat.training.loop import one_line
+from tests.damage import (
+    change_checkpoint,
+    change_either,
+    change_onnx,
+    change_safetensors,
+    change_zip,
+    damage,
+    save,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: its name's ending, whole ones, how one is changed within its format, and what uses it."""
+
+    suffix: str
+    whole: tuple[bytes, ...]
+    use: Callable[[Path], None]
+    change: Callable[[bytes, random.Random], bytes] | None = None
+
+    def case(self, seed: int) -> bytes:
+        """A damaged file; the same for the same seed."""
+        generator = random.Random(seed)
+        data = generator.choice(self.whole)
+        if self.change is not None and generator.random() < 0.5:
+            return self.change(data, generator)
+        return damage(data, generator)
+
+
+def call(main: Callable[..., Any], *arguments: object) -> None:
+    """A command in this process."""
+    with patch.object(sys, "argv", ["command", *map(str, arguments)]), contextlib.redirect_stdout(io.StringIO()):
+        main()
+
+
+DAT = {
+    "name": "dat_nano",
+    "stages": [{"blocks": blocks, "embed_dims": 16, "num_heads": 2, "window_size": 4} for blocks in ("LS", "LD")],
+}
+
+
+def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
+    """What makes each kind, its whole files and what belongs to them in `folder`."""
+    import numpy as np
+
+    from classification import evaluate as classification_evaluate
+    from classification import export as classification_export
+    from classification import predict as classification_predict
+    from classification.config import ClassificationConfig
+    from classification.model import build_classifier, load_classifier
+    from dat import visualize
+    from dat.training.checkpoint import save_checkpoint
+    from dat.training.config import from_dict, to_dict
+    from dat.training.pictures import FORMATS
+    from detection import evaluate, export, official, predict
+    from detection.build import load_detector
+    from tests.coco_scenes import write_scenes
+    from tests.detection.exporting import write_detector
+
+    picture = folder / "picture.png"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=np.uint8))
+    noise.save(picture)
+    out = folder / "out"
+
+    def detectors() -> tuple[Path, ...]:
+        models: tuple[dict[str, Any], ...] = ({"box_refine": True, "two_stage": True}, {"kind": "detr"})
+        return tuple(write_detector(folder / f"detector_{i}.pth", **model) for i, model in enumerate(models))
+
+    def classifier() -> Path:
+        path = folder / "classifier.pth"
+        config = from_dict(
+            ClassificationConfig, {"model": {"backbone": DAT}, "data": {"root": "nowhere", "img_size": 32}}, "fuzz"
+        )
+        model = build_classifier(config.model.backbone, 3, weights=False)
+        names = ["blue", "green", "red"]
+        state = {"kind": "classification", "config": to_dict(config), "class_names": names}
+        save_checkpoint(path, {**state, "state_dict": model.state_dict()})
+        return path
+
+    def read(*paths: Path) -> tuple[bytes, ...]:
+        return tuple(path.read_bytes() for path in paths)
+
+    def detect(path: Path) -> None:
+        call(predict.main, path, picture, "--out", out, "--threshold", 0, "--crops", "--trust")
+
+    def label(path: Path) -> None:
+        call(classification_predict.main, path, picture, "--out", out, "--crops", "--trust")
+
+    checkpoint = change_either(change_checkpoint, change_zip)
+
+    def detector() -> Kind:
+        return Kind(".pth", read(*detectors()), detect, checkpoint)
+
+    def points() -> Kind:
+        def use(path: Path) -> None:
+            call(predict.main, path, picture, "--out", out, "--threshold", 0.2, "--show-points")
+
+        return Kind(".pth", read(*detectors()), use, change_checkpoint)
+
+    def evaluated_detector() -> Kind:
+        scenes = folder / "scenes"
+        write_scenes(scenes, "val", 2)
+        data = [f"data.root={scenes}", "data.val.annotations=val.json", "data.val.images=images"]
+        use = lambda path: call(evaluate.main, path, *data, "--out", out, "--device", "cpu")  # noqa: E731
+        return Kind(".pth", read(*detectors()), use, change_checkpoint)
+
+    def exported_detector() -> Kind:
+        def use(path: Path) -> None:
+            call(export.main, path, "--out", folder / "model.pt2", "--sizes", 64, 96)
+
+        return Kind(".pth", read(*detectors()), use, change_checkpoint)
+
+    def started_detector() -> Kind:
+        """As model.checkpoint_path takes it."""
+        model = load_detector(detectors()[0], torch.device("cpu")).model
+        state = {"model": model.state_dict()}
+        return Kind(".pth", (save(state),), lambda path: void(official.load(model, path)), checkpoint)
+
+    def classifier_kind() -> Kind:
+        return Kind(".pth", read(classifier()), label, checkpoint)
+
+    def evaluated_classifier() -> Kind:
+        for name in ("blue", "red"):
+            (folder / "pictures/val" / name).mkdir(parents=True, exist_ok=True)
+            noise.save(folder / "pictures/val" / name / "1.png")
+
+        def use(path: Path) -> None:
+            root, size = f"data.root={folder / 'pictures'}", "train.device=cpu"
+            call(classification_evaluate.main, path, root, "data.val.path=val", size, "--out", out)
+
+        return Kind(".pth", read(classifier()), use, change_checkpoint)
+
+    def exported_classifier() -> Kind:
+        def use(path: Path) -> None:
+            call(classification_export.main, path, "--out", folder / "model.pt2", "--sizes", 32, 48)
+
+        return Kind(".pth", read(classifier()), use, change_checkpoint)
+
+    def visualized() -> Kind:
+        def use(path: Path) -> None:
+            call(visualize.main, path, picture, "--out", folder / "view.png")
+
+        return Kind(".pth", read(classifier()), use, checkpoint)
+
+    def weights(suffix: str, change: Callable[..., bytes]) -> Callable[[], Kind]:
+        def make() -> Kind:
+            import safetensors.torch
+
+            from dat.training.weights import load_classifier_weights
+
+            model = load_classifier(classifier(), [], torch.device("cpu")).model
+            state = model.state_dict()
+            whole = safetensors.torch.save(state) if suffix == ".safetensors" else save(state)
+            return Kind(suffix, (whole,), lambda path: load_classifier_weights(model, path), change)
+
+        return make
+
+    def onnx_detector() -> Kind:
+        path = folder / "detector.onnx"
+        if not path.exists():
+            call(export.main, detectors()[1], "--out", path, "--sizes", 64, 96)
+        return Kind(".onnx", read(path), detect, change_onnx)
+
+    def onnx_classifier() -> Kind:
+        path = folder / "classifier.onnx"
+        if not path.exists():
+            call(classification_export.main, classifier(), "--out", path, "--sizes", 32, 48)
+        return Kind(".onnx", read(path), label, change_onnx)
+
+    def package() -> Kind:
+        path = folder / "detector.pt2"
+        if not path.exists():
+            call(export.main, detectors()[1], "--out", path, "--sizes", 64, 96)
+        return Kind(".pt2", read(path), detect, change_zip)
+
+    def pictures() -> Kind:
+        whole = []
+        for form in (*FORMATS, "EPS"):
+            file = io.BytesIO()
+            noise.save(file, form)
+            whole.append(file.getvalue())
+        for mode in ("P", "LA", "I;16", "1", "CMYK"):
+            file = io.BytesIO()
+            noise.convert("L" if mode == "I;16" else "RGBA" if mode == "LA" else mode).convert(mode).save(file, "TIFF")
+            whole.append(file.getvalue())
+        path = detectors()[1]
+        return Kind(".jpg", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
+
+    def uploads() -> Kind:
+        from fastapi import HTTPException
+
+        from detection.app import Limits, answer
+        from detection.predictor import load_predictor
+
+        predictor = load_predictor(detectors()[0], torch.device("cpu"))
+
+        def use(path: Path) -> None:
+            try:
+                answer(predictor, path.read_bytes(), Limits(pixels=10**6), 0.0, True).model_dump_json()
+            except HTTPException as error:
+                if not 400 <= error.status_code < 500 or not error.detail:
+                    raise
+
+        return Kind(".jpg", pictures().whole, use)
+
+    def videos() -> Kind:
+        import av
+
+        whole = []
+        for name, codec in (("clip.mp4", "mpeg4"), ("clip.avi", "mpeg4"), ("clip.mkv", "mjpeg"), ("clip.webm", "vp8")):
+            with av.open(str(folder / name), "w") as container:
+                stream = container.add_stream(codec, rate=5)
+                stream.width, stream.height = 96, 80
+                stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+                for _ in range(6):
+                    container.mux(stream.encode(av.VideoFrame.from_image(noise)))
+                container.mux(stream.encode())
+            whole.append((folder / name).read_bytes())
+        path = detectors()[1]
+        return Kind(".mp4", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
+
+    return {
+        "detector": detector,
+        "points": points,
+        "evaluated_detector": evaluated_detector,
+        "exported_detector": exported_detector,
+        "started_detector": started_detector,
+        "classifier": classifier_kind,
+        "evaluated_classifier": evaluated_classifier,
+        "exported_classifier": exported_classifier,
+        "visualized": visualized,
+        "weights": weights(".pth", checkpoint),
+        "safetensors": weights(".safetensors", change_safetensors),
+        "onnx_detector": onnx_detector,
+        "onnx_classifier": onnx_classifier,
+        "package": package,
+        "pictures": pictures,
+        "uploads": uploads,
+        "videos": videos,
+    }
+
+
+def void(value: object) -> None:
+    """For what should give nothing."""
+
+
+def fails(kind: Kind, path: Path) -> str | None:
+    """What is wrong with how a damaged file ends, if anything is."""
+    try:
+        kind.use(path)
+    except (UserError, OSError) as error:
+        if path.name not in str(error):
+            return f"the error does not name the file: {type(error).__name__}: {str(error)[:300]}"
+        if len(one_line(error)) > 2000:
+            return f"the error has {len(str(error))} characters: {str(error)[:300]}"
+    except BaseException:
+        return traceback.format_exc()[-3000:]
+    return None
+
+
+def work(name: str, first: int, options: argparse.Namespace) -> None:
+    """Runs the cases of a kind from one on; prints one line of JSON for each that fails."""
+    torch.set_num_threads(1)
+    folder = options.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = make_kinds(folder)[name]()
+    path = folder / f"case{kind.suffix}"
+    for number in range(first, options.count):
+        data = kind.case(options.seed * 1_000_000 + number)
+        path.write_bytes(data)
+        print(json.dumps({"begins": number}), flush=True)
+        faulthandler.dump_traceback_later(options.seconds, exit=True, file=sys.__stderr__)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        wrong = fails(kind, path)
+        faulthandler.cancel_dump_traceback_later()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        if wrong is None and grown > options.mebibytes:
+            wrong = f"took {grown:.0f} MiB"
+        if wrong is not None:
+            (folder / f"{number}{kind.suffix}").write_bytes(data)
+            print(json.dumps({"number": number, "wrong": wrong}), flush=True)
+
+
+def run(name: str, arguments: list[str], options: argparse.Namespace) -> list[tuple[int, str]]:
+    """All cases of a kind, in processes that may die; returns what failed."""
+    failed: list[tuple[int, str]] = []
+    first = 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    while first < options.count:
+        command = [sys.executable, "-m", "tests.fuzz", *arguments, "--work", name, "--first", str(first)]
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        failed += [(line["number"], line["wrong"]) for line in lines if "wrong" in line]
+        last = max((line["begins"] for line in lines if "begins" in line), default=None)
+        if process.returncode == 0:
+            break
+        if last is None:
+            raise SystemExit(f"{name}: cannot begin: {process.stderr[-3000:]}")
+        failed.append((last, f"the process ended with {process.returncode}: {process.stderr[-3000:]}"))
+        first = last + 1
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND")
+    parser.add_argument("--count", type=int, default=500, help="files of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60, help="most for a file")
+    parser.add_argument("--mebibytes", type=float, default=1500, help="most that a file may add to the peak of memory")
+    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        faulthandler.enable(sys.__stderr__)
+        work(options.work, options.first, options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    passed = [argument for argument in sys.argv[1:] if argument not in options.kinds]
+    total = 0
+    for name in options.kinds or list(make_kinds(options.out)):
+        failed = run(name, passed, options)
+        total += len(failed)
+        print(f"{name}: {len(failed)} of {options.count} files do not end well", flush=True)
+        for number, wrong in failed:
+            print(f"  {number}: {wrong.strip()}", flush=True)
+    sys.exit(total > 0)
+
+
+if __name__ == "__main__":
+    main()
