@@ -144,7 +144,7 @@ def _label(file: Any, members: dict[str, tuple[int, int]], label_key: str) -> in
             return int(content)
         value = get_field(json.loads(content), label_key)
         return value if isinstance(value, str) else int(value)
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         return None
 
 
