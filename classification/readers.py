@@ -60,7 +60,7 @@ def open_split(data: DataConfig, name: Literal["train", "val"], class_names: Seq
         DataError: nothing there, no pictures, pictures outside class folders, or a class not in class_names.
     """
     settings, key = (data.train, "data.train") if name == "train" else (data.val, "data.val")
-    scheme = settings.path.partition("/")[0].lower() if "/" in settings.path else ""
+    scheme = library(settings.path)
     if scheme == "hfids":
         raise ConfigError(
             f"{key}.path is {settings.path!r}: timm reads hfids/ as a stream, in which no order or place can be "
@@ -76,6 +76,12 @@ def open_split(data: DataConfig, name: Literal["train", "val"], class_names: Seq
         return _check_classes(_open_records(data.root, settings, key, class_names), class_names, where)
     place = Path(data.root) / settings.path
     return open_place(place, f"{key}.path", class_names)
+
+
+def library(path: str) -> str:
+    """Which library's data sets a path names, "hfds", "hfids", "wds" or "tfds"; "" for a folder or .tar."""
+    scheme, slash, _ = path.lower().partition("/")
+    return scheme if slash and scheme in ("hfds", "hfids", "wds", "tfds") else ""
 
 
 def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) -> Split:
