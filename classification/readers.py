@@ -183,11 +183,13 @@ def _open_web(data: DataConfig, settings: SplitConfig, key: str, class_names: Se
     try:
         info = create_reader("wds/", root=str(place), split=settings.split).split_info
         paths = [str(place / file) for file in info.filenames]
-        extensions = (settings.image_key or EXTENSIONS).lower().split(";")
-        reader, present, left_out = open_web(
-            paths, info.shard_lengths, extensions, settings.label_key or info.alt_label, names
-        )  # fmt: skip
-    except (DataError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    # an _info.json may hold anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _cannot_load(settings, key, error) from error
+    extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
+    try:
+        reader, present, left_out = open_web(paths, info.shard_lengths, extensions, label_key, names)
+    except (DataError, OSError) as error:
         raise _cannot_load(settings, key, error) from error
     # all that the file of names has are classes of the model, whether there are pictures of them or not
     return Split(reader, list(names) if names is not None and class_names is None else present, left_out)
