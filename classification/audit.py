@@ -4,8 +4,8 @@
 
 CONFIG is the configuration that is to train. FOLDER holds train/ and val/ (other names: data.train.path=...), folders
 or .tar files of a folder per class each, or data of a library (data.train.path=wds/shards), or is such a folder or .tar
-itself. Prints tables and writes audit.json and a sheet of pictures for each split into the folder `--out`. Pictures that
-cannot be read are left out by training; the exit code is 1 where something would stop it, else 0.
+itself. Prints tables and writes audit.json and a sheet of pictures for each split into the folder `--out`. Pictures
+that cannot be read are left out by training; the exit code is 1 where something would stop it, else 0.
 """
 
 import argparse

@@ -6,8 +6,8 @@ NAME: a timm model, or a file of configs/detection without its ending. Their wei
 boxes and scores of its own; `--checkpoints` takes trained ones instead. A case is the export command, which compares
 file and torch at two sizes, alone and in pairs, and then a batch of three at a size that the command has not seen.
 
-Prints the command's line and one of its own per case: the largest differences of the other size, seconds, and peak
-memory of the case's process. Exits with 1 if a case fails. Minutes for each detector: too long for the test suite.
+Prints the command's line and one of its own per case: the largest differences of the other size, and seconds and
+peak memory of the case's process. Exits with 1 if a case fails. Minutes for each detector: too long for the test suite.
 """
 
 import argparse
@@ -101,12 +101,12 @@ def check(name: str, form: str, checkpoint: Path) -> None:
         out = Path(folder) / f"{checkpoint.parent.name}.{form}"
         try:
             command([str(checkpoint), "--out", str(out)])
-            seconds = time.perf_counter() - start
             verdict, figures = "ok", compare(checkpoint, out)
         except (UserError, AssertionError) as error:
-            seconds, verdict, figures = time.perf_counter() - start, "FAILED", str(error)
+            verdict, figures = "FAILED", str(error)
+    seconds = f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{verdict} {name} {form}: {figures}; command {seconds:.0f} s, {peak:.1f} GiB", flush=True)
+    print(f"{verdict} {name} {form}: {figures}; {seconds}, {peak:.1f} GiB", flush=True)
     sys.exit(verdict != "ok")
 
 
