@@ -3,9 +3,9 @@
     python -m classification.audit CONFIG_OR_FOLDER [key.path=value ...] [--out runs/audit]
 
 CONFIG is the configuration that is to train. FOLDER holds train/ and val/ (other names: data.train.path=...), folders
-or .tar files of a folder per class each, or is such a folder or .tar itself. Prints tables and writes audit.json and a
-sheet of pictures for each split into the folder `--out`. Pictures that cannot be read are left out by training; the
-exit code is 1 where something would stop it, else 0.
+or .tar files of a folder per class each, or data of a library (data.train.path=wds/shards), or is such a folder or .tar
+itself. Prints tables and writes audit.json and a sheet of pictures for each split into the folder `--out`. Pictures
+that cannot be read are left out by training; the exit code is 1 where something would stop it, else 0.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classification.config import ClassificationConfig, check_config
-from classification.readers import Split, open_place, open_split
+from classification.readers import Split, library, open_place, open_split
 from dat.training.config import apply_overrides, load_config
 from dat.training.errors import DataError
 from dat.training.files import write_json
@@ -196,7 +196,8 @@ def find_splits(source: Path, overrides: Sequence[str]) -> tuple[ClassificationC
             raise DataError(f"{source}: no such configuration or folder")
     check_config(config)
     data = config.data
-    if source.suffix not in (".yaml", ".yml") and not (source / data.train.path).exists():
+    single = not library(data.train.path) and not (source / data.train.path).exists()
+    if single and source.suffix not in (".yaml", ".yml"):
         return config, {"all": (str(source), lambda names: open_place(source, str(source), names))}
     return config, {
         "train": (f"{data.root}/{data.train.path}", lambda names: open_split(data, "train", names)),

@@ -23,13 +23,19 @@ class SplitConfig:
     """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`.
 
     `path` hfds/NAME: a data set of the Hugging Face hub, or a folder that its package `datasets` can load; `split`,
-    `image_key` and `label_key` are names in it, and `data.root` is the folder of its cache, empty for its own.
+    `image_key` ("": image) and `label_key` ("": label) are names in it, and `data.root` is the folder of its cache,
+    empty for its own.
+    wds/FOLDER: WebDataset shards in a folder, relative to `data.root`; `split` is one of its _info.json or a pattern of
+    shards such as train-{0000..0127}.tar, `image_key` the extensions of pictures ("": jpg;jpeg;png;webp), `label_key`
+    the field of the .json that holds the class ("": the file .cls does).
+    tfds/NAME: a data set that TensorFlow Datasets has prepared, in `data.root`, empty for its own folder; `split` is as
+    there, also train[:10%], `image_key` and `label_key` as for hfds.
     """
 
     path: str = ""
     split: str = "train"
-    image_key: str = "image"
-    label_key: str = "label"
+    image_key: str = ""
+    label_key: str = ""
 
 
 @dataclass
@@ -50,6 +56,7 @@ class AugmentConfig:
 class DataConfig:
     """Pictures become `img_size` pixels square.
 
+    `class_names`: file, relative to `root`, that names a class on each line, where those of wds/ data are numbers.
     Evaluation takes the centre `crop_pct` of the shorter side ("center"), or squeezes ("squash") or pads ("border") the
     whole picture before it takes the centre `crop_pct` of that.
     """
@@ -57,6 +64,7 @@ class DataConfig:
     root: str = "data/imagenet"
     train: SplitConfig = field(default_factory=lambda: SplitConfig("train"))
     val: SplitConfig = field(default_factory=lambda: SplitConfig("val", "validation"))
+    class_names: str = ""
     img_size: int = 224
     crop_pct: float = 0.875
     crop_mode: Literal["center", "squash", "border"] = "center"

@@ -1,4 +1,4 @@
-"""The pictures of a split and their classes: a folder, a .tar, or a data set of the Hugging Face hub."""
+"""The pictures of a split and their classes: a folder, a .tar, or a data set of a library, in any order."""
 
 import importlib.util
 import os
@@ -12,12 +12,13 @@ from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers import create_reader
 
-from classification.config import DataConfig
+from classification.config import DataConfig, SplitConfig
+from classification.shards import RecordReader, encoded, index_records, open_web
 from dat.training.errors import ConfigError, DataError
 from dat.training.pictures import UNREADABLE, open_picture, to_rgb
 
-# those of timm's readers that only stream
-STREAMS = ("wds", "tfds", "hfids")
+# of WebDataset
+EXTENSIONS = "jpg;jpeg;png;webp"
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Split:
     """Pictures that may be asked for in any order.
 
     `reader`: timm's, item i is (open file, class index). `class_names`: those that the split has, sorted naturally.
-    `left_out`: files in class folders, relative to the split's, that are no pictures.
+    `left_out`: files in class folders, relative to the split's, that are no pictures; or parts of shards.
     """
 
     reader: Any
@@ -59,16 +60,28 @@ def open_split(data: DataConfig, name: Literal["train", "val"], class_names: Seq
         DataError: nothing there, no pictures, pictures outside class folders, or a class not in class_names.
     """
     settings, key = (data.train, "data.train") if name == "train" else (data.val, "data.val")
-    scheme = settings.path.partition("/")[0].lower() if "/" in settings.path else ""
-    if scheme in STREAMS:
+    scheme = library(settings.path)
+    if scheme == "hfids":
         raise ConfigError(
-            f"{key}.path is {settings.path!r}: timm reads {scheme}/ as a stream, in which no order or place can be "
-            "chosen, so that a run could not be resumed; it should be a folder, a .tar or hfds/NAME"
+            f"{key}.path is {settings.path!r}: timm reads hfids/ as a stream, in which no order or place can be "
+            "chosen, so that a run could not be resumed; it should be a folder, a .tar, hfds/NAME, wds/FOLDER or "
+            "tfds/NAME"
         )
+    where = f"{key}: {settings.path}"
+    if scheme == "wds":
+        return _open_web(data, settings, key, class_names)
     if scheme == "hfds":
-        return _check_classes(_open_hub(data.root, settings, key, class_names), class_names, f"{key}: {settings.path}")
+        return _check_classes(_open_hub(data.root, settings, key, class_names), class_names, where)
+    if scheme == "tfds":
+        return _check_classes(_open_records(data.root, settings, key, class_names), class_names, where)
     place = Path(data.root) / settings.path
     return open_place(place, f"{key}.path", class_names)
+
+
+def library(path: str) -> str:
+    """Which library's data sets a path names, "hfds", "hfids", "wds" or "tfds"; "" for a folder or .tar."""
+    scheme, slash, _ = path.lower().partition("/")
+    return scheme if slash and scheme in ("hfds", "hfids", "wds", "tfds") else ""
 
 
 def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) -> Split:
@@ -125,27 +138,92 @@ def _is_picture(path: str) -> bool:
 
 def _open_hub(root: str, settings: Any, key: str, class_names: Sequence[str] | None) -> Split:
     """A map-style data set of the package `datasets`: on the hub, or a folder that it can load."""
-    if importlib.util.find_spec("datasets") is None:
-        raise ConfigError(f"{key}.path is {settings.path!r}, which needs another package: pip install datasets")
+    _need("datasets", "datasets", settings, key)
+    image_key, label_key = settings.image_key or "image", settings.label_key or "label"
     class_map = None if class_names is None else {name: i for i, name in enumerate(class_names)}
     try:
         reader = create_reader(
             settings.path, root=root or None, split=settings.split, class_map=class_map,
-            input_key=settings.image_key, target_key=settings.label_key,
+            input_key=image_key, target_key=label_key,
         )  # fmt: skip
         columns = reader.dataset.column_names
-        if settings.image_key not in columns or settings.label_key not in columns:
-            wanted = f"{settings.image_key!r} (image_key) and {settings.label_key!r} (label_key)"
+        if image_key not in columns or label_key not in columns:
+            wanted = f"{image_key!r} (image_key) and {label_key!r} (label_key)"
             raise ValueError(f"its columns are {columns}, should be {wanted}")
         # with a class map the reader knows that alone
-        own = reader.dataset.features[settings.label_key].names
+        own = reader.dataset.features[label_key].names
         # the package makes a column of nothing where there is none of this name
-        if reader.dataset[0][settings.image_key] is None:
-            raise ValueError(f"its column {settings.image_key!r} (image_key) holds no pictures, it should")
+        if reader.dataset[0][image_key] is None:
+            raise ValueError(f"its column {image_key!r} (image_key) holds no pictures, it should")
     except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {reason}") from error
+        raise _cannot_load(settings, key, error) from error
     return Split(reader, list(own))
+
+
+def _need(module: str, package: str, settings: SplitConfig, key: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{key}.path is {settings.path!r}, which needs another package: pip install {package}")
+
+
+def _cannot_load(settings: SplitConfig, key: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {reason}")
+
+
+def _open_web(data: DataConfig, settings: SplitConfig, key: str, class_names: Sequence[str] | None) -> Split:
+    """WebDataset shards on this machine; timm's reader knows which they are."""
+    _need("webdataset", "webdataset", settings, key)
+    place = Path(data.root) / settings.path.partition("/")[2]
+    # before the package, for which a name may be an address or a command
+    if not place.is_dir():
+        raise DataError(f"{key}.path: {place} should be a folder of WebDataset shards on this machine")
+    names = class_names
+    if names is None and data.class_names:
+        names = (Path(data.root) / data.class_names).read_text(encoding="utf-8").splitlines()
+    try:
+        info = create_reader("wds/", root=str(place), split=settings.split).split_info
+        paths = [str(place / file) for file in info.filenames]
+    # an _info.json may hold anything
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _cannot_load(settings, key, error) from error
+    extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
+    try:
+        reader, present, left_out = open_web(paths, info.shard_lengths, extensions, label_key, names)
+    except (DataError, OSError) as error:
+        raise _cannot_load(settings, key, error) from error
+    # all that the file of names has are classes of the model, whether there are pictures of them or not
+    return Split(reader, list(names) if names is not None and class_names is None else present, left_out)
+
+
+def _open_records(root: str, settings: SplitConfig, key: str, class_names: Sequence[str] | None) -> Split:
+    """A data set that the package tensorflow_datasets has prepared."""
+    # the second is missing from what the first says it needs
+    _need("tensorflow_datasets", "tensorflow-datasets importlib_resources", settings, key)
+    import tensorflow_datasets as tfds
+
+    image_key, label_key = settings.image_key or "image", settings.label_key or "label"
+    left_out: list[str] = []
+    try:
+        builder = tfds.builder(settings.path.partition("/")[2], data_dir=root or None)
+        if not builder.info.splits:
+            raise ValueError(f"it is not prepared in {builder.data_dir}; `tfds build` does that")
+        split, features = builder.info.splits[settings.split], builder.info.features
+        if image_key not in features or label_key not in features or not hasattr(features[label_key], "names"):
+            wanted = f"a picture {image_key!r} (image_key) and a class {label_key!r} (label_key)"
+            raise ValueError(f"its features are {', '.join(features)}, should be {wanted} among them")
+        own = features[label_key].names
+        if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
+            files = [(str(file.filename), file.skip, file.take) for file in split.file_instructions]
+            shards, left_out = index_records(files)
+        else:
+            shards = builder.as_data_source(split=settings.split, decoders=encoded(image_key))
+    # the package raises errors of its own, some of which derive from nothing nearer
+    except Exception as error:
+        raise _cannot_load(settings, key, error) from error
+    index = {name: k for k, name in enumerate(class_names or own)}
+    # one that is not among them is refused afterwards
+    numbers = [index.get(name, -1) for name in own]
+    return Split(RecordReader(shards, features, image_key, label_key, numbers), list(own), left_out)
 
 
 def _class_names(reader: Any) -> list[str]:

@@ -102,7 +102,7 @@ def test_predict_names_mistakes(trained, pictures, monkeypatch, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["demo", "dat_nano_folder", "dat_tiny_imagenet"])
+@pytest.mark.parametrize("name", ["demo", "dat_nano_folder", "dat_tiny_imagenet", "dat_pp_base_imagenet_22k_to_1k"])
 def test_shipped_configurations_are_valid(name):
     from classification.config import ClassificationConfig, check_config
     from classification.data import make_transform

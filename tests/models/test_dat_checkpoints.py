@@ -7,6 +7,7 @@ from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
 from dat.models.checkpoint import imagenet_22k_to_1k
+from dat.training.weights import load_classifier_weights
 
 NAMES = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]
 
@@ -86,6 +87,16 @@ def test_classifier_of_imagenet_22k(nano, name):
     loaded.load_state_dict(nano.state_dict())
     torch.testing.assert_close(loaded.head.fc.weight, nano.head.fc.weight[index])
     torch.testing.assert_close(loaded.head.fc.bias, nano.head.fc.bias[index])
+
+
+def test_fine_tuning_begins_with_the_rows_of_an_imagenet_22k_classifier(nano, name, tmp_path):
+    """As model.backbone.checkpoint_path of configs/classification/*_22k_to_1k.yaml."""
+    nano.head.fc = nn.Linear(256, 21843)
+    torch.save({"model": nano.state_dict()}, tmp_path / "22k.pth")
+    tuned = timm.create_model(name)
+    load_classifier_weights(tuned, tmp_path / "22k.pth")
+    torch.testing.assert_close(tuned.head.fc.weight, nano.head.fc.weight[imagenet_22k_to_1k()])
+    torch.testing.assert_close(tuned.head.fc.bias, nano.head.fc.bias[imagenet_22k_to_1k()])
 
 
 def test_tables_are_resampled(nano, name, path):
