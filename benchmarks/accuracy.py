@@ -8,10 +8,7 @@ is not run again, one that was interrupted goes on. The accuracy is that of the 
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dat  # noqa: F401  registers its models
 from benchmarks.timing import write_json
+from benchmarks.trainings import last_entries, train
 
 CONFIG = "configs/classification/small_pictures.yaml"
 IMG_SIZE = 64
@@ -45,27 +43,17 @@ def size_of(arguments: dict[str, Any]) -> dict[str, float]:
     return {"parameters_m": round(parameters / 1e6, 2), "mflops": round(counter.get_total_flops() / 2e6, 1)}
 
 
-def last_entries(run: Path) -> dict[str, Any]:
-    """The last training and validation lines of a run's log.jsonl."""
-    if not (run / "log.jsonl").exists():
-        return {}
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return {entry["kind"]: entry for entry in map(json.loads, lines)}
-
-
-def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def accuracy(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Accuracy in percent after the last epoch of one run, which is trained as far as it is not yet."""
     run = options.runs / f"{name.replace(' ', '_')}_{seed}"
-    if last_entries(run).get("val", {}).get("epoch") != options.epochs:
-        overrides = {
-            "output": run, "seed": seed, "data.root": options.data, "data.train.path": options.train,
-            "data.val.path": options.val, "data.img_size": IMG_SIZE, "train.epochs": options.epochs,
-            "train.resume": "true", "model.backbone": json.dumps({**MODELS[name], "drop_path_rate": 0.05}),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "classification.train", CONFIG, *(f"{k}={v}" for k, v in overrides.items())]
-        subprocess.run(command, check=True)
-    entries = last_entries(run)
-    return {"top1": entries["val"]["top1"], "images_per_second": entries["train"]["images_per_second"]}
+    overrides = {
+        "seed": seed, "data.root": str(options.data), "data.train.path": options.train,
+        "data.val.path": options.val, "data.img_size": IMG_SIZE,
+        "model.backbone": {**MODELS[name], "drop_path_rate": 0.05},
+    }  # fmt: skip
+    train("classification.train", CONFIG, run, options.epochs, overrides)
+    last = last_entries(run)
+    return {"top1": last["val"]["top1"], "images_per_second": last["train"]["images_per_second"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in map(int, options.seeds.split(",")):
         for name in names:
-            results[name].append(train(name, seed, options))
+            results[name].append(accuracy(name, seed, options))
     rows = []
     for name, runs in results.items():
         top1 = [run["top1"] for run in runs]
