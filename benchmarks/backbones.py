@@ -1,6 +1,6 @@
 """DAT, DAT++, Swin and ResNet of equal FLOPs as the backbone of one detector: AP against epochs and seconds.
 
-    python -m benchmarks.backbones [--seeds 0,1,2] [--epochs 5] [--jobs 2] [--variants dat_pp,swin]
+    python -m benchmarks.backbones [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants dat_pp,swin]
 
 The detector is two-stage Deformable DETR of configs/detection/scenes.yaml, the recipe that of all backbones; but for
 batch norm, as everywhere there, nothing of them is frozen. Each was trained to classify digits first, for equally many
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from benchmarks.accuracy import MODELS
 from benchmarks.detector_runs import Sizes, Variant, compare, parser
 
-TWO_STAGE = {"box_refine": True, "two_stage": True, "freeze": []}
+TWO_STAGE = {"model.box_refine": True, "model.two_stage": True, "model.freeze": []}
 # what a scene's side is resized to
 SIDE = 96
 
@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, VARIANTS, "backbones", epochs=5, pretrain=2).parse_args(argv)
+    options = parser(__doc__, VARIANTS, "backbones", epochs=6, pretrain=2).parse_args(argv)
     compare(VARIANTS, options, None, "Backbones of equal FLOPs in two-stage Deformable DETR")
 
 

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import curves
 from benchmarks.timing import machine, medians, write_json
-from benchmarks.trainings import entries, finished, train
-from dat.training.config import from_dict, load_config, to_dict
+from benchmarks.trainings import arguments, entries, finished, train
+from dat.training.config import load_config
 from dat.training.distributed import setup_distributed
+from dat.training.weights import without_weights
 from detection.config import DetectionConfig
 from detection.data import read_coco
 from detection.trainer import Trainer
@@ -51,14 +52,14 @@ class Variant:
     """A detector that differs from CONFIG in some keys.
 
     `backbone`: arguments of the timm model, which is trained to classify digits first. `features`: further ones of the
-    feature extractor in the detector. `model`: other keys below `model`. `times`: how many times as many epochs.
+    feature extractor in the detector. `keys`: others, "key.path" to value. `times`: how many times as many epochs.
     `seeds`: how many of the seeds are run at most.
     """
 
     label: str
     backbone: dict[str, Any]
     features: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
     times: int = 1
     seeds: int | None = None
 
@@ -118,7 +119,7 @@ class Comparison:
         variant = self.variants[name]
         backbone = {**variant.backbone, **variant.features}
         return {
-            **{f"model.{key}": value for key, value in variant.model.items()},
+            **variant.keys,
             "model.backbone": {**backbone, "checkpoint_path": str(self.pretrained(name) / "best.pth")},
             "data.root": str(self.data),
             "train.decay_epochs": [self.epochs(name) * 4 // 5],
@@ -136,11 +137,9 @@ class Comparison:
 
     def trainer(self, name: str) -> Trainer:
         """What trains a variant, from random weights, in this process."""
-        texts = [f"{key}={value}" for key, value in self.overrides(name).items() if key != "model.backbone"]
-        config = load_config(DetectionConfig, CONFIG, [*texts, f"train.epochs={self.epochs(name)}", "data.cache=none"])
-        plain = to_dict(config)
-        plain["model"]["backbone"] = {**self.variants[name].backbone, **self.variants[name].features}
-        config = from_dict(DetectionConfig, plain, name)
+        values = self.overrides(name) | {"train.epochs": self.epochs(name), "data.cache": "none"}
+        values["model.backbone"] = without_weights(values["model.backbone"])
+        config = load_config(DetectionConfig, CONFIG, arguments(values))
         root, data = Path(config.data.root), config.data
         sets = [read_coco(root / split.annotations, root / split.images) for split in (data.train, data.val)]
         return Trainer(config, sets[0], sets[1], setup_distributed(config.train.device), None)
@@ -156,7 +155,7 @@ class Comparison:
                 "model": name,
                 "label": variant.label,
                 "backbone": {**variant.backbone, **variant.features},
-                "overrides": variant.model,
+                "overrides": variant.keys,
                 "epochs": self.epochs(name),
                 "steps_per_epoch": trainer.steps_per_epoch,
                 "parameters_m": round(sum(p.numel() for p in trainer.model.parameters()) / 1e6, 2),

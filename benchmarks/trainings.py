@@ -28,6 +28,11 @@ def finished(run: Path, epochs: int) -> bool:
     return last_entries(run).get("val", {}).get("epoch") == epochs
 
 
+def arguments(values: dict[str, Any]) -> list[str]:
+    """Values by "key.path" as commands take them; text as it is, everything else as JSON."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
 def train(
     module: str, config: str | Path, run: Path, epochs: int, overrides: dict[str, Any], log: Path | None = None
 ) -> None:
@@ -46,8 +51,7 @@ def train(
     if finished(run, epochs):
         return
     values = {"output": str(run), "train.epochs": epochs, "train.resume": True, **overrides}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    command = [sys.executable, "-m", module, str(config), *(f"{key}={text}" for key, text in texts.items())]
+    command = [sys.executable, "-m", module, str(config), *arguments(values)]
     out = None
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
