@@ -180,12 +180,12 @@ class Comparison:
         return rows
 
     def write(self, reference: str | None, title: str) -> list[Row]:
-        """Results and picture of what is known by now, to `options.out` and beside it."""
+        """Results and picture of what is known by now."""
         rows = self.rows()
         curves.summarise(rows, reference)
         if any(row["runs"] for row in rows):
             write_json(self.options.out, rows)
-            curves.draw(rows, machine(), self.options.out.with_suffix(".png"), title)
+            curves.draw(rows, machine(), self.options.picture, title)
         return rows
 
 
@@ -210,6 +210,7 @@ def parser(doc: str, variants: Mapping[str, Variant], name: str, epochs: int, pr
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="where the scenes are kept")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json and images/, instead of scenes")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}_cpu.json"))
+    parser.add_argument("--picture", type=Path, default=Path(f"docs/{name}.png"))
     return parser
 
 

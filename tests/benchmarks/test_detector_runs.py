@@ -1,9 +1,11 @@
 """The benchmarks that train detectors, run as their command is on a few tiny scenes, and what they make of curves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from coco_scenes import write_scenes
 from PIL import Image
 
 from benchmarks import backbones, convergence, curves, detector_runs
@@ -25,10 +27,13 @@ def row(name, epochs, *runs, seeds=(0, 1), **more):
 def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(detector_runs, "Sizes", lambda: TINY)
+    write_scenes(tmp_path / "data", "train", 8)
+    write_scenes(tmp_path / "data", "val", 2, seed=1)
     out, runs = tmp_path / "results" / "rows.json", tmp_path / "runs"
-    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes"), "--out", str(out)]
+    picture = tmp_path / "pictures" / "curves.png"
+    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes"), "--out", str(out), "--picture", str(picture)]
     arguments = [*folders, "--variants", "two_stage", "--seeds", "3", "--epochs", "2", "--pretrain", "1"]
-    arguments += ["model.embed_dim=32"]
+    arguments += ["--data", str(tmp_path / "data"), "model.embed_dim=32"]
     convergence.main(arguments)
     (found,) = json.loads(out.read_text())["rows"]
     (run,) = found["runs"]
@@ -37,16 +42,27 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     assert len(run["AP"]) == len(run["APs"]) == 2
     assert found["steps_per_epoch"] == 2
     assert found["mflops"] > found["backbone_mflops"] > 0
-    with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.format == "PNG"
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
     assert "1 of 1 seeds" in capsys.readouterr().out
     state = torch.load(runs / "two_stage_3" / "last.pth", weights_only=True)
     config = state["config"]
     assert config["model"]["backbone"]["checkpoint_path"] == str(runs / "pretrain_detr" / "best.pth")
+    assert config["data"]["root"] == str(tmp_path / "data")
     assert (config["model"]["embed_dim"], config["seed"], config["train"]["decay_epochs"]) == (32, 3, [1])
     # again: nothing is left to do
     monkeypatch.setattr("subprocess.run", None)
     convergence.main(arguments)
+
+
+def test_scenes_have_objects_of_both_sizes(tmp_path):
+    """By COCO's measure, so that AP of small objects is another than AP."""
+    options = detector_runs.parser("Doc.", convergence.VARIANTS, "convergence", 1, 1).parse_args([])
+    options.scenes = tmp_path
+    Comparison(convergence.VARIANTS, options, replace(Sizes(), train=4, val=20, crops=(10, 10))).make_data()
+    areas = [box["area"] for box in json.loads((tmp_path / "data" / "val.json").read_text())["annotations"]]
+    assert 0.3 < sum(area < 32**2 for area in areas) / len(areas) < 0.7
+    assert len(list((tmp_path / "crops" / "train").rglob("*.png"))) == 10
 
 
 def test_backbones_take_equal_flops_and_vary_in_nothing_else(tmp_path):
