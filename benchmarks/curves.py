@@ -93,7 +93,8 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path, title: str) -
             if log:
                 place.set_xscale("log")
         axes[1][0].set_xlabel("epochs")
-        axes[1][1].set_xlabel(f"seconds of training steps, {machine['threads']} thread(s) of {machine['cpu']}")
+        where = machine["gpu"] or f"CPU ({machine['cpu']}, {machine['threads']} threads)"
+        axes[1][1].set_xlabel(f"seconds of training steps, {where}")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.suptitle(title, fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)
