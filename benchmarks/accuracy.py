@@ -9,11 +9,8 @@ steps are timed in turns at the end; `--seeds ""` does that alone.
 """
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dat  # noqa: F401  registers its models
 from benchmarks.timing import medians, memory_kept, write_json
+from benchmarks.trainings import last_entries, train
 
 CONFIG = "configs/classification/small_pictures.yaml"
 IMG_SIZE, BATCH = 64, 32
@@ -65,27 +63,17 @@ def training_step(model: torch.nn.Module) -> Callable[[], None]:
     return step
 
 
-def last_entries(run: Path) -> dict[str, Any]:
-    """The last training and validation lines of a run's log.jsonl."""
-    if not (run / "log.jsonl").exists():
-        return {}
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return {entry["kind"]: entry for entry in map(json.loads, lines)}
-
-
-def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def accuracy(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Accuracy in percent after the last epoch of one run, which is trained as far as it is not yet."""
     run = options.runs / f"{name.replace(' ', '_')}_{seed}"
-    if last_entries(run).get("val", {}).get("epoch") != options.epochs:
-        overrides = {
-            "output": run, "seed": seed, "data.root": options.data, "data.train.path": options.train,
-            "data.val.path": options.val, "data.img_size": IMG_SIZE, "train.epochs": options.epochs,
-            "train.resume": "true", "model.backbone": json.dumps({**MODELS[name], "drop_path_rate": 0.05}),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "classification.train", CONFIG, *(f"{k}={v}" for k, v in overrides.items())]
-        subprocess.run(command, check=True)
-    entries = last_entries(run)
-    return {"top1": entries["val"]["top1"], "images_per_second": entries["train"]["images_per_second"]}
+    overrides = {
+        "seed": seed, "data.root": str(options.data), "data.train.path": options.train,
+        "data.val.path": options.val, "data.img_size": IMG_SIZE,
+        "model.backbone": {**MODELS[name], "drop_path_rate": 0.05},
+    }  # fmt: skip
+    train("classification.train", CONFIG, run, options.epochs, overrides)
+    last = last_entries(run)
+    return {"top1": last["val"]["top1"], "images_per_second": last["train"]["images_per_second"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in map(int, filter(None, options.seeds.split(","))):
         for name in names:
-            results[name].append(train(name, seed, options))
+            results[name].append(accuracy(name, seed, options))
     steps = {name: training_step(create(MODELS[name]).train()) for name in names}
     with memory_kept():
         seconds = medians(steps, torch.device("cpu"), repeats=9, budget=math.inf)

@@ -5,7 +5,9 @@ Forked from this process they could not use autograd once a test here has.
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +23,7 @@ def run_processes(count, function, folder: Path, *arguments, timeout=120):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["detection.train", "classification.train", "pytest"])
+    context = _context()
     errors = [folder / f"errors_{rank}" for rank in range(count)]
     processes = [
         context.Process(target=_enter, args=(rank, count, port, errors[rank], function, arguments))
@@ -45,6 +46,26 @@ def run_processes(count, function, folder: Path, *arguments, timeout=120):
             process.join()
     assert all(ended), [path.read_text() for path in errors]
     return [process.exitcode for process in processes], [path.read_text() for path in errors], ended
+
+
+def run_command(command, **options):
+    """Stands in for subprocess.run of [python, "-m", module, ...]; what it prints goes where this process prints."""
+    process = _context().Process(target=_run_module, args=(command[2:],))
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detection.train", "classification.train", "pytest"])
+    return context
+
+
+def _run_module(arguments):
+    sys.argv = arguments
+    torch.set_num_threads(1)
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 def _enter(rank, count, port, errors, function, arguments):

@@ -1,0 +1,40 @@
+"""DAT, DAT++, Swin and ResNet of equal FLOPs as the backbone of one detector: AP against epochs and seconds.
+
+    python -m benchmarks.backbones [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants dat_pp,swin]
+
+The detector is two-stage Deformable DETR of configs/detection/scenes.yaml, the recipe that of all backbones; but for
+batch norm, as everywhere there, nothing of them is frozen. Each was trained to classify digits first, for equally many
+epochs. DAT++ is `dat_pp_nano`; Swin that of equal FLOPs of `benchmarks.accuracy`; DAT is `dat_nano` with wider MLPs and
+ResNet a ResNet-18 of fewer channels, so that all four take within 1 % of the same FLOPs at the size of the scenes.
+Runs and seconds are as in `benchmarks.convergence`.
+"""
+
+from collections.abc import Sequence
+
+from benchmarks.accuracy import MODELS
+from benchmarks.detector_runs import Sizes, Variant, compare, parser
+
+TWO_STAGE = {"model.box_refine": True, "model.two_stage": True, "model.freeze": []}
+# what a scene's side is resized to
+SIDE = 96
+
+
+def variant(label: str, features: dict | None = None, **backbone: object) -> Variant:
+    return Variant(label, {**backbone, "drop_path_rate": 0.0}, features or {}, TWO_STAGE)
+
+
+VARIANTS = {
+    "dat_pp": variant("DAT++ (dat_pp_nano)", **MODELS["dat_pp_nano"]),
+    "dat": variant("DAT (dat_nano, wider MLPs)", name="dat_nano", mlp_ratio=5.75),
+    "swin": variant("Swin", {"img_size": SIDE}, **{**MODELS["swin of dat_pp_nano"], "img_size": Sizes.shown}),
+    "resnet": variant("ResNet", name="resnet18", channels=[28, 56, 112, 224]),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, VARIANTS, "backbones", epochs=6, pretrain=2).parse_args(argv)
+    compare(VARIANTS, options, None, "Backbones of equal FLOPs in two-stage Deformable DETR")
+
+
+if __name__ == "__main__":
+    main()

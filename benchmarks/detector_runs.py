@@ -1,0 +1,258 @@
+"""Trains variants of one detector alike, each from several seeds, by `detection.train`, and gathers their AP.
+
+Shared by `benchmarks.convergence` and `benchmarks.backbones`: the scenes, the training of backbones to classify, the
+runs, which go on where they stopped, the time of a step of each variant, results and picture.
+"""
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import curves
+from benchmarks.timing import machine, medians, write_json
+from benchmarks.trainings import arguments, entries, finished, train
+from dat.training.config import load_config
+from dat.training.distributed import setup_distributed
+from dat.training.weights import without_weights
+from detection.config import DetectionConfig
+from detection.data import read_coco
+from detection.trainer import Trainer
+from examples.digits import make_crops, make_scenes
+
+CONFIG = Path("configs/detection/scenes.yaml")
+CLASSIFIER = Path("configs/classification/demo.yaml")
+METRICS = ("AP", "APs", "AP50")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the data that a benchmark makes, and of the training of backbones."""
+
+    train: int = 500
+    val: int = 150
+    scene: int = 176
+    crops: tuple[int, int] = (6400, 397)
+    crop: int = 64
+    # the size at which crops are shown: digits are then about as large as in the scenes
+    shown: int = 48
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A detector that differs from CONFIG in some keys.
+
+    `backbone`: arguments of the timm model, which is trained to classify digits first. `features`: further ones of the
+    feature extractor in the detector. `keys`: others, "key.path" to value. `times`: how many times as many epochs.
+    `seeds`: how many of the seeds are run at most.
+    """
+
+    label: str
+    backbone: dict[str, Any]
+    features: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+    times: int = 1
+    seeds: int | None = None
+
+
+class Comparison:
+    """The runs of variants, below `options.runs`; see `parser` for the options."""
+
+    def __init__(self, variants: Mapping[str, Variant], options: argparse.Namespace, sizes: Sizes) -> None:
+        self.variants, self.options, self.sizes = variants, options, sizes
+        self.names = options.variants.split(",")
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        self.seeds = {name: seeds[: variants[name].seeds] for name in self.names}
+        self.data = options.data or options.scenes / "data"
+        self.described: dict[str, Row] = {}
+
+    def make_data(self) -> None:
+        """Scenes and crops, each whole or not at all."""
+        sizes = self.sizes
+        make: dict[Path, Callable[[Path], None]] = {
+            self.options.scenes / "crops": partial(
+                make_crops, train=sizes.crops[0], val=sizes.crops[1], size=sizes.crop
+            )
+        }
+        if self.options.data is None:
+            make[self.data] = partial(make_scenes, train=sizes.train, val=sizes.val, size=sizes.scene)
+        for folder, function in make.items():
+            if not folder.exists():
+                temporary = folder.with_name(f".{folder.name}")
+                shutil.rmtree(temporary, ignore_errors=True)
+                function(temporary)
+                temporary.rename(folder)
+
+    def pretrained(self, name: str) -> Path:
+        """Where the backbone of a variant, trained to classify, lies; variants of the same backbone share it."""
+        backbone = self.variants[name].backbone
+        owner = next(key for key, variant in self.variants.items() if variant.backbone == backbone)
+        return self.options.runs / f"pretrain_{owner}"
+
+    def pretrain(self, name: str) -> None:
+        overrides = {
+            "data.root": str(self.options.scenes / "crops"),
+            "data.img_size": self.sizes.shown,
+            "model.backbone": self.variants[name].backbone,
+            "train.workers": 0,
+        }
+        folder = self.pretrained(name)
+        train("classification.train", CLASSIFIER, folder, self.options.pretrain, overrides, folder.with_suffix(".log"))
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.options.runs / f"{name}_{seed}"
+
+    def epochs(self, name: str) -> int:
+        return self.options.epochs * self.variants[name].times
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        """Keys in which the runs of a variant differ from CONFIG, but for `output`, `seed` and `train.epochs`."""
+        variant = self.variants[name]
+        backbone = {**variant.backbone, **variant.features}
+        return {
+            **variant.keys,
+            "model.backbone": {**backbone, "checkpoint_path": str(self.pretrained(name) / "best.pth")},
+            "data.root": str(self.data),
+            "train.decay_epochs": [self.epochs(name) * 4 // 5],
+            "train.eval_epochs": max(1, self.epochs(name) // 20),
+            # the curves are what is looked at
+            "train.pictures": 0,
+            "train.worst": 0,
+            **dict(pair.split("=", 1) for pair in self.options.overrides),
+        }
+
+    def run(self, name: str, seed: int) -> None:
+        folder = self.folder(name, seed)
+        overrides = {"seed": seed, **self.overrides(name)}
+        train("detection.train", CONFIG, folder, self.epochs(name), overrides, folder.with_name(f"{folder.name}.log"))
+
+    def trainer(self, name: str) -> Trainer:
+        """What trains a variant, from random weights, in this process."""
+        values = self.overrides(name) | {"train.epochs": self.epochs(name), "data.cache": "none"}
+        values["model.backbone"] = without_weights(values["model.backbone"])
+        config = load_config(DetectionConfig, CONFIG, arguments(values))
+        root, data = Path(config.data.root), config.data
+        sets = [read_coco(root / split.annotations, root / split.images) for split in (data.train, data.val)]
+        return Trainer(config, sets[0], sets[1], setup_distributed(config.train.device), None)
+
+    def describe(self) -> None:
+        """Parameters, FLOPs of one image and the time of a training step of each variant; steps take turns."""
+        steps = {}
+        for name in self.names:
+            variant, trainer = self.variants[name], self.trainer(name)
+            batch = next(iter(trainer.loader))
+            steps[name] = partial(trainer.train_step, (batch,))
+            self.described[name] = {
+                "model": name,
+                "label": variant.label,
+                "backbone": {**variant.backbone, **variant.features},
+                "overrides": variant.keys,
+                "epochs": self.epochs(name),
+                "steps_per_epoch": trainer.steps_per_epoch,
+                "parameters_m": round(sum(p.numel() for p in trainer.model.parameters()) / 1e6, 2),
+                "mflops": mflops(trainer.model, batch[0][:1].to(trainer.device)),
+                "backbone_mflops": mflops(trainer.model.backbone, batch[0][:1].to(trainer.device)),
+            }
+        if trainer.device.type == "cpu":
+            seconds = medians(
+                {}, trainer.device, elsewhere={k: partial(cpu_seconds, step) for k, step in steps.items()}
+            )
+        else:
+            seconds = medians(steps, trainer.device)
+        for name, value in seconds.items():
+            self.described[name]["ms_per_step"] = round(1e3 * value, 1)
+
+    def rows(self) -> list[Row]:
+        """What is known of each variant by now."""
+        rows = []
+        for name, described in self.described.items():
+            runs = []
+            for seed in self.seeds[name]:
+                found = [entry for entry in entries(self.folder(name, seed)) if entry["kind"] == "val"]
+                if found:
+                    run = {"seed": seed, "finished": finished(self.folder(name, seed), self.epochs(name))}
+                    run |= {key: [entry[key] for entry in found] for key in ("epoch", *METRICS)}
+                    runs.append(run)
+            rows.append({**described, "seeds": self.seeds[name], "runs": runs})
+        return rows
+
+    def write(self, reference: str | None, title: str) -> list[Row]:
+        """Results and picture of what is known by now."""
+        rows = self.rows()
+        curves.summarise(rows, reference)
+        if any(row["runs"] for row in rows):
+            write_json(self.options.out, rows)
+            curves.draw(rows, machine(), self.options.picture, title)
+        return rows
+
+
+def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
+    """Processor seconds of one of several calls in a row, over all threads: whatever else the machine does."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
+
+
+def mflops(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """Millions of multiplications with an addition of a forward pass."""
+    training = model.training
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(images)
+    model.train(training)
+    return round(counter.get_total_flops() / 2e6, 1)
+
+
+def parser(doc: str, variants: Mapping[str, Variant], name: str, epochs: int, pretrain: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"of {CONFIG}, for all runs")
+    parser.add_argument("--variants", default=",".join(variants), help=f"of {','.join(variants)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--pretrain", type=int, default=pretrain, help="epochs in which backbones learn to classify")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where the runs are kept")
+    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="where the scenes are kept")
+    parser.add_argument("--data", type=Path, help="folder with train.json, val.json and images/, instead of scenes")
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}_cpu.json"))
+    parser.add_argument("--picture", type=Path, default=Path(f"docs/{name}.png"))
+    return parser
+
+
+def compare(
+    variants: Mapping[str, Variant],
+    options: argparse.Namespace,
+    reference: str | None,
+    title: str,
+    sizes: Sizes | None = None,
+) -> list[Row]:
+    """Trains what is not trained yet, seed by seed, and writes results and picture after each run.
+
+    Raises RuntimeError for a run that failed, when those beside it have ended.
+    """
+    comparison = Comparison(variants, options, sizes or Sizes())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    comparison.make_data()
+    comparison.describe()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        owners = {comparison.pretrained(name): name for name in comparison.names}
+        list(pool.map(comparison.pretrain, owners.values()))
+        seeds = map(int, options.seeds.split(","))
+        pairs = [(name, seed) for seed in seeds for name in comparison.names if seed in comparison.seeds[name]]
+        for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
+            future.result()
+            comparison.write(reference, title)
+    rows = comparison.write(reference, title)
+    print(curves.table(rows))
+    return rows
