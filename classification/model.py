@@ -53,7 +53,8 @@ def load_classifier(path: str | Path, overrides: Sequence[str], device: torch.de
         CheckpointError: not a classification checkpoint, or its weights do not fit the model.
         ConfigError: an override is wrong.
     """
-    trained, path = load_trained(Path(path), "classification"), Path(path)
+    path = Path(path)
+    trained = load_trained(path, "classification")
     with blaming(path):
         config = from_dict(ClassificationConfig, trained.config, str(path))
         check_config(config)

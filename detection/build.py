@@ -10,7 +10,7 @@ from timm.layers import freeze_batch_norm_2d
 
 from dat.training.config import from_dict, to_dict
 from dat.training.errors import CheckpointError, ConfigError
-from dat.training.rebuild import blaming, load_trained, rebuild
+from dat.training.rebuild import blaming, load_trained, no_more_than, rebuild
 from dat.training.weights import without_weights
 
 from . import official
@@ -105,7 +105,7 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     trained = load_trained(path, "detection")
     ids, names = trained.state.get("category_ids"), trained.class_names
     categories = check_categories(ids, names, path)
-    with blaming(path):
+    with blaming(path), no_more_than(trained.weights, path):
         config = from_dict(DetectionConfig, trained.config, str(path))
         check_config(config)
     model = rebuild(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)

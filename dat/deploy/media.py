@@ -17,8 +17,6 @@ from dat.training.files import find_images
 from dat.training.pictures import read_picture
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv"})
-
-
 # demuxers, by FFmpeg's names, of files that hold a video themselves
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,gif,image2"
 

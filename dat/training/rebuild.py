@@ -57,12 +57,10 @@ def load_trained(path: Path, kind: str) -> Trained:
 
 
 def check_class_names(names: Any, path: Path) -> None:
-    """Raises CheckpointError unless these are different texts, one at least."""
+    """Raises CheckpointError unless these are texts, one at least."""
     texts = isinstance(names, list) and all(isinstance(name, str) and len(name) < LONGEST_NAME for name in names)
     if not names or not texts:
         raise CheckpointError(f"{path}: its class_names should be a list of texts, each shorter than {LONGEST_NAME}")
-    if len(set(names)) < len(names):
-        raise CheckpointError(f"{path}: has two classes of one name among its class_names")
 
 
 def rebuild(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M:
@@ -73,7 +71,7 @@ def rebuild(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M
     Raises:
         CheckpointError: it cannot be made, or is not that of the weights.
     """
-    with blaming(path), _no_more_than(weights, path):
+    with blaming(path), no_more_than(weights, path):
         try:
             with torch.device("meta"):
                 check_fits(build(), weights, path)
@@ -103,7 +101,7 @@ def blaming(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_more_than(weights: dict[str, Tensor], path: Path) -> Iterator[None]:
+def no_more_than(weights: dict[str, Tensor], path: Path) -> Iterator[None]:
     """Ends the making of a model that has many more parameters than there are weights: a million layers, say."""
     most, count = 4 * len(weights) + 1000, 0
 
