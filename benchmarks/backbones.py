@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, VARIANTS, "backbones", epochs=6, pretrain=2).parse_args(argv)
+    options = parser(__doc__, VARIANTS, "backbones").parse_args(argv)
     compare(VARIANTS, options, None, "Backbones of equal FLOPs in two-stage Deformable DETR")
 
 

@@ -6,8 +6,8 @@
 Tests at small scale what Zhu et al. (ICLR 2021, arXiv:2010.04159) claim: Deformable DETR reaches DETR's AP in a tenth
 of its epochs, and is better on small objects. All variants are configs/detection/scenes.yaml but for what makes them
 what they are: same scenes, same backbone, which a short training on digits made, same number of epochs, the rate
-falling after four fifths of them; `detr_10x` has ten times as many, of the first seed. Single-scale
-models work on a map of stride 16, as those named DC5 in the paper's table 1.
+falling after four fifths of them; `detr_10x` has ten times as many, of the first seed. Single-scale models work on a
+map of stride 16, as those named DC5 in the paper's table 1.
 
 Of three rates each that were tried, for three epochs, the training loss of DETR fell alike with 1e-4 and 2e-4 and less
 with 4e-4, that of single-scale Deformable DETR alike with 4e-4 and 8e-4 and less with 2e-4: DETR has 2e-4, all variants
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, VARIANTS, "convergence", epochs=6, pretrain=4).parse_args(argv)
+    options = parser(__doc__, VARIANTS, "convergence").parse_args(argv)
     reference = "detr_10x" if "detr_10x" in options.variants.split(",") else "detr"
     title = "DETR and Deformable DETR on " + ("generated scenes" if options.data is None else str(options.data))
     compare(VARIANTS, options, reference, title)

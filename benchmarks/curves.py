@@ -1,5 +1,6 @@
 """AP of detectors over their trainings: means over seeds, when a level was reached, and the picture."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path, title: str) -
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(10, 7.5), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
-        for row, colour in zip(rows, COLOURS, strict=False):
+        for row, colour in zip(rows, itertools.cycle(COLOURS), strict=False):
             done = sum(run["finished"] for run in row["runs"])
             label = f"{row['label']} ({done} of {len(row['seeds'])} seeds)"
             seconds = row["steps_per_epoch"] * row["ms_per_step"] / 1e3
@@ -93,7 +94,7 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path, title: str) -
             if log:
                 place.set_xscale("log")
         axes[1][0].set_xlabel("epochs")
-        where = machine["gpu"] or f"CPU ({machine['cpu']}, {machine['threads']} threads)"
+        where = machine["gpu"] or f"CPU ({machine['cpu']}, {machine['threads']} thread(s))"
         axes[1][1].set_xlabel(f"seconds of training steps, {where}")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.suptitle(title, fontsize=10)

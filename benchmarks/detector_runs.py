@@ -213,13 +213,14 @@ def mflops(model: torch.nn.Module, images: torch.Tensor) -> float:
     return round(counter.get_total_flops() / 2e6, 1)
 
 
-def parser(doc: str, variants: Mapping[str, Variant], name: str, epochs: int, pretrain: int) -> argparse.ArgumentParser:
+def parser(doc: str, variants: Mapping[str, Variant], name: str) -> argparse.ArgumentParser:
+    """The options of a benchmark `name`, described by the first line of `doc`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"of {CONFIG}, for all runs")
     parser.add_argument("--variants", default=",".join(variants), help=f"of {','.join(variants)}")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--pretrain", type=int, default=pretrain, help="epochs in which backbones learn to classify")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--pretrain", type=int, default=4, help="epochs in which backbones learn to classify")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where the runs are kept")
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="where the scenes are kept")

@@ -60,7 +60,7 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_scenes_have_objects_of_both_sizes(tmp_path):
     """By COCO's measure, so that AP of small objects is another than AP."""
-    options = detector_runs.parser("Doc.", convergence.VARIANTS, "convergence", 1, 1).parse_args([])
+    options = detector_runs.parser("Doc.", convergence.VARIANTS, "convergence").parse_args([])
     options.scenes = tmp_path
     Comparison(convergence.VARIANTS, options, replace(Sizes(), train=4, val=20, crops=(10, 10))).make_data()
     areas = [box["area"] for box in json.loads((tmp_path / "data" / "val.json").read_text())["annotations"]]
@@ -69,7 +69,7 @@ def test_scenes_have_objects_of_both_sizes(tmp_path):
 
 
 def test_backbones_take_equal_flops_and_vary_in_nothing_else(tmp_path):
-    options = detector_runs.parser("Doc.", backbones.VARIANTS, "backbones", 5, 2).parse_args([])
+    options = detector_runs.parser("Doc.", backbones.VARIANTS, "backbones").parse_args([])
     options.data = tmp_path
     comparison = Comparison(backbones.VARIANTS, options, TINY)
     overrides = [comparison.overrides(name) for name in comparison.names]
