@@ -4,25 +4,28 @@
 
 FOLDER holds train.tar and val.tar, or folders of these names, one folder of pictures per class in each; `--train` and
 `--val` give other names. Every run is the command of configs/classification/small_pictures.yaml; one that is finished
-is not run again, one that was interrupted goes on. The accuracy is that of the last epoch, not of the best.
+is not run again, one that was interrupted goes on. The accuracy is that of the last epoch, not of the best. Training
+steps are timed in turns at the end; `--seeds ""` does that alone.
 """
 
 import argparse
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import dat  # noqa: F401  registers its models
-from benchmarks.timing import write_json
+from benchmarks.timing import medians, memory_kept, write_json
 from benchmarks.trainings import last_entries, train
 
 CONFIG = "configs/classification/small_pictures.yaml"
-IMG_SIZE = 64
+IMG_SIZE, BATCH = 64, 32
 SWIN = {"name": "swin_tiny_patch4_window7_224", "img_size": IMG_SIZE, "embed_dim": 32, "num_heads": [1, 2, 4, 8]}
 # Swins of the width of the nano models, with as many blocks as take their FLOPs.
 MODELS: dict[str, dict[str, Any]] = {
@@ -35,12 +38,29 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def size_of(arguments: dict[str, Any]) -> dict[str, float]:
     """Millions of parameters and of multiplications with an addition for one picture."""
-    rest = {name: value for name, value in arguments.items() if name != "name"}
-    model = timm.create_model(arguments["name"], num_classes=10, device="meta", **rest)
+    model = create(arguments, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, IMG_SIZE, IMG_SIZE, device="meta"))
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters_m": round(parameters / 1e6, 2), "mflops": round(counter.get_total_flops() / 2e6, 1)}
+
+
+def create(arguments: dict[str, Any], **more: Any) -> torch.nn.Module:
+    options = {key: value for key, value in arguments.items() if key != "name"}
+    return timm.create_model(arguments["name"], num_classes=10, **options, **more)
+
+
+def training_step(model: torch.nn.Module) -> Callable[[], None]:
+    """A step of AdamW on random pictures."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, labels = torch.randn(BATCH, 3, IMG_SIZE, IMG_SIZE), torch.arange(BATCH) % 10
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
 
 
 def accuracy(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -58,7 +78,7 @@ def accuracy(name: str, seed: int, options: argparse.Namespace) -> dict[str, flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--train", default="train.tar")
     parser.add_argument("--val", default="val.tar")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
@@ -67,17 +87,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
     options = parser.parse_args(argv)
+    if options.seeds and options.data is None:
+        parser.error("--data is needed, the folder of the pictures")
     names = options.models.split(",")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for seed in map(int, options.seeds.split(",")):
+    for seed in map(int, filter(None, options.seeds.split(","))):
         for name in names:
             results[name].append(accuracy(name, seed, options))
+    steps = {name: training_step(create(MODELS[name]).train()) for name in names}
+    with memory_kept():
+        seconds = medians(steps, torch.device("cpu"), repeats=9, budget=math.inf)
     rows = []
     for name, runs in results.items():
         top1 = [run["top1"] for run in runs]
         rows.append({"model": name, "arguments": MODELS[name], "epochs": options.epochs, **size_of(MODELS[name])})
-        rows[-1] |= {"top1": top1, "mean": round(statistics.mean(top1), 2)}
-        print(f"{name:<20} {rows[-1]['mflops']:5.1f} MFLOPs  top-1 {rows[-1]['mean']:.2f}  {top1}")
+        rows[-1] |= {"top1": top1, "mean": round(statistics.mean(top1), 2)} if top1 else {}
+        rows[-1] |= {"step_ms": round(1e3 * seconds[name], 1), "images_per_second": round(BATCH / seconds[name], 1)}
+        print(*(f"{key} {value}" for key, value in rows[-1].items() if key != "arguments"), sep="  ")
     if options.out:
         write_json(options.out, rows)
 
