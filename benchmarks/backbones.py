@@ -7,6 +7,7 @@ batch norm, as everywhere there, nothing of them is frozen. Each was trained to 
 epochs. DAT++ is `dat_pp_nano`; Swin that of equal FLOPs of `benchmarks.accuracy`; DAT is `dat_nano` with wider MLPs and
 ResNet a ResNet-18 of fewer channels, so that all four take within 1 % of the same FLOPs at the size of the scenes.
 Runs and seconds are as in `benchmarks.convergence`.
+Swin takes square pictures only, which matters with `--data`.
 """
 
 from collections.abc import Sequence

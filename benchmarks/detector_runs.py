@@ -257,9 +257,13 @@ def compare(
         list(pool.map(comparison.pretrain, owners.values()))
         seeds = map(int, options.seeds.split(","))
         pairs = [(name, seed) for seed in seeds for name in comparison.names if seed in comparison.seeds[name]]
-        for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
-            future.result()
-            comparison.write(reference, title)
+        try:
+            for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
+                future.result()
+                comparison.write(reference, title)
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)
+            raise
     rows = comparison.write(reference, title)
     print(curves.table(rows))
     return rows
