@@ -53,14 +53,15 @@ class Variant:
     """A detector that differs from CONFIG in some keys.
 
     `backbone`: arguments of the timm model, which is trained to classify digits first. `features`: further ones of the
-    feature extractor in the detector. `keys`: others, "key.path" to value. `times`: how many times as many epochs.
-    `seeds`: how many of the seeds are run at most.
+    feature extractor in the detector. `keys`: others, "key.path" to value. `classifier`: keys of the training to
+    classify. `times`: how many times as many epochs. `seeds`: how many of the seeds are run at most.
     """
 
     label: str
     backbone: dict[str, Any]
     features: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
+    classifier: dict[str, Any] = field(default_factory=dict)
     times: int = 1
     seeds: int | None = None
 
@@ -95,8 +96,12 @@ class Comparison:
 
     def pretrained(self, name: str) -> Path:
         """Where the backbone of a variant, trained to classify, lies; variants of the same backbone share it."""
-        backbone = self.variants[name].backbone
-        owner = next(key for key, variant in self.variants.items() if variant.backbone == backbone)
+        mine = self.variants[name]
+        owner = next(
+            key
+            for key, variant in self.variants.items()
+            if (variant.backbone, variant.classifier) == (mine.backbone, mine.classifier)
+        )
         return self.options.runs / f"pretrain_{owner}"
 
     def pretrain(self, name: str) -> None:
@@ -105,6 +110,7 @@ class Comparison:
             "data.img_size": self.sizes.shown,
             "model.backbone": self.variants[name].backbone,
             "train.workers": 0,
+            **self.variants[name].classifier,
         }
         folder = self.pretrained(name)
         train("classification.train", CLASSIFIER, folder, self.options.pretrain, overrides, folder.with_suffix(".log"))
@@ -251,9 +257,13 @@ def compare(
         list(pool.map(comparison.pretrain, owners.values()))
         seeds = map(int, options.seeds.split(","))
         pairs = [(name, seed) for seed in seeds for name in comparison.names if seed in comparison.seeds[name]]
-        for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
-            future.result()
-            comparison.write(reference, title)
+        try:
+            for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
+                future.result()
+                comparison.write(reference, title)
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)
+            raise
     rows = comparison.write(reference, title)
     print(curves.table(rows))
     return rows
