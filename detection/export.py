@@ -26,6 +26,9 @@ from dat.training.loop import main_guard
 from .build import Detector, load_detector
 from .graph import DetectorGraph
 
+# scores that are so near may come in another order from another program
+TIE = 2e-4
+
 
 def detector_graph(detector: Detector, top_k: int) -> Graph:
     """What is exported of a detector."""
@@ -61,18 +64,16 @@ def difference(wanted: Tensors, found: Tensors) -> dict[str, float]:
         return dict.fromkeys(worst, float("inf"))
     for scores, labels, boxes, queries, *others in zip(*wanted, *found, strict=True):
         worst["scores"] = max(worst["scores"], _largest(scores - others[0]))
-        same = (labels[:, None] == others[1]) & (queries[:, None] == others[3])
+        own = (labels[:, None] == others[1]) & (queries[:, None] == others[3])
+        # In two stages queries that tie may have changed places: what the one found is found by the other.
+        same = own | (labels[:, None] == others[1]) & ((scores[:, None] - others[0]).abs() < TIE)
         # those that are so near to the last that they may be left out
-        near = scores - scores[-1:] < 2e-4
-        there = same.any(1)
-        if not (there | near).all():
-            # In two stages queries that tie may have changed places: what they found is found by another.
-            same = (labels[:, None] == others[1]) & ((scores[:, None] - others[0]).abs() < 2e-4)
-            there = same.any(1)
-        if not (there | near).all():
+        near = scores - scores[-1:] < TIE
+        judged, there = own.any(1) | ~near, same.any(1)
+        if not there[judged].all():
             worst["scores"] = float("inf")
         distance = (boxes[:, None] - others[2]).abs().amax(-1).masked_fill(~same, float("inf")).amin(1)
-        worst["boxes"] = max(worst["boxes"], _largest(distance[there]))
+        worst["boxes"] = max(worst["boxes"], _largest(distance[judged & there]))
     return worst
 
 

@@ -160,6 +160,14 @@ def test_difference_of_detections(found, scores, boxes):
     assert worst == {"scores": pytest.approx(scores), "boxes": pytest.approx(boxes)}
 
 
+def test_queries_that_tie_may_change_places():
+    wanted = detections([0.9, 0.9, 0.1], [0, 0, 0], [1.0, 300.0, 9.0], [4, 5, 6])
+    swapped = detections([0.9, 0.9, 0.1], [0, 0, 0], [300.0, 1.25, 9.0], [4, 5, 6])
+    assert export.difference(wanted, swapped) == {"scores": 0.0, "boxes": 0.25}
+    apart = detections([0.9, 0.8, 0.1], [0, 0, 0], [1.0, 300.0, 9.0], [4, 5, 6])
+    assert export.difference(apart, detections([0.9, 0.8, 0.1], [0, 0, 0], [300.0, 1.0, 9.0], [4, 5, 6]))["boxes"] > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
