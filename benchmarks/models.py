@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default="224,384,800x1333")
     parser.add_argument("--batches", default="8,2,1", help="images of a batch, for each size")
     parser.add_argument("--peers", default=",".join(PEERS), help="timm models to measure beside")
+    parser.add_argument("--no-official", action="store_true", help="ours beside the timm models alone")
     parser.add_argument("--train", action="store_true", help="training steps too")
     parser.add_argument("--memory", action="store_true", help="peak memory too, of models and of deformable blocks")
     parser.add_argument("--no-times", action="store_true", help="only memory and difference")
@@ -160,18 +161,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.out:
             write_json(options.out, rows)
 
-    implementations = ("ours", "official", *filter(None, options.peers.split(",")))
+    official = () if options.no_official else ("official",)
+    implementations = ("ours", *official, *filter(None, options.peers.split(",")))
     passes = ("forward", "step") if options.train else ("forward",)
     for name in options.models.split(","):
         for text, batch in zip(options.sizes.split(","), options.batches.split(","), strict=True):
             with Competition(name, parse_size(text), int(batch), options) as competition:
-                add(competition.difference())
+                if official:
+                    add(competition.difference())
                 for what in passes:
                     if not options.no_times:
                         add(competition.times(implementations, what))
                     if options.memory:
                         add(competition.memory(implementations, what))
-                if options.memory:
+                if official and options.memory:
                     add(*competition.blocks())
 
 
