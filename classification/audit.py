@@ -26,7 +26,7 @@ from tqdm import tqdm
 from classification.config import ClassificationConfig, check_config
 from classification.readers import Split, library, open_place, open_split
 from dat.training.config import apply_overrides, load_config
-from dat.training.errors import DataError
+from dat.training.errors import DataError, brief
 from dat.training.files import write_json
 from dat.training.findings import Findings, format_problems
 from dat.training.loop import main_guard
@@ -70,7 +70,7 @@ def survey(place: str, split: Split, class_names: Sequence[str]) -> PictureSurve
                 to_rgb(picture)
                 return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (picture.size, mode, int(label))
         except UNREADABLE as error:
-            return index, "", f"{split.name(index)}: {' '.join(str(error).split())[:120] or type(error).__name__}"
+            return index, "", f"{split.name(index)}: {brief(error, 120)}"
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(check, range(len(split)))

@@ -14,7 +14,7 @@ from timm.data.readers import create_reader
 
 from classification.config import DataConfig, SplitConfig
 from classification.shards import RecordReader, encoded, index_records, open_web
-from dat.training.errors import ConfigError, DataError
+from dat.training.errors import ConfigError, DataError, brief
 from dat.training.pictures import UNREADABLE, open_picture, to_rgb
 
 # of WebDataset
@@ -166,8 +166,7 @@ def _need(module: str, package: str, settings: SplitConfig, key: str) -> None:
 
 
 def _cannot_load(settings: SplitConfig, key: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {reason}")
+    return DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {brief(error)}")
 
 
 def _open_web(data: DataConfig, settings: SplitConfig, key: str, class_names: Sequence[str] | None) -> Split:

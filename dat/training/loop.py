@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-from dat.training.errors import ConfigError, UserError
+from dat.training.errors import ConfigError, UserError, brief
 from dat.training.peers import current_watch
 
 
@@ -135,7 +135,7 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     try:
         return timm.create_model(name, **rest, **fixed)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = brief(error)
         raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
 
 
