@@ -1,13 +1,14 @@
 """Exports a classifier with its pre- and post-processing.
 
     python -m classification.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
-    python -m classification.export CHECKPOINT --out model.pt2
+    python -m classification.export CHECKPOINT --out model.pt2 [--compile]
 
-.onnx is for onnxruntime and the like, .pt2 a torch.export program. Input: "images" [B, 3, H, W] uint8, RGB, resized and
-cropped (metadata: "img_size", "crop_pct", "crop_mode", "interpolation"); any batch, and any size that the model takes.
-Outputs: "logits" [B, K], "scores" [B, k], the k <= 5 highest probabilities, falling, and their "labels" [B, k] int64.
-The file is put in place only after it gave torch's results on real pictures: --images, the validation data, or
-generated ones, at two sizes, alone and in pairs.
+.onnx is for onnxruntime and the like, .pt2 a torch.export program, or with --compile a package of AOTInductor: machine
+code for processors such as this one. Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata:
+"img_size", "crop_pct", "crop_mode", "interpolation"); any batch, and any size that the model takes, but img_size alone
+where it is compiled. Outputs: "logits" [B, K], "scores" [B, k], the k <= 5 highest probabilities, falling, and their
+"labels" [B, k] int64. The file is put in place only after it gave torch's results on real pictures: --images, the
+validation data, or generated ones, at two sizes, alone and in pairs.
 """
 
 from collections.abc import Sequence
@@ -74,19 +75,20 @@ def takes_any_size(model: nn.Module, images: Sequence[Tensor]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = export_parser("python -m classification.export", "Exports a classifier.")
     options = parser.parse_args(arguments)
-    check_path(options.out)
+    check_path(options.out, options.compile)
     classifier = load_classifier(options.checkpoint, [], torch.device("cpu"))
     data = classifier.config.data
     sizes = check_sizes(options.sizes, data.img_size)
     pictures = sample_pictures(options.images, Path(data.root) / data.val.path)
     batches = sample_batches(pictures, sizes)
-    any_size = takes_any_size(classifier.model, batches)
+    any_size = not options.compile and takes_any_size(classifier.model, batches)
     side = data.img_size
     if not any_size:
         batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
     graph = classifier_graph(classifier, any_size)
-    worst = export_checked(graph, [(batch,) for batch in batches], options.out)
-    at = f"shortest edges {sizes[0]} and {sizes[1]}" if any_size else f"{side} pixels, the one size of the model"
+    worst = export_checked(graph, [(batch,) for batch in batches], options.out, options.compile)
+    what = "package" if options.compile else "model"
+    at = f"shortest edges {sizes[0]} and {sizes[1]}" if any_size else f"{side} pixels, the one size of the {what}"
     print(
         f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['logits']:.1e} in logits "
         f"on {pictures.origin}, {at}, batch 1 and 2"

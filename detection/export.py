@@ -1,7 +1,7 @@
 """Exports a detector with its pre- and post-processing.
 
     python -m detection.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
-    python -m detection.export CHECKPOINT --out model.pt2
+    python -m detection.export CHECKPOINT --out model.pt2 [--compile]
 
 .onnx is for onnxruntime and the like, .pt2 a torch.export program. Inputs, of any batch and size: "images" [B, 3, H, W]
 uint8, RGB, already resized (metadata: "size" of the shortest edge, "max_size" of the longest), and "sizes" [B, 2]
@@ -9,9 +9,15 @@ int64, the (height, width) in pixels that boxes are wanted in, 0: in pixels of "
 falling, "labels" [B, k] int64, "boxes" [B, k, 4], (x0, y0, x1, y1), and "queries" [B, k] int64, which of the decoder's
 queries it was. The file is put in place only after it gave torch's results on real images: --images, the validation
 data, or generated ones, at two sizes, alone and in pairs.
+
+--compile makes .pt2 a package of AOTInductor: machine code for processors such as this one, which takes minutes. It
+is given "images" that are padded at the right and below until their sides are multiples of a number (metadata:
+"padded_to"), and as a third input "inside" [B, 2] int64, the (height, width) without the padding.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,13 @@ from dat.training.errors import ConfigError
 from dat.training.loop import main_guard
 
 from .build import Detector, load_detector
-from .graph import DetectorGraph
+from .graph import DetectorGraph, PaddedDetectorGraph, pad_pictures
 
 # scores that are so near may come in another order from another program
 TIE = 2e-4
+# Compiled for sides that the strides of all maps divide: for others, sizes are rounded up from map to map, and about
+# such expressions inductor reasons for hours.
+STRIDE = 32
 
 
 def detector_graph(detector: Detector, top_k: int) -> Graph:
@@ -51,6 +60,20 @@ def detector_graph(detector: Detector, top_k: int) -> Graph:
         metadata,
         difference,
         {"scores": 1e-4, "boxes": 1e-3},
+    )
+
+
+def padded_graph(detector: Detector, top_k: int, multiple: int) -> Graph:
+    """What is compiled of a detector: a graph of padded pictures, whose sides are multiples of a number."""
+    graph = detector_graph(detector, top_k)
+    images, sizes = graph.example
+    return replace(
+        graph,
+        module=PaddedDetectorGraph(detector.model, detector.config.data, top_k).eval(),
+        inputs={**graph.inputs, "inside": {0: "batch"}},
+        example=pad_pictures(images, sizes, multiple),
+        metadata={**graph.metadata, "padded_to": multiple},
+        multiples={"height": multiple, "width": multiple},
     )
 
 
@@ -87,16 +110,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.top_k is not None and options.top_k < 1:
         raise ConfigError(f"--top-k is {options.top_k}, should be at least 1")
-    check_path(options.out)
+    check_path(options.out, options.compile)
     detector = load_detector(options.checkpoint, torch.device("cpu"))
     data = detector.config.data
     sizes = check_sizes(options.sizes, data.val.size)
     pictures = sample_pictures(options.images, Path(data.root) / data.val.images)
-    samples = [
+    samples: list[Tensors] = [
         (images, torch.tensor([[0, 0], [480, 640]][: len(images)])) for images in sample_batches(pictures, sizes)
     ]
-    graph = detector_graph(detector, options.top_k or data.val.top_k)
-    worst = export_checked(graph, samples, options.out)
+    top_k = options.top_k or data.val.top_k
+    graph = detector_graph(detector, top_k)
+    if options.compile:
+        multiple = math.lcm(data.pad_multiple, STRIDE)
+        graph = padded_graph(detector, top_k, multiple)
+        samples = [pad_pictures(images, wanted, multiple) for images, wanted in samples]
+    worst = export_checked(graph, samples, options.out, options.compile)
     print(
         f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['boxes']:.1e} pixels and "
         f"{worst['scores']:.1e} in scores on {pictures.origin}, shortest edges {sizes[0]} and {sizes[1]}, batch 1 and 2"

@@ -18,7 +18,7 @@ from dat.training.rebuild import blaming
 
 from .build import Detector, check_categories, load_detector
 from .data import Category, resized_size
-from .graph import DetectorGraph
+from .graph import DetectorGraph, pad_pictures
 
 # images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, see DetectorGraph
 Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -100,9 +100,14 @@ def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
     if not all(isinstance(edge, int) and 1 <= edge <= LARGEST_SIDE for edge in edges):
         raise CheckpointError(f"{path}: its metadata lacks size or max_size, integers of 1 to {LARGEST_SIDE}")
     categories = check_categories(ids, names, path)
+    # what is compiled does not pad
+    multiple = exported.metadata.get("padded_to")
+    if multiple is not None and not (isinstance(multiple, int) and 1 <= multiple <= LARGEST_SIDE):
+        raise CheckpointError(f"{path}: its metadata has a padded_to that is not an integer of 1 to {LARGEST_SIDE}")
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        return tuple(output[:, :top_k] for output in exported.run(images, sizes))
+        inputs = (images, sizes) if multiple is None else pad_pictures(images, sizes, multiple)
+        return tuple(output[:, :top_k] for output in exported.run(*inputs))
 
     return Predictor(categories, *edges, _checked(run, len(categories), path))
 

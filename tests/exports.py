@@ -1,6 +1,6 @@
 """Exports classifiers and detectors of full size, and compares the files with torch. From the root of a checkout:
 
-    python -m tests.exports [NAME ...] [--formats onnx pt2] [--checkpoints FILE ...]
+    python -m tests.exports [NAME ...] [--formats onnx pt2 compiled] [--checkpoints FILE ...]
 
 NAME: a timm model, or a file of configs/detection without its ending. Their weights are drawn, so that every query has
 boxes and scores of its own; `--checkpoints` takes trained ones instead. A case is the export command, which compares
@@ -36,7 +36,9 @@ from detection import export as detection_export
 from detection.build import build_model, detector_state, load_detector
 from detection.config import DetectionConfig
 from detection.data import Category
+from detection.graph import pad_pictures
 
+FORMATS = ("onnx", "pt2", "compiled")
 CLASSIFIERS = ("dat_nano", "dat_plus_nano", "dat_pp_nano")
 DETECTORS = ("deformable_detr_dat_nano", "deformable_detr_r50", "detr_r50")
 # shortest edge, in pixels, of the batch that the commands do not see
@@ -71,26 +73,33 @@ def write_checkpoint(name: str, path: Path) -> None:
     save_checkpoint(path, {**state, "state_dict": model.state_dict()})
 
 
-def compare(checkpoint: Path, out: Path) -> str:
+def compare(checkpoint: Path, out: Path, form: str) -> str:
     """The largest differences of a batch of three at another size; raises AssertionError where they are too large."""
     kind = load_checkpoint(checkpoint)["kind"]
+    exported = load_exported(out, kind, trust=True)
     pair, _ = sample_batches(sample_pictures(None, Path("nowhere")), [UNSEEN[kind]])
     images = torch.cat([pair, pair.flip(-1)])[:3]
     if kind == "classification":
         graph = classification_export.classifier_graph(load_classifier(checkpoint, [], torch.device("cpu")), True)
-        inputs = (images,)
+        side = exported.metadata["img_size"]
+        inputs = (images[..., :side, :side] if form == "compiled" else images,)
     else:
         detector = load_detector(checkpoint, torch.device("cpu"))
-        graph = detection_export.detector_graph(detector, detector.config.data.val.top_k)
+        top_k = detector.config.data.val.top_k
+        graph = detection_export.detector_graph(detector, top_k)
         inputs = (images, torch.tensor([[0, 0], [480, 640], [300, 500]]))
+        if form == "compiled":
+            multiple = exported.metadata["padded_to"]
+            graph = detection_export.padded_graph(detector, top_k, multiple)
+            inputs = pad_pictures(*inputs, multiple)
     with torch.no_grad():
         wanted = graph.module(*inputs)
-    found = graph.difference(wanted, load_exported(out, kind, trust=True).run(*inputs))
+    found = graph.difference(wanted, exported.run(*inputs))
     figures = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     if not all(value <= graph.tolerances[name] for name, value in found.items()):
         raise AssertionError(figures)
     scores = wanted[1] if kind == "classification" else wanted[0]
-    return f"{figures} at {list(images.shape)}, scores {scores.min():.2g} to {scores.max():.2g}"
+    return f"{figures} at {list(inputs[0].shape)}, scores {scores.min():.2g} to {scores.max():.2g}"
 
 
 def check(name: str, form: str, checkpoint: Path) -> None:
@@ -98,10 +107,11 @@ def check(name: str, form: str, checkpoint: Path) -> None:
     start = time.perf_counter()
     command = (detection_export if load_checkpoint(checkpoint)["kind"] == "detection" else classification_export).main
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / f"{checkpoint.parent.name}.{form}"
+        ending, flags = ("pt2", ["--compile"]) if form == "compiled" else (form, [])
+        out = Path(folder) / f"{checkpoint.parent.name}.{ending}"
         try:
-            command([str(checkpoint), "--out", str(out)])
-            verdict, figures = "ok", compare(checkpoint, out)
+            command([str(checkpoint), "--out", str(out), *flags])
+            verdict, figures = "ok", compare(checkpoint, out, form)
         except (UserError, AssertionError) as error:
             verdict, figures = "FAILED", str(error)
     seconds = f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU"
@@ -113,7 +123,7 @@ def check(name: str, form: str, checkpoint: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; those of the issue by default")
-    parser.add_argument("--formats", nargs="+", default=("onnx", "pt2"), metavar="ENDING", help="onnx pt2 by default")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="FILE", help="trained models")
     args = parser.parse_args()
     names = args.names or ([] if args.checkpoints else [*CLASSIFIERS, *DETECTORS])

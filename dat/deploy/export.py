@@ -1,24 +1,29 @@
-"""Writes models as ONNX files and torch.export packages, each checked before it takes its place."""
+"""Writes models as ONNX files, torch.export and AOTInductor packages, each checked before it takes its place."""
 
 import argparse
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dat.deploy.compiled import write_compiled
 from dat.deploy.runtime import load_exported
-from dat.training.errors import ConfigError, UserError
+from dat.training.config import LARGEST_SIDE
+from dat.training.errors import ConfigError, UserError, brief
 
 Tensors = tuple[Tensor, ...]
+# loggers of exporters, which tell of steps that no reader can do anything about; errors are raised
+CHATTER = ("onnxscript", "onnx_ir", "torch.export", "torch.onnx", "torch.utils.cpp_extension")
 
 
 class ExportError(UserError, RuntimeError):
@@ -38,6 +43,7 @@ class Graph:
         metadata: what a program has to know beside them, as JSON holds it; see `dat.deploy.runtime.Exported`.
         difference: (torch's outputs, the exported model's) to the largest differences by name, as `check` judges them.
         tolerances: the largest differences that are allowed, by name.
+        multiples: what the sizes of an axis of any size are multiples of, by the axis's name, where they are.
     """
 
     module: nn.Module
@@ -47,33 +53,38 @@ class Graph:
     metadata: dict[str, Any]
     difference: Callable[[Tensors, Tensors], dict[str, float]]
     tolerances: dict[str, float]
+    multiples: dict[str, int] = field(default_factory=dict)
 
 
 def export_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that export commands share: checkpoint, --out, --images and --sizes."""
+    """The arguments that export commands share: checkpoint, --out, --compile, --images and --sizes."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
     parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
+    parser.add_argument("--compile", action="store_true", help="a .pt2 of machine code, by AOTInductor")
     parser.add_argument("--images", type=Path, help="pictures to check on, a file or a folder (the validation data)")
     parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
     return parser
 
 
-def check_path(path: Path) -> None:
+def check_path(path: Path, compiled: bool = False) -> None:
     """Raises ConfigError unless a model can be written to this path, as what its ending says."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export)")
+    if compiled and path.suffix != ".pt2":
+        raise ConfigError(f"--out: {path} should end in .pt2 with --compile")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--out: {path} is a folder, or in a folder that does not exist")
 
 
-def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path) -> dict[str, float]:
+def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compiled: bool = False) -> dict[str, float]:
     """Exports a model, runs the file on samples, and puts it at `path` if it gives what torch gives.
 
     Args:
         graph: what to export.
         samples: inputs to compare on.
         path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
+        compiled: .pt2 is a package of AOTInductor, not of torch.export.
 
     Returns:
         The largest differences by name.
@@ -82,12 +93,13 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path) -> dict
         ConfigError: a path or a library that is missing.
         ExportError: torch cannot export the model, or the file gives other results.
     """
-    check_path(path)
+    check_path(path, compiled)
+    write = _write_onnx if path.suffix == ".onnx" else _write_compiled if compiled else _write_program
     module = graph.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         with torch.no_grad(), _without_chatter():
-            (_write_onnx if path.suffix == ".onnx" else _write_program)(graph, temporary)
+            write(graph, temporary)
             worst = _check(graph, module, samples, temporary)
         os.replace(temporary, path)
     return worst
@@ -95,8 +107,7 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path) -> dict
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Exporters tell of steps that no reader can do anything about; their errors are raised."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.export", "torch.onnx")]
+    loggers = [logging.getLogger(name) for name in CHATTER]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -127,7 +138,7 @@ def _check(graph: Graph, module: nn.Module, samples: Sequence[Tensors], path: Pa
 
 def _program(graph: Graph) -> Any:
     """The torch.export program, for any size of the named axes."""
-    axes = [dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in graph.inputs.values()]
+    axes = [{axis: _any_size(name, graph.multiples) for axis, name in names.items()} for names in graph.inputs.values()]
     try:
         # Sizes that may be 1 are not told apart from others, or the program would take no others.
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -136,6 +147,13 @@ def _program(graph: Graph) -> Any:
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ExportError(f"torch.export cannot capture this model: {type(error).__name__}: {reason}") from error
+
+
+def _any_size(axis: str, multiples: dict[str, int]) -> Any:
+    if axis not in multiples:
+        return torch.export.Dim.DYNAMIC
+    # what holds for two and more times the multiple is taken to hold for once as well
+    return multiples[axis] * torch.export.Dim(axis, min=2, max=LARGEST_SIDE // multiples[axis])
 
 
 def _write_onnx(graph: Graph, path: Path) -> None:
@@ -167,3 +185,21 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 
 def _write_program(graph: Graph, path: Path) -> None:
     torch.export.save(_program(graph), path, extra_files={"metadata.json": json.dumps(graph.metadata)})
+
+
+def _write_compiled(graph: Graph, path: Path) -> None:
+    print(f"{graph.metadata['kind']} model: compiling, which can take minutes", file=sys.stderr, flush=True)
+    inputs = {}
+    for (name, axes), example in zip(graph.inputs.items(), graph.example, strict=True):
+        sizes = [_sizes(axes.get(axis), size, graph.multiples) for axis, size in enumerate(example.shape)]
+        inputs[name] = (str(example.dtype), sizes)
+    try:
+        write_compiled(_program(graph), inputs, graph.metadata, path)
+    # of no compiler, of one that fails, or of torch's own
+    except Exception as error:
+        raise ExportError(f"AOTInductor cannot compile this model: {brief(error)}") from error
+
+
+def _sizes(axis: str | None, size: int, multiples: dict[str, int]) -> tuple[int, int]:
+    """The smallest and the largest of an axis that has a name if it may have any size, else this one."""
+    return (size, size) if axis is None else (multiples.get(axis, 1), LARGEST_SIDE)

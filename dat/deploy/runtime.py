@@ -1,4 +1,4 @@
-"""Runs exported models: ONNX files in onnxruntime, torch.export packages in torch."""
+"""Runs exported models: ONNX files in onnxruntime, packages of torch.export and of AOTInductor in torch."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dat.deploy.compiled import is_compiled, load_compiled
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.rebuild import check_class_names
 from dat.training.untrusted import check_content
@@ -44,7 +45,7 @@ def load_exported(path: Path, kind: str, trust: bool = False) -> Exported:
     Args:
         path: .onnx or .pt2.
         kind: "detection" or "classification".
-        trust: .pt2 packages hold pickles, which loading runs; False refuses them.
+        trust: .pt2 packages hold pickles or machine code, which loading runs; False refuses them.
 
     Raises:
         ConfigError: onnxruntime is missing, or the file is a .pt2 and not trusted.
@@ -123,13 +124,17 @@ def _load_package(path: Path) -> Exported:
     import dat.ops  # noqa: F401  defines the operators of the package
 
     try:
+        if is_compiled(path):
+            return Exported(*load_compiled(path))
         extra = {"metadata.json": ""}
         # Its guards refuse axes of 1, of batches too, where shapes were inferred for longer ones: the graph does not.
         module = torch.export.load(path, extra_files=extra).module(check_guards=False)
         return Exported(json.loads(extra["metadata.json"] or "{}"), _as_tuple(module))
+    except CheckpointError:
+        raise
     # a damaged archive fails in ways as many as its parts
     except Exception as error:
-        raise CheckpointError(f"{path}: not a package of torch.export, or a damaged one") from error
+        raise CheckpointError(f"{path}: not a package of torch.export or AOTInductor, or a damaged one") from error
 
 
 def _as_tuple(model: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

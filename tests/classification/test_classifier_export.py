@@ -10,10 +10,13 @@ from PIL import Image
 
 from classification import export
 from classification.config import ClassificationConfig
+from classification.labeller import load_labeller
 from classification.model import build_classifier, load_classifier
+from dat.deploy.export import ExportError
 from dat.deploy.runtime import load_exported
 from dat.training.checkpoint import save_checkpoint
 from dat.training.config import from_dict, to_dict
+from dat.training.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 
@@ -95,6 +98,50 @@ def test_a_program_of_torch_export(tmp_path):
     logits, scores, _ = exported.run(torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8))
     torch.testing.assert_close(scores.sum(1), torch.ones(3))
     assert logits.shape == (3, 3)
+
+
+def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "model.pt2"
+    path = write_classifier(tmp_path / "best.pth", {"name": "dat_nano", "stages": DAT_PP["stages"]})
+    export.main([str(path), "--out", str(out), "--compile"])
+    assert "64 pixels, the one size of the package, batch 1 and 2" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="can run any code"):
+        load_exported(out, "classification")
+    exported = load_exported(out, "classification", trust=True)
+    assert exported.metadata["class_names"] == NAMES
+    labeller = load_labeller(out, [], torch.device("cpu"), trust=True)
+    pictures = [Image.new("RGB", size, "red") for size in ((70, 90), (64, 64), (200, 50))]
+    wanted = load_labeller(path, [], torch.device("cpu"))(pictures)
+    found = labeller(pictures)
+    assert [one["label"] for one in found] == [one["label"] for one in wanted]
+    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in wanted], abs=1e-4)
+    with pytest.raises(CheckpointError, match=r"images are \[2, 3, 64, 66\], should be \[1 to 4096 by 1, 3, 64, 64\]"):
+        exported.run(torch.zeros(2, 3, 64, 66, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=r"images are torch\.float32, should be torch\.uint8"):
+        exported.run(torch.zeros(2, 3, 64, 64))
+    whole = out.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:5000] + b"?" + whole[5001:]):
+        (tmp_path / "damaged.pt2").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_exported(tmp_path / "damaged.pt2", "classification", trust=True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "VSX")
+    with pytest.raises(CheckpointError, match=r"compiled for processors with .*, this one has VSX"):
+        load_exported(out, "classification", trust=True)
+
+
+def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
+    path = write_classifier(tmp_path / "best.pth", {"name": "test_resnet"})
+    with pytest.raises(ConfigError, match=r"model.onnx should end in .pt2 with --compile"):
+        export.main([str(path), "--out", str(tmp_path / "model.onnx"), "--compile"])
+
+    def fail(program, inputs, metadata, path):
+        path.write_bytes(b"a half")
+        raise RuntimeError("no C++ compiler\nin PATH")
+
+    monkeypatch.setattr("dat.deploy.export.write_compiled", fail)
+    with pytest.raises(ExportError, match=r"AOTInductor cannot compile this model: no C\+\+ compiler in PATH"):
+        export.main([str(path), "--out", str(tmp_path / "model.pt2"), "--compile"])
+    assert [file.name for file in tmp_path.iterdir()] == ["best.pth"]
 
 
 def test_difference_of_labels_is_judged_by_their_scores():

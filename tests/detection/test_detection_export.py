@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from exporting import write_detector
+from PIL import Image
 
 from dat.deploy.export import ExportError
 from dat.deploy.runtime import load_exported
@@ -18,6 +19,7 @@ from detection.build import load_detector
 from detection.config import DataConfig
 from detection.graph import DetectorGraph
 from detection.post_process import post_process
+from detection.predictor import load_predictor
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 SIZES = ["--sizes", "64", "96"]
@@ -119,6 +121,27 @@ def test_padding_to_a_multiple_is_part_of_the_graph(checkpoint):
         (wanted,) = post_process(detector.model(x, mask), sizes, top_k=5)
     torch.testing.assert_close(scores[0], wanted["scores"])
     torch.testing.assert_close(boxes[0], wanted["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_compiled_is_given_padded_pictures(tmp_path, monkeypatch):
+    """All but the compiler, which takes minutes for the smallest detector."""
+
+    def write(program, inputs, metadata, path):
+        assert inputs["images"] == ("torch.uint8", [(1, 4096), (3, 3), (32, 4096), (32, 4096)])
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+
+    monkeypatch.setattr("dat.deploy.export.write_compiled", write)
+    backbone = {"name": "test_resnet", "out_indices": [-1]}
+    state = load_checkpoint(write_detector(tmp_path / "best.pth", backbone=backbone, **ONE_MAP))
+    state["config"]["data"]["pad_multiple"] = 32
+    save_checkpoint(tmp_path / "padded.pth", state)
+    out = tmp_path / "model.pt2"
+    export.main([str(tmp_path / "padded.pth"), "--out", str(out), "--compile", *SIZES])
+    picture = Image.effect_noise((75, 130), 60).convert("RGB")
+    (found,) = load_predictor(out, torch.device("cpu"), trust=True)([picture])
+    (wanted,) = load_predictor(tmp_path / "padded.pth", torch.device("cpu"))([picture])
+    torch.testing.assert_close(found["scores"], wanted["scores"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["boxes"], wanted["boxes"], rtol=0, atol=1e-3)
 
 
 def test_a_file_that_gives_other_results_is_not_left_behind(exported, tmp_path, monkeypatch):
