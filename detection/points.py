@@ -48,9 +48,11 @@ class Points:
 def check_points(predictor: Predictor) -> Detector:
     """What a predictor is made of. Raises ConfigError for one whose queries have no sampling points."""
     if predictor.detector is None:
-        raise ConfigError("sampling points need a checkpoint: an exported model does not tell where it looks")
+        raise ConfigError(
+            f"{predictor.path}: sampling points need a checkpoint, an exported model does not tell of them"
+        )
     if not isinstance(predictor.detector.model, DeformableDETR):
-        raise ConfigError("sampling points need a deformable_detr, the checkpoint is of a detr")
+        raise ConfigError(f"{predictor.path}: sampling points need a deformable_detr, this checkpoint is of a detr")
     return predictor.detector
 
 

@@ -29,12 +29,14 @@ class Predictor:
     """What detects: `predictor(pictures)`.
 
     Attributes:
+        path: of the checkpoint or the exported model.
         categories: label i is the i-th.
         size, max_size: of the shortest and the longest edge of what the model is given, in pixels.
         run: see Run.
         detector: what `run` is made of; None for an exported one.
     """
 
+    path: Path
     categories: tuple[Category, ...]
     size: int
     max_size: int
@@ -90,7 +92,7 @@ def load_predictor(path: Path, device: torch.device, top_k: int = 100, trust: bo
             return graph(images.to(device), sizes.to(device))
 
     checked = _checked(run, len(detector.categories), path)
-    return Predictor(detector.categories, data.val.size, data.val.max_size, checked, detector)
+    return Predictor(path, detector.categories, data.val.size, data.val.max_size, checked, detector)
 
 
 def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
@@ -109,7 +111,7 @@ def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
         inputs = (images, sizes) if multiple is None else pad_pictures(images, sizes, multiple)
         return tuple(output[:, :top_k] for output in exported.run(*inputs))
 
-    return Predictor(categories, *edges, _checked(run, len(categories), path))
+    return Predictor(path, categories, *edges, _checked(run, len(categories), path))
 
 
 def _checked(run: Run, classes: int, path: Path) -> Run:

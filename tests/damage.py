@@ -84,6 +84,9 @@ def doctor(content: Any, random: random.Random) -> Any:
     """A dictionary as a checkpoint or metadata hold it with one to three values replaced."""
     content = copy.deepcopy(content)
     for _ in range(random.choice([1, 1, 2, 3])):
+        # the only value may have been deleted before
+        if not content:
+            break
         place = content
         while True:
             key = random.choice(list(place) if isinstance(place, dict) else range(len(place)))

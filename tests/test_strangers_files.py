@@ -213,16 +213,53 @@ def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, mes
         load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "{}/secret.bin"])
-def test_onnx_files_read_nothing_outside_their_folder(tmp_path, location):
-    (tmp_path / "secret.bin").write_bytes(bytes(16))
+@pytest.mark.parametrize("location", ["../secret.bin", "{}/secret.bin", "beside.bin", "/dev/zero"])
+@pytest.mark.parametrize("in_node", [False, True])
+def test_onnx_files_read_no_other_files(tmp_path, location, in_node):
     (tmp_path / "model").mkdir()
+    for name in ("secret.bin", "model/beside.bin"):
+        (tmp_path / name).write_bytes(bytes(16))
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=location.format(tmp_path))
-    nodes = [helper.make_node("Identity", ["w"], ["scores"])]
-    path = write_onnx(tmp_path / "model/model.onnx", nodes, [("scores", TensorProto.FLOAT)], [tensor])
-    with pytest.raises(CheckpointError, match=r"model.onnx: not an ONNX model that can be run"):
+    nodes = [helper.make_node("Constant", [], ["w"], value=tensor)] if in_node else []
+    nodes.append(helper.make_node("Identity", ["w"], ["scores"]))
+    outputs = [("scores", TensorProto.FLOAT)]
+    path = write_onnx(tmp_path / "model/model.onnx", nodes, outputs, [] if in_node else [tensor])
+    with pytest.raises(CheckpointError, match=r"model.onnx: keeps w in another file, which exports never do"):
         load_exported(path, "detection")
+
+
+def test_onnx_files_with_sparse_tensors_are_not_unfolded(tmp_path):
+    numbers = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    sparse = helper.make_sparse_tensor(numbers, helper.make_tensor("i", TensorProto.INT64, [1], [0]), [5 * 10**8])
+    nodes = [helper.make_node("Constant", [], ["scores"], sparse_value=sparse)]
+    path = write_onnx(tmp_path / "model.onnx", nodes, [("scores", TensorProto.FLOAT)])
+    with pytest.raises(CheckpointError, match=r"model.onnx: holds a sparse tensor"):
+        load_exported(path, "detection")
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A MiB for onnxruntime."""
+    monkeypatch.setattr(runtime, "MOST_MEMORY", 2**20)
+    runtime._bound_memory.cache_clear()
+    yield
+    monkeypatch.undo()
+    runtime._bound_memory.cache_clear()
+    runtime._bound_memory()
+
+
+@pytest.mark.parametrize("size", [10**6, 10**15])
+def test_onnx_files_that_need_more_memory_than_allowed(tmp_path, little_memory, size):
+    """Neither a run takes more, nor the session when it is made, which could compute this constant."""
+    nodes = [
+        constant("size", np.array([size])),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["scores"]),
+    ]
+    path = write_onnx(tmp_path / "model.onnx", nodes, [("scores", TensorProto.FLOAT)])
+    with pytest.raises(CheckpointError, match=r"model.onnx: onnxruntime cannot run it: needs more than 0.0009\d* GiB"):
+        load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
 
 
 def test_onnx_files_with_a_loop_without_end_are_stopped(tmp_path, monkeypatch):

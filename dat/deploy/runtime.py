@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from dat.deploy.compiled import is_compiled, load_compiled
-from dat.training.errors import CheckpointError, ConfigError
+from dat.training.errors import CheckpointError, ConfigError, brief
 from dat.training.rebuild import check_class_names
 from dat.training.untrusted import check_content
 
 SUFFIXES = (".onnx", ".pt2")
 # seconds of onnxruntime for one batch
 LONGEST_RUN = 600.0
+# bytes for what all ONNX models of a process compute
+MOST_MEMORY = 12 * 2**30
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,23 @@ def check_found(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: P
 
 def _load_onnx(path: Path) -> Exported:
     try:
+        import onnx
         import onnxruntime
+        from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ConfigError(f"{path}: running ONNX files needs onnxruntime: pip install onnxruntime") from error
+        raise ConfigError(f"{path}: running ONNX files needs {error.name}: pip install onnx onnxruntime") from error
+    try:
+        _check_tensors(onnx.load(path, load_external_data=False), path)
+    except DecodeError as error:
+        raise CheckpointError(f"{path}: not an ONNX model, or a damaged one") from error
+    _bound_memory()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # errors are raised, and need not be logged too
     options.log_severity_level = 4
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # it computes what does not depend on the inputs, with memory that has no bound; exports were folded when written
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         metadata = _parse(session.get_modelmeta().custom_metadata_map)
@@ -101,6 +114,8 @@ def _load_onnx(path: Path) -> Exported:
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         # a graph may hold a loop without end
         limit = onnxruntime.RunOptions()
+        # else pictures of many sizes would leave memory in pieces that add up to the bound
+        limit.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         watchdog = Timer(LONGEST_RUN, setattr, (limit, "terminate", True))
         watchdog.daemon = True
         watchdog.start()
@@ -108,12 +123,45 @@ def _load_onnx(path: Path) -> Exported:
             arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
             return tuple(torch.from_numpy(output) for output in session.run(None, arrays, limit))
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = brief(error, 1000)
+            if "is smaller than requested bytes" in reason:
+                reason = f"needs more than {MOST_MEMORY / 2**30:g} GiB of memory, fewer pictures at once need less"
             raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
         finally:
             watchdog.cancel()
 
     return Exported(metadata, run)
+
+
+def _check_tensors(model: Any, path: Path) -> None:
+    """Raises CheckpointError for tensors of a model (onnx.ModelProto) that exports never hold.
+
+    Those in other files name any file; sparse ones take any memory as soon as the model is read.
+    """
+    import onnx
+
+    waiting = [model]
+    while waiting:
+        message = waiting.pop()
+        if isinstance(message, onnx.SparseTensorProto):
+            raise CheckpointError(f"{path}: holds a sparse tensor, which exports never do")
+        if not isinstance(message, onnx.TensorProto):
+            parts = [(field, value) for field, value in message.ListFields() if field.message_type]
+            waiting += [part for field, value in parts for part in (value if field.is_repeated else [value])]
+        elif message.external_data or message.data_location == onnx.TensorProto.EXTERNAL:
+            raise CheckpointError(f"{path}: keeps {message.name[:100]} in another file, which exports never do")
+
+
+@cache
+def _bound_memory() -> None:
+    """Gives all sessions of the process that ask for it one arena of MOST_MEMORY bytes."""
+    import onnxruntime
+
+    arena = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, onnxruntime.OrtMemType.DEFAULT)
+    # extended by what is asked for, not by powers of two
+    bound = onnxruntime.OrtArenaCfg({"max_mem": MOST_MEMORY, "arena_extend_strategy": 1})
+    onnxruntime.create_and_register_allocator(memory, bound)
 
 
 def _parse(texts: dict[str, str]) -> dict[str, Any]:

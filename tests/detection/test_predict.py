@@ -181,7 +181,7 @@ def test_mistakes_are_named(checkpoint, folder, tmp_path, arguments, error, mess
 
 def test_points_need_a_deformable_detr(folder, tmp_path):
     path = write_detector(tmp_path / "detr.pth", kind="detr")
-    with pytest.raises(ConfigError, match="sampling points need a deformable_detr"):
+    with pytest.raises(ConfigError, match=r"detr.pth: sampling points need a deformable_detr"):
         run(path, folder, "--out", tmp_path / "out", "--show-points")
     assert not (tmp_path / "out").exists()
 
