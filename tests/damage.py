@@ -138,8 +138,7 @@ def change_onnx(data: bytes, random: random.Random) -> bytes:
     model = onnx.ModelProto.FromString(data)
     if random.random() < 0.5:
         metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-        metadata = {name: value for name, value in doctor(metadata, random).items() if not isinstance(value, bytes)}
-        onnx.helper.set_model_props(model, {name: _json(value) for name, value in metadata.items()})
+        onnx.helper.set_model_props(model, {name: _json(value) for name, value in doctor(metadata, random).items()})
         return model.SerializeToString()
     graph = model.graph
     place = random.choice([graph.node, graph.initializer, graph.input, graph.output])
@@ -164,7 +163,7 @@ def change_onnx(data: bytes, random: random.Random) -> bytes:
 def _json(value: Any) -> str:
     try:
         return json.dumps(value)
-    except ValueError:
+    except (TypeError, ValueError):
         return "1" * 20_000
 
 

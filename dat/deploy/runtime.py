@@ -1,6 +1,7 @@
 """Runs exported models: ONNX files in onnxruntime, packages of torch.export and of AOTInductor in torch."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,8 @@ from dat.training.untrusted import check_content
 SUFFIXES = (".onnx", ".pt2")
 # seconds of onnxruntime for one batch
 LONGEST_RUN = 600.0
-# bytes for what all ONNX models of a process compute
-MOST_MEMORY = 12 * 2**30
+# bytes for what all ONNX models of a process compute: three quarters of the machine's memory
+MOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _load_onnx(path: Path) -> Exported:
         except Exception as error:
             reason = brief(error, 1000)
             if "is smaller than requested bytes" in reason:
-                reason = f"needs more than {MOST_MEMORY / 2**30:g} GiB of memory, fewer pictures at once need less"
+                reason = f"needs more than {MOST_MEMORY / 2**30:.3g} GiB, fewer pictures at once need less"
             raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
         finally:
             watchdog.cancel()
