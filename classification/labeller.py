@@ -89,7 +89,8 @@ def _checked(run: Run, classes: int, path: Path | str) -> Run:
     def checked(images: Tensor) -> tuple[Tensor, ...]:
         found = run(images)
         shapes = [list(output.shape) for output in found]
-        if len(found) != 3 or shapes[1] != shapes[2] or any(len(shape) != 2 or 0 in shape for shape in shapes):
+        rows = all(len(shape) == 2 and shape[0] == len(images) and shape[1] for shape in shapes)
+        if len(found) != 3 or shapes[1] != shapes[2] or not rows:
             raise CheckpointError(f"{path}: gives {shapes}, should give [B, K], [B, k] and [B, k]")
         _, scores, labels = found
         check_found(labels, classes, (scores,), path)

@@ -91,7 +91,7 @@ def load_predictor(path: Path, device: torch.device, top_k: int = 100, trust: bo
         with blaming(path), amp_context(device, amp):
             return graph(images.to(device), sizes.to(device))
 
-    checked = _checked(run, len(detector.categories), path)
+    checked = _checked(run, len(detector.categories), top_k, path)
     return Predictor(path, detector.categories, data.val.size, data.val.max_size, checked, detector)
 
 
@@ -109,13 +109,13 @@ def _load_exported(path: Path, top_k: int, trust: bool) -> Predictor:
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         inputs = (images, sizes) if multiple is None else pad_pictures(images, sizes, multiple)
-        return tuple(output[:, :top_k] for output in exported.run(*inputs))
+        return exported.run(*inputs)
 
-    return Predictor(path, categories, *edges, _checked(run, len(categories), path))
+    return Predictor(path, categories, *edges, _checked(run, len(categories), top_k, path))
 
 
-def _checked(run: Run, classes: int, path: Path) -> Run:
-    """`run`, whose results are known to be detections. It raises CheckpointError for others."""
+def _checked(run: Run, classes: int, top_k: int, path: Path) -> Run:
+    """`run`, whose results are known to be detections, at most top_k. It raises CheckpointError for others."""
 
     def checked(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         found = run(images, sizes)
@@ -126,6 +126,6 @@ def _checked(run: Run, classes: int, path: Path) -> Run:
             raise CheckpointError(f"{path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
         scores, labels, boxes, _ = found
         check_found(labels, classes, (scores, boxes), path)
-        return found
+        return tuple(output[:, :top_k] for output in found)
 
     return checked

@@ -3,6 +3,7 @@
 `python -m tests.fuzz` damages many more.
 """
 
+import json
 import math
 import random
 import sys
@@ -15,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
+from classification.labeller import load_labeller
 from dat.deploy import runtime
 from dat.deploy.media import Media, read_frames
 from dat.deploy.runtime import load_exported
@@ -175,17 +177,19 @@ def test_weights_whose_products_are_not_finite_are_an_error_of_their_file(tmp_pa
         predictor([Image.new("RGB", (128, 64))])
 
 
-def write_onnx(path, nodes, outputs, initializers=()):
-    """A detector of "images" and "sizes" with the metadata of an export."""
-    inputs = [
-        helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", 3, "h", "w"]),
-        helper.make_tensor_value_info("sizes", TensorProto.INT64, ["b", 2]),
-    ]
-    values = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
+METADATA = {"class_names": ["a"], "category_ids": [1], "size": 64, "max_size": 64, "img_size": 64, "crop_pct": 1.0}
+
+
+def write_onnx(path, nodes, outputs, initializers=(), kind="detection"):
+    """A model with the metadata of an export, of "images" and, a detector, "sizes"."""
+    inputs = [helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", 3, "h", "w"])]
+    if kind == "detection":
+        inputs.append(helper.make_tensor_value_info("sizes", TensorProto.INT64, ["b", 2]))
+    values = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs]
     graph = helper.make_graph(nodes, "graph", inputs, values, list(initializers))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=8)
-    metadata = {"kind": '"detection"', "class_names": '["a"]', "category_ids": "[1]", "size": "64", "max_size": "64"}
-    onnx.helper.set_model_props(model, metadata)
+    metadata = {"kind": kind, "crop_mode": "center", "interpolation": "bicubic", **METADATA}
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -202,6 +206,7 @@ def constant(name, array):
         ([[0]], [[[math.nan] * 4]], "NaN or infinite"),
         ([[0, 0]], [[[0.0] * 4]], r"gives \[1, 1\], \[1, 2\]"),
         ([[0]], [[0.0] * 4], r"should give \[B, k\]"),
+        ([0], [[[0.0] * 4]], r"should give \[B, k\]"),
     ],
 )
 def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, message):
@@ -211,6 +216,17 @@ def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, mes
     path = write_onnx(tmp_path / "model.onnx", [constant(name, array) for name, array in arrays.items()], kinds)
     with pytest.raises(CheckpointError, match=f"model.onnx: .*{message}"):
         load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_onnx_files_that_label_another_number_of_pictures(tmp_path, rows):
+    arrays = {"logits": np.ones((1, 1), np.float32), "scores": np.ones((rows, 1), np.float32)}
+    arrays["labels"] = np.zeros((rows, 1), np.int64)
+    kinds = [(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in arrays.items()]
+    nodes = [constant(name, array) for name, array in arrays.items()]
+    path = write_onnx(tmp_path / "model.onnx", nodes, kinds, kind="classification")
+    with pytest.raises(CheckpointError, match=rf"model.onnx: gives \[\[1, 1\], \[{rows}, 1\].*should give \[B, K\]"):
+        load_labeller(path, [], CPU)([Image.new("RGB", (64, 64))])
 
 
 @pytest.mark.parametrize("location", ["../secret.bin", "{}/secret.bin", "beside.bin", "/dev/zero"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dat.deploy.compiled import is_compiled, load_compiled
 from dat.training.errors import CheckpointError, ConfigError, brief
-from dat.training.rebuild import check_class_names
+from dat.training.rebuild import blaming, check_class_names
 from dat.training.untrusted import check_content
 
 SUFFIXES = (".onnx", ".pt2")
@@ -178,7 +178,7 @@ def _load_package(path: Path) -> Exported:
         extra = {"metadata.json": ""}
         # Its guards refuse axes of 1, of batches too, where shapes were inferred for longer ones: the graph does not.
         module = torch.export.load(path, extra_files=extra).module(check_guards=False)
-        return Exported(json.loads(extra["metadata.json"] or "{}"), _as_tuple(module))
+        return Exported(json.loads(extra["metadata.json"] or "{}"), _as_tuple(module, path))
     except CheckpointError:
         raise
     # a damaged archive fails in ways as many as its parts
@@ -186,9 +186,9 @@ def _load_package(path: Path) -> Exported:
         raise CheckpointError(f"{path}: not a package of torch.export or AOTInductor, or a damaged one") from error
 
 
-def _as_tuple(model: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+def _as_tuple(model: Callable[..., Any], path: Path) -> Callable[..., tuple[Tensor, ...]]:
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return tuple(model(*inputs))
+        with torch.no_grad(), blaming(path):
+            return tuple(torch.as_tensor(output) for output in model(*inputs))
 
     return run
