@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dat.training.errors import CheckpointError
+from dat.training.rebuild import blaming
 
 # In the package's own metadata, which hold texts.
 KEY = "dat"
@@ -65,7 +66,7 @@ def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., tuple[Tenso
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         for tensor, (name, (dtype, axes)) in zip(inputs, stored["inputs"].items(), strict=True):
             _check_input(tensor, name, dtype, axes, path)
-        with torch.no_grad():
+        with torch.no_grad(), blaming(path):
             return tuple(model(*(tensor.contiguous() for tensor in inputs)))
 
     return stored["metadata"], run

@@ -20,8 +20,8 @@ from dat.training.untrusted import check_content
 SUFFIXES = (".onnx", ".pt2")
 # seconds of onnxruntime for one batch
 LONGEST_RUN = 600.0
-# bytes for what all ONNX models of a process compute: three quarters of the machine's memory
-MOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+# bytes for what all ONNX models of a process compute: three quarters of the machine's memory, of 16 GiB where not known
+MOST_MEMORY = 3 * (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34) // 4
 
 
 @dataclass(frozen=True)
