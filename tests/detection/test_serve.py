@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor):
         held.wait(20)
         return predictor.run(images, sizes)
 
-    waiting = type(predictor)(predictor.categories, predictor.size, predictor.max_size, slow)
+    waiting = replace(predictor, run=slow, detector=None)
     with serving(waiting, app.Limits(waiting=2)) as port, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(detect, port, encode(picture(0))) for _ in range(8)]
         while sum(answer.done() for answer in answers) < 6:
@@ -195,7 +196,7 @@ def test_a_model_that_fails_is_said_and_the_server_lives_on(predictor):
             raise CheckpointError("best.pth: its model cannot be used")
         return predictor.run(images, sizes)
 
-    failing = type(predictor)(predictor.categories, predictor.size, predictor.max_size, fail_at_once)
+    failing = replace(predictor, run=fail_at_once, detector=None)
     with serving(failing, app.Limits()) as port:
         assert detect(port, encode(picture(0))) == (500, {"detail": "best.pth: its model cannot be used"})
         assert detect(port, encode(picture(0, (80, 160))))[0] == 200
