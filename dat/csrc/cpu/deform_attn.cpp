@@ -77,7 +77,8 @@ struct Inputs {
 
   // Each tile of queries in the forward reads all keys and values: side by side, and the keys transposed too.
   void gather_keys() {
-    key_t = torch::stable::contiguous(torch::stable::transpose(key, 2, 3)), args.key_t = key_t->const_data_ptr();
+    Tensor dense = torch::stable::contiguous(key);
+    key_t = torch::stable::contiguous(torch::stable::transpose(dense, 2, 3)), args.key_t = key_t->const_data_ptr();
     value = torch::stable::contiguous(value), args.value = rows_of(value);
   }
 
