@@ -44,7 +44,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # glibc gives back what is freed: what is resident is what is held, not the holes of a heap besides. Times are
+            # glibc gives back what is freed: what is resident is what is held, without the holes of a heap. Times are
             # taken with all memory kept.
             env={**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
         )

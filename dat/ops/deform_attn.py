@@ -144,10 +144,10 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = size
-    gradients = reference.deform_attn_backward(
+    by_query, by_key, by_value, *others = reference.deform_attn_backward(
         grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
     )
-    return *map(_laid_out, gradients[:3], (query, key, value)), *gradients[3:]
+    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), others[0], others[1]
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def _backward_gpu(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args
         return _backward(grad, query, key, value, *args)
     from dat.ops import deform_attn_gpu
 
-    gradients = deform_attn_gpu.backward(grad, query, key, value, *args)
-    return *map(_laid_out, gradients[:3], (query, key, value)), *gradients[3:]
+    by_query, by_key, by_value, *others = deform_attn_gpu.backward(grad, query, key, value, *args)
+    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), *others
 
 
 @torch.library.register_fake("dat::deform_attn", lib=LIBRARY)

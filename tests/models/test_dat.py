@@ -399,7 +399,7 @@ def test_half_precision(nano):
 
 
 def test_a_block_of_a_large_map_keeps_nine_maps():
-    """Stage 4 of dat_pp_tiny at 800x1333. They are most of what its training step holds, beside the weights' gradients."""
+    """Stage 4 of dat_pp_tiny at 800x1333: most of what a training step holds, beside the weights' gradients."""
     kernel = {"kernel_size": 3, "offset_range_factor": -1.0, "release": "2023"}
     config = StageConfig("D", 512, 16, num_groups=8, lpu=True, conv_mlp=True, **kernel)
     block = Block("D", config, (7, 7))

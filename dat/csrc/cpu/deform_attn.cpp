@@ -240,8 +240,9 @@ Gradients backward(
     Tensor lse, std::vector<int64_t> size, double scale, bool align_corners, bool /*deterministic*/) {
   const Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
   const AttentionArgs& args = inputs.args;
-  Tensor by_positions = table ? zeros(positions) : torch::stable::new_empty(positions, {0});
-  Tensor by_table = table ? zeros(*table) : torch::stable::new_empty(positions, {0});
+  const auto none = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
+  Tensor by_positions = table ? none(positions) : torch::stable::new_empty(positions, {0});
+  Tensor by_table = table ? none(*table) : torch::stable::new_empty(positions, {0});
   if (inputs.empty()) return {zeros(query), zeros(key), zeros(value), by_positions, by_table};
   const int64_t heads = args.B * args.h, threads = torch::stable::get_num_threads();
   // Enough parts that no thread waits long for the last, where heads are few or do not come out even.
