@@ -1,5 +1,6 @@
 """Deformable attention of DAT: every query attends to keys sampled where a small network moved them."""
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from dat.ops.sizes import longer
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of queries and keys, in all images and groups, that the MLP of "log_cpb" is given at a time.
 LOG_CPB_PAIRS = 2**21
+# Values of a key map, of an image, beyond which what moved its keys is computed again in the backward pass.
+LARGE_MAP = 2**19
 
 
 class DeformableAttention(nn.Module):
@@ -135,7 +138,12 @@ class DeformableAttention(nn.Module):
         Args:
             query: [B, H, W, C], the projected queries.
         """
-        offset = self._offsets(query)
+        H, W, C = query.shape[1:]
+        # The compiler plans memory by itself.
+        if torch.compiler.is_compiling() or math.prod(self.key_size((H, W))) * C <= LARGE_MAP:
+            offset = self._offsets(query)
+        else:
+            offset = checkpoint(self._offsets, query, use_reentrant=False, preserve_rng_state=False)
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
         # The network gives (y, x), as in the official checkpoints.
         y, x = offset.unbind(-1)

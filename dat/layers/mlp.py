@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 LARGE_MAP = 2**21
 # The same, in a part of a map or of a batch.
 PART = 2**20
+# Parts of such a map, at least: of one that is not much larger, a few rows would be half of it.
+FEWEST_PARTS = 5
 
 
 class ConvMlp(nn.Module):
@@ -62,7 +64,8 @@ class ConvMlp(nn.Module):
         # A dropped cell would be another one in the rows that two parts share.
         if H * width <= LARGE_MAP or (self.training and self.drop.p > 0):
             return self._rows(x, 0, H)
-        parts = x.split(max(PART // (B * width), 1), 1)
+        # The largest part is what counts, so that they are of about the same size.
+        parts = x.tensor_split(min(max(-(-B * H * width // PART), FEWEST_PARTS), H), 1)
         above = [x[:, :0], *(part[:, -1:] for part in parts[:-1])]
         below = [*(part[:, :1] for part in parts[1:]), x[:, :0]]
         run = partial(checkpoint, self._part, use_reentrant=False) if torch.is_grad_enabled() else self._part

@@ -125,7 +125,7 @@ def _forward(
     H, W = size
     kwargs: Any = {"size": (H, W), "scale": scale, "align_corners": align_corners}
     out = reference.deform_attn(query, key, value, positions, table, **kwargs)
-    return out, reference.deform_attn_lse(query, key, positions, table, **kwargs)
+    return _laid_out(out, query), reference.deform_attn_lse(query, key, positions, table, **kwargs)
 
 
 @torch.library.impl(LIBRARY, "deform_attn_backward", "CompositeExplicitAutograd")
@@ -144,9 +144,16 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = size
-    return reference.deform_attn_backward(
+    by_query, by_key, by_value, *others = reference.deform_attn_backward(
         grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
     )
+    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), others[0], others[1]
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same numbers, laid out in memory as `like`, as all results for queries, keys and values are."""
+    result = torch.empty_like(like)
+    return tensor if tensor.stride() == result.stride() else result.copy_(tensor)
 
 
 def _has_kernels(query: Tensor, key: Tensor) -> bool:
@@ -160,21 +167,23 @@ def _forward_gpu(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor
         return _forward(query, key, *args)
     from dat.ops import deform_attn_gpu
 
-    return deform_attn_gpu.forward(query, key, *args)
+    out, lse = deform_attn_gpu.forward(query, key, *args)
+    return _laid_out(out, query), lse
 
 
 @torch.library.impl(LIBRARY, "deform_attn_backward", "CUDA")
-def _backward_gpu(grad: Tensor, query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward_gpu(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if not _has_kernels(query, key):
-        return _backward(grad, query, key, *args)
+        return _backward(grad, query, key, value, *args)
     from dat.ops import deform_attn_gpu
 
-    return deform_attn_gpu.backward(grad, query, key, *args)
+    by_query, by_key, by_value, *others = deform_attn_gpu.backward(grad, query, key, value, *args)
+    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), *others
 
 
 @torch.library.register_fake("dat::deform_attn", lib=LIBRARY)
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), positions.new_empty(query.shape[:3])
+    return torch.empty_like(query), positions.new_empty(query.shape[:3])
 
 
 @torch.library.register_fake("dat::deform_attn_backward", lib=LIBRARY)
@@ -183,7 +192,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     by_positions = positions.new_empty(0 if table is None else positions.shape)
     by_table = positions.new_empty(0) if table is None else table.new_empty(table.shape)
-    return *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)), by_positions, by_table
+    return *(torch.empty_like(tensor) for tensor in (query, key, value)), by_positions, by_table
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dat
-from dat.layers import DeformableAttention
+from dat.layers import DeformableAttention, deform_attn
 from dat.layers.position_bias import resize_pairs
 
 
@@ -215,3 +215,23 @@ def test_positions_stay_float32_under_autocast():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         DeformableAttention(**arguments)
+
+
+def test_what_moved_the_keys_of_a_large_map_is_computed_again(monkeypatch):
+    layer = make_layer(num_groups=2, table_size=(7, 7), release="2023")
+    x = torch.randn(2, 5, 7, 24, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    calls = []
+    offsets = DeformableAttention._offsets
+    monkeypatch.setattr(DeformableAttention, "_offsets", lambda *arguments: calls.append(1) or offsets(*arguments))
+
+    def results():
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
+
+    kept = results()
+    assert len(calls) == 1
+    monkeypatch.setattr(deform_attn, "LARGE_MAP", 0)
+    for ours, expected in zip(results(), kept, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert len(calls) == 3

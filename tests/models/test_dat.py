@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat.models import StageConfig
+from dat.models.blocks import Block
 
 PARAMETERS = {
     "dat_tiny": 28_319_138,
@@ -395,3 +396,23 @@ def test_half_precision(nano):
     with torch.no_grad():
         torch.testing.assert_close(mixed.float(), nano(image), rtol=0.1, atol=0.05)
         assert nano.bfloat16()(image.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_block_of_a_large_map_keeps_nine_maps():
+    """Stage 4 of dat_pp_tiny at 800x1333: most of what a training step holds, beside the weights' gradients."""
+    kernel = {"kernel_size": 3, "offset_range_factor": -1.0, "release": "2023"}
+    config = StageConfig("D", 512, 16, num_groups=8, lpu=True, conv_mlp=True, **kernel)
+    block = Block("D", config, (7, 7))
+    x = torch.randn(1, 25, 42, 512, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x)
+    for tensor in (x, *block.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    # LPU, norms, query, samples, key, value, attention and the first sum; besides, some numbers for each query and key.
+    assert sum(kept.values()) / x.nbytes < 9.3

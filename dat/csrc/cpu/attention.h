@@ -17,14 +17,23 @@ constexpr int64_t kMargin = 36, kRowMargin = 2;
 // Zeros on both sides of a row that the backward collects, and entries of `grid_x` beyond the last query.
 constexpr int64_t kRowPadding = 32;
 
-// Sizes and contiguous arrays of one call; all arrays are of float64 (`is_double`) or float32.
+// Rows of C numbers side by side, [B, h, rows, C], and how many numbers further on the next image, head and row begin.
+template <typename Void>
+struct Rows {
+  Void* at;
+  int64_t image, head, row;
+};
+
+// Sizes and arrays of one call; all arrays are of float64 (`is_double`) or float32, and contiguous but for Rows.
 struct AttentionArgs {
   bool is_double;
   // C is c filled up with zeros to a multiple of 16.
   int64_t B, h, g, H, W, N, C;
   double scale;
-  // [B, h, H*W, C], [B, h, N, C] and, transposed, [B, h, C, N].
-  const void *query, *key, *value, *key_t, *value_t;
+  // H*W rows of each head, and N.
+  Rows<const void> query, key, value;
+  // Forward: `key` transposed, [B, h, C, N].
+  const void* key_t;
   // [B, g, N, 2] and [h, T_h + 2 kRowMargin, T_w + 2 kMargin]; without a table there is no bias.
   const void *positions, *table;
   int64_t T_h, T_w;
@@ -39,17 +48,19 @@ struct AttentionPart {
   int64_t image, head, query_begin, query_end;
 };
 
-// What backward reads besides, laid out as query and [B, h, H*W], and where one part writes: rows of its queries in
-// `by_query` [B, h, H*W, C], and sums of its own over its queries, [N, C], [N, 2] and the layout of one head's table.
+// What backward reads besides, `lse` [B, h, H*W], and where one part writes: rows of its queries, and sums of its own over
+// its queries, N rows, [N, 2] and the layout of one head's table.
 // by_positions and by_table are added to, and null without a table.
 struct AttentionGrads {
-  const void *grad, *out, *lse;
-  void *by_query, *by_key, *by_value, *by_positions, *by_table;
+  Rows<const void> grad, out;
+  const void* lse;
+  Rows<void> by_query, by_key, by_value;
+  void *by_positions, *by_table;
 };
 
 struct AttentionKernels {
-  // Writes [B, h, H*W, C] and the logarithm of each query's sum of exponentials, [B, h, H*W].
-  void (*forward)(const AttentionArgs& args, const AttentionPart& part, void* out, void* lse, void* scratch);
+  // Writes rows of queries and the logarithm of each query's sum of exponentials, [B, h, H*W].
+  void (*forward)(const AttentionArgs& args, const AttentionPart& part, const Rows<void>& out, void* lse, void* scratch);
   void (*backward)(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch);
 };
 
@@ -60,7 +71,7 @@ inline int64_t forward_scratch(const AttentionArgs& args) {
 inline int64_t backward_scratch(const AttentionArgs& args, int64_t queries) {
   const int64_t tiles = (queries + kTile - 1) / kTile;
   return static_cast<int64_t>(args.is_double ? sizeof(double) : sizeof(float)) *
-         (2 * kBlock * (kTile + 16) + tiles * kTile * (2 * args.C + 2) + 32 * (kBlock + kTile) +
+         (2 * kBlock * (kTile + 16) + tiles * kTile * (5 * args.C + 2) + 5 * kBlock * args.C + 32 * (kBlock + kTile) +
           2 * kBlock * (args.W + 2 * kRowPadding));
 }
 

@@ -80,16 +80,34 @@ DAT_HOST_DEVICE void interleave(Numbers<Real, N> (&rows)[N]) {
 
 // Writes `count` rows of C numbers, times `scale`, as columns: [C, kTile], zero beyond the last.
 template <typename Real>
-void transpose(const Real* from, int64_t count, int64_t C, Real scale, Real* to) {
+void transpose(const Real* from, int64_t row, int64_t count, int64_t C, Real scale, Real* to) {
   constexpr int N = kLanes<Real>;
   for (int64_t q = 0; q < kTile; q += N) {
     for (int64_t c = 0; c < C; c += N) {
       Numbers<Real, N> rows[N];
-      for (int i = 0; i < N; i++) rows[i].v = q + i < count ? load(from + (q + i) * C + c) * scale : Vec<Real, N>{};
+      for (int i = 0; i < N; i++) rows[i].v = q + i < count ? load(from + (q + i) * row + c) * scale : Vec<Real, N>{};
       interleave<N>(rows);
       for (int i = 0; i < N; i++) store(to + (c + i) * kTile + q, rows[i].v);
     }
   }
+}
+
+// Writes `count` rows of C numbers, times `scale`.
+template <typename Real>
+void copy(const Real* from, int64_t row, int64_t count, int64_t C, Real scale, Real* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; i++) {
+    for (int64_t c = 0; c < C; c += kLanes<Real>) store(to + i * to_row + c, load(from + i * row + c) * scale);
+  }
+}
+
+// The rows of one head, from `row` on.
+template <typename Real>
+const Real* rows_of(const Rows<const void>& rows, const AttentionPart& part, int64_t row) {
+  return static_cast<const Real*>(rows.at) + part.image * rows.image + part.head * rows.head + row * rows.row;
+}
+template <typename Real>
+Real* rows_of(const Rows<void>& rows, const AttentionPart& part, int64_t row) {
+  return static_cast<Real*>(rows.at) + part.image * rows.image + part.head * rows.head + row * rows.row;
 }
 
 template <typename Real>
@@ -130,7 +148,7 @@ class Forward {
   using V = Vec<Real, N>;
 
   Forward(const AttentionArgs& args, const AttentionPart& part, void* scratch)
-      : args_(args), head_(part.image * args.h + part.head), bias_(args, part) {
+      : args_(args), part_(part), head_(part.image * args.h + part.head), bias_(args, part) {
     Arena<Real> arena(scratch);
     scores_ = arena.take(kBlock * kStride), query_ = arena.take(args.C * kTile), sums_ = arena.take(args.C * kTile);
     top_ = arena.take(kTile), total_ = arena.take(kTile), shrink_ = arena.take(kTile);
@@ -138,21 +156,21 @@ class Forward {
   }
 
   // Queries first .. first + count.
-  void run(int64_t first, int64_t count, Real* out, Real* lse) {
-    const int64_t row = head_ * args_.H * args_.W + first;
-    transpose(static_cast<const Real*>(args_.query) + row * args_.C, count, args_.C, Real(args_.scale), query_);
+  void run(int64_t first, int64_t count, const Rows<void>& out, Real* lse) {
+    const Real* query = rows_of<Real>(args_.query, part_, first);
+    transpose(query, args_.query.row, count, args_.C, Real(args_.scale), query_);
     clear(sums_, count * args_.C);
     for (int64_t q = 0; q < kTile; q++) top_[q] = -__builtin_huge_val(), total_[q] = 0;
     for (int64_t n = 0; n < args_.N; n += kBlock) add_keys(n, args_.N - n < kBlock ? args_.N - n : kBlock, first, count);
     for (int64_t q = 0; q < count; q++) {
-      const Real scale = 1 / total_[q];
-      for (int64_t c = 0; c < args_.C; c += N) store(out + (row + q) * args_.C + c, load(sums_ + q * args_.C + c) * scale);
-      lse[row + q] = top_[q] + __builtin_log(total_[q]);
+      copy(sums_ + q * args_.C, args_.C, 1, args_.C, 1 / total_[q], rows_of<Real>(out, part_, first + q), out.row);
+      lse[head_ * args_.H * args_.W + first + q] = top_[q] + __builtin_log(total_[q]);
     }
   }
 
  private:
   const AttentionArgs& args_;
+  const AttentionPart& part_;
   const int64_t head_;
   Bias<Real> bias_;
   Real *scores_, *query_, *sums_;
@@ -172,8 +190,8 @@ class Forward {
     if (n > 0) {
       for (int64_t q = 0; q < count; q++) scale_all(sums_ + q * args_.C, args_.C, shrink_[q]);
     }
-    const Real* value = static_cast<const Real*>(args_.value) + (head_ * args_.N + n) * args_.C;
-    multiply<Real, true>({scores_, kStride}, count, keys, value, args_.C, args_.C, sums_, args_.C);
+    const Real* value = rows_of<Real>(args_.value, part_, n);
+    multiply<Real, true>({scores_, kStride}, count, keys, value, args_.value.row, args_.C, sums_, args_.C);
   }
 
   DAT_HOST_DEVICE void exponentials(int64_t q, int64_t keys) {
@@ -194,15 +212,15 @@ class Forward {
 };
 
 template <typename Real>
-void forward(const AttentionArgs& args, const AttentionPart& part, void* out, void* lse, void* scratch) {
+void forward(const AttentionArgs& args, const AttentionPart& part, const Rows<void>& out, void* lse, void* scratch) {
   Forward<Real> tile(args, part, scratch);
   for (int64_t q = part.query_begin; q < part.query_end; q += kTile) {
     const int64_t count = part.query_end - q < kTile ? part.query_end - q : kTile;
-    tile.run(q, count, static_cast<Real*>(out), static_cast<Real*>(lse));
+    tile.run(q, count, out, static_cast<Real*>(lse));
   }
 }
 
-// One block of keys after the other meets all queries of the part.
+// One block of keys after the other meets all queries of the part. What lies apart in memory is copied side by side first.
 template <typename Real>
 class Backward {
  public:
@@ -210,91 +228,99 @@ class Backward {
   using V = Vec<Real, N>;
 
   Backward(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch)
-      : args_(args),
-        part_(part),
-        grads_(grads),
-        head_(part.image * args.h + part.head),
-        first_row_(head_ * args.H * args.W),
-        query_(static_cast<const Real*>(args.query) + first_row_ * args.C),
-        grad_(static_cast<const Real*>(grads.grad) + first_row_ * args.C),
-        by_query_(static_cast<Real*>(grads.by_query) + first_row_ * args.C),
-        bias_(args, part) {
+      : args_(args), part_(part), grads_(grads), queries_(part.query_end - part.query_begin), bias_(args, part) {
     Arena<Real> arena(scratch);
     attention_ = arena.take(kBlock * kStride), by_scores_ = arena.take(kBlock * kStride);
-    const int64_t tiles = (part.query_end - part.query_begin + kTile - 1) / kTile;
-    query_t_ = arena.take(tiles * kTile * args.C), grad_t_ = arena.take(tiles * kTile * args.C);
-    lse_ = arena.take(tiles * kTile), dots_ = arena.take(tiles * kTile);
+    const int64_t rows = (queries_ + kTile - 1) / kTile * kTile, C = args.C;
+    query_ = arena.take(rows * C), grad_ = arena.take(rows * C), by_query_ = arena.take(rows * C);
+    query_t_ = arena.take(rows * C), grad_t_ = arena.take(rows * C);
+    lse_ = arena.take(rows), dots_ = arena.take(rows);
+    key_ = arena.take(kBlock * C), key_t_ = arena.take(kBlock * C), value_t_ = arena.take(kBlock * C);
+    by_key_ = arena.take(kBlock * C), by_value_ = arena.take(kBlock * C);
     rows_ = arena.take(2 * kBlock * bias_.row_size());
     clear(attention_, kBlock * kStride);
-    for (int64_t q = part.query_begin; q < part.query_end; q += kTile) prepare(q);
+    for (int64_t q = 0; q < queries_; q += kTile) prepare(q);
   }
 
   void run() {
-    Real *by_key = static_cast<Real*>(grads_.by_key), *by_value = static_cast<Real*>(grads_.by_value);
-    const int64_t queries = part_.query_end - part_.query_begin;
-    clear(by_query_ + part_.query_begin * args_.C, queries * args_.C);
-    clear(by_key, args_.N * args_.C), clear(by_value, args_.N * args_.C);
+    const int64_t C = args_.C;
+    clear(by_query_, queries_ * C);
     for (int64_t n = 0; n < args_.N; n += kBlock) {
       keys_ = args_.N - n < kBlock ? args_.N - n : kBlock;
+      take_keys(n);
       if (args_.table) {
         bias_.take(n, keys_);
         bias_.begin_gradients(rows_, static_cast<Real*>(grads_.by_table), static_cast<Real*>(grads_.by_positions));
       }
-      for (int64_t q = part_.query_begin; q < part_.query_end; q += kTile)
-        add_tile(n, q, by_key + n * args_.C, by_value + n * args_.C);
+      for (int64_t q = 0; q < queries_; q += kTile) add_tile(q);
       if (args_.table) bias_.end_gradients();
+      copy(by_key_, C, keys_, C, Real(args_.scale), rows_of<Real>(grads_.by_key, part_, n), grads_.by_key.row);
+      copy(by_value_, C, keys_, C, Real(1), rows_of<Real>(grads_.by_value, part_, n), grads_.by_value.row);
     }
-    scale_all(by_key, args_.N * args_.C, Real(args_.scale));
-    scale_all(by_query_ + part_.query_begin * args_.C, queries * args_.C, Real(args_.scale));
+    Real* by_query = rows_of<Real>(grads_.by_query, part_, part_.query_begin);
+    copy(by_query_, C, queries_, C, Real(args_.scale), by_query, grads_.by_query.row);
   }
 
  private:
   const AttentionArgs& args_;
   const AttentionPart& part_;
   const AttentionGrads& grads_;
-  const int64_t head_, first_row_;
-  const Real *query_, *grad_;
-  Real* by_query_;
+  const int64_t queries_;
   Bias<Real> bias_;
   int64_t keys_ = 0;
   Real *attention_, *by_scores_;
-  // Of all queries, tile by tile: transposed rows, and the products of the output with its gradient.
-  Real *query_t_, *grad_t_, *lse_, *dots_, *rows_;
+  // Of all queries of the part; transposed tile by tile, [C, kTile].
+  Real *query_, *grad_, *by_query_, *query_t_, *grad_t_;
+  // Of each query its logarithm and the product of the output with its gradient.
+  Real *lse_, *dots_;
+  // Of a block of keys; transposed, [C, kBlock].
+  Real *key_, *key_t_, *value_t_, *by_key_, *by_value_, *rows_;
 
-  DAT_HOST_DEVICE int64_t count(int64_t q) const { return part_.query_end - q < kTile ? part_.query_end - q : kTile; }
+  DAT_HOST_DEVICE int64_t count(int64_t q) const { return queries_ - q < kTile ? queries_ - q : kTile; }
 
+  // Queries from the part's number `q` on, a tile of them.
   void prepare(int64_t q) {
-    const int64_t C = args_.C, at = q - part_.query_begin;
-    transpose(query_ + q * C, count(q), C, Real(args_.scale), query_t_ + at * C);
-    transpose(grad_ + q * C, count(q), C, Real(1), grad_t_ + at * C);
-    const Real* out = static_cast<const Real*>(grads_.out) + (first_row_ + q) * C;
-    const Real* lse = static_cast<const Real*>(grads_.lse) + first_row_ + q;
+    const int64_t C = args_.C, row = part_.query_begin + q;
+    const Real *query = rows_of<Real>(args_.query, part_, row), *grad = rows_of<Real>(grads_.grad, part_, row);
+    copy(query, args_.query.row, count(q), C, Real(1), query_ + q * C, C);
+    copy(grad, grads_.grad.row, count(q), C, Real(1), grad_ + q * C, C);
+    transpose(query_ + q * C, C, count(q), C, Real(args_.scale), query_t_ + q * C);
+    transpose(grad_ + q * C, C, count(q), C, Real(1), grad_t_ + q * C);
+    const Real* out = rows_of<Real>(grads_.out, part_, row);
+    const Real* lse = static_cast<const Real*>(grads_.lse) + (part_.image * args_.h + part_.head) * args_.H * args_.W + row;
     for (int64_t i = 0; i < kTile; i++) {
       V dot = {};
-      for (int64_t c = 0; i < count(q) && c < C; c += N) dot += load(out + i * C + c) * load(grad_ + (q + i) * C + c);
-      lse_[at + i] = i < count(q) ? lse[i] : 0, dots_[at + i] = Sum<Real, N>::of(dot);
+      for (int64_t c = 0; i < count(q) && c < C; c += N)
+        dot += load(out + i * grads_.out.row + c) * load(grad_ + (q + i) * C + c);
+      lse_[q + i] = i < count(q) ? lse[i] : 0, dots_[q + i] = Sum<Real, N>::of(dot);
     }
   }
 
-  void add_tile(int64_t n, int64_t q, Real* by_key, Real* by_value) {
-    const int64_t C = args_.C, at = q - part_.query_begin, first = (head_ * args_.N) * C;
-    const Real *key = static_cast<const Real*>(args_.key) + first + n * C,
-               *key_t = static_cast<const Real*>(args_.key_t) + first;
-    const Real* value_t = static_cast<const Real*>(args_.value_t) + first;
+  void take_keys(int64_t n) {
+    const int64_t C = args_.C;
+    const Real *key = rows_of<Real>(args_.key, part_, n), *value = rows_of<Real>(args_.value, part_, n);
+    copy(key, args_.key.row, keys_, C, Real(1), key_, C);
+    transpose(key_, C, keys_, C, Real(1), key_t_);
+    transpose(value, args_.value.row, keys_, C, Real(1), value_t_);
+    clear(by_key_, keys_ * C), clear(by_value_, keys_ * C);
+  }
+
+  void add_tile(int64_t q) {
+    const int64_t C = args_.C, first = part_.query_begin + q;
     if (args_.table) {
-      bias_.fill(attention_, q, count(q));
+      bias_.fill(attention_, first, count(q));
     } else {
       clear(attention_, keys_ * kStride);
     }
     const int64_t width = whole_registers<Real>(count(q));
-    multiply<Real, true>({key_t + n, args_.N}, keys_, C, query_t_ + at * C, kTile, width, attention_, kStride);
+    multiply<Real, true>({key_t_, kBlock}, keys_, C, query_t_ + q * C, kTile, width, attention_, kStride);
     clear(by_scores_, keys_ * kStride);
-    multiply<Real, true>({value_t + n, args_.N}, keys_, C, grad_t_ + at * C, kTile, width, by_scores_, kStride);
-    for (int64_t i = 0; i < width; i += N) differentiate(i, load(lse_ + at + i), load(dots_ + at + i));
-    multiply<Real, false>({attention_, 1}, keys_, count(q), grad_ + q * C, C, C, by_value, C);
-    multiply<Real, false>({by_scores_, 1}, keys_, count(q), query_ + q * C, C, C, by_key, C);
-    multiply<Real, true>({by_scores_, kStride}, count(q), keys_, key, C, C, by_query_ + q * C, C);
-    if (args_.table) bias_.add_gradients(by_scores_, q, count(q));
+    multiply<Real, true>({value_t_, kBlock}, keys_, C, grad_t_ + q * C, kTile, width, by_scores_, kStride);
+    for (int64_t i = 0; i < width; i += N) differentiate(i, load(lse_ + q + i), load(dots_ + q + i));
+    multiply<Real, false>({attention_, 1}, keys_, count(q), grad_ + q * C, C, C, by_value_, C);
+    multiply<Real, false>({by_scores_, 1}, keys_, count(q), query_ + q * C, C, C, by_key_, C);
+    multiply<Real, true>({by_scores_, kStride}, count(q), keys_, key_, C, C, by_query_ + q * C, C);
+    if (args_.table) bias_.add_gradients(by_scores_, first, count(q));
   }
 
   // Scores to attention, and its gradients to those of the scores.
@@ -313,7 +339,8 @@ void backward(const AttentionArgs& args, const AttentionPart& part, const Attent
   Backward<Real>(args, part, grads, scratch).run();
 }
 
-inline void forward_any(const AttentionArgs& args, const AttentionPart& part, void* out, void* lse, void* scratch) {
+inline void forward_any(
+    const AttentionArgs& args, const AttentionPart& part, const Rows<void>& out, void* lse, void* scratch) {
   args.is_double ? forward<double>(args, part, out, lse, scratch) : forward<float>(args, part, out, lse, scratch);
 }
 

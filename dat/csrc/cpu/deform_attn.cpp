@@ -33,13 +33,18 @@ void write_grid(Real* grid, int64_t count, int64_t length, bool align_corners) {
     grid[i] = (align_corners ? Real(i) / last : (Real(i) + Real(0.5)) / Real(length)) * 2 - 1;
 }
 
+// A tensor [B, h, rows, C] with C side by side.
+Rows<const void> rows_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
 // The arguments of one call as the kernels take them, and the tensors that hold them.
 struct Inputs {
   AttentionArgs args = {};
   ScalarType dtype;
   int64_t c;
   Tensor query, key, value, positions, grid_x, grid_y;
-  std::optional<Tensor> key_t, value_t, table;
+  std::optional<Tensor> key_t, table;
 
   Inputs(
       const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& positions_,
@@ -55,28 +60,26 @@ struct Inputs {
     args.is_double = dtype == ScalarType::Double;
     args.B = query.size(0), args.h = query.size(1), args.g = positions.size(1), args.H = size[0], args.W = size[1];
     args.N = key.size(2), args.C = query.size(3), args.scale = scale;
-    args.query = query.const_data_ptr(), args.key = key.const_data_ptr(), args.value = value.const_data_ptr();
-    key_t = transposed(key), args.key_t = key_t->const_data_ptr();
+    args.query = rows_of(query), args.key = rows_of(key), args.value = rows_of(value);
     args.positions = positions.const_data_ptr();
     if (table_ && table_->numel() > 0) set_table(*table_, align_corners);
   }
 
   bool empty() const { return query.numel() == 0 || args.N == 0; }
 
-  // In the dtype of the sums, with c filled up to the multiple that kernels take.
+  // In the dtype of the sums, with c filled up to the multiple that kernels take; no copy where it is so already.
   Tensor rows(const Tensor& tensor) const {
     const int64_t missing = std::max<int64_t>((c + 15) / 16, 1) * 16 - c;
-    const Tensor wide = torch::stable::to(tensor, dtype);
-    return torch::stable::contiguous(missing ? torch::stable::pad(wide, {0, missing}) : wide);
+    Tensor wide = torch::stable::to(tensor, dtype);
+    if (missing) wide = torch::stable::pad(wide, {0, missing});
+    return wide.stride(3) == 1 ? wide : torch::stable::contiguous(wide);
   }
 
-  static Tensor transposed(const Tensor& tensor) {
-    return torch::stable::contiguous(torch::stable::transpose(tensor, 2, 3));
-  }
-
-  // What `rows` made of a tensor, back as it was.
-  Tensor restored(Tensor tensor, ScalarType type) const {
-    return torch::stable::contiguous(torch::stable::to(torch::stable::narrow(tensor, 3, 0, c), type));
+  // Each tile of queries in the forward reads all keys and values: side by side, and the keys transposed too.
+  void gather_keys() {
+    Tensor dense = torch::stable::contiguous(key);
+    key_t = torch::stable::contiguous(torch::stable::transpose(dense, 2, 3)), args.key_t = key_t->const_data_ptr();
+    value = torch::stable::contiguous(value), args.value = rows_of(value);
   }
 
  private:
@@ -101,6 +104,45 @@ struct Inputs {
 
 int64_t count_tiles(const AttentionArgs& args) { return (args.H * args.W + kTile - 1) / kTile; }
 
+// Zeros laid out in memory as `like`.
+Tensor zeros(const Tensor& like) {
+  Tensor tensor = torch::stable::empty_like(like);
+  return torch::stable::zero_(tensor);
+}
+
+// A result [B, h, rows, c] that is laid out in memory as `like`. Kernels write it, where its rows are as they take them and
+// there is one part, else [parts, B, h, rows, C], which is added up in a fixed order: nothing depends on which thread is
+// first.
+class Result {
+ public:
+  Result(const Inputs& inputs, const Tensor& like, int64_t parts = 1)
+      : result_(torch::stable::empty_like(like)),
+        direct_(parts == 1 && like.scalar_type() == inputs.dtype && inputs.c == inputs.args.C && result_.stride(3) == 1) {
+    const AttentionArgs& args = inputs.args;
+    const std::vector<int64_t> sizes = {parts, args.B, args.h, like.size(2), args.C};
+    written_ = direct_ ? torch::stable::unsqueeze(result_, 0) : torch::stable::new_empty(like, sizes, inputs.dtype);
+    part_bytes_ = written_.stride(0) * (args.is_double ? sizeof(double) : sizeof(float));
+  }
+
+  // Where one of the parts writes.
+  Rows<void> part(int64_t index) {
+    char* start = static_cast<char*>(written_.mutable_data_ptr()) + index * part_bytes_;
+    return {start, written_.stride(1), written_.stride(2), written_.stride(3)};
+  }
+
+  Tensor take() {
+    if (direct_) return result_;
+    const bool one = written_.size(0) == 1;
+    Tensor total = one ? torch::stable::select(written_, 0, 0) : torch::stable::sum(written_, std::vector<int64_t>{0});
+    return torch::stable::copy_(result_, torch::stable::narrow(total, 3, 0, result_.size(3)));
+  }
+
+ private:
+  Tensor result_, written_;
+  bool direct_;
+  int64_t part_bytes_;
+};
+
 // Part `index` of the `parts` that the tiles of a head are shared out to.
 AttentionPart make_part(const AttentionArgs& args, int64_t head, int64_t index, int64_t parts) {
   const int64_t tiles = count_tiles(args), queries = args.H * args.W;
@@ -111,16 +153,18 @@ AttentionPart make_part(const AttentionArgs& args, int64_t head, int64_t index, 
 std::tuple<Tensor, Tensor> forward(
     Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, std::vector<int64_t> size,
     double scale, bool align_corners) {
-  const Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
+  Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
   const AttentionArgs& args = inputs.args;
   const std::vector<int64_t> layout = {args.B, args.h, args.H * args.W};
   if (inputs.empty()) {
     // No keys: their sum is zero, and its logarithm what an empty sum's is.
     const double none = -std::numeric_limits<double>::infinity();
     Tensor lse = torch::stable::new_empty(inputs.positions, layout);
-    return {torch::stable::new_zeros(query, {args.B, args.h, args.H * args.W, inputs.c}), torch::stable::fill_(lse, none)};
+    return {zeros(query), torch::stable::fill_(lse, none)};
   }
-  Tensor out = torch::stable::empty_like(inputs.query), lse = torch::stable::new_empty(inputs.query, layout);
+  inputs.gather_keys();
+  Result out(inputs, query);
+  Tensor lse = torch::stable::new_empty(inputs.query, layout);
   const int64_t tiles = count_tiles(args);
   // A thread is worth waking for some ten microseconds of work.
   const int64_t grain = std::max<int64_t>(1, (1 << 20) / (kTile * args.N * args.C));
@@ -128,21 +172,21 @@ std::tuple<Tensor, Tensor> forward(
     const Bytes scratch = allocate(forward_scratch(args));
     for (int64_t t = begin; t < end; t++) {
       const AttentionPart part = make_part(args, t / tiles, t % tiles, tiles);
-      attention_kernels().forward(args, part, out.mutable_data_ptr(), lse.mutable_data_ptr(), scratch.get());
+      attention_kernels().forward(args, part, out.part(0), lse.mutable_data_ptr(), scratch.get());
     }
   });
-  return {inputs.restored(out, query.scalar_type()), lse};
+  return {out.take(), lse};
 }
 
-// Sums that parts of the work keep apart, added up at the end in a fixed order: nothing depends on which thread is first.
+// Gradients, the sums among which parts of the work keep apart.
 struct Sums {
   int64_t parts;
-  Tensor by_query, by_key, by_value, by_positions, by_table;
+  Result by_query, by_key, by_value;
+  Tensor by_positions, by_table;
 
-  Sums(const Inputs& inputs, int64_t parts) : parts(parts), by_query(torch::stable::empty_like(inputs.query)) {
+  Sums(const Inputs& inputs, const Tensor& query, const Tensor& key, const Tensor& value, int64_t parts)
+      : parts(parts), by_query(inputs, query), by_key(inputs, key, parts), by_value(inputs, value, parts) {
     const AttentionArgs& args = inputs.args;
-    by_key = torch::stable::new_empty(inputs.key, {args.B, args.h, parts, args.N, args.C});
-    by_value = torch::stable::new_empty(inputs.key, {args.B, args.h, parts, args.N, args.C});
     if (!inputs.table) return;
     by_positions = torch::stable::new_zeros(inputs.key, {args.B, args.g, args.h / args.g, parts, args.N, 2});
     by_table =
@@ -156,8 +200,8 @@ struct Sums {
       return static_cast<char*>(tensor.mutable_data_ptr()) + unit * numbers * bytes;
     };
     AttentionGrads grads = {};
-    grads.by_query = by_query.mutable_data_ptr();
-    grads.by_key = at(by_key, args.N * args.C), grads.by_value = at(by_value, args.N * args.C);
+    grads.by_query = by_query.part(0), grads.by_key = by_key.part(unit % parts),
+    grads.by_value = by_value.part(unit % parts);
     if (args.table) {
       grads.by_positions = at(by_positions, args.N * 2);
       grads.by_table = at(by_table, (args.T_h + 2 * kRowMargin) * (args.T_w + 2 * kMargin));
@@ -165,23 +209,23 @@ struct Sums {
     return grads;
   }
 
-  static Tensor total(const Tensor& tensor, const std::vector<int64_t>& dims) { return torch::stable::sum(tensor, dims); }
+  Tensor positions() const { return torch::stable::sum(by_positions, std::vector<int64_t>{2, 3}); }
 
-  Tensor table(const Inputs& inputs) {
-    Tensor rows = torch::stable::narrow(by_table, 3, kRowMargin, inputs.args.T_h);
-    return torch::stable::contiguous(total(torch::stable::narrow(rows, 4, kMargin, inputs.args.T_w), {0, 2}));
+  Tensor table(const AttentionArgs& args) {
+    Tensor rows = torch::stable::narrow(by_table, 3, kRowMargin, args.T_h);
+    const Tensor inner = torch::stable::narrow(rows, 4, kMargin, args.T_w);
+    return torch::stable::contiguous(torch::stable::sum(inner, std::vector<int64_t>{0, 2}));
   }
 };
 
-void run_backward(Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse, Sums& sums) {
-  AttentionArgs& args = inputs.args;
-  inputs.value_t = Inputs::transposed(inputs.value), args.value_t = inputs.value_t->const_data_ptr();
+void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse, Sums& sums) {
+  const AttentionArgs& args = inputs.args;
   const Tensor grads = inputs.rows(grad), outs = inputs.rows(out), lses = torch::stable::contiguous(lse);
   torch::stable::parallel_for(0, args.B * args.h * sums.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const AttentionPart part = make_part(args, unit / sums.parts, unit % sums.parts, sums.parts);
       AttentionGrads of = sums.of(args, unit);
-      of.grad = grads.const_data_ptr(), of.out = outs.const_data_ptr(), of.lse = lses.const_data_ptr();
+      of.grad = rows_of(grads), of.out = rows_of(outs), of.lse = lses.const_data_ptr();
       const Bytes scratch = allocate(backward_scratch(args, part.query_end - part.query_begin));
       attention_kernels().backward(args, part, of, scratch.get());
     }
@@ -194,22 +238,19 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, Tensor out,
     Tensor lse, std::vector<int64_t> size, double scale, bool align_corners, bool /*deterministic*/) {
-  Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
+  const Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
   const AttentionArgs& args = inputs.args;
-  const auto zeros = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
-  Tensor by_positions = table ? zeros(positions) : torch::stable::new_empty(positions, {0});
-  Tensor by_table = table ? zeros(*table) : torch::stable::new_empty(positions, {0});
+  const auto none = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
+  Tensor by_positions = table ? none(positions) : torch::stable::new_empty(positions, {0});
+  Tensor by_table = table ? none(*table) : torch::stable::new_empty(positions, {0});
   if (inputs.empty()) return {zeros(query), zeros(key), zeros(value), by_positions, by_table};
   const int64_t heads = args.B * args.h, threads = torch::stable::get_num_threads();
   // Enough parts that no thread waits long for the last, where heads are few or do not come out even.
   const int64_t wanted = heads % threads ? (4 * threads + heads - 1) / heads : 1;
-  Sums sums(inputs, std::min(wanted, count_tiles(args)));
+  Sums sums(inputs, query, key, value, std::min(wanted, count_tiles(args)));
   run_backward(inputs, grad, out, lse, sums);
-  const ScalarType type = query.scalar_type();
-  if (args.table) by_positions = Sums::total(sums.by_positions, {2, 3}), by_table = sums.table(inputs);
-  return {
-      inputs.restored(sums.by_query, type), inputs.restored(Sums::total(sums.by_key, {2}), type),
-      inputs.restored(Sums::total(sums.by_value, {2}), type), by_positions, by_table};
+  if (args.table) by_positions = sums.positions(), by_table = sums.table(args);
+  return {sums.by_query.take(), sums.by_key.take(), sums.by_value.take(), by_positions, by_table};
 }
 
 }  // namespace
