@@ -12,7 +12,8 @@ data, or generated ones, at two sizes, alone and in pairs.
 
 --compile makes .pt2 a package of AOTInductor: machine code for processors such as this one, which takes minutes. It
 is given "images" that are padded at the right and below until their sides are multiples of a number (metadata:
-"padded_to"), and as a third input "inside" [B, 2] int64, the (height, width) without the padding.
+"padded_to"), and as a third input "inside" [B, 2] int64, the (height, width) without the padding. It is compared with
+the model on pictures that are padded alike, as `data.pad_multiple` does it.
 """
 
 import math
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dat.deploy.export import Graph, Tensors, check_path, export_checked, export_parser
 from dat.deploy.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
+from dat.training.config import LARGEST_SIDE
 from dat.training.errors import ConfigError
 from dat.training.loop import main_guard
 
@@ -122,6 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     graph = detector_graph(detector, top_k)
     if options.compile:
         multiple = math.lcm(data.pad_multiple, STRIDE)
+        if -data.val.max_size // multiple * -multiple > LARGEST_SIDE:
+            raise ConfigError(
+                f"--compile: sides of data.val.max_size = {data.val.max_size} padded to a multiple of {multiple} "
+                f"(data.pad_multiple = {data.pad_multiple}) are more than {LARGEST_SIDE}"
+            )
         graph = padded_graph(detector, top_k, multiple)
         samples = [pad_pictures(images, wanted, multiple) for images, wanted in samples]
     worst = export_checked(graph, samples, options.out, options.compile)

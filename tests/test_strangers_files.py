@@ -241,7 +241,7 @@ def test_onnx_files_read_no_other_files(tmp_path, location, in_node):
     nodes.append(helper.make_node("Identity", ["w"], ["scores"]))
     outputs = [("scores", TensorProto.FLOAT)]
     path = write_onnx(tmp_path / "model/model.onnx", nodes, outputs, [] if in_node else [tensor])
-    with pytest.raises(CheckpointError, match=r"model.onnx: keeps w in another file, which exports never do"):
+    with pytest.raises(CheckpointError, match=r"model.onnx: keeps 'w' in another file, which exports never do"):
         load_exported(path, "detection")
 
 

@@ -31,7 +31,10 @@ def write_compiled(program: Any, inputs: Inputs, metadata: dict[str, Any], path:
     capability = torch.backends.cpu.get_cpu_capability()
     text = json.dumps({"metadata": metadata, "inputs": inputs, "processor": capability})
     # as many threads as there are where it runs, not where it is compiled
-    options = {"aot_inductor.metadata": {KEY: text}, "cpp.dynamic_threads": True}
+    options: dict[str, Any] = {"aot_inductor.metadata": {KEY: text}, "cpp.dynamic_threads": True}
+    # no instructions beyond those that `capability` names, where this torch has a choice
+    if hasattr(torch._inductor.config.cpp, "march"):
+        options["cpp.march"] = ""
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
@@ -52,10 +55,9 @@ def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., tuple[Tenso
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-    if damaged is not None:
-        raise CheckpointError(f"{path}: {damaged} is damaged")
-    model = torch._inductor.aoti_load_package(str(path))
-    stored = json.loads(model.get_metadata()[KEY])
+        if damaged is not None:
+            raise CheckpointError(f"{path}: {damaged} is damaged")
+        stored = _read_stored(archive)
     capability = torch.backends.cpu.get_cpu_capability()
     if stored["processor"] != capability:
         raise CheckpointError(
@@ -63,13 +65,25 @@ def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., tuple[Tenso
             "export the checkpoint on it with --compile"
         )
 
+    model = torch._inductor.aoti_load_package(str(path))
+
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        for tensor, (name, (dtype, axes)) in zip(inputs, stored["inputs"].items(), strict=True):
-            _check_input(tensor, name, dtype, axes, path)
         with torch.no_grad(), blaming(path):
+            for tensor, (name, (dtype, axes)) in zip(inputs, stored["inputs"].items(), strict=True):
+                _check_input(tensor, name, dtype, axes, path)
             return tuple(model(*(tensor.contiguous() for tensor in inputs)))
 
     return stored["metadata"], run
+
+
+def _read_stored(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """What write_compiled stored, read without running anything."""
+    for name in archive.namelist():
+        if "data/aotinductor/" in name and name.endswith("_metadata.json"):
+            texts = json.loads(archive.read(name))
+            if KEY in texts:
+                return json.loads(texts[KEY])
+    raise KeyError(KEY)
 
 
 def _check_input(tensor: Tensor, name: str, dtype: str, axes: list[tuple[int, int]], path: Path) -> None:

@@ -152,7 +152,7 @@ def _program(graph: Graph) -> Any:
 def _any_size(axis: str, multiples: dict[str, int]) -> Any:
     if axis not in multiples:
         return torch.export.Dim.DYNAMIC
-    # what holds for two and more times the multiple is taken to hold for once as well
+    # Once the multiple works as well, but as a least size of 1 it would be told apart from others.
     return multiples[axis] * torch.export.Dim(axis, min=2, max=LARGEST_SIDE // multiples[axis])
 
 

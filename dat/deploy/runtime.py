@@ -20,8 +20,23 @@ from dat.training.untrusted import check_content
 SUFFIXES = (".onnx", ".pt2")
 # seconds of onnxruntime for one batch
 LONGEST_RUN = 600.0
-# bytes for what all ONNX models of a process compute: three quarters of the machine's memory, of 16 GiB where not known
-MOST_MEMORY = 3 * (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**34) // 4
+
+
+def _memory() -> int:
+    """Bytes of the machine or, in a container that has fewer, of that; 16 GiB where the system does not say."""
+    try:
+        known = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        known = 2**34
+    try:
+        return min(known, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    # there is none, or it is "max"
+    except (ValueError, OSError):
+        return known
+
+
+# bytes for what all ONNX models of a process compute
+MOST_MEMORY = _memory() * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ def _load_onnx(path: Path) -> Exported:
         raise ConfigError(f"{path}: running ONNX files needs {error.name}: pip install onnx onnxruntime") from error
     try:
         _check_tensors(onnx.load(path, load_external_data=False), path)
-    except DecodeError as error:
+    except (DecodeError, OSError) as error:
         raise CheckpointError(f"{path}: not an ONNX model, or a damaged one") from error
     _bound_memory()
     options = onnxruntime.SessionOptions()
@@ -150,7 +165,7 @@ def _check_tensors(model: Any, path: Path) -> None:
             parts = [(field, value) for field, value in message.ListFields() if field.message_type]
             waiting += [part for field, value in parts for part in (value if field.is_repeated else [value])]
         elif message.external_data or message.data_location == onnx.TensorProto.EXTERNAL:
-            raise CheckpointError(f"{path}: keeps {message.name[:100]} in another file, which exports never do")
+            raise CheckpointError(f"{path}: keeps {message.name[:100]!r} in another file, which exports never do")
 
 
 @cache

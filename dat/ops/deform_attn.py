@@ -152,8 +152,9 @@ def _backward(
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """The same numbers, laid out in memory as `like`, as all results for queries, keys and values are."""
-    result = torch.empty_like(like)
-    return tensor if tensor.stride() == result.stride() else result.copy_(tensor)
+    if tensor.stride() == torch.empty_like(like, device="meta").stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 def _has_kernels(query: Tensor, key: Tensor) -> bool:
