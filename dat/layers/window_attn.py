@@ -50,8 +50,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         _, H, W, _ = x.shape
-        # of one size only the batch, if anything, is symbolic, and nothing has to be gathered
-        if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in (H, W)):
+        if torch.compiler.is_exporting():
             return self._forward_any_size(x)
         window, padded, shift = zip(*(self._tile(length) for length in (H, W)), strict=True)
         bias = self._bias(window, x.device)
