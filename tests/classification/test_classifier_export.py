@@ -102,7 +102,7 @@ def test_a_program_of_torch_export(tmp_path):
 
 def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
-    path = write_classifier(tmp_path / "best.pth", {"name": "dat_nano", "stages": DAT_PP["stages"]})
+    path = write_classifier(tmp_path / "best.pth", DAT)
     export.main([str(path), "--out", str(out), "--compile"])
     assert "64 pixels, the one size of the package, batch 1 and 2" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="can run any code"):
