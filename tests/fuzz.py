@@ -188,23 +188,23 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
         return make
 
-    def onnx_detector() -> Kind:
-        path = folder / "detector.onnx"
-        if not path.exists():
+    def exported(name: str) -> tuple[bytes, ...]:
+        """The file `name`, of a detector or a classifier, which is made once."""
+        path = folder / name
+        if not path.exists() and path.stem == "detector":
             call(export.main, detectors()[1], "--out", path, "--sizes", 64, 96)
-        return Kind(".onnx", read(path), detect, change_onnx)
+        elif not path.exists():
+            call(classification_export.main, classifier(), "--out", path, "--sizes", 32, 48)
+        return read(path)
+
+    def onnx_detector() -> Kind:
+        return Kind(".onnx", exported("detector.onnx"), detect, change_onnx)
 
     def onnx_classifier() -> Kind:
-        path = folder / "classifier.onnx"
-        if not path.exists():
-            call(classification_export.main, classifier(), "--out", path, "--sizes", 32, 48)
-        return Kind(".onnx", read(path), label, change_onnx)
+        return Kind(".onnx", exported("classifier.onnx"), label, change_onnx)
 
     def package() -> Kind:
-        path = folder / "detector.pt2"
-        if not path.exists():
-            call(export.main, detectors()[1], "--out", path, "--sizes", 64, 96)
-        return Kind(".pt2", read(path), detect, change_zip)
+        return Kind(".pt2", exported("detector.pt2"), detect, change_zip)
 
     def pictures() -> Kind:
         whole = []

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dat.training.errors import CheckpointError
-from dat.training.rebuild import blaming
 
 # In the package's own metadata, which hold texts.
 KEY = "dat"
@@ -47,8 +46,8 @@ def is_compiled(path: Path) -> bool:
         return False
 
 
-def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., tuple[Tensor, ...]]]:
-    """The metadata of a package and what runs it. Loading runs code of the package.
+def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """The metadata of a package and what runs it, tensors to tensors. Loading runs code of the package.
 
     Raises:
         CheckpointError: a package of another processor. Damaged ones raise errors of every kind.
@@ -64,14 +63,12 @@ def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., tuple[Tenso
             f"{path}: compiled for processors with {stored['processor']}, this one has {capability}; "
             "export the checkpoint on it with --compile"
         )
-
     model = torch._inductor.aoti_load_package(str(path))
 
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad(), blaming(path):
-            for tensor, (name, (dtype, axes)) in zip(inputs, stored["inputs"].items(), strict=True):
-                _check_input(tensor, name, dtype, axes, path)
-            return tuple(model(*(tensor.contiguous() for tensor in inputs)))
+    def run(*inputs: Tensor) -> Any:
+        for tensor, (name, (dtype, axes)) in zip(inputs, stored["inputs"].items(), strict=True):
+            _check_input(tensor, name, dtype, axes, path)
+        return model(*(tensor.contiguous() for tensor in inputs))
 
     return stored["metadata"], run
 

@@ -189,7 +189,8 @@ def _load_package(path: Path) -> Exported:
 
     try:
         if is_compiled(path):
-            return Exported(*load_compiled(path))
+            metadata, model = load_compiled(path)
+            return Exported(metadata, _as_tuple(model, path))
         extra = {"metadata.json": ""}
         # Its guards refuse axes of 1, of batches too, where shapes were inferred for longer ones: the graph does not.
         module = torch.export.load(path, extra_files=extra).module(check_guards=False)

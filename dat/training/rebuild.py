@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dat.training.checkpoint import check_fits, load_checkpoint
-from dat.training.errors import CheckpointError, DataError, UserError
+from dat.training.errors import CheckpointError, DataError, UserError, brief
 from dat.training.untrusted import check_tensors
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,8 +96,7 @@ def blaming(path: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     # what its configuration says may fail anywhere in a model
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: its model cannot be used: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"{path}: its model cannot be used: {type(error).__name__}: {brief(error)}") from error
 
 
 @contextmanager
