@@ -11,10 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.process import Measured, serve
+from dat.detection.build import build_criterion, build_model
+from dat.detection.config import DetectionConfig
+from dat.engine.config import load_config
 from dat.ops.flops import fvcore_handles
-from dat.training.config import load_config
-from detection.build import build_criterion, build_model
-from detection.config import DetectionConfig
 
 CLASSES = 91
 OBJECTS = 10

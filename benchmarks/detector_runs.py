@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import curves
 from benchmarks.timing import machine, medians, write_json
 from benchmarks.trainings import arguments, entries, finished, train
-from dat.training.config import load_config
-from dat.training.distributed import setup_distributed
-from dat.training.weights import without_weights
-from detection.config import DetectionConfig
-from detection.data import read_coco
-from detection.trainer import Trainer
+from dat.detection.config import DetectionConfig
+from dat.detection.data import read_coco
+from dat.detection.trainer import Trainer
+from dat.engine.config import load_config
+from dat.engine.distributed import setup_distributed
+from dat.engine.weights import without_weights
 from examples.digits import make_crops, make_scenes
 
 CONFIG = Path("configs/detection/scenes.yaml")

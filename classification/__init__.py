@@ -1,1 +1,1 @@
-"""Training, evaluating and using image classifiers: folders or tars of pictures, any timm model."""
+"""Recipes of classification; the library is dat.classification."""

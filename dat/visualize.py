@@ -19,15 +19,15 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import dat  # noqa: F401  registers its models with timm
+from dat.engine.build import blaming, load_trained, rebuild
+from dat.engine.config import LARGEST_SIDE, check_range, from_dict
+from dat.engine.loop import create_timm_model, isolated_rng, main_guard
+from dat.engine.weights import load_classifier_weights, without_weights
 from dat.models import DAT
 from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
-from dat.training.config import LARGEST_SIDE, check_range, from_dict
-from dat.training.errors import CheckpointError, ConfigError
-from dat.training.files import replacing
-from dat.training.loop import create_timm_model, isolated_rng, main_guard
-from dat.training.pictures import read_picture
-from dat.training.rebuild import blaming, load_trained, rebuild
-from dat.training.weights import load_classifier_weights, without_weights
+from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.files import replacing
+from dat.utils.images import read_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,9 +1,5 @@
-"""The DETR family on any timm backbone: models, matching, losses and post-processing."""
+"""Recipes of detection; the library, whose names are here too, is dat.detection."""
 
-from .criterion import SetCriterion
-from .deformable_detr import DeformableDETR
-from .detr import DETR
-from .matcher import HungarianMatcher
-from .post_process import post_process
+from dat.detection import DETR, DeformableDETR, HungarianMatcher, SetCriterion, official, post_process
 
-__all__ = ["DETR", "DeformableDETR", "HungarianMatcher", "SetCriterion", "post_process"]
+__all__ = ["DETR", "DeformableDETR", "HungarianMatcher", "SetCriterion", "official", "post_process"]

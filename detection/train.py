@@ -1,53 +1,5 @@
-"""Trains DETR or Deformable DETR on a data set in COCO's JSON format.
-
-    python -m detection.train CONFIG [key.path=value ...] [--overfit N]
-    torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
-
-Writes to `output`: config.yaml, last.pth, best.pth, train.log, log.jsonl, tensorboard/; in the end metrics.json and, of
-the best epoch, whose detections are in detections.json, plots, pictures and report.html, a page of them all. With
---overfit N it learns N training images by heart instead, into `output`/overfit, and says what is wrong where it cannot.
-"""
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from dat.training.config import load_config
-from dat.training.distributed import prepare_output, setup_distributed
-from dat.training.loop import main_guard
-
-from .config import DetectionConfig, check_config
-from .data import read_coco
-from .overfit import overfit
-from .trainer import Trainer
-
-
-def train(config: DetectionConfig) -> None:
-    """Runs the training of a configuration. Raises UserError, before it writes anything, for what cannot work."""
-    check_config(config)
-    distributed = setup_distributed(config.train.device)
-    data = config.data
-    root = Path(data.root)
-    train_set = read_coco(root / data.train.annotations, root / data.train.images)
-    val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
-    resume = prepare_output(config.output, config.train.resume, distributed)
-    Trainer(config, train_set, val_set, distributed, resume).run()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.train", description="Trains a detector.")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/detection")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the configuration")
-    parser.add_argument(
-        "--overfit", type=int, metavar="N", help="learn N training images by heart, to see that all works"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, options.overrides)
-    if options.overfit is None:
-        train(config)
-    else:
-        overfit(config, options.overfit)
-
+from dat.detection.train import main
+from dat.engine.loop import main_guard
 
 if __name__ == "__main__":
     main_guard(main)

@@ -24,19 +24,19 @@ import timm
 import torch
 from torch import nn
 
-from classification import export as classification_export
-from classification.config import ClassificationConfig
-from classification.model import build_classifier, load_classifier
-from dat.deploy.runtime import load_exported
-from dat.deploy.samples import sample_batches, sample_pictures
-from dat.training.checkpoint import load_checkpoint, save_checkpoint
-from dat.training.config import from_dict, load_config, to_dict
-from dat.training.errors import UserError
-from detection import export as detection_export
-from detection.build import build_model, detector_state, load_detector
-from detection.config import DetectionConfig
-from detection.data import Category
-from detection.graph import pad_pictures
+from dat.classification import export as classification_export
+from dat.classification.config import ClassificationConfig
+from dat.classification.model import build_classifier, load_classifier
+from dat.detection import export as detection_export
+from dat.detection.build import build_model, detector_state, load_detector
+from dat.detection.config import DetectionConfig
+from dat.detection.data import Category
+from dat.detection.graph import pad_pictures
+from dat.engine.checkpoint import load_checkpoint, save_checkpoint
+from dat.engine.config import from_dict, load_config, to_dict
+from dat.export.runtime import load_exported
+from dat.export.samples import sample_batches, sample_pictures
+from dat.utils.errors import UserError
 
 FORMATS = ("onnx", "pt2", "compiled")
 CLASSIFIERS = ("dat_nano", "dat_plus_nano", "dat_pp_nano")

@@ -26,9 +26,9 @@ from unittest.mock import patch
 import torch
 from PIL import Image
 
-from dat.deploy import runtime
-from dat.training.errors import UserError
-from dat.training.loop import one_line
+from dat.engine.loop import one_line
+from dat.export import runtime
+from dat.utils.errors import UserError
 from tests.damage import (
     change_checkpoint,
     change_either,
@@ -76,17 +76,17 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     """What makes each kind, its whole files and what belongs to them in `folder`."""
     import numpy as np
 
-    from classification import evaluate as classification_evaluate
-    from classification import export as classification_export
-    from classification import predict as classification_predict
-    from classification.config import ClassificationConfig
-    from classification.model import build_classifier, load_classifier
     from dat import visualize
-    from dat.training.checkpoint import save_checkpoint
-    from dat.training.config import from_dict, to_dict
-    from dat.training.pictures import FORMATS
-    from detection import evaluate, export, official, predict
-    from detection.build import load_detector
+    from dat.classification import evaluate as classification_evaluate
+    from dat.classification import export as classification_export
+    from dat.classification import predict as classification_predict
+    from dat.classification.config import ClassificationConfig
+    from dat.classification.model import build_classifier, load_classifier
+    from dat.detection import evaluate, export, official, predict
+    from dat.detection.build import load_detector
+    from dat.engine.checkpoint import save_checkpoint
+    from dat.engine.config import from_dict, to_dict
+    from dat.utils.images import FORMATS
     from tests.coco_scenes import write_scenes
     from tests.detection.exporting import write_detector
 
@@ -179,7 +179,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         def make() -> Kind:
             import safetensors.torch
 
-            from dat.training.weights import load_classifier_weights
+            from dat.engine.weights import load_classifier_weights
 
             model = load_classifier(classifier(), [], torch.device("cpu")).model
             state = model.state_dict()
@@ -222,8 +222,8 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     def uploads() -> Kind:
         from fastapi import HTTPException
 
-        from detection.app import Limits, answer
-        from detection.predictor import load_predictor
+        from dat.detection.app import Limits, answer
+        from dat.detection.predictor import load_predictor
 
         predictor = load_predictor(detectors()[0], torch.device("cpu"))
 

@@ -83,7 +83,7 @@ def execute(folder, module, arguments):
     sys.argv = [module, *arguments]
     if "--overfit" in arguments:
         # what it takes to learn by heart is tested elsewhere
-        from detection import overfit
+        from dat.detection import overfit
 
         overfit.STEPS, overfit.ENOUGH, overfit.TARGET = 2, 0.0, 0.0
     if module == "detection.serve":

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "dat/ops": ("dat.layers", "dat.models", "dat.training", "detection", "classification"),
-    "dat/layers": ("dat.models", "dat.training", "detection", "classification"),
-    "dat/models": ("dat.training", "detection", "classification"),
+    "dat/ops": ("dat.layers", "dat.models", "dat.engine", "detection", "classification"),
+    "dat/layers": ("dat.models", "dat.engine", "detection", "classification"),
+    "dat/models": ("dat.engine", "detection", "classification"),
     "dat/deploy": ("detection", "classification"),
     "dat/training": ("detection", "classification"),
     "detection": ("classification", "examples"),

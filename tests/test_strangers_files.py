@@ -16,16 +16,16 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from classification.labeller import load_labeller
-from dat.deploy import runtime
-from dat.deploy.media import Media, read_frames
-from dat.deploy.runtime import load_exported
-from dat.training.checkpoint import load_checkpoint, save_checkpoint
-from dat.training.errors import CheckpointError, ConfigError, DataError
-from dat.training.pictures import read_picture
-from dat.training.untrusted import read_weights
-from detection.build import load_detector
-from detection.predictor import load_predictor
+from dat.classification.labeller import load_labeller
+from dat.detection.build import load_detector
+from dat.detection.predictor import load_predictor
+from dat.engine.checkpoint import load_checkpoint, save_checkpoint
+from dat.engine.safe_load import read_weights
+from dat.export import runtime
+from dat.export.runtime import load_exported
+from dat.utils.errors import CheckpointError, ConfigError, DataError
+from dat.utils.images import read_picture
+from dat.utils.media import Media, read_frames
 from tests import fuzz
 from tests.damage import damage
 from tests.detection.exporting import write_detector

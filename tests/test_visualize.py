@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from dat import visualize
+from dat.engine.checkpoint import save_checkpoint
 from dat.models import DAT, StageConfig
 from dat.models.recording import deformable_blocks, record_blocks
-from dat.training.checkpoint import save_checkpoint
-from dat.training.errors import CheckpointError, ConfigError, DataError
+from dat.utils.errors import CheckpointError, ConfigError, DataError
 
 # Every position bias in both releases, keys that move freely, in a range or not at all, and an odd stride remainder.
 D_2022 = {"num_groups": 2, "stride": 2}

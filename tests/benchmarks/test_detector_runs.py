@@ -14,7 +14,7 @@ from benchmarks import backbones, convergence, curves, detector_runs, trainings
 from benchmarks.detector_runs import Comparison, Sizes
 from benchmarks.timing import machine
 from benchmarks.trainings import finished, last_entries, train
-from detection.backbone import build_backbone
+from dat.detection.models.backbone import build_backbone
 
 TINY = Sizes(train=8, val=2, scene=64, crops=(40, 10), crop=32, shown=32)
 

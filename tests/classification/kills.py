@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dat.training.checkpoint import load_checkpoint
+from dat.engine.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import yaml
 from odd_pictures import write_odd_pictures
 from PIL import Image
 
-from classification import audit
+from dat.classification import audit
 
 
 def run(capsys, *arguments, code=0):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from classification import evaluate, predict
-from classification import train as training
-from dat.training.loop import main_guard
+from dat.classification import evaluate, predict
+from dat.classification import train as training
+from dat.engine.loop import main_guard
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,9 +104,9 @@ def test_predict_names_mistakes(trained, pictures, monkeypatch, tmp_path, capsys
 
 @pytest.mark.parametrize("name", ["demo", "dat_nano_folder", "dat_tiny_imagenet", "dat_pp_base_imagenet_22k_to_1k"])
 def test_shipped_configurations_are_valid(name):
-    from classification.config import ClassificationConfig, check_config
-    from classification.data import make_transform
-    from dat.training.config import load_config
+    from dat.classification.config import ClassificationConfig, check_config
+    from dat.classification.data import make_transform
+    from dat.engine.config import load_config
 
     config = load_config(ClassificationConfig, ROOT / f"configs/classification/{name}.yaml")
     check_config(config)

@@ -10,13 +10,13 @@ import pytest
 from odd_pictures import encode, odd_files, write_odd_pictures
 from PIL import Image
 
-from classification import readers
-from classification.config import ClassificationConfig, DataConfig, SplitConfig
-from classification.readers import open_place, open_split
-from classification.train import train
-from dat.training.config import from_dict
-from dat.training.errors import ConfigError, DataError
-from dat.training.pictures import UNREADABLE
+from dat.classification import readers
+from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
+from dat.classification.readers import open_place, open_split
+from dat.classification.train import train
+from dat.engine.config import from_dict
+from dat.utils.errors import ConfigError, DataError
+from dat.utils.images import UNREADABLE
 
 
 def test_all_that_can_be_read_is_trained_on_and_all_else_is_listed(settings, tmp_path):

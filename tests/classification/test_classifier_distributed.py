@@ -7,13 +7,13 @@ import torch
 from processes import run_processes
 from torch import nn
 
-from classification.config import ClassificationConfig
-from classification.data import MixPairs
-from classification.train import train
-from dat.training import sharding
-from dat.training.checkpoint import load_checkpoint
-from dat.training.config import from_dict, load_config
-from dat.training.errors import ConfigError
+from dat.classification.config import ClassificationConfig
+from dat.classification.data import MixPairs
+from dat.classification.train import train
+from dat.engine import fsdp
+from dat.engine.checkpoint import load_checkpoint
+from dat.engine.config import from_dict, load_config
+from dat.utils.errors import ConfigError
 
 # no dropout, which is drawn by each process; all else that is random is on
 PLAIN = {"epochs": 5, "checkpoint_steps": 0, "pictures": 0}
@@ -27,7 +27,7 @@ def run(path, *overrides):
 
 def run_sharded(path, *overrides):
     # the blocks of the tiny model too
-    sharding.LEAST = 1000
+    fsdp.LEAST = 1000
     run(path, "train.fsdp=true", *overrides)
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from classification import export
-from classification.config import ClassificationConfig
-from classification.labeller import load_labeller
-from classification.model import build_classifier, load_classifier
-from dat.deploy.export import ExportError
-from dat.deploy.runtime import load_exported
-from dat.training.checkpoint import save_checkpoint
-from dat.training.config import from_dict, to_dict
-from dat.training.errors import CheckpointError, ConfigError
+from dat.classification import export
+from dat.classification.config import ClassificationConfig
+from dat.classification.labeller import load_labeller
+from dat.classification.model import build_classifier, load_classifier
+from dat.engine.checkpoint import save_checkpoint
+from dat.engine.config import from_dict, to_dict
+from dat.export.export import ExportError
+from dat.export.runtime import load_exported
+from dat.utils.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
         path.write_bytes(b"a half")
         raise RuntimeError("no C++ compiler\nin PATH")
 
-    monkeypatch.setattr("dat.deploy.export.write_compiled", fail)
+    monkeypatch.setattr("dat.export.export.write_compiled", fail)
     with pytest.raises(ExportError, match=r"AOTInductor cannot compile this model: no C\+\+ compiler in PATH"):
         export.main([str(path), "--out", str(tmp_path / "model.pt2"), "--compile"])
     assert [file.name for file in tmp_path.iterdir()] == ["best.pth"]

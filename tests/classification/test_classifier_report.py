@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from classification import report, trainer
-from classification.config import ClassificationConfig
-from classification.results import Results
-from classification.train import train
-from dat.training.checkpoint import save_checkpoint
-from dat.training.config import from_dict, save_config
-from dat.training.loop import main_guard
+from dat.classification import report, trainer
+from dat.classification.config import ClassificationConfig
+from dat.classification.results import Results
+from dat.classification.train import train
+from dat.engine.checkpoint import save_checkpoint
+from dat.engine.config import from_dict, save_config
+from dat.engine.loop import main_guard
 
 
 def write(folder, monkeypatch, *overrides):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification import report
-from classification.config import ClassificationConfig, TrainConfig
-from classification.evaluate import open_v2, real_accuracy
-from classification.readers import open_place
-from classification.report import tell, write_report
-from classification.results import Results, class_table, format_table
-from dat.training.errors import DataError
+from dat.classification import report
+from dat.classification.config import ClassificationConfig, TrainConfig
+from dat.classification.evaluate import open_v2, real_accuracy
+from dat.classification.readers import open_place
+from dat.classification.report import tell, write_report
+from dat.classification.results import Results, class_table, format_table
+from dat.utils.errors import DataError
 
 
 def results(labels, top, index=None):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from kills import assert_same_run, numbers, train_killed
 
-from classification import trainer
-from classification.config import ClassificationConfig
-from classification.train import train
-from classification.trainer import Trainer
-from dat.training import sharding
-from dat.training.checkpoint import load_checkpoint
-from dat.training.config import from_dict
+from dat.classification import trainer
+from dat.classification.config import ClassificationConfig
+from dat.classification.train import train
+from dat.classification.trainer import Trainer
+from dat.engine import fsdp
+from dat.engine.checkpoint import load_checkpoint
+from dat.engine.config import from_dict
 
 
 def run(settings, output, **changes):
@@ -30,7 +30,7 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     run(settings, tmp_path / "whole")
 
     steps = []
-    step, save, measure = Trainer.train_step, sharding.save_checkpoint, trainer.evaluate
+    step, save, measure = Trainer.train_step, fsdp.save_checkpoint, trainer.evaluate
 
     def train_step(*arguments):
         steps.append(None)
@@ -51,7 +51,7 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    monkeypatch.setattr(sharding, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(fsdp, "save_checkpoint", save_checkpoint)
     with pytest.raises(Killed):
         run(settings, tmp_path / "stopped")
     monkeypatch.undo()

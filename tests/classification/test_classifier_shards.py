@@ -13,13 +13,13 @@ from kills import assert_same_run
 from odd_pictures import encode
 from PIL import Image
 
-from classification import audit, shards
-from classification.config import ClassificationConfig, DataConfig, SplitConfig
-from classification.readers import open_split
-from classification.shards import RecordReader, Shards, index_records
-from classification.train import train
-from dat.training.config import from_dict
-from dat.training.errors import ConfigError, DataError
+from dat.classification import audit, shards
+from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
+from dat.classification.readers import open_split
+from dat.classification.shards import RecordReader, Shards, index_records
+from dat.classification.train import train
+from dat.engine.config import from_dict
+from dat.utils.errors import ConfigError, DataError
 
 CLASSES = ["blue", "green", "red"]
 

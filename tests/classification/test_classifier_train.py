@@ -13,16 +13,16 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from classification import sheet, trainer
-from classification.config import ClassificationConfig
-from classification.data import MixPairs, TrainPictures, make_transform, train_loader
-from classification.readers import open_place
-from classification.train import train
-from classification.trainer import Trainer, make_loss
-from dat.training.checkpoint import load_checkpoint
-from dat.training.config import from_dict
-from dat.training.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from dat.training.loop import EpochBatchSampler, isolated_rng, main_guard
+from dat.classification import sheet, trainer
+from dat.classification.config import ClassificationConfig
+from dat.classification.data import MixPairs, TrainPictures, make_transform, train_loader
+from dat.classification.readers import open_place
+from dat.classification.train import train
+from dat.classification.trainer import Trainer, make_loss
+from dat.engine.checkpoint import load_checkpoint
+from dat.engine.config import from_dict
+from dat.engine.loop import EpochBatchSampler, isolated_rng, main_guard
+from dat.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 
 
 def run(settings, **changes):

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from detection import HungarianMatcher, SetCriterion, official
-from detection.criterion import PAPER_WEIGHTS
+from dat.detection import HungarianMatcher, SetCriterion, official
+from dat.detection.criterion import PAPER_WEIGHTS
 
 # Arguments of small detectors.
 SMALL = {

@@ -2,11 +2,11 @@
 
 import torch
 
-from dat.training.checkpoint import save_checkpoint
-from dat.training.config import from_dict
-from detection.build import build_model, detector_state
-from detection.config import DetectionConfig
-from detection.data import Category
+from dat.detection.build import build_model, detector_state
+from dat.detection.config import DetectionConfig
+from dat.detection.data import Category
+from dat.engine.checkpoint import save_checkpoint
+from dat.engine.config import from_dict
 
 CATEGORIES = (Category(3, "blue"), Category(11, "red"))
 

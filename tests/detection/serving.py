@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from detection.app import create_app
+from dat.detection.app import create_app
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import pytest
 from coco_scenes import write_json
 from PIL import Image
 
-from dat.training.loop import main_guard
-from detection import audit
+from dat.detection import audit
+from dat.engine.loop import main_guard
 
 
 def run(scenes, out, *arguments):

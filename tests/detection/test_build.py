@@ -2,10 +2,10 @@ import pytest
 import timm
 import torch
 
-from dat.training.checkpoint import save_checkpoint
-from dat.training.errors import CheckpointError, ConfigError
-from detection.build import build_backbone, build_model, load_detector
-from detection.config import ModelConfig
+from dat.detection.build import build_backbone, build_model, load_detector
+from dat.detection.config import ModelConfig
+from dat.engine.checkpoint import save_checkpoint
+from dat.utils.errors import CheckpointError, ConfigError
 
 SMALL = {"num_queries": 5, "embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16}
 

@@ -6,8 +6,8 @@ import torch
 from coco_scenes import write_json
 from PIL import Image
 
-from dat.training.errors import DataError
-from detection.data import Category, read_coco, read_image, read_sample
+from dat.detection.data import Category, read_coco, read_image, read_sample
+from dat.utils.errors import DataError
 
 
 def edit(path, change):

@@ -5,9 +5,9 @@ import timm
 import torch
 from torch import nn
 
-from dat.training.checkpoint import load_checkpoint
-from detection import DETR, DeformableDETR, train
-from detection.trainer import Trainer
+from dat.detection import DETR, DeformableDETR, train
+from dat.detection.trainer import Trainer
+from dat.engine.checkpoint import load_checkpoint
 
 SMALL = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16, "num_queries": 5}
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_official_load import KINDS, config, new_model, official_names
 
-from dat.training.config import save_config
-from dat.training.errors import CheckpointError
-from detection import convert
-from detection.build import load_detector
-from detection.config import DetectionConfig
+from dat.detection import convert
+from dat.detection.build import load_detector
+from dat.detection.config import DetectionConfig
+from dat.engine.config import save_config
+from dat.utils.errors import CheckpointError
 
 IDS = (2, 3, 6)
 

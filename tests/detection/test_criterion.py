@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from detr_inputs import fixture_targets, load_fixture, part, relative_error
 
-from detection import HungarianMatcher, SetCriterion
-from detection import criterion as criterion_module
+from dat.detection import HungarianMatcher, SetCriterion
+from dat.detection import criterion as criterion_module
 
 
 def layer(batch=2, queries=6, classes=4, seed=0):

@@ -14,7 +14,7 @@ from detr_inputs import (
 )
 from torch import nn
 
-from detection import DeformableDETR, HungarianMatcher, SetCriterion, official
+from dat.detection import DeformableDETR, HungarianMatcher, SetCriterion, official
 
 VARIANTS = [(False, False), (True, False), (True, True)]
 

@@ -16,9 +16,9 @@ from coco_scenes import write_json
 from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
-from dat.training.checkpoint import load_checkpoint, save_checkpoint
-from dat.training.loop import main_guard
-from detection import SetCriterion, evaluate, predict, train, trainer
+from dat.detection import SetCriterion, evaluate, predict, train, trainer
+from dat.engine.checkpoint import load_checkpoint, save_checkpoint
+from dat.engine.loop import main_guard
 
 ROOT = Path(__file__).parents[2]
 
@@ -378,7 +378,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     whole = load_checkpoint(tmp_path / "whole/last.pth")
     # kills itself with SIGKILL right after its n-th checkpoint
     script = (
-        "import os, sys, detection.train, dat.training.sharding as t\n"
+        "import os, sys, detection.train, dat.engine.fsdp as t\n"
         "save, count = t.save_checkpoint, [0]\n"
         "def die(path, state):\n"
         "    save(path, state)\n"

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dat.training.config import apply_overrides, load_config
-from dat.training.errors import ConfigError
-from detection import DETR, DeformableDETR
-from detection.build import build_criterion, build_model
-from detection.config import DetectionConfig, LossConfig, ModelConfig, check_config
+from dat.detection import DETR, DeformableDETR
+from dat.detection.build import build_criterion, build_model
+from dat.detection.config import DetectionConfig, LossConfig, ModelConfig, check_config
+from dat.engine.config import apply_overrides, load_config
+from dat.utils.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/detection").glob("*.yaml"))
 

@@ -10,16 +10,16 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.deploy.export import ExportError
-from dat.deploy.runtime import load_exported
-from dat.training.checkpoint import load_checkpoint, save_checkpoint
-from dat.training.errors import CheckpointError, ConfigError
-from detection import export
-from detection.build import load_detector
-from detection.config import DataConfig
-from detection.graph import DetectorGraph
-from detection.post_process import post_process
-from detection.predictor import load_predictor
+from dat.detection import export
+from dat.detection.build import load_detector
+from dat.detection.config import DataConfig
+from dat.detection.graph import DetectorGraph
+from dat.detection.post_process import post_process
+from dat.detection.predictor import load_predictor
+from dat.engine.checkpoint import load_checkpoint, save_checkpoint
+from dat.export.export import ExportError
+from dat.export.runtime import load_exported
+from dat.utils.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 SIZES = ["--sizes", "64", "96"]
@@ -130,7 +130,7 @@ def test_what_is_compiled_is_given_padded_pictures(tmp_path, monkeypatch):
         assert inputs["images"] == ("torch.uint8", [(1, 4096), (3, 3), (32, 4096), (32, 4096)])
         torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
 
-    monkeypatch.setattr("dat.deploy.export.write_compiled", write)
+    monkeypatch.setattr("dat.export.export.write_compiled", write)
     backbone = {"name": "test_resnet", "out_indices": [-1]}
     state = load_checkpoint(write_detector(tmp_path / "best.pth", backbone=backbone, **ONE_MAP))
     state["config"]["data"]["pad_multiple"] = 32
@@ -146,7 +146,7 @@ def test_what_is_compiled_is_given_padded_pictures(tmp_path, monkeypatch):
 
 def test_a_file_that_gives_other_results_is_not_left_behind(exported, tmp_path, monkeypatch):
     """The exporter, for once, exports another model."""
-    monkeypatch.setattr("dat.deploy.export._write_onnx", lambda graph, path: shutil.copy(exported, path))
+    monkeypatch.setattr("dat.export.export._write_onnx", lambda graph, path: shutil.copy(exported, path))
     out = tmp_path / "model.onnx"
     out.write_bytes(b"older")
     checkpoint = write_detector(tmp_path / "best.pth", num_points=3)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat.training.config import load_config, save_config
-from dat.training.errors import DataError
-from dat.training.loop import main_guard
-from detection import plots, report, train, trainer
-from detection.config import DetectionConfig
-from detection.data import Category, read_coco
-from detection.evaluator import Evaluation, count_confusions
-from detection.plots import draw_box_sizes, draw_precision_recall
-from detection.report import write_report
+from dat.detection import plots, report, train, trainer
+from dat.detection.config import DetectionConfig
+from dat.detection.data import Category, read_coco
+from dat.detection.evaluation import Evaluation, count_confusions
+from dat.detection.plots import draw_box_sizes, draw_precision_recall
+from dat.detection.report import write_report
+from dat.engine.config import load_config, save_config
+from dat.engine.loop import main_guard
+from dat.utils.errors import DataError
 
 
 @pytest.fixture

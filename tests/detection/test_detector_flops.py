@@ -6,8 +6,8 @@ import torch
 from detr_inputs import SMALL
 from fvcore.nn import FlopCountAnalysis
 
+from dat.detection import DETR, DeformableDETR
 from dat.ops.flops import fvcore_handles
-from detection import DETR, DeformableDETR
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
 

@@ -5,7 +5,7 @@ import torchvision
 from detr_inputs import SMALL, FixedFeatures, check_parity, fill, formula_inputs, load_fixture, part, run
 from torch import nn
 
-from detection import DETR, DeformableDETR, HungarianMatcher, SetCriterion
+from dat.detection import DETR, DeformableDETR, HungarianMatcher, SetCriterion
 
 KEYS = ("pred_logits", "pred_boxes")
 

@@ -8,10 +8,10 @@ import torch
 from coco_scenes import write_json, write_scenes
 from processes import run_processes
 
-from dat.training import sharding
-from dat.training.checkpoint import load_checkpoint
-from dat.training.errors import ConfigError
-from detection import train
+from dat.detection import train
+from dat.engine import fsdp
+from dat.engine.checkpoint import load_checkpoint
+from dat.utils.errors import ConfigError
 
 # no images of two sizes in a batch, whose padding would differ, and none left out
 SAME = ["data.train.sizes=[48]", "data.train.crop=0", "model.drop_rate=0", "model.freeze_batch_norm=true"]
@@ -53,7 +53,7 @@ class RecordingAdamW(torch.optim.AdamW):
 
     def step(self, *arguments, **named):
         if not self.path.exists():
-            torch.save(sharding.whole([p.grad for group in self.param_groups for p in group["params"]]), self.path)
+            torch.save(fsdp.whole([p.grad for group in self.param_groups for p in group["params"]]), self.path)
         return super().step(*arguments, **named)
 
 
@@ -103,7 +103,7 @@ def test_more_processes_than_images_to_evaluate(one_size, tmp_path):
 
 def run_sharded(config, folder, *overrides):
     # the layers of the tiny model too
-    sharding.LEAST = 1000
+    fsdp.LEAST = 1000
     run(config, folder, "train.fsdp=true", *overrides)
 
 

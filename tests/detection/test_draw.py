@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data import Category
-from detection.draw import MIN_EDGE, draw_boxes, side_by_side
+from dat.detection.data import Category
+from dat.detection.draw import MIN_EDGE, draw_boxes, side_by_side
 
 CLASSES = (Category(3, "blue"), Category(11, "a rather long name for a class"))
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from coco_scenes import write_json
 
-from detection.data import read_coco
-from detection.evaluator import average_precision, format_table, gather_results, to_results
+from dat.detection.data import read_coco
+from dat.detection.evaluation import average_precision, format_table, gather_results, to_results
 
 
 @pytest.fixture

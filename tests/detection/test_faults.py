@@ -8,11 +8,11 @@ import torch
 from coco_scenes import write_json
 from test_detection_commands import fails
 
-from dat.training.checkpoint import load_checkpoint
-from dat.training.loop import main_guard
-from detection import train
-from detection.criterion import SetCriterion
-from detection.matcher import HungarianMatcher
+from dat.detection import train
+from dat.detection.criterion import SetCriterion
+from dat.detection.matcher import HungarianMatcher
+from dat.engine.checkpoint import load_checkpoint
+from dat.engine.loop import main_guard
 
 
 def edit(scenes, change, splits=("train", "val")):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dat.training.errors import DataError
-from detection.data import (
+from dat.detection.data import (
     AspectRatioBatchSampler,
     DetectionDataset,
     ImageRecord,
@@ -15,8 +14,9 @@ from detection.data import (
     read_coco,
     train_transform,
 )
-from detection.data.cache import ImageCache
-from detection.data.loader import Collate
+from dat.detection.data.cache import ImageCache
+from dat.detection.data.loader import Collate
+from dat.utils.errors import DataError
 
 TRANSFORM = {
     "sizes": [32, 48],

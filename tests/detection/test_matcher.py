@@ -4,8 +4,8 @@ import pytest
 import torch
 from detr_inputs import fixture_targets, load_fixture
 
-from dat.training.errors import NonFiniteError
-from detection import HungarianMatcher
+from dat.detection import HungarianMatcher
+from dat.utils.errors import NonFiniteError
 
 
 def some_outputs(batch=2, queries=5, classes=4, seed=0):

@@ -5,8 +5,8 @@ import pytest
 from coco_scenes import write_json
 from PIL import Image
 
-from detection.data import read_coco
-from detection.misses import draw_worst, find_mistakes
+from dat.detection.data import read_coco
+from dat.detection.worst_predictions import draw_worst, find_mistakes
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from detr_inputs import FixedFeatures, load_fixture, part
 
-from detection import DeformableDETR, official
+from dat.detection import DeformableDETR, official
 
 SMALL = {"embed_dim": 64, "num_heads": 4, "encoder_depth": 2, "decoder_depth": 2, "mlp_dim": 96, "num_queries": 20}
 

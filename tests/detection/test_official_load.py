@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dat.training.checkpoint import save_checkpoint
-from dat.training.errors import CheckpointError, ConfigError
-from detection import official
-from detection.build import build_model
-from detection.config import ModelConfig
+from dat.detection.build import build_model
+from dat.detection.config import ModelConfig
+from dat.detection import official
+from dat.engine.checkpoint import save_checkpoint
+from dat.utils.errors import CheckpointError, ConfigError
 
 KINDS = {
     "detr": {"kind": "detr"},

@@ -15,7 +15,7 @@ from transformers import (
     TimmBackboneConfig,
 )
 
-from detection import DETR, DeformableDETR, official
+from dat.detection import DETR, DeformableDETR, official
 
 LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 9}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 5}

@@ -8,13 +8,13 @@ import pytest
 from coco_scenes import write_json
 from test_detection_commands import fails
 
-from dat.training.checkpoint import load_checkpoint
-from dat.training.config import load_config
-from dat.training.loop import main_guard
-from detection import overfit, train
-from detection.config import DetectionConfig
-from detection.data import read_coco
-from detection.evaluator import average_precision
+from dat.detection import overfit, train
+from dat.detection.config import DetectionConfig
+from dat.detection.data import read_coco
+from dat.detection.evaluation import average_precision
+from dat.engine.checkpoint import load_checkpoint
+from dat.engine.config import load_config
+from dat.engine.loop import main_guard
 
 
 @pytest.fixture

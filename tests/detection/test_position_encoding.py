@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from detection.position_encoding import sine_encoding, sine_position
+from dat.detection.models.position_encoding import sine_encoding, sine_position
 
 
 def test_encoding_interleaves_sines_and_cosines():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from detr_inputs import load_fixture, part
 
-from detection import post_process
+from dat.detection import post_process
 
 
 @pytest.mark.parametrize(("name", "scores"), [("deformable_detr_micro", "sigmoid"), ("detr_losses", "softmax")])

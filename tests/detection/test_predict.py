@@ -9,11 +9,11 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.deploy import media
-from dat.training.errors import CheckpointError, ConfigError, DataError
-from detection import export, predict
-from detection.points import detect_with_points
-from detection.predictor import load_predictor
+from dat.detection import export, predict
+from dat.detection.points import detect_with_points
+from dat.detection.predictor import load_predictor
+from dat.utils import media
+from dat.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 CPU = torch.device("cpu")
@@ -131,8 +131,8 @@ def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_pat
 
 def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
     """Reference, offsets and logits are taken from the op's own arguments; images are padded."""
+    from dat.engine.checkpoint import load_checkpoint, save_checkpoint
     from dat.layers import ms_deform_attn as layer
-    from dat.training.checkpoint import load_checkpoint, save_checkpoint
 
     path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3)
     state = load_checkpoint(path)

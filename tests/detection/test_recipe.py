@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 
-from detection.build import build_backbone, build_model
-from detection.config import ModelConfig, TrainConfig
-from detection.recipe import backbone_scales, make_optimizer
+from dat.detection.build import build_backbone, build_model
+from dat.detection.config import ModelConfig, TrainConfig
+from dat.detection.recipe import backbone_scales, make_optimizer
 
 SMALL = {
     "num_queries": 5,

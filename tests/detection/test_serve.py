@@ -20,13 +20,13 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.training.errors import CheckpointError, ConfigError
-from detection import serve
-from detection.evaluator import to_results
-from detection.predictor import load_predictor
+from dat.detection import serve
+from dat.detection.evaluation import to_results
+from dat.detection.predictor import load_predictor
+from dat.utils.errors import CheckpointError, ConfigError
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
-app = pytest.importorskip("detection.app", reason="the extra 'serve'")
+app = pytest.importorskip("dat.detection.app", reason="the extra 'serve'")
 serving = pytest.importorskip("serving", reason="the extra 'serve'").serving
 
 ROOT = Path(__file__).parents[2]

@@ -8,13 +8,13 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.training.pictures import read_picture
-from detection.evaluator import to_results
-from detection.predictor import load_predictor
+from dat.detection.evaluation import to_results
+from dat.detection.predictor import load_predictor
+from dat.utils.images import read_picture
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
-app = pytest.importorskip("detection.app", reason="the extra 'serve'")
+app = pytest.importorskip("dat.detection.app", reason="the extra 'serve'")
 serving = pytest.importorskip("serving", reason="the extra 'serve'").serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

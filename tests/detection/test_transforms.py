@@ -2,8 +2,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detection.data import resized_size, train_transform, val_transform
-from detection.data.transforms import RandomSizeCrop
+from dat.detection.data import resized_size, train_transform, val_transform
+from dat.detection.data.transforms import RandomSizeCrop
 
 PLAIN = {
     "sizes": [40],

@@ -6,8 +6,8 @@ import torch
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
+from dat.engine.weights import load_classifier_weights
 from dat.models.checkpoint import imagenet_22k_to_1k
-from dat.training.weights import load_classifier_weights
 
 NAMES = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]
 

@@ -1,0 +1,175 @@
+"""Samples and batches of a split's pictures, with augmentation that depends on (seed, epoch, index) alone."""
+
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dat.classification.config import DataConfig, TrainConfig
+from dat.classification.readers import Split
+from dat.engine.distributed import Distributed, gather
+from dat.engine.loop import EpochBatchSampler, isolated_rng, loader_options
+from dat.utils.errors import ConfigError, DataError
+from dat.utils.images import UNREADABLE
+
+# more broken pictures than this in a row: something else is wrong
+MAX_IN_A_ROW = 100
+
+
+def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> Any:
+    """timm's transform from a PIL picture to a tensor [3, img_size, img_size]. Raises ConfigError.
+
+    `normalize` False: the tensor is uint8, for a model whose graph normalises.
+    """
+    augment = asdict(data.augment) if training else {}
+    try:
+        transform = create_transform(
+            data.img_size, training, mean=data.mean, std=data.std, interpolation=data.interpolation,
+            crop_pct=data.crop_pct, crop_mode=data.crop_mode, normalize=normalize, **augment,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"data.augment: timm cannot make the transform: {error or data.augment}") from error
+    _keep_one_bit(transform)
+    return transform
+
+
+def _keep_one_bit(transform: Any) -> None:
+    # timm's Posterize may ask for 0 bits, a black picture; Pillow 13 refuses that
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one, operation.level_fn)
+
+
+def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(1, *level_fn(level, hparams)),)
+
+
+class TrainPictures(Dataset[tuple[Tensor, int, int, int, int]]):
+    """Item (epoch, index) is (image, label, index, used, epoch); the next readable picture replaces an unreadable one.
+
+    `used` is the index that was read in the end; every picture from `index` up to it is unreadable.
+    """
+
+    def __init__(self, split: Split, transform: Any, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int, int, int]:
+        epoch, index = item
+        for step in range(min(len(self), MAX_IN_A_ROW)):
+            used = (index + step) % len(self)
+            try:
+                picture, label = self.split.read(used)
+            except UNREADABLE:
+                continue
+            with isolated_rng(self.seed, epoch, index):
+                return self.transform(picture), label, index, used, epoch
+        count, name = min(len(self), MAX_IN_A_ROW), self.split.name(index)
+        raise DataError(f"data.train: no picture can be read: {count} in a row from {name} on")
+
+
+class EvalPictures(Dataset[tuple[Tensor, int, int]]):
+    """Item i is (image, label, i) of every world_size-th picture; an unreadable one is black, with label -1."""
+
+    def __init__(self, split: Split, transform: Any, rank: int = 0, world_size: int = 1) -> None:
+        self.split, self.transform = split, transform
+        self.indices = range(rank, len(split), world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
+        index = self.indices[item]
+        try:
+            picture, label = self.split.read(index)
+        except UNREADABLE:
+            picture, label = Image.new("RGB", (32, 32)), -1
+        return self.transform(picture), label, index
+
+
+class MixPairs:
+    """Collates training samples and mixes them by two, the first with the second and so on, with timm's Mixup.
+
+    What is drawn for a pair depends on (seed, epoch, index of its first picture) alone: neither on the other pictures
+    of the batch, nor on how the pictures of a step are split into batches of an even number.
+    """
+
+    def __init__(self, train: TrainConfig, num_classes: int, seed: int) -> None:
+        self.mixup = Mixup(train.mixup, train.cutmix, label_smoothing=train.smoothing, num_classes=num_classes)
+        self.seed = seed
+
+    def __call__(self, samples: list[Any]) -> list[Tensor]:
+        """Samples of TrainPictures as those of train_loader, labels [B, num_classes] float."""
+        images, labels, index, used, epoch = default_collate(samples)
+        targets = []
+        for first in range(0, len(images), 2):
+            pair = slice(first, first + 2)
+            # the third counter: other draws than those of the picture's augmentation
+            with isolated_rng(self.seed, int(epoch[first]), int(index[first]), 1):
+                images[pair], mixed = self.mixup(images[pair], labels[pair])
+            targets.append(mixed)
+        return [images, torch.cat(targets), index, used, epoch]
+
+
+def train_loader(
+    pictures: TrainPictures, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
+) -> DataLoader[Any]:
+    """Batches (images [B, 3, H, W], labels [B] or, mixed, [B, K], index [B], used [B], epoch [B]) of the epoch."""
+    return DataLoader(pictures, batch_sampler=sampler, collate_fn=mix, **loader_options(workers, pin))
+
+
+def eval_loader(pictures: EvalPictures, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
+    """Batches (images [B, 3, H, W], labels [B], index [B]), in order."""
+    return DataLoader(pictures, batch_size, **loader_options(workers, pin))
+
+
+class SkippedPictures:
+    """Collects unreadable pictures, and lists those that all processes met in a file.
+
+    Args:
+        split: of the pictures; files that it left out are in the list from the start.
+        path: of the list; None: no list.
+        resumed: the list of the run so far is kept.
+    """
+
+    def __init__(self, split: Split, path: Path | None, resumed: bool = False) -> None:
+        self.split, self.path = split, path
+        self.names = set(split.left_out)
+        if path is not None and resumed and path.is_file():
+            self.names.update(path.read_text(encoding="utf-8").splitlines())
+
+    def add(self, index: Tensor, used: Tensor) -> None:
+        """Notes the pictures from index [B] up to used [B], as TrainPictures gives them."""
+        for first, last in torch.stack([index, used], dim=1)[index != used].tolist():
+            count = (last - first) % len(self.split)
+            self.names.update(self.split.name((first + i) % len(self.split)) for i in range(count))
+
+    def add_unlabelled(self, index: Tensor, labels: Tensor) -> None:
+        """Notes the pictures index [B] whose label is -1, as EvalPictures gives them."""
+        self.names.update(self.split.name(i) for i in index[labels < 0].tolist())
+
+    def write(self, distributed: Distributed) -> str | None:
+        """Writes the list; returns a line to warn with, None when every picture could be read.
+
+        Every process has to call it.
+        """
+        self.names = set().union(*gather(self.names))
+        if not self.names:
+            return None
+        where = ""
+        if self.path is not None:
+            if distributed.main:
+                self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
+            where = f"; they are listed in {self.path}"
+        return f"{len(self.names)} unreadable pictures were left out{where}"

@@ -1,0 +1,10 @@
+"""The DETR family on any timm backbone: models, matching, losses and post-processing."""
+
+from dat.detection import official as official
+from dat.detection.criterion import SetCriterion
+from dat.detection.matcher import HungarianMatcher
+from dat.detection.models.deformable_detr import DeformableDETR
+from dat.detection.models.detr import DETR
+from dat.detection.post_process import post_process
+
+__all__ = ["DETR", "DeformableDETR", "HungarianMatcher", "SetCriterion", "official", "post_process"]

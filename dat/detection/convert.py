@@ -1,0 +1,76 @@
+"""Makes a checkpoint for `detection.evaluate` and `detection.predict` of an official or transformers' detector.
+
+    python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT [key.path=value ...]
+
+CONFIG is the configuration of the same model, such as configs/detection/detr_r50.yaml. These detectors number
+classes by COCO's category ids: the classes of the annotation FILE (instances_val2017.json) are kept, in the order of
+their ids, and ids that no class has are left out.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dat.detection.build import build_model, detector_state
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.data import Category, read_categories
+from dat.detection import official
+from dat.detection.models.base import BaseDETR
+from dat.detection.models.deformable_detr import DeformableDETR
+from dat.engine.checkpoint import save_checkpoint
+from dat.engine.config import load_config
+from dat.utils.errors import CheckpointError, ConfigError
+
+
+def keep_classes(state: dict[str, Tensor], model: BaseDETR, ids: Sequence[int]) -> dict[str, Tensor]:
+    """`state` of `model` with the rows `ids` of its class heads alone, and the last, "no object", where there is one.
+
+    The encoder of a model in two stages tells objects from background by its first row, which stays the first.
+    """
+    last = [model.num_classes] if model.scores == "softmax" else []
+    rows = torch.tensor([*ids, *last])
+    kept = state | {name: tensor[rows] for name, tensor in state.items() if name.startswith("class_embed.")}
+    if isinstance(model, DeformableDETR) and model.two_stage:
+        for name in (f"class_embed.{len(model.class_embed) - 1}.{part}" for part in ("weight", "bias")):
+            kept[name] = torch.cat([state[name][:1], kept[name][1:]])
+    return kept
+
+
+def convert(config: DetectionConfig, weights: Path, categories: Sequence[Category]) -> dict[str, Tensor]:
+    """The state dict of the detector of `config` for `categories`, from a file whose class k has the category id k.
+
+    Raises CheckpointError for weights of another model, or with fewer classes than the largest category id.
+    """
+    theirs = official.read(weights, "WEIGHTS")
+    model = build_model(config.model, official.num_classes(theirs, config.model.kind, weights), weights=False)
+    official.load_state(model, theirs, weights)
+    largest = max(category.id for category in categories)
+    if largest >= model.num_classes or min(category.id for category in categories) < 0:
+        raise CheckpointError(
+            f"{weights}: has classes for the ids 0 to {model.num_classes - 1}, the annotations have the id {largest}"
+        )
+    return keep_classes(model.state_dict(), model, [category.id for category in categories])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m detection.convert", description="Converts a detector's weights.")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the same model, see configs/detection")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help=".pth, .bin or .safetensors")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the configuration")
+    parser.add_argument("--annotations", type=Path, required=True, help="COCO JSON with the classes to keep")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(DetectionConfig, options.config, options.overrides)
+    check_config(config)
+    categories = read_categories(options.annotations)
+    state = convert(config, options.weights, categories)
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out: {options.out.parent} should be a folder")
+    save_checkpoint(
+        options.out,
+        {**detector_state(config, categories), "state_dict": state},
+    )
+    print(f"{options.out}: {len(categories)} classes of {options.annotations}")

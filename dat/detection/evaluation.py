@@ -1,0 +1,196 @@
+"""Runs a detector over a data set, and measures average precision with faster-coco-eval."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+
+from dat.detection.data import Batch, Category, CocoAnnotations
+from dat.detection.models.base import BaseDETR
+from dat.detection.post_process import post_process
+from dat.engine.distributed import gather
+from dat.engine.loop import amp_context
+
+# COCO's limits between small, medium and large objects, in pixels: sides of squares of those areas
+SMALL, MEDIUM = 32, 96
+
+# overlap from which a detection counts in AP50, in confusions and among the worst mistakes
+MATCH_IOU = 0.5
+
+# what is measured over all sizes, then over COCO's small, medium and large objects
+_AREAS = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}
+
+
+@torch.inference_mode()
+def detect(
+    model: BaseDETR,
+    batches: Iterable[Batch],
+    categories: Sequence[Category],
+    device: torch.device,
+    amp: str = "none",
+    top_k: int = 100,
+) -> list[dict[str, Any]]:
+    """COCO results of every image, at most top_k: image_id, category_id (the file's own), bbox (x, y, w, h), score.
+
+    The model is run in evaluation mode and left as it was.
+    """
+    training = model.training
+    model.eval()
+    results: list[dict[str, Any]] = []
+    for images, mask, targets in batches:
+        with amp_context(device, amp):
+            outputs = model(images.to(device), None if mask is None else mask.to(device))
+        found = post_process(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
+        for target, detections in zip(targets, found, strict=True):
+            results += to_results(target["image_id"], target["size"], detections, categories)
+    model.train(training)
+    return results
+
+
+def to_results(
+    image_id: int, size: tuple[int, int], detections: dict[str, Tensor], categories: Sequence[Category]
+) -> list[dict[str, Any]]:
+    """COCO results of one image of `size` (height, width), its boxes (xyxy in pixels) clipped to it."""
+    height, width = size
+    boxes = detections["boxes"].float().cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    boxes[:, 2:] -= boxes[:, :2]
+    scores, labels = detections["scores"].float().tolist(), detections["labels"].tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories[label].id,
+            "bbox": [round(value, 3) for value in box],
+            "score": round(score, 5),
+        }
+        for score, label, box in zip(scores, labels, boxes.tolist(), strict=True)
+    ]
+
+
+def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of all processes, in the order of the ranks; shares may be of any size, or empty."""
+    return [result for share in gather(results) for result in share]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections beside what there is to find, for the T = 10 overlaps .5, .55, ... .95 and A = 4 sizes of COCO's AP.
+
+    Sizes are all, small, medium and large; -1 marks classes and sizes without objects.
+
+    Attributes:
+        annotations, results: what was compared, the latter in COCO's result format.
+        precision: [T, 101, K, A], the highest at each recall 0, .01, ... 1 or beyond it.
+        scores: [T, 101, K, A], of the detection that reaches the recall; 0 where none does.
+        recall: [T, K, A], of all detections.
+    """
+
+    annotations: CocoAnnotations
+    results: list[dict[str, Any]]
+    precision: np.ndarray
+    scores: np.ndarray
+    recall: np.ndarray
+
+    @classmethod
+    def of(cls, annotations: CocoAnnotations, results: list[dict[str, Any]]) -> "Evaluation":
+        """Runs COCO's evaluation; crowds are ignored."""
+        truth = COCO(annotations.to_coco())
+        evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        found = {name: np.asarray(evaluation.eval[name])[..., -1] for name in ("precision", "scores", "recall")}
+        return cls(annotations, results, **found)
+
+    def metrics(self) -> dict[str, Any]:
+        """AP as COCO defines it, 0 to 1; None where there is nothing to find.
+
+        {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "per_class": {name: {"AP", "AP50", "objects"}}}.
+        """
+        metrics: dict[str, Any] = {name: _mean(self.precision[..., area]) for name, area in _AREAS.items()}
+        metrics |= {"AP50": _mean(self.precision[0, :, :, 0]), "AP75": _mean(self.precision[5, :, :, 0])}
+        metrics["AR100"] = _mean(self.recall[:, :, 0])
+        counts = np.bincount(
+            np.concatenate([record.labels[~record.crowd] for record in self.annotations.records]),
+            minlength=len(self.annotations.categories),
+        )
+        metrics["per_class"] = {
+            category.name: {
+                "AP": _mean(self.precision[:, :, label, 0]),
+                "AP50": _mean(self.precision[0, :, label, 0]),
+                "objects": int(counts[label]),
+            }
+            for label, category in enumerate(self.annotations.categories)
+        }
+        return metrics
+
+    def best_f1(self, label: int) -> tuple[float, float, float, float] | None:
+        """(F1, score, recall, precision) of a class where F1 is highest at an overlap of .5; None without objects."""
+        precision, recall = self.precision[0, :, label, 0], np.linspace(0, 1, self.precision.shape[1])
+        if precision[0] < 0:
+            return None
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(f1.argmax())
+        return float(f1[best]), float(self.scores[0, best, label, 0]), float(recall[best]), float(precision[best])
+
+
+def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of an Evaluation."""
+    return Evaluation.of(annotations, results).metrics()
+
+
+def count_confusions(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
+    """Objects by class (row) and class of the detection that found them (column), [K + 1, K + 1] int64.
+
+    Whatever its class, a detection finds the object that it overlaps most, by at least .5, and no other has found, the
+    highest score first. The last column counts objects that none found, the last row detections that found none.
+    Crowds, and detections in them, count nowhere.
+
+    Args:
+        annotations, results: to compare.
+        threshold: least score of the detections that count.
+    """
+    truth = COCO(annotations.to_coco())
+    kept = [dict(result) for result in results if result["score"] >= threshold]
+    evaluation = COCOeval_faster(truth, truth.loadRes(kept), "bbox", extra_calc=True)
+    evaluation.params.useCats, evaluation.params.iouThrs = 0, np.array([MATCH_IOU])
+    evaluation.params.maxDets, evaluation.params.areaRng = [max(1, len(kept))], [[0, 1e10]]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    label_of = {category.id: label for label, category in enumerate(annotations.categories)}
+    none = len(label_of)
+    counts = np.zeros((none + 1, none + 1), dtype=np.int64)
+    # the library tells of every annotation and detection which it was matched to
+    detections = evaluation.cocoDt.anns
+    for target in evaluation.cocoGt.anns.values():
+        if not target["iscrowd"]:
+            found = detections[target["dt_id"]]["category_id"] if "dt_id" in target else None
+            counts[label_of[target["category_id"]], label_of.get(found, none)] += 1
+    for detection in detections.values():
+        if "gt_id" not in detection:
+            counts[none, label_of[detection["category_id"]]] += 1
+    return counts
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """The metrics as text: AP by class, then over all."""
+    rows = [("class", "objects", "AP", "AP50")]
+    rows += [(name, str(m["objects"]), _show(m["AP"]), _show(m["AP50"])) for name, m in metrics["per_class"].items()]
+    total = str(sum(m["objects"] for m in metrics["per_class"].values()))
+    rows.append(("all", total, _show(metrics["AP"]), _show(metrics["AP50"])))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {objects:>8}  {ap:>6}  {ap50:>6}" for name, objects, ap, ap50 in rows]
+    others = "  ".join(f"{name} {_show(metrics[name])}" for name in ("AP75", "APs", "APm", "APl", "AR100"))
+    return "\n".join([*lines, others])
+
+
+def _mean(values: np.ndarray) -> float | None:
+    # -1 marks classes and sizes without objects
+    values = values[values > -1]
+    return round(float(values.mean()), 5) if values.size else None
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,109 @@
+"""Assignment of predictions to ground truth by the Hungarian algorithm (DETR, arXiv:2005.12872, section 3.1)."""
+
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, generalized_box_iou
+
+from dat.utils.errors import NonFiniteError
+from dat.utils.finite import check_finite
+
+Scores = Literal["sigmoid", "softmax"]
+Targets = list[dict[str, Tensor]]
+Matches = list[tuple[Tensor, Tensor]]
+
+
+def check_scores(scores: str) -> None:
+    if scores not in ("sigmoid", "softmax"):
+        raise ValueError(f'scores={scores!r} should be "sigmoid" or "softmax"')
+
+
+class HungarianMatcher:
+    """The one-to-one assignment of least cost; predictions left over stand for "no object".
+
+    Args:
+        cost_class: weight of the class: minus the probability ("softmax", DETR), or the focal loss of predicting the
+            target's class less that of not predicting it ("sigmoid", Deformable DETR; alpha 0.25, gamma 2).
+        cost_box: weight of the L1 distance of cxcywh boxes.
+        cost_giou: weight of minus the generalised IoU.
+        scores: how logits become probabilities; with "softmax" the last logit is "no object".
+    """
+
+    def __init__(
+        self, cost_class: float = 2.0, cost_box: float = 5.0, cost_giou: float = 2.0, scores: Scores = "sigmoid"
+    ):
+        check_scores(scores)
+        if not (cost_class or cost_box or cost_giou):
+            raise ValueError("cost_class, cost_box and cost_giou are all 0, one should not be")
+        self.cost_class, self.cost_box, self.cost_giou, self.scores = cost_class, cost_box, cost_giou, scores
+
+    def __call__(self, outputs: dict[str, Tensor], targets: Targets) -> Matches:
+        """Matches every image of a batch, with one transfer from the device.
+
+        Args:
+            outputs: "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh.
+            targets: B times "labels" [T_i] and "boxes" [T_i, 4], cxcywh; T_i may be 0, or more than Q.
+
+        Returns:
+            B times (query indices, target indices), both int64 [min(Q, T_i)] on the CPU, by rising query.
+
+        Raises:
+            NonFiniteError: naming the first of the tensors that holds NaN or infinity.
+        """
+        return self.match_all([(outputs, targets)])[0]
+
+    @torch.no_grad()
+    def match_all(self, batches: list[tuple[dict[str, Tensor], Targets]]) -> list[Matches]:
+        """Matches several batches, which may have other numbers of queries, with one transfer from the device for all.
+
+        Each is given and returned, and may raise, as in a call.
+        """
+        costs = [self._cost(outputs, targets) for outputs, targets in batches]
+        sizes = [cost.numel() for cost in costs]
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu().split(sizes)
+        return [
+            self._assign(cost.view(on_device.shape), *batch)
+            for cost, on_device, batch in zip(flat, costs, batches, strict=True)
+        ]
+
+    def _assign(self, cost: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:
+        matches = []
+        for image, target in zip(cost, targets, strict=True):
+            image = image[:, : len(target["labels"])]
+            if not image.isfinite().all():
+                _raise_non_finite(outputs, targets)
+            query, matched = linear_sum_assignment(image)
+            matches.append((torch.as_tensor(query), torch.as_tensor(matched)))
+        return matches
+
+    def _cost(self, outputs: dict[str, Tensor], targets: Targets) -> Tensor:
+        """[B, Q, T], T the largest T_i; what lies past an image's own T_i has no meaning."""
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
+        target_boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True).to(dtype)
+        boxes = boxes.to(dtype)
+        class_cost = _class_cost(logits.to(dtype), self.scores)
+        cost = self.cost_class * class_cost.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
+        cost = cost + self.cost_box * torch.cdist(boxes, target_boxes, p=1)
+        corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes)]
+        # Not every torchvision in use takes batches of boxes.
+        return cost - self.cost_giou * torch.vmap(generalized_box_iou)(*corners)
+
+
+def _class_cost(logits: Tensor, scores: Scores, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    if scores == "softmax":
+        return -logits.softmax(-1)
+    p = logits.sigmoid()
+    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return positive - negative
+
+
+def _raise_non_finite(outputs: dict[str, Tensor], targets: Targets) -> None:
+    check_finite([(name, outputs[name]) for name in ("pred_logits", "pred_boxes")], "matching")
+    check_finite([(f"targets[{i}]['boxes']", t["boxes"]) for i, t in enumerate(targets)], "matching")
+    raise NonFiniteError("matching: the cost of an assignment is not finite although predictions and targets are")

@@ -1,0 +1,1 @@
+"""The DETR family on any timm backbone, a detector a file."""

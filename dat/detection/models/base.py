@@ -1,0 +1,117 @@
+"""What the detectors of the family share: how they are called, the backbone's maps, padding masks and heads."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dat.detection.matcher import Scores
+
+
+class BaseDETR(nn.Module):
+    """A backbone and, in `detect` of the subclass, what turns its maps into boxes.
+
+    Args:
+        backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
+            says so), coarsest last, and has `feature_info.channels()`.
+        num_classes, num_queries, decoder_depth: at least 1.
+        embed_dim: width, a multiple of 4 and of num_heads.
+        num_heads: attention heads.
+        aux_loss: return the predictions of every decoder layer, for the auxiliary losses.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+    """
+
+    # how logits become probabilities: the matcher, the losses and post_process have to know
+    scores: ClassVar[Scores]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        num_queries: int,
+        embed_dim: int,
+        num_heads: int,
+        decoder_depth: int,
+        aux_loss: bool,
+    ):
+        super().__init__()
+        for name, value in (
+            ("num_classes", num_classes),
+            ("num_queries", num_queries),
+            ("decoder_depth", decoder_depth),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} should be at least 1")
+        if embed_dim % 4 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} should be a multiple of 4 and of num_heads={num_heads}")
+        self.num_classes, self.num_queries, self.aux_loss = num_classes, num_queries, aux_loss
+        self.grad_checkpointing = False
+        self.backbone = backbone
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """Detects objects.
+
+        Args:
+            images: [B, 3, H, W].
+            mask: [B, H, W] bool, True on padding, which lies to the right and below; None where nothing is padded.
+
+        Returns:
+            "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image; with aux_loss
+            "aux_outputs", a list of the same of every decoder layer but the last; what else the subclass says.
+        """
+        expected = (images.shape[0], *images.shape[-2:])
+        if mask is not None and mask.shape != expected:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
+        return self.detect(*self.features(images, mask))
+
+    def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The maps that `detect` works on, projected to embed_dim channels [B, C, h, w], and their masks [B, h, w]."""
+        raise NotImplementedError
+
+    def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
+        """Everything after the backbone: levels [B, C, h, w] and masks [B, h, w] to forward's outputs."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trains with less memory and more time: layers, and the backbone where it can, are computed twice."""
+        self.grad_checkpointing = enable
+        # some of timm's feature extractors hold the model that can
+        for part in (self.backbone, getattr(self.backbone, "model", None)):
+            if callable(getattr(part, "set_grad_checkpointing", None)):
+                part.set_grad_checkpointing(enable)
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """layer(*inputs), whose insides are not kept for the backward pass under gradient checkpointing."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def backbone_maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps, [B, C, h, w] each, coarsest last."""
+        maps = self.backbone(images)
+        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return maps
+
+    def as_outputs(self, layers: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """forward's outputs from those of each decoder layer."""
+        *before, final = layers
+        return {**final, "aux_outputs": before} if self.aux_loss else final
+
+
+def resize_masks(mask: Tensor | None, levels: list[Tensor]) -> list[Tensor] | None:
+    """The mask [B, H, W] at the size of each level [B, C, h, w]: that of the nearest pixel above and to the left."""
+    if mask is None:
+        return None
+    return [F.interpolate(mask[:, None].float(), size=x.shape[-2:])[:, 0].bool() for x in levels]
+
+
+def box_head(embed_dim: int) -> nn.Sequential:
+    """The MLP of three layers that gives a box, four numbers before the sigmoid."""
+    hidden = (nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim), nn.ReLU())
+    return nn.Sequential(*hidden, nn.Linear(embed_dim, 4))

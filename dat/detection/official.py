@@ -1,0 +1,186 @@
+"""Checkpoints of the official implementations and of transformers under this project's names."""
+
+import argparse
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dat.detection.models.detr import DETR
+from dat.engine.checkpoint import load_weights
+from dat.engine.safe_load import read_weights
+from dat.utils.errors import CheckpointError, ConfigError
+
+_logger = logging.getLogger(__name__)
+
+_HEADS = "class_embed."
+
+# Applied in this order; names that none of them finds are those of this project already.
+_RENAMES = (
+    # transformers: the names in its files ("conv_encoder", "out_proj", "fc1"), and in its models since version 5
+    (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone."),
+    (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
+    (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
+    (r"^model\.", ""),
+    (r"^input_projection\.", "input_proj."),
+    (r"^query_position_embeddings\.", "query_embed."),
+    (r"^class_labels_classifier\.", "class_embed."),
+    (r"^bbox_predictor\.", "bbox_embed."),
+    (r"^decoder\.layernorm\.", "decoder_norm."),
+    (r"^((?:en|de)coder\.layers\.\d+)\.(?:mlp\.)?fc([12])\.", r"\1.linear\2."),
+    (r"^((?:en|de)coder\.layers\.\d+\.(?:self|encoder)_attn)\.o_proj\.", r"\1.out_proj."),
+    (r"^(decoder\.layers\.\d+)\.encoder_attn\.", r"\1.cross_attn."),
+    (r"^(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
+    (r"^(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+    (r"^(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+    # the official implementations
+    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^transformer\.", ""),
+    # With box refinement the decoder holds the heads too.
+    (r"^decoder\.(bbox|class)_embed\.", r"\1_embed."),
+    (r"^(encoder|decoder)\.norm\.", r"\1_norm."),
+    (r"^(decoder\.layers\.\d+)\.multihead_attn\.", r"\1.cross_attn."),
+    (r"^(encoder|decoder)\.layers\.", r"\1."),
+)
+# The decoder's other norms by transformers' names; Deformable DETR numbers them the other way round.
+_DETR_NORMS = {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2"}
+_DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm": "norm1"}
+# transformers' own ResNet
+_RESNET = re.compile(r"^backbone\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(\w+)\.")
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of an official or transformers' detector under `model`'s names, for `model.load_state_dict`.
+
+    A pure renaming, but that transformers' projections of queries, keys and values are put together, and that the
+    counters of batch norm, which say nothing, are added or left out as `model` has them or not.
+
+    Args:
+        state_dict: the "model" entry of a checkpoint of facebookresearch/detr or fundamentalvision/Deformable-DETR, or
+            the weights of transformers' DetrForObjectDetection or DeformableDetrForObjectDetection; any part of them,
+            or gradients under the same names. Tensors that have this project's names keep them.
+        model: the DETR or DeformableDETR that is to load them, on timm's model of the same backbone.
+
+    Raises:
+        ValueError: when the tensors have different heads per decoder layer and `model` one for all.
+    """
+    is_detr = isinstance(model, DETR)
+    # Deformable DETR lists its one head once for each layer.
+    shared_head = not is_detr and not getattr(model, "box_refine", False)
+    converted: dict[str, Tensor] = {}
+    for their_name, tensor in state_dict.items():
+        name = _rename(their_name, is_detr)
+        if shared_head:
+            name = re.sub(r"^(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.\d+", r"\1.0", name)
+        if name in converted and not torch.equal(converted[name], tensor):
+            raise ValueError(
+                f"{their_name} differs from the other layers' heads: it needs a model with box_refine=True"
+            )
+        converted[name] = tensor
+    return _fit_counters(_pack_projections(converted), model)
+
+
+def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path") -> bool:
+    """Loads a whole detector to go on from: an official checkpoint, transformers' weights or a run's own checkpoint.
+
+    Everything but the class heads must fit. They are loaded if they fit, and stay new if the checkpoint has another
+    number of classes. Averaged weights are preferred where a checkpoint has them.
+
+    Args:
+        model: a DETR or DeformableDETR.
+        path: .pth, .bin or .safetensors file.
+        key: what messages call it.
+
+    Returns:
+        whether the class heads were loaded.
+
+    Raises:
+        ConfigError: no such file.
+        CheckpointError: not a checkpoint, or of another model; names the first tensor that differs.
+    """
+    return load_state(model, read(path, key), path)
+
+
+def load_state(model: nn.Module, theirs: dict[str, Tensor], path: str | Path) -> bool:
+    """`load` of tensors that `read` has read from `path`."""
+    try:
+        state = convert(theirs, model)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    own = model.state_dict()
+    heads = {name: tensor for name, tensor in own.items() if name.startswith(_HEADS)}
+    fits = all(name in state and state[name].shape == tensor.shape for name, tensor in heads.items())
+    if not fits:
+        _logger.warning("%s has other classes: the class heads start anew", path)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)} | heads
+    load_weights(model, state, path)
+    return fits
+
+
+def num_classes(theirs: dict[str, Tensor], kind: str, path: str | Path) -> int:
+    """Classes of a detector's tensors, "no object" left out; `kind` is "detr" or "deformable_detr".
+
+    Raises:
+        CheckpointError: not of a detector.
+    """
+    is_detr = kind == "detr"
+    for name, tensor in theirs.items():
+        if re.match(r"class_embed\..*bias$", _rename(name, is_detr)):
+            return len(tensor) - is_detr
+    raise CheckpointError(f"{path}: not of a DETR: it has no class heads")
+
+
+def read(path: str | Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a detector's file, under its own names. Raises ConfigError and CheckpointError as `load` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{key}: no such file: {path}")
+    # Official checkpoints hold their command line, and schedulers their milestones.
+    with torch.serialization.safe_globals([argparse.Namespace, Counter]):
+        return read_weights(path)
+
+
+def _rename(name: str, is_detr: bool) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    norms = _DETR_NORMS if is_detr else _DEFORMABLE_NORMS
+    name = re.sub(r"^(decoder\.\d+)\.(\w+_attn_layer_norm)\.", lambda m: f"{m[1]}.{norms[m[2]]}.", name)
+    # The layers of their MLP have no activations between them.
+    name = re.sub(r"^(bbox_embed\.(?:\d+\.)?)layers\.(\d+)", lambda m: f"{m[1]}{2 * int(m[2])}", name)
+    return _RESNET.sub(_resnet_name, name)
+
+
+def _resnet_name(match: re.Match[str]) -> str:
+    stage, block, layer, kind = match.groups()
+    prefix = f"backbone.layer{int(stage) + 1}.{block}."
+    if layer is None:
+        return f"{prefix}downsample.{int(kind == 'normalization')}."
+    return f"{prefix}{'bn' if kind == 'normalization' else 'conv'}{int(layer) + 1}."
+
+
+def _pack_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the projections of queries, keys and values together, as nn.MultiheadAttention has them."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.match(r"^((?:en|de)coder\.\d+\.\w+_attn)\.(?:q|k|v)_proj\.(weight|bias)$", name)
+        if match is None:
+            packed[name] = tensor
+            continue
+        parts = [state.get(f"{match[1]}.{part}.{match[2]}") for part in _PARTS]
+        if any(part is None for part in parts):
+            raise ValueError(f"{name} comes without the other two of {', '.join(_PARTS)}")
+        packed[f"{match[1]}.in_proj_{match[2]}"] = torch.cat([part for part in parts if part is not None])
+    return packed
+
+
+def _fit_counters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """num_batches_tracked where the model has it: frozen batch norm has none, in either project."""
+    suffix = "num_batches_tracked"
+    own = {name for name in model.state_dict() if name.endswith(suffix)}
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith(suffix) or name in own}
+    missing = {name for name in own - kept.keys() if name.removesuffix(suffix) + "running_mean" in kept}
+    return kept | {name: torch.zeros((), dtype=torch.int64) for name in sorted(missing)}

@@ -1,0 +1,168 @@
+"""Learning a few images by heart: the quickest test that data, model and rates fit together."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.data import Category, CocoAnnotations, read_coco, resized_size
+from dat.detection.evaluation import average_precision
+from dat.detection.trainer import Trainer
+from dat.engine.distributed import setup_distributed
+from dat.utils.errors import ConfigError, DataError
+
+# where a run may end, and what it should reach
+ENOUGH, TARGET = 0.95, 0.9
+
+STEPS = 800
+
+
+def overfit(config: DetectionConfig, count: int) -> None:
+    """Trains on `count` images without augmentation until AP on them is near 1; exits with 1, and why, if it is not.
+
+    Raises UserError for what cannot work.
+    """
+    if count < 1:
+        raise ConfigError(f"--overfit is {count}, should be at least 1")
+    check_config(config)
+    config = overfit_config(config, count)
+    distributed = setup_distributed(config.train.device)
+    root, data = Path(config.data.root), config.data
+    whole = read_coco(root / data.train.annotations, root / data.train.images)
+    some = choose(whole, count)
+    output = Path(config.output)
+    # of an earlier try
+    if distributed.main:
+        for name in ("last.pth", "best.pth"):
+            (output / name).unlink(missing_ok=True)
+    trainer = Trainer(config, some, some, distributed, None)
+    trainer.run(until=ENOUGH)
+    if not distributed.main:
+        return
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    if metrics["AP"] >= TARGET:
+        print(
+            f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works"
+        )
+        return
+    results = json.loads((output / "detections.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", file=sys.stderr)
+    for reason in diagnose(config, some, results, metrics, lines):
+        print(f"  - {reason}", file=sys.stderr)
+    sys.exit(1)
+
+
+def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
+    """The configuration of such a run: no augmentation, no dropout, no decay, a schedule of its own."""
+    train, data = config.train, config.data
+    backbone = {name: 0.0 if "drop" in name else value for name, value in config.model.backbone.items()}
+    plain = replace(
+        data.train,
+        sizes=[data.val.size],
+        max_size=data.val.max_size,
+        horizontal_flip=0.0,
+        vertical_flip=0.0,
+        crop=0.0,
+        photometric=0.0,
+    )
+    batch_size = min(train.batch_size, count)
+    return replace(
+        config,
+        output=str(Path(config.output) / "overfit"),
+        model=replace(config.model, drop_rate=0.0, backbone=backbone),
+        data=replace(data, train=plain, cache="memory"),
+        train=replace(
+            train,
+            steps=STEPS,
+            batch_size=batch_size,
+            accumulate=1,
+            warmup_steps=min(train.warmup_steps, STEPS // 10),
+            schedule="cosine",
+            min_lr_scale=0.01,
+            weight_decay=0.0,
+            layer_decay=1.0,
+            ema_decay=0.0,
+            eval_epochs=max(1, STEPS // 20 * batch_size // count),
+            pictures=min(count, train.pictures),
+            resume=False,
+            workers=0,
+        ),
+    )
+
+
+def choose(annotations: CocoAnnotations, count: int) -> CocoAnnotations:
+    """`count` of the images that show objects, evenly chosen. Raises DataError where there are none."""
+    shown = [record for record in annotations.records if (~record.crowd).any()]
+    if not shown:
+        raise DataError(f"{annotations.path}: no image shows an object that could be learnt")
+    chosen = np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)
+    return replace(annotations, records=tuple(shown[i] for i in chosen))
+
+
+def diagnose(
+    config: DetectionConfig,
+    annotations: CocoAnnotations,
+    results: Sequence[dict[str, Any]],
+    metrics: dict[str, Any],
+    lines: Sequence[dict[str, Any]],
+) -> list[str]:
+    """Why a few images were not learnt by heart, the likeliest reasons; `lines`: of log.jsonl."""
+    reasons = [*_about_data(config, annotations)]
+    losses = [line["loss"] for line in lines if line["kind"] == "train" and line["loss"] is not None]
+    if len(losses) > 1 and losses[-1] > 0.5 * losses[0]:
+        reasons.append(
+            f"the loss fell only from {losses[0]:.2f} to {losses[-1]:.2f}: the learning rate does not suit; "
+            f"try train.lr={3 * config.train.lr:.1g} and train.lr={config.train.lr / 3:.1g}"
+        )
+    curve = [line["AP"] or 0.0 for line in lines if line["kind"] == "val"]
+    if len(curve) > 2 and curve[-1] - curve[len(curve) // 2] > 0.05:
+        reasons.append(
+            f"AP still rose, from {curve[len(curve) // 2]:.2f} to {curve[-1]:.2f} in the second half: it takes longer, "
+            f"more than {config.train.steps} steps"
+        )
+    merged = class_agnostic(annotations, results)
+    if len(annotations.categories) > 1 and (merged["AP"] or 0.0) > metrics["AP"] + 0.1:
+        reasons.append(
+            f"boxes are better than classes, AP {merged['AP']:.2f} if classes do not count: "
+            f"are objects that look alike annotated as different classes?"
+        )
+    if (metrics["AP50"] or 0.0) >= TARGET:
+        reasons.append(
+            f"objects are found (AP50 {metrics['AP50']:.2f}), but their boxes are not exact: "
+            f"larger images, data.val.size={2 * config.data.val.size}, or more steps"
+        )
+    poor = min(metrics["per_class"].items(), key=lambda item: 2.0 if item[1]["AP"] is None else item[1]["AP"])
+    reasons.append(f"the poorest class is {poor[0]}, AP {poor[1]['AP']}; see worst.png in {config.output}")
+    return reasons
+
+
+def class_agnostic(annotations: CocoAnnotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """average_precision as if all classes were one."""
+    records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
+    one = replace(annotations, categories=(Category(1, "object"),), records=records)
+    return average_precision(one, [{**result, "category_id": 1} for result in results])
+
+
+def _about_data(config: DetectionConfig, annotations: CocoAnnotations) -> list[str]:
+    """What in the images cannot be learnt."""
+    counted: dict[str, list[int]] = defaultdict(list)
+    for record in annotations.records:
+        boxes = torch.from_numpy(record.boxes[~record.crowd])
+        if len(boxes) > config.model.num_queries:
+            counted[f"hold more objects than model.num_queries={config.model.num_queries}"].append(record.id)
+        size = resized_size(record.height, record.width, config.data.val.size, config.data.val.max_size)
+        sides = (boxes[:, 2:] - boxes[:, :2]) * (size[0] / record.height)
+        if (sides.min(1).values < 6).any():
+            counted[f"show objects below 6 pixels at data.val.size={config.data.val.size}"].append(record.id)
+        if (box_iou(boxes, boxes).triu(1) > 0.9).any():
+            counted["have the same box annotated twice or nearly so"].append(record.id)
+    return [f"{len(ids)} images {what}, such as image {ids[0]}" for what, ids in counted.items()]

@@ -1,0 +1,58 @@
+"""From a model's outputs to detections in pixels."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from dat.detection.matcher import Scores, check_scores
+from dat.ops.sizes import shorter
+
+
+@torch.no_grad()
+def post_process(
+    outputs: dict[str, Tensor], sizes: Tensor, scores: Scores = "sigmoid", top_k: int = 100
+) -> list[dict[str, Tensor]]:
+    """The best detections of every image, as in the official implementations.
+
+    Args:
+        outputs, sizes, scores, top_k: see best_detections.
+
+    Returns:
+        B times "scores" [k], falling, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
+        k is top_k or the number of candidates, whichever is less.
+    """
+    values, labels, boxes, _ = best_detections(outputs, sizes, scores, top_k)
+    return [{"scores": s, "labels": label, "boxes": b} for s, label, b in zip(values, labels, boxes, strict=True)]
+
+
+def best_detections(
+    outputs: dict[str, Tensor], sizes: Tensor, scores: Scores = "sigmoid", top_k: int = 100
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """post_process for all images at once, as an exported graph does it.
+
+    Args:
+        outputs: "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1.
+        sizes: [B, 2], (height, width) that the boxes are scaled to.
+        scores: "sigmoid": the best pairs of a query and a class, so a query may appear under several classes;
+            "softmax": every query under its best class but the last, which is "no object".
+        top_k: how many are kept at most.
+
+    Returns:
+        scores [B, k], falling, labels [B, k], boxes [B, k, 4], xyxy in pixels, and the queries [B, k] that gave them.
+    """
+    check_scores(scores)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    if sizes.shape != (logits.shape[0], 2):
+        raise ValueError(f"sizes has shape {tuple(sizes.shape)}, should be [B, 2] = {(logits.shape[0], 2)}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if scores == "sigmoid":
+        candidates = logits.to(dtype).sigmoid().flatten(1)
+        values, index = candidates.topk(shorter(top_k, candidates.shape[1]))
+        query, labels = index // logits.shape[2], index % logits.shape[2]
+    else:
+        values, best = logits.to(dtype).softmax(-1)[..., :-1].max(-1)
+        values, query = values.topk(shorter(top_k, values.shape[1]))
+        labels = best.gather(1, query)
+    height, width = sizes.to(boxes.device, dtype).unbind(1)
+    corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]
+    return values, labels, corners.gather(1, query[..., None].expand(-1, -1, 4)), query

@@ -1,0 +1,315 @@
+"""Configurations: nested dataclasses filled from a YAML file and "key.path=value" overrides."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from dat.utils.errors import ConfigError
+
+T = TypeVar("T")
+
+# of pictures as models are given them, in pixels
+LARGEST_SIDE = 4096
+# processes that read them
+MOST_WORKERS = 256
+
+# key of a file, not of a schema
+_BASE = "base"
+
+# YAML 1.1 reads 1e-4 as text because it lacks a point
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
+    """Reads a YAML file over the defaults of a dataclass, then applies overrides.
+
+    A file may say `base: other.yaml`, relative to its own folder, and is then read over that file: section by section,
+    while a list or a free-form dictionary replaces that of the other file.
+
+    Args:
+        schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.
+        path: YAML file.
+        overrides: "key.path=value", the value read as YAML.
+    Raises:
+        ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type, or
+            files that are each other's base.
+    """
+    data = _read_with_base(schema, Path(path), [])
+    for override in overrides:
+        _apply_override(schema, override, data)
+    return from_dict(schema, data, str(path))
+
+
+def from_dict(schema: type[T], data: dict[str, Any], source: str) -> T:
+    """Builds `schema` from plain nested dictionaries; `source` heads the error messages. Raises ConfigError."""
+    return _build(schema, data, source, "", list(_known_keys(schema)))
+
+
+def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
+    """A copy of a configuration (say, a checkpoint's) with "key.path=value" overrides applied. Raises ConfigError."""
+    data = to_dict(config)
+    for override in overrides:
+        _apply_override(type(config), override, data)
+    return from_dict(type(config), data, source)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists and values."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Writes a configuration as YAML that load_config reads back."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def get_value(config: Any, key: str) -> Any:
+    """The value, or section, at "key.path" of a configuration: a dataclass or plain dictionaries."""
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def check_range(
+    config: Any, keys: Iterable[str], low: float, high: float = math.inf, *, exclusive: bool = False
+) -> None:
+    """Raises ConfigError naming the first key whose number, or one of whose list, is not finite and in low .. high.
+
+    `exclusive`: low itself is refused too.
+    """
+    for key in keys:
+        value = get_value(config, key)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if not math.isfinite(number) or not low <= number <= high or (exclusive and number == low):
+                raise ConfigError(f"{key} is {value}, should be {_range(low, high, exclusive)}")
+
+
+def _range(low: float, high: float, exclusive: bool) -> str:
+    if high == math.inf:
+        return f"more than {low}" if exclusive else f"at least {low}"
+    return f"more than {low} and at most {high}" if exclusive else f"{low} to {high}"
+
+
+def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, Any]:
+    """The file's content over that of its base; `above`: the files that lead to it."""
+    data = _read_yaml(path)
+    if _BASE not in data:
+        return data
+    base = data.pop(_BASE)
+    if not isinstance(base, str) or not base or Path(base).is_absolute():
+        raise ConfigError(f"{path}: {_BASE} is {base!r}, should be the path of a YAML file, relative to this one")
+    target = path.parent / base
+    above = [*above, path]
+    if target.resolve() in [file.resolve() for file in above]:
+        chain = " -> ".join(str(file) for file in [*above, target])
+        raise ConfigError(f"{path}: {_BASE} leads back to a file that it is read for: {chain}")
+    return _lay_over(schema, _read_with_base(schema, target, above), data)
+
+
+def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` over `below`: sections that are dataclasses are merged, everything else is replaced."""
+    hints = typing.get_type_hints(schema)
+    merged = dict(below)
+    for name, value in data.items():
+        nested, under = _nested(hints.get(name)), merged.get(name)
+        if nested is not None and isinstance(under, dict) and isinstance(value, (dict, type(None))):
+            # a section with every line commented out reads as null
+            value = _lay_over(nested, under, value or {})
+        merged[name] = value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    # PyYAML lets a date such as 2024-13-01 fail as a ValueError
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: should hold keys and values, holds a {type(data).__name__}")
+    return data
+
+
+def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
+    """Writes one "key.path=value" into `data`."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override should read key.path=value")
+    kind = _check_key(schema, key, list(_known_keys(schema)))
+    # text is taken as it stands: YAML would read 0001 as 1
+    value = text if kind is str else _read_value(override, text)
+    *parents, leaf = key.split(".")
+    for depth, name in enumerate(parents):
+        if data.get(name) is None:
+            data[name] = _default(schema, parents[: depth + 1])
+        if not isinstance(data[name], dict):
+            raise ConfigError(f"{override!r}: {'.'.join(parents[: depth + 1])} holds a value, it has no keys")
+        data = data[name]
+    data[leaf] = value
+
+
+def _read_value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _default(schema: type, keys: list[str]) -> Any:
+    """Default of a free-form dictionary, so that an override adds to it; an empty one for a nested dataclass."""
+    for name in keys[:-1]:
+        schema = _nested(typing.get_type_hints(schema).get(name))
+        if schema is None:
+            return {}
+    for field in dataclasses.fields(schema):
+        if field.name == keys[-1] and _nested(typing.get_type_hints(schema)[field.name]) is None:
+            return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return {}
+
+
+def _check_key(schema: type, key: str, known: list[str]) -> Any:
+    """Type of the value at `key`; None inside a free-form dictionary, where every key is allowed."""
+    kind: Any = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return None
+        hints = typing.get_type_hints(kind)
+        if name not in hints:
+            raise ConfigError(f"command line: {_unknown(key, known)}")
+        kind = hints[name]
+    return kind
+
+
+def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: {prefix[:-1]} is {_shown(data)}, should hold keys and values")
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"{source}: {_unknown(key, known)}")
+        nested = _nested(hints[name])
+        if nested is not None:
+            # a section with every line commented out reads as null
+            values[name] = _build(nested, {} if value is None else value, source, f"{key}.", known)
+            continue
+        try:
+            values[name] = _convert(hints[name], value)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {key} is {_shown(value)}, should be {error}") from None
+    missing = [field.name for field in dataclasses.fields(schema) if _required(field) and field.name not in values]
+    if missing:
+        raise ConfigError(f"{source}: {prefix}{missing[0]} is required")
+    return schema(**values)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """`value` as `kind`. Raises ValueError whose message says what the value should be."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return _floats(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and _is_number(value) and float(value).is_integer():
+        return int(value)
+    if kind is float and _is_number(_floats(value)):
+        return float(value)
+    if kind is str and (isinstance(value, str) or _is_number(value)):
+        return str(value)
+    if kind is type(None) and value is None:
+        return value
+    if origin is Literal and any(value == option and type(value) is type(option) for option in arguments):
+        return value
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value)
+            except ValueError:
+                continue
+    if origin is dict and isinstance(value, dict):
+        return {str(name): _convert(arguments[1], item) for name, item in value.items()}
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_convert(arguments[0], item) for item in value]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(arguments[0], item) for item in value)
+        if len(arguments) == len(value):
+            return tuple(_convert(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
+    raise ValueError(_describe(kind))
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    if origin is Literal:
+        return "one of " + ", ".join(str(option) for option in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is dict:
+        return "keys and values"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return "a list [" + ", ".join(_describe(item) for item in arguments) + "]"
+    if origin in (list, tuple):
+        return f"a list, each {_describe(arguments[0])}"
+    return str(kind)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _floats(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _nested(kind: Any) -> Any:
+    """The dataclass that a type is, or None."""
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def _required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in typing.get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if _nested(kind) is not None:
+            yield from _known_keys(kind, f"{prefix}{name}.")
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key, known, n=1)
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)]
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,168 @@
+"""Records of a run: console and train.log, log.jsonl, TensorBoard and a progress bar."""
+
+import json
+import logging
+import math
+import resource
+import secrets
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dat.utils.errors import ConfigError
+from dat.utils.files import read_log, replacing
+
+
+class RunLogger:
+    """Writes what a run reports; on every process but the main one it reports nothing.
+
+    Args:
+        output: folder of the run, made when missing.
+        main: whether this process is the one that writes.
+        resume_step: step that the run goes on from; what log.jsonl and TensorBoard hold past it is dropped, and lines
+            of this step that are there already are not written again. None starts new files.
+        wandb_project: project of Weights & Biases that the numbers and pictures go to as well; "": none.
+        config: plain configuration, shown there.
+    Raises:
+        ConfigError: its package is not installed, or refuses.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        main: bool = True,
+        resume_step: int | None = None,
+        wandb_project: str = "",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.output, self.main = Path(output), main
+        self._logger = logging.getLogger("dat.run")
+        self._closing = ExitStack()
+        self._known: set[tuple[str, int]] = set()
+        self._wandb: Any = None
+        if not main:
+            return
+        if wandb_project:
+            self._wandb = _start_wandb(wandb_project, self.output, resume_step is not None, config)
+            self._closing.callback(self._wandb.finish)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._attach(logging.StreamHandler())
+        self._attach(logging.FileHandler(self.output / "train.log", mode="w" if resume_step is None else "a"))
+        self._closing.enter_context(logging_redirect_tqdm())
+        lines = self.output / "log.jsonl"
+        self._known = _keep_until(lines, resume_step)
+        self._lines = self._closing.enter_context(lines.open("a", encoding="utf-8"))
+        # from step 1 on also in a new run: one that ended before its first checkpoint may have left events
+        self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=(resume_step or 0) + 1)
+        self._closing.callback(self._board.close)
+
+    def _attach(self, handler: logging.Handler) -> None:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        # on the root: warnings of timm and torch belong in train.log too; only this logger shows less than warnings
+        logging.getLogger().addHandler(handler)
+        self._logger.setLevel(logging.INFO)
+        self._closing.callback(handler.close)
+        self._closing.callback(logging.getLogger().removeHandler, handler)
+
+    def info(self, message: str) -> None:
+        """One line on the console and in train.log."""
+        if self.main:
+            self._logger.info(message)
+
+    def warning(self, message: str) -> None:
+        """One line, marked as a warning, on the console and in train.log."""
+        if self.main:
+            self._logger.warning("warning: %s", message)
+
+    def log(self, kind: str, step: int, **numbers: float) -> None:
+        """Appends {"kind", "step", **numbers} to log.jsonl and each number to TensorBoard as kind/name.
+
+        `step` counts finished optimizer steps. NaN and infinity are written as null.
+        """
+        if not self.main or (kind, step) in self._known:
+            return
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        self._lines.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._lines.flush()
+        for name, number in numbers.items():
+            self._board.add_scalar(f"{kind}/{name}", number, step)
+        if self._wandb is not None:
+            # not as its own step, which may not fall: a resumed run repeats some
+            self._wandb.log({"step": step, **{f"{kind}/{name}": number for name, number in numbers.items()}})
+
+    def figure(self, tag: str, picture: str | Path | np.ndarray, step: int) -> None:
+        """Shows an image file, or an array [H, W, 3] uint8, in TensorBoard."""
+        if self.main:
+            array = picture if isinstance(picture, np.ndarray) else np.asarray(Image.open(picture).convert("RGB"))
+            self._board.add_image(tag, array, step, dataformats="HWC")
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"step": step, tag: wandb.Image(array)})
+
+    def progress(self, images: int, description: str, done: int = 0) -> tqdm:
+        """A bar over `images`, `done` of them finished: shows images/s and the time left.
+
+        Advance it with .update(batch_size) and .set_postfix(loss=..., lr=..., refresh=False). Shown on terminals only.
+        """
+        # disable=None: shown only where stderr is a terminal
+        return tqdm(
+            total=images, initial=done, desc=description, unit="img", dynamic_ncols=True, leave=False,
+            disable=None if self.main else True,
+        )  # fmt: skip
+
+    def flush(self) -> None:
+        """Brings TensorBoard's events to the file: before a checkpoint, which a resumed run will not go behind."""
+        if self.main:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes every file."""
+        self._closing.close()
+
+
+def _start_wandb(project: str, output: Path, resume: bool, config: dict[str, Any] | None) -> Any:
+    """A run of Weights & Biases, or the one that belongs to `output`, whose name is kept in output/wandb_id."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"train.wandb_project is {project!r}, which needs another package: pip install wandb"
+        ) from error
+    output.mkdir(parents=True, exist_ok=True)
+    place = output / "wandb_id"
+    name = place.read_text(encoding="utf-8") if resume and place.is_file() else secrets.token_hex(8)
+    place.write_text(name, encoding="utf-8")
+    try:
+        run = wandb.init(
+            project=project, name=output.name, id=name, resume="allow", dir=str(output), config=config
+        )  # fmt: skip
+        run.define_metric("*", step_metric="step")
+    except wandb.errors.Error as error:
+        raise ConfigError(f"train.wandb_project is {project!r}: {' '.join(str(error).split())}") from error
+    return run
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in GiB that this process has had so far: tensors on a GPU, or all of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
+    """Drops the lines of a JSON-lines file past `step`, all when it is None; returns the (kind, step) of the others."""
+    entries = () if step is None else read_log(path)
+    kept = {(entry["kind"], entry["step"]): json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step}
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept.values()), encoding="utf-8")
+    return set(kept)

@@ -1,0 +1,66 @@
+"""Weights that a new model starts from: the checkpoint of a classifier, read for a model with another head or none."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dat.engine.checkpoint import load_weights
+from dat.engine.loop import create_timm_model
+from dat.engine.safe_load import read_weights
+from dat.utils.errors import CheckpointError, ConfigError
+
+# arguments of timm.create_model that fetch weights
+_SOURCES = ("pretrained", "checkpoint_path")
+
+
+def without_weights(backbone: dict[str, Any]) -> dict[str, Any]:
+    """`model.backbone` without what fetches weights: for a model whose own checkpoint is about to be loaded."""
+    return {name: value for name, value in backbone.items() if name not in _SOURCES}
+
+
+def classifier_weights(arguments: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """State of the headless timm model `arguments`, all of it from the checkpoint of a classifier at `path`.
+
+    timm's own loading into a feature extractor is not strict: weights of another model pass in silence.
+    Raises ConfigError and CheckpointError as load_classifier_weights does.
+    """
+    body = {name: value for name, value in without_weights(arguments).items() if name != "out_indices"}
+    model = create_timm_model(body, num_classes=0)
+    load_classifier_weights(model, path)
+    return model.state_dict()
+
+
+def load_classifier_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a classifier's checkpoint (of this project, of timm, or official), its averaged weights where it has them.
+
+    Everything but the last layer must fit. The last layer is loaded if it fits, and stays new if the checkpoint has
+    another number of classes.
+
+    Args:
+        model: a timm model.
+        path: .pth or .safetensors file, `model.backbone.checkpoint_path` of the configuration.
+    Raises:
+        ConfigError: no such file.
+        CheckpointError: not a checkpoint, or of another model; names the first tensor that differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"model.backbone.checkpoint_path: no such file: {path}")
+    state = read_weights(path)
+    if any(name.startswith("backbone.") for name in state):
+        raise CheckpointError(f"{path}: is of a detector; model.backbone.checkpoint_path should be of a classifier")
+    # resizes what depends on the image size, such as position tables
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        state = adapt(state, model)
+    pretrained_cfg: Any = model.pretrained_cfg
+    found = pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ((found,) if isinstance(found, str) else found))
+    own = model.state_dict()
+    head = {name for name in own.keys() | state.keys() if name.startswith(prefixes)}
+    if any(name not in own or name not in state or own[name].shape != state[name].shape for name in head):
+        state = {name: value for name, value in state.items() if name not in head}
+        state |= {name: own[name] for name in head if name in own}
+    load_weights(model, state, path)

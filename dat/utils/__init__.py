@@ -1,0 +1,1 @@
+"""Small general helpers: errors, files, images, plots."""

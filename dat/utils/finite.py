@@ -1,0 +1,66 @@
+"""Finding the first tensor that is not finite, when a loss is NaN."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dat.utils.errors import NonFiniteError
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raises NonFiniteError naming the first tensor of `named` that holds NaN or infinity.
+
+    Args:
+        named: (name, tensor) pairs in the order in which they were computed; integer tensors always pass.
+        where: what was going on, put at the head of the message ("step 120, gradients").
+    """
+    for name, tensor in named:
+        if not torch.isfinite(tensor).all():
+            nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+            raise NonFiniteError(
+                f"{where}: first non-finite tensor is {name} {tuple(tensor.shape)}: "
+                f"{nan} NaN and {inf} infinite of {tensor.numel()} values"
+            )
+
+
+def check_weights_finite(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, where: str) -> None:
+    """check_finite of all that a checkpoint holds of a model: parameters and buffers, and the averaged ones if any.
+
+    To be called before any file of a checkpoint or an evaluation is replaced.
+    """
+    check_finite(weights.items(), where)
+    check_finite(((f"averaged {name}", tensor) for name, tensor in (averaged or {}).items()), where)
+
+
+def trace_non_finite(model: nn.Module, forward: Callable[[], Any], where: str) -> None:
+    """Runs `forward` again and raises NonFiniteError at the first parameter, or else module output, that is not finite.
+
+    Returns when everything is finite. To be called when a loss came out as NaN: it is too slow for every step.
+    Neither `model` nor `forward` may be that of DistributedDataParallel: one process alone would wait for the others.
+    """
+    check_finite(model.named_parameters(), f"{where}, parameters")
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: check_finite(_tensors(f"output of {name}", output), where)
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            result = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check_finite(_tensors("the result", result), where)
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", item)

@@ -1,0 +1,156 @@
+"""Checkpoints: atomic, exact, and clear about what is wrong with a file."""
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dat.engine import checkpoint
+from dat.engine.checkpoint import check_resumable, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from dat.engine.config import to_dict
+from dat.utils.errors import CheckpointError
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    state = {"kind": "detection", "config": {"a": [1, None]}, "state_dict": {"w": torch.arange(3.0)}, "best": 0.5}
+    save_checkpoint(tmp_path / "last.pth", state)
+    loaded = load_checkpoint(tmp_path / "last.pth", kind="detection")
+    assert loaded["config"] == state["config"]
+    assert loaded["best"] == 0.5
+    assert torch.equal(loaded["state_dict"]["w"], torch.arange(3.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed writing\nmore")])
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"step": 1})
+
+    def half(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(CheckpointError, match=r"last.pth: cannot write the checkpoint: .*previous checkpoint is kept"):
+        save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_kill_while_writing_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"step": 1})
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["step"] == 1
+    save_checkpoint(path, {"step": 3})
+    assert load_checkpoint(path)["step"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"state_dict": {"w": torch.zeros(1000)}})
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"last.pth: not a checkpoint, or a truncated one"):
+            load_checkpoint(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    with pytest.raises(CheckpointError, match=r"x.pth: no such checkpoint file"):
+        load_checkpoint(path)
+    path.write_text("hello")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="format is None"):
+        load_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(CheckpointError, match="format is 'list'"):
+        load_checkpoint(path)
+    save_checkpoint(path, {"kind": "detection"})
+    with pytest.raises(CheckpointError, match="is a detection checkpoint, should be a classification checkpoint"):
+        load_checkpoint(path, kind="classification")
+
+
+def test_pickled_objects_are_never_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"format": 1, "x": Attack()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "x.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_another_architecture_is_named_by_its_first_difference():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    good = model.state_dict()
+    load_weights(model, good, "x.pth")
+    with pytest.raises(CheckpointError, match=r"x.pth: of another architecture: it lacks 1.bias \(1,\)"):
+        load_weights(model, {name: value for name, value in good.items() if name != "1.bias"}, "x.pth")
+    with pytest.raises(CheckpointError, match=r"0.weight is \(4, 2\), should be \(3, 2\)"):
+        load_weights(model, {**good, "0.weight": torch.zeros(4, 2)}, "x.pth")
+    with pytest.raises(CheckpointError, match=r"the model has no 2.weight"):
+        load_weights(model, {**good, "2.weight": torch.zeros(1)}, "x.pth")
+
+
+@pytest.mark.parametrize("error", [IndexError, struct.error, AttributeError, TypeError, AssertionError])
+def test_damage_is_one_line_whatever_torch_makes_of_it(tmp_path, monkeypatch, error):
+    def load(*arguments, **options):
+        raise error
+
+    (tmp_path / "x.pth").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match="not a checkpoint, or a truncated one"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_optimizer_state_that_is_missing_or_unfit_is_named():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_optimizer(optimizer, {"optimizer": optimizer.state_dict()}, "last.pth")
+    with pytest.raises(CheckpointError, match=r"last.pth: has no optimizer state, as best.pth has none"):
+        load_optimizer(optimizer, {}, "last.pth")
+    other = torch.optim.AdamW([{"params": [parameter]} for parameter in model.parameters()])
+    with pytest.raises(CheckpointError, match=r"last.pth: its optimizer state does not fit .* parameter groups"):
+        load_optimizer(optimizer, {"optimizer": other.state_dict()}, "last.pth")
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    lr: float = 0.1
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "a", "drop_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Config(seed=1), "last.pth: seed was 0, is now 1; resuming needs the same"),
+        (Config(model={"name": "b"}), "last.pth: model.name was 'a', is now 'b'"),
+        (Config(model={"name": "a", "depth": 2}), "last.pth: model.depth was absent, is now 2"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_named(now, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")
+
+
+def test_a_resumed_run_may_change_rates_and_where_weights_came_from():
+    now = Config(lr=0.2, model={"name": "a", "drop_path_rate": 0.3, "checkpoint_path": "x.pth", "pretrained": True})
+    check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")

@@ -1,0 +1,50 @@
+"""Files that commands read and leave: found in order, replaced at once."""
+
+import json
+import os
+
+import pytest
+
+from dat.utils.errors import DataError
+from dat.utils.files import find_images, write_json
+
+
+@pytest.mark.parametrize("content", [{"AP": 0.5}, [{"score": 1}, {"score": 0.5}], []])
+def test_json_is_read_back(tmp_path, content):
+    write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text()) == content
+
+
+def test_a_failed_write_keeps_the_old_file_alone(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", [1])
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "x.json", [2])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "x.json").read_text()) == [1]
+
+
+def test_images_of_a_folder(tmp_path):
+    names = ["10.jpg", "9.JPG", "a/1.png", "a/._1.png", "notes.pdf", "clip.mpg", "out/1.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(**options):
+        return [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path, **options)]
+
+    assert found() == ["9.JPG", "10.jpg", "a/1.png", "out/1.png"]
+    assert found(exclude=tmp_path / "out") == ["9.JPG", "10.jpg", "a/1.png"]
+    assert found(exclude=tmp_path) == found(exclude=tmp_path.parent) == found()
+    assert find_images(tmp_path / "clip.mpg") == [tmp_path / "clip.mpg"]
+
+
+def test_nothing_to_find_is_named(tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        find_images(tmp_path)
+    with pytest.raises(DataError, match="no such image or folder"):
+        find_images(tmp_path / "none")
