@@ -24,9 +24,9 @@ from benchmarks.trainings import arguments, entries, finished, train
 from dat.detection.config import DetectionConfig
 from dat.detection.data import read_coco
 from dat.detection.trainer import Trainer
+from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
 from dat.engine.distributed import setup_distributed
-from dat.engine.weights import without_weights
 from examples.digits import make_crops, make_scenes
 
 CONFIG = Path("configs/detection/scenes.yaml")

@@ -19,15 +19,16 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import dat  # noqa: F401  registers its models with timm
-from dat.engine.build import blaming, load_trained, rebuild
+from dat.engine.backbones import create_timm_model, load_classifier_weights, without_weights
+from dat.engine.build import build_and_load, checkpoint_errors, read_trained
+from dat.engine.command import main_guard
 from dat.engine.config import LARGEST_SIDE, check_range, from_dict
-from dat.engine.loop import create_timm_model, isolated_rng, main_guard
-from dat.engine.weights import load_classifier_weights, without_weights
+from dat.engine.seeds import isolated_rng
 from dat.models import DAT
 from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
 from dat.utils.errors import CheckpointError, ConfigError
-from dat.utils.files import replacing
-from dat.utils.images import read_picture
+from dat.utils.files import atomic_write
+from dat.utils.images import read_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +226,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     path = Path(path)
     check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 
@@ -282,16 +283,16 @@ def load_model(source: str) -> LoadedModel:
     if not Path(source).is_file():
         raise ConfigError(f"{source}: neither a timm model, such as dat_tiny, nor a checkpoint file")
     path = Path(source)
-    trained = load_trained(path, "classification")
+    trained = read_trained(path, "classification")
     backbone, data = trained.config["model"].get("backbone"), trained.config.get("data")
     if not isinstance(backbone, dict) or not isinstance(data, dict):
         raise CheckpointError(f"{path}: its configuration has no model.backbone or no data")
     arguments, names = without_weights(backbone), trained.class_names
-    with blaming(path):
+    with checkpoint_errors(path):
         known = {field.name: data[field.name] for field in fields(InputConfig) if field.name in data}
         config = from_dict(InputConfig, known, source)
         check_range(config, ["img_size"], 1, LARGEST_SIDE)
-    model = rebuild(lambda: create_timm_model(arguments, num_classes=len(names)), trained.weights, path)
+    model = build_and_load(lambda: create_timm_model(arguments, num_classes=len(names)), trained.weights, path)
     return LoadedModel(_check_model(model, source), f"{backbone['name']}, {path.name}", asdict(config), names)
 
 
@@ -382,14 +383,14 @@ def visualize(
     Raises:
         ConfigError, CheckpointError, DataError: an argument is wrong; the message says which.
     """
-    picture = read_picture(image)
+    picture = read_image(image)
     x, y = query or ((picture.width - 1) / 2, (picture.height - 1) / 2)
     if not (0 <= x < picture.width and 0 <= y < picture.height):
         raise ConfigError(f"--query {x:g} {y:g}: outside of {image}, {picture.width} x {picture.height} pixels")
     loaded = load_model(source)
     chosen = choose_blocks(loaded.model, stage, block)
     tensor = to_input(picture, loaded.data, size)
-    with blaming(Path(source)):
+    with checkpoint_errors(Path(source)):
         records, logits = record_blocks(loaded.model, tensor, chosen)
     view = View(picture, (tensor.shape[1], tensor.shape[2]), (x, y))
     H, W = view.input_size

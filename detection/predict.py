@@ -1,5 +1,5 @@
 from dat.detection.predict import main
-from dat.engine.loop import main_guard
+from dat.engine.command import main_guard
 
 if __name__ == "__main__":
     main_guard(main)

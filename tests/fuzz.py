@@ -26,7 +26,6 @@ from unittest.mock import patch
 import torch
 from PIL import Image
 
-from dat.engine.loop import one_line
 from dat.export import runtime
 from dat.utils.errors import UserError
 from tests.damage import (
@@ -179,7 +178,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         def make() -> Kind:
             import safetensors.torch
 
-            from dat.engine.weights import load_classifier_weights
+            from dat.engine.backbones import load_classifier_weights
 
             model = load_classifier(classifier(), [], torch.device("cpu")).model
             state = model.state_dict()
@@ -284,7 +283,7 @@ def fails(kind: Kind, path: Path) -> str | None:
     except (UserError, OSError) as error:
         if path.name not in str(error):
             return f"the error does not name the file: {type(error).__name__}: {str(error)[:300]}"
-        if len(one_line(error)) > 2000:
+        if len(error_line(error)) > 2000:
             return f"the error has {len(str(error))} characters: {str(error)[:300]}"
     except BaseException:
         return traceback.format_exc()[-3000:]

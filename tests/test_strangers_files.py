@@ -24,7 +24,7 @@ from dat.engine.safe_load import read_weights
 from dat.export import runtime
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError
-from dat.utils.images import read_picture
+from dat.utils.images import read_image
 from dat.utils.media import Media, read_frames
 from tests import fuzz
 from tests.damage import damage
@@ -309,7 +309,7 @@ def test_pictures_that_another_program_would_draw_are_refused(tmp_path, monkeypa
     Image.new("RGB", (8, 8)).save(path, "EPS")
     monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("something was started"))
     with pytest.raises(DataError, match=r"picture.jpg: cannot be read as an image"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_videos_that_name_other_files_are_refused(tmp_path):

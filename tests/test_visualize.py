@@ -181,7 +181,7 @@ def test_a_checkpoint_of_the_classifier_brings_its_configuration_and_classes(pic
     state = {"kind": "classification", "config": config, "class_names": ["cat", "dog"], "state_dict": {}}
     save_checkpoint(path, {**state, "state_dict_ema": model.state_dict()})
     loaded = visualize.load_model(str(path))
-    image = visualize.to_input(visualize.read_picture(picture), loaded.data)
+    image = visualize.to_input(visualize.read_image(picture), loaded.data)
     assert image.shape == (3, 64, 64)
     scores = model(image[None])[0].softmax(-1)
     label, score = ("cat", "dog")[scores.argmax()], scores.max()

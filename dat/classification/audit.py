@@ -27,10 +27,10 @@ from dat.classification.config import ClassificationConfig, check_config
 from dat.classification.readers import Split, library, open_place, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
-from dat.utils.errors import DataError, brief
+from dat.utils.errors import DataError, one_line
 from dat.utils.files import write_json
-from dat.utils.image_grid import draw_sheet, thumbnail
-from dat.utils.images import UNREADABLE, open_picture, to_rgb
+from dat.utils.image_grid import draw_grid, thumbnail
+from dat.utils.images import UNREADABLE, open_image, to_rgb
 
 # fewer pictures of a class than this are remarked on
 FEW = 10
@@ -64,12 +64,12 @@ def survey(place: str, split: Split, class_names: Sequence[str]) -> PictureSurve
                 file, label = split.reader[index]
                 with file:
                     content = file.read()
-            with open_picture(BytesIO(content)) as picture:
+            with open_image(BytesIO(content)) as picture:
                 mode = picture.mode
                 to_rgb(picture)
                 return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (picture.size, mode, int(label))
         except UNREADABLE as error:
-            return index, "", f"{split.name(index)}: {brief(error, 120)}"
+            return index, "", f"{split.name(index)}: {one_line(error, 120)}"
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(check, range(len(split)))
@@ -181,7 +181,7 @@ def draw_samples(found: PictureSurvey, class_names: Sequence[str], path: Path, c
             picture, label = found.split.read(readable[i])
             pictures.append((thumbnail(picture), class_names[label][:18]))
     if pictures:
-        draw_sheet(pictures, path)
+        draw_grid(pictures, path)
     return bool(pictures)
 
 

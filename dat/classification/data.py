@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dat.classification.config import DataConfig, TrainConfig
 from dat.classification.readers import Split
 from dat.engine.distributed import Distributed, gather
-from dat.engine.loop import EpochBatchSampler, isolated_rng, loader_options
+from dat.engine.loaders import EpochBatchSampler, loader_options
+from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.images import UNREADABLE
 

@@ -23,9 +23,9 @@ from dat.classification.model import Classifier, load_classifier
 from dat.classification.readers import Split, open_place, open_split
 from dat.classification.report import tell, write_report
 from dat.classification.results import Results, format_table
-from dat.engine.build import blaming
+from dat.engine.build import checkpoint_errors
 from dat.engine.distributed import Distributed, gather, setup_distributed
-from dat.engine.loop import amp_context
+from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
 from dat.utils.files import write_json
 
@@ -134,7 +134,7 @@ def main() -> None:
     classifier = load_classifier(arguments.checkpoint, arguments.overrides, distributed.device)
     names = classifier.class_names
     split = open_split(classifier.config.data, "val", names)
-    with blaming(arguments.checkpoint):
+    with checkpoint_errors(arguments.checkpoint):
         results, speed, warning = run(classifier, split, distributed)
     more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
     if arguments.real is not None:

@@ -13,7 +13,7 @@ from dat.classification.config import ClassificationConfig, DataConfig, check_co
 from dat.classification.data import make_transform
 from dat.classification.graph import ClassifierGraph
 from dat.classification.model import Classifier, load_classifier
-from dat.engine.build import blaming
+from dat.engine.build import checkpoint_errors
 from dat.engine.config import from_dict
 from dat.export.runtime import check_found, is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
@@ -55,7 +55,7 @@ def labeller_of(classifier: Classifier, device: torch.device, path: Path | str =
 
     @torch.inference_mode()
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        with blaming(path):
+        with checkpoint_errors(path):
             return graph(images.to(device))
 
     names = list(classifier.class_names)
@@ -76,7 +76,7 @@ def load_labeller(path: Path, overrides: Sequence[str], device: torch.device, tr
     exported = load_exported(path, "classification", trust)
     names = ("img_size", "crop_pct", "crop_mode", "interpolation")
     stored = {name: exported.metadata.get(name) for name in names}
-    with blaming(path):
+    with checkpoint_errors(path):
         config = from_dict(ClassificationConfig, {"data": stored}, str(path))
         check_config(config)
     class_names = exported.metadata["class_names"]

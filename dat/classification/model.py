@@ -10,10 +10,9 @@ from torch import nn
 
 import dat  # noqa: F401  registers its models with timm
 from dat.classification.config import ClassificationConfig, check_config
-from dat.engine.build import blaming, load_trained, rebuild
+from dat.engine.backbones import create_timm_model, load_classifier_weights, without_weights
+from dat.engine.build import build_and_load, checkpoint_errors, read_trained
 from dat.engine.config import apply_overrides, from_dict
-from dat.engine.loop import create_timm_model
-from dat.engine.weights import load_classifier_weights, without_weights
 
 
 def build_classifier(backbone: dict[str, Any], num_classes: int, weights: bool = True) -> nn.Module:
@@ -54,12 +53,14 @@ def load_classifier(path: str | Path, overrides: Sequence[str], device: torch.de
         ConfigError: an override is wrong.
     """
     path = Path(path)
-    trained = load_trained(path, "classification")
-    with blaming(path):
+    trained = read_trained(path, "classification")
+    with checkpoint_errors(path):
         config = from_dict(ClassificationConfig, trained.config, str(path))
         check_config(config)
     config = apply_overrides(config, overrides)
     check_config(config)
     names = trained.class_names
-    model = rebuild(lambda: build_classifier(config.model.backbone, len(names), weights=False), trained.weights, path)
+    model = build_and_load(
+        lambda: build_classifier(config.model.backbone, len(names), weights=False), trained.weights, path
+    )
     return Classifier(model.to(device).eval(), config, names)

@@ -20,7 +20,7 @@ from dat.classification.sheet import sheet_title
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError
 from dat.utils.files import write_json
-from dat.utils.image_grid import draw_sheet, thumbnail
+from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.media import Frame, Frames, find_media
 from dat.utils.tables import file_name, write_csv
 
@@ -91,7 +91,7 @@ def main() -> None:
     write_json(options.out / "predictions.json", results)
     write_csv(options.out / "predictions.csv", results, COLUMNS)
     if sheet:
-        draw_sheet(sheet, options.out / "predictions.png")
+        draw_grid(sheet, options.out / "predictions.png")
     if frames.errors:
         print(
             f"warning: {len(frames.errors)} unreadable pictures left out, such as {frames.errors[0]}", file=sys.stderr

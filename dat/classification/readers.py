@@ -14,8 +14,8 @@ from timm.data.readers import create_reader
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import RecordReader, encoded, index_records, open_web
-from dat.utils.errors import ConfigError, DataError, brief
-from dat.utils.images import UNREADABLE, open_picture, to_rgb
+from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.images import UNREADABLE, open_image, to_rgb
 
 # of WebDataset
 EXTENSIONS = "jpg;jpeg;png;webp"
@@ -39,7 +39,7 @@ class Split:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Picture `index`, the first frame of an animated one, in RGB, and its class. Raises one of UNREADABLE."""
         file, label = self.reader[index]
-        with file, open_picture(file) as picture:
+        with file, open_image(file) as picture:
             return to_rgb(picture), int(label)
 
     def name(self, index: int) -> str:
@@ -130,7 +130,7 @@ def _survey_names(place: Path) -> tuple[set[str], list[str]]:
 
 def _is_picture(path: str) -> bool:
     try:
-        with open_picture(path):
+        with open_image(path):
             return True
     except UNREADABLE:
         return False
@@ -166,7 +166,7 @@ def _need(module: str, package: str, settings: SplitConfig, key: str) -> None:
 
 
 def _cannot_load(settings: SplitConfig, key: str, error: Exception) -> DataError:
-    return DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {brief(error)}")
+    return DataError(f"{key}: cannot load split {settings.split!r} of {settings.path}: {one_line(error)}")
 
 
 def _open_web(data: DataConfig, settings: SplitConfig, key: str, class_names: Sequence[str] | None) -> Split:

@@ -19,9 +19,9 @@ from dat.classification.results import Results, class_table
 from dat.classification.sheet import sheet_title
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, told_before
+from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
 from dat.utils.errors import CheckpointError, DataError
-from dat.utils.image_grid import draw_sheet, thumbnail
+from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE
 from dat.utils.plots import draw_confusion, draw_curves
 
@@ -102,7 +102,7 @@ def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], pa
         title = sheet_title(found, class_names[results.labels[position]])
         pictures.append((thumbnail(picture), title))
     if pictures:
-        draw_sheet(pictures, path)
+        draw_grid(pictures, path)
     return bool(pictures)
 
 
@@ -133,7 +133,7 @@ def main() -> None:
     metrics: dict[str, Any] = {}
     try:
         results, names = read_results(folder)
-        metrics = told_before(folder) | tell(results, names, {})
+        metrics = read_metrics(folder) | tell(results, names, {})
         opened = open_split(config.data, "val", names)
         if len(opened) <= results.index.max():
             raise DataError(f"data.val has {len(opened)} pictures, fewer than the results are of")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dat.utils.files import replacing
+from dat.utils.files import atomic_write
 
 # rows of a printed table of classes
 MOST_ROWS = 40
@@ -37,7 +37,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Replaces `path`, .npz; a crash leaves the old file or the new one."""
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             np.savez(temporary, **vars(self))
 
     @classmethod

@@ -8,7 +8,7 @@ import torch
 from dat.classification.labeller import labeller_of
 from dat.classification.model import Classifier
 from dat.classification.readers import Split
-from dat.utils.image_grid import draw_sheet, thumbnail
+from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE
 
 
@@ -33,5 +33,5 @@ def draw_validation_sheet(classifier: Classifier, split: Split, device: torch.de
     results = labeller_of(classifier, device)(pictures)
     titles = [sheet_title(result, truth) for result, truth in zip(results, truths, strict=True)]
     small = [thumbnail(picture) for picture in pictures]
-    draw_sheet(list(zip(small, titles, strict=True)), path)
+    draw_grid(list(zip(small, titles, strict=True)), path)
     return True

@@ -39,10 +39,19 @@ from dat.engine.checkpoint import check_resumable, load_checkpoint, restore_weig
 from dat.engine.config import save_config, to_dict
 from dat.engine.distributed import Distributed, StopSignal, stop_on_sigterm
 from dat.engine.fsdp import is_sharded, restore_optimizer, save_state, whole_model, wrap_model
+from dat.engine.loaders import EpochBatchSampler
 from dat.engine.logger import RunLogger, peak_memory
-from dat.engine.loop import EpochBatchSampler, amp_context, seed_everything
-from dat.engine.optim import clip_gradients, layer_scales, make_ema, make_scheduler, param_groups, scaled_lr
-from dat.engine.report import keeping_the_run
+from dat.engine.optim import (
+    amp_context,
+    clip_gradients,
+    layer_scales,
+    make_ema,
+    make_scheduler,
+    param_groups,
+    scaled_lr,
+)
+from dat.engine.report import errors_as_warnings
+from dat.engine.seeds import seed_everything
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.files import write_json
 from dat.utils.finite import check_finite, trace_non_finite
@@ -329,7 +338,7 @@ class Trainer:
         }
         metrics = tell(best, self.class_names, more)
         write_json(output / "metrics.json", metrics)
-        with keeping_the_run(self.logger.warning, f"python -m classification.report {output}"):
+        with errors_as_warnings(self.logger.warning, f"python -m classification.report {output}"):
             if train.pictures:
                 classifier = load_classifier(output / "best.pth", [], self.device)
                 path = output / "predictions.png"

@@ -18,7 +18,7 @@ from dat.detection.evaluation import to_results
 from dat.detection.points import Points, check_points, detect_with_points
 from dat.detection.predictor import Predictor
 from dat.utils.errors import ConfigError, DataError, UserError
-from dat.utils.images import UNREADABLE, read_picture
+from dat.utils.images import UNREADABLE, read_image
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
 PAGE = Path(__file__).with_name("page.html")
@@ -196,7 +196,7 @@ def decode(body: bytes, limits: Limits) -> Image.Image:
     if width * height > limits.pixels:
         raise HTTPException(413, f"the picture has {width} x {height} pixels, more than {limits.pixels}")
     try:
-        return read_picture(io.BytesIO(body))
+        return read_image(io.BytesIO(body))
     except DataError as error:
         raise HTTPException(400, str(error)) from error
 

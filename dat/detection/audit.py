@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import read_image, resized_size
+from dat.detection.data import load_image, resized_size
 from dat.detection.data.statistics import Survey, compare, survey
 from dat.detection.draw import draw_boxes, to_pil
 from dat.detection.evaluation import MEDIUM, SMALL
@@ -30,7 +30,7 @@ from dat.engine.audit import format_problems
 from dat.engine.config import load_config
 from dat.utils.errors import DataError
 from dat.utils.files import write_json
-from dat.utils.image_grid import draw_sheet
+from dat.utils.image_grid import draw_grid
 
 FINETUNE = Path(__file__).parents[1] / "configs/detection/finetune.yaml"
 
@@ -136,10 +136,10 @@ def draw_samples(found: Survey, folder: Path, path: Path, count: int) -> bool:
     pictures = []
     for i in np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int):
         image = found.images[readable[i]]
-        picture = to_pil(read_image(folder / image["file_name"], (image["width"], image["height"])))
+        picture = to_pil(load_image(folder / image["file_name"], (image["width"], image["height"])))
         pictures.append((draw_boxes(picture, boxes[image["id"]], found.categories), image["file_name"]))
     if pictures:
-        draw_sheet(pictures, path, columns=4, inches=4)
+        draw_grid(pictures, path, columns=4, inches=4)
     return bool(pictures)
 
 

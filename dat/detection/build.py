@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from timm.layers import freeze_batch_norm_2d
 
+from dat.detection import official
 from dat.detection.config import DetectionConfig, LossConfig, ModelConfig, check_config
 from dat.detection.criterion import PAPER_WEIGHTS, SetCriterion
 from dat.detection.data import Category
 from dat.detection.matcher import HungarianMatcher
-from dat.detection import official
 from dat.detection.models.backbone import build_backbone, freeze
 from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.detection.models.detr import DETR
-from dat.engine.build import blaming, load_trained, no_more_than, rebuild
+from dat.engine.backbones import without_weights
+from dat.engine.build import build_and_load, checkpoint_errors, limit_parameters, read_trained
 from dat.engine.config import from_dict, to_dict
-from dat.engine.weights import without_weights
 from dat.utils.errors import CheckpointError, ConfigError
 
 
@@ -101,13 +101,13 @@ def load_detector(path: Path, device: torch.device) -> Detector:
 
     Raises CheckpointError for anything but a detection checkpoint whose weights fit its configuration.
     """
-    trained = load_trained(path, "detection")
+    trained = read_trained(path, "detection")
     ids, names = trained.state.get("category_ids"), trained.class_names
     categories = check_categories(ids, names, path)
-    with blaming(path), no_more_than(trained.weights, path):
+    with checkpoint_errors(path), limit_parameters(trained.weights, path):
         config = from_dict(DetectionConfig, trained.config, str(path))
         check_config(config)
-    model = rebuild(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
+    model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
     return Detector(model.to(device).eval(), config, categories)
 
 

@@ -29,7 +29,7 @@ from dat.detection.data import (
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, detect, format_table, gather_results
 from dat.detection.report import write_report
-from dat.engine.build import blaming
+from dat.engine.build import checkpoint_errors
 from dat.engine.config import apply_overrides
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.utils.errors import ConfigError
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if annotations.warning and distributed.main:
         print(f"warning: {annotations.warning}", file=sys.stderr)
     loader = val_loader(annotations, config, distributed)
-    with blaming(options.checkpoint):
+    with checkpoint_errors(options.checkpoint):
         results = detect(
             detector.model, loader, detector.categories, distributed.device, config.train.amp, config.data.val.top_k
         )

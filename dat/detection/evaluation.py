@@ -13,7 +13,7 @@ from dat.detection.data import Batch, Category, CocoAnnotations
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import post_process
 from dat.engine.distributed import gather
-from dat.engine.loop import amp_context
+from dat.engine.optim import amp_context
 
 # COCO's limits between small, medium and large objects, in pixels: sides of squares of those areas
 SMALL, MEDIUM = 32, 96

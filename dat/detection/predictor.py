@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional as F
 from dat.detection.build import Detector, check_categories, load_detector
 from dat.detection.data import Category, resized_size
 from dat.detection.graph import DetectorGraph, pad_pictures
-from dat.engine.build import blaming
+from dat.engine.build import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE
-from dat.engine.loop import amp_context
+from dat.engine.optim import amp_context
 from dat.export.runtime import check_found, is_exported, load_exported
 from dat.utils.errors import CheckpointError
 
@@ -87,7 +87,7 @@ def load_predictor(path: Path, device: torch.device, top_k: int = 100, trust: bo
 
     @torch.inference_mode()
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        with blaming(path), amp_context(device, amp):
+        with checkpoint_errors(path), amp_context(device, amp):
             return graph(images.to(device), sizes.to(device))
 
     checked = _checked(run, len(detector.categories), top_k, path)

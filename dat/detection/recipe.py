@@ -17,10 +17,9 @@ from dat.detection.data import (
 )
 from dat.detection.data.cache import ImageCache
 from dat.detection.models.deformable_detr import DeformableDETR
+from dat.engine.backbones import create_timm_model, without_weights
 from dat.engine.distributed import Distributed
-from dat.engine.loop import create_timm_model
 from dat.engine.optim import layer_scales, param_groups
-from dat.engine.weights import without_weights
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig, lr: float, backbone: dict[str, Any]) -> torch.optim.AdamW:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import CocoAnnotations, read_coco, read_image
+from dat.detection.data import CocoAnnotations, load_image, read_coco
 from dat.detection.draw import draw_boxes, side_by_side, to_pil
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
 from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, told_before
+from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
 from dat.utils.errors import DataError
-from dat.utils.files import replacing
+from dat.utils.files import atomic_write
 from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
@@ -125,11 +125,11 @@ def save_pictures(
     chosen = torch.linspace(0, len(annotations.records) - 1, min(count, len(annotations.records))).long()
     paths = []
     for record in (annotations.records[i] for i in chosen.tolist()):
-        image = to_pil(read_image(record.path, (record.width, record.height)))
+        image = to_pil(load_image(record.path, (record.width, record.height)))
         predicted = draw_boxes(image, by_image[record.id], annotations.categories, "predicted")
         annotated = draw_boxes(image, truth[record.id], annotations.categories, "annotated")
         paths.append(folder / f"{record.id:06d}_{record.path.stem}.png")
-        with replacing(paths[-1]) as temporary:
+        with atomic_write(paths[-1]) as temporary:
             side_by_side(predicted, annotated).save(temporary)
     return paths
 
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation, text = None, ""
     try:
         evaluation = read_evaluation(options.run, config)
-        metrics = told_before(options.run) | evaluation.metrics()
+        metrics = read_metrics(options.run) | evaluation.metrics()
     except DataError as error:
         text = f"Without an evaluation: {error}"
         print(f"warning: {text}", file=sys.stderr)

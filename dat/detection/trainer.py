@@ -26,9 +26,9 @@ from dat.engine.config import save_config
 from dat.engine.distributed import Distributed, StopSignal, stop_on_sigterm
 from dat.engine.fsdp import is_sharded, restore_optimizer, save_state, whole_model, wrap_model
 from dat.engine.logger import RunLogger, peak_memory
-from dat.engine.loop import amp_context, seed_everything
-from dat.engine.optim import clip_gradients, make_ema, make_scheduler, scaled_lr
-from dat.engine.report import keeping_the_run
+from dat.engine.optim import amp_context, clip_gradients, make_ema, make_scheduler, scaled_lr
+from dat.engine.report import errors_as_warnings
+from dat.engine.seeds import seed_everything
 from dat.utils.errors import CheckpointError, NonFiniteError
 from dat.utils.files import write_json
 from dat.utils.finite import check_finite, trace_non_finite
@@ -348,7 +348,7 @@ class Trainer:
             "images_per_second": round(progress.images / progress.train_seconds, 2),
         }
         write_json(self.output / "metrics.json", metrics)
-        with keeping_the_run(self.logger.warning, f"python -m detection.report {self.output}"):
+        with errors_as_warnings(self.logger.warning, f"python -m detection.report {self.output}"):
             text = f"{self._describe_run()}\n{self._describe_rate()}"
             for path in write_report(self.output, self.config, evaluation, metrics, text):
                 tag = path.relative_to(self.output).with_suffix("").as_posix()

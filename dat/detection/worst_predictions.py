@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from dat.detection.data import CocoAnnotations, ImageRecord, read_image
+from dat.detection.data import CocoAnnotations, ImageRecord, load_image
 from dat.detection.draw import draw_boxes, to_pil
 from dat.detection.evaluation import MATCH_IOU
-from dat.utils.image_grid import draw_sheet
+from dat.utils.image_grid import draw_grid
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def draw_worst(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], 
         heading = (
             f"{len(missed)} objects missed, {len(false)} false detections of score 0.3 and more; the worst of them"
         )
-        draw_sheet(pictures, path, columns=6, inches=2.7, heading=heading)
+        draw_grid(pictures, path, columns=6, inches=2.7, heading=heading)
     return bool(shown)
 
 
@@ -150,7 +150,7 @@ def _crop(annotations: CocoAnnotations, mistake: Mistake) -> Any:
     left = max(0, min(round((x0 + x1 - side) / 2), record.width - round(side)))
     top = max(0, min(round((y0 + y1 - side) / 2), record.height - round(side)))
     right, bottom = min(record.width, left + round(side)), min(record.height, top + round(side))
-    image = to_pil(read_image(record.path, (record.width, record.height))).crop((left, top, right, bottom))
+    image = to_pil(load_image(record.path, (record.width, record.height))).crop((left, top, right, bottom))
     score = {} if mistake.missed else {"score": mistake.score}
     drawn = [(mistake.box, mistake.label, score), *([(*mistake.near, {})] if mistake.near else [])]
     results = [

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dat.engine.checkpoint import check_fits, load_checkpoint
 from dat.engine.safe_load import check_tensors
-from dat.utils.errors import CheckpointError, DataError, UserError, brief
+from dat.utils.errors import CheckpointError, DataError, UserError, one_line
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,7 +35,7 @@ class Trained:
     state: dict[str, Any]
 
 
-def load_trained(path: Path, kind: str) -> Trained:
+def read_trained(path: Path, kind: str) -> Trained:
     """Reads a checkpoint of a run, its averaged weights where it has them.
 
     Raises:
@@ -63,7 +63,7 @@ def check_class_names(names: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: its class_names should be a list of texts, each shorter than {LONGEST_NAME}")
 
 
-def rebuild(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M:
+def build_and_load(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M:
     """The model that `build` makes, with weights, all of which must fit.
 
     It is made without memory first: a configuration may ask for more than its weights are.
@@ -71,7 +71,7 @@ def rebuild(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M
     Raises:
         CheckpointError: it cannot be made, or is not that of the weights.
     """
-    with blaming(path), no_more_than(weights, path):
+    with checkpoint_errors(path), limit_parameters(weights, path):
         try:
             with torch.device("meta"):
                 check_fits(build(), weights, path)
@@ -86,7 +86,7 @@ def rebuild(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M
 
 
 @contextmanager
-def blaming(path: Path | str) -> Iterator[None]:
+def checkpoint_errors(path: Path | str) -> Iterator[None]:
     """Inside it errors are the file's: each becomes a CheckpointError that names it, but for those of pictures."""
     try:
         yield
@@ -96,11 +96,11 @@ def blaming(path: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     # what its configuration says may fail anywhere in a model
     except Exception as error:
-        raise CheckpointError(f"{path}: its model cannot be used: {type(error).__name__}: {brief(error)}") from error
+        raise CheckpointError(f"{path}: its model cannot be used: {type(error).__name__}: {one_line(error)}") from error
 
 
 @contextmanager
-def no_more_than(weights: dict[str, Tensor], path: Path) -> Iterator[None]:
+def limit_parameters(weights: dict[str, Tensor], path: Path) -> Iterator[None]:
     """Ends the making of a model that has many more parameters than there are weights: a million layers, say."""
     most, count = 4 * len(weights) + 1000, 0
 

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from dat.engine.config import from_dict, get_value, to_dict
 from dat.engine.safe_load import check_tensors, read_file
 from dat.utils.errors import CheckpointError
-from dat.utils.files import replacing
+from dat.utils.files import atomic_write
 
 FORMAT = 1
 
@@ -27,7 +27,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())

@@ -146,3 +146,8 @@ def clip_gradients(model: nn.Module, limit: float, where: str) -> Tensor:
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a share, see dat.engine.fsdp."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def amp_context(device: torch.device, amp: str) -> torch.autocast:
+    """Autocast to bfloat16 when amp is "bf16"; does nothing when it is "none". bfloat16 needs no loss scaler."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dat.engine.config import to_dict
 from dat.utils.errors import UserError
-from dat.utils.files import replacing
+from dat.utils.files import atomic_write
 
 # most confusions in a table
 MOST_CONFUSIONS = 20
@@ -105,7 +105,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Replaces `path` by the page; a crash leaves the old file or the new one."""
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(_TEMPLATE.generate(page=self))
 
 
@@ -120,7 +120,7 @@ def confusion_table(counts: np.ndarray, rows: Sequence[str], columns: Sequence[s
     return Table(("is", "taken for", "times", "share"), found)
 
 
-def told_before(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> dict[str, Any]:
     """What a run's metrics.json tells, such as its duration; nothing where it has none, or a damaged one."""
     try:
         told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def told_before(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def keeping_the_run(warn: Callable[[str], None], command: str) -> Iterator[None]:
+def errors_as_warnings(warn: Callable[[str], None], command: str) -> Iterator[None]:
     """Inside it, what fails becomes a warning and ends there: a trained model is worth more than its pictures.
 
     `command`: draws them again.

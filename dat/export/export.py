@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dat.engine.config import LARGEST_SIDE
 from dat.export.aot_inductor import write_compiled
 from dat.export.runtime import load_exported
-from dat.utils.errors import ConfigError, UserError, brief
+from dat.utils.errors import ConfigError, UserError, one_line
 
 Tensors = tuple[Tensor, ...]
 # loggers of exporters, which tell of steps that no reader can do anything about; errors are raised
@@ -197,7 +197,7 @@ def _write_compiled(graph: Graph, path: Path) -> None:
         write_compiled(_program(graph), inputs, graph.metadata, path)
     # of no compiler, of one that fails, or of torch's own
     except Exception as error:
-        raise ExportError(f"AOTInductor cannot compile this model: {brief(error)}") from error
+        raise ExportError(f"AOTInductor cannot compile this model: {one_line(error)}") from error
 
 
 def _sizes(axis: str | None, size: int, multiples: dict[str, int]) -> tuple[int, int]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.engine.build import blaming, check_class_names
+from dat.engine.build import check_class_names, checkpoint_errors
 from dat.engine.safe_load import check_content
 from dat.export.aot_inductor import is_compiled, load_compiled
-from dat.utils.errors import CheckpointError, ConfigError, brief
+from dat.utils.errors import CheckpointError, ConfigError, one_line
 
 SUFFIXES = (".onnx", ".pt2")
 # seconds of onnxruntime for one batch
@@ -139,7 +139,7 @@ def _load_onnx(path: Path) -> Exported:
             arrays = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
             return tuple(torch.from_numpy(output) for output in session.run(None, arrays, limit))
         except Exception as error:
-            reason = brief(error, 1000)
+            reason = one_line(error, 1000)
             if "is smaller than requested bytes" in reason:
                 reason = f"needs more than {MOST_MEMORY / 2**30:.3g} GiB, fewer pictures at once need less"
             raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
@@ -204,7 +204,7 @@ def _load_package(path: Path) -> Exported:
 
 def _as_tuple(model: Callable[..., Any], path: Path) -> Callable[..., tuple[Tensor, ...]]:
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad(), blaming(path):
+        with torch.no_grad(), checkpoint_errors(path):
             return tuple(torch.as_tensor(output) for output in model(*inputs))
 
     return run

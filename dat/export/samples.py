@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import find_images
-from dat.utils.images import read_picture
+from dat.utils.images import read_image
 
 # Of a batch to trace with: maps of stride 32 have more than two windows along each side, and no side is divisible.
 EXAMPLE = (2, 3, 545, 673)
@@ -66,7 +66,7 @@ def _first(paths: Sequence[Path]) -> tuple[Image.Image, ...]:
     error: DataError | None = None
     for path in paths:
         try:
-            pictures.append(read_picture(path))
+            pictures.append(read_image(path))
         except DataError as failed:
             error = error or failed
         if len(pictures) == COUNT:

@@ -21,6 +21,6 @@ class NonFiniteError(UserError, RuntimeError):
     """A tensor holds NaN or infinity."""
 
 
-def brief(error: BaseException, most: int = 300) -> str:
+def one_line(error: BaseException, most: int = 300) -> str:
     """What the error of a library says, on a line of at most so many characters; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -17,7 +17,7 @@ add_img_extensions([".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".png", ".pnm", ".p
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, of the same suffix, to write to; it takes the place of `path` at the end.
 
     Whatever is raised inside leaves `path` as it was, and no temporary file behind.
@@ -40,7 +40,7 @@ def write_json(path: str | Path, content: Any) -> None:
         text = "[\n" + ",\n".join(json.dumps(item) for item in content) + "\n]\n"
     else:
         text = json.dumps(content, indent=2) + "\n"
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ def thumbnail(picture: Image.Image) -> Image.Image:
     return ImageOps.contain(picture, (256, 256))
 
 
-def draw_sheet(
+def draw_grid(
     pictures: Sequence[tuple[Image.Image, str]], path: Path, columns: int = 8, inches: float = 1.6, heading: str = ""
 ) -> None:
     """Writes an image of one or more pictures side by side, each under its title.

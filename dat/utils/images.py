@@ -21,7 +21,7 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def open_picture(source: str | Path | BinaryIO) -> Image.Image:
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Image.open of the formats that Pillow decodes itself: for EPS it would start another program."""
     Image.init()
     return Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN])
@@ -35,7 +35,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_picture(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture file in RGB, whatever its mode.
 
     Args:
@@ -48,7 +48,7 @@ def read_picture(source: str | Path | BinaryIO, size: tuple[int, int] | None = N
     """
     name = str(source) if isinstance(source, (str, Path)) else "the picture"
     try:
-        with open_picture(source) as image:
+        with open_image(source) as image:
             image.load()
             if size is None or image.size != size:
                 image = ImageOps.exif_transpose(image)

@@ -14,7 +14,7 @@ from timm.utils import natural_key
 
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import find_images
-from dat.utils.images import read_picture
+from dat.utils.images import read_image
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv"})
 # demuxers, by FFmpeg's names, of files that hold a video themselves
@@ -80,7 +80,7 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
         ConfigError: a video, and nothing is installed that reads videos.
     """
     if not media.is_video:
-        yield Frame(media, read_picture(media.path))
+        yield Frame(media, read_image(media.path))
         return
     count = 0
     for number, picture in _video_reader()(media.path, every):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dat.utils.files import read_log, replacing
+from dat.utils.files import atomic_write, read_log
 
 # classes up to which a matrix has their names, or the numbers in its cells
 NAMED, NUMBERED = 100, 20
@@ -15,7 +15,7 @@ NAMED, NUMBERED = 100, 20
 
 def save_plot(figure: Figure, path: Path) -> None:
     """Replaces `path` by a figure, 120 pixels an inch; a crash leaves the old file or the new one."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 

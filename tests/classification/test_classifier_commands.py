@@ -10,7 +10,7 @@ from PIL import Image
 
 from dat.classification import evaluate, predict
 from dat.classification import train as training
-from dat.engine.loop import main_guard
+from dat.engine.command import main_guard
 
 ROOT = Path(__file__).parents[2]
 

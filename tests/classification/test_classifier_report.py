@@ -11,8 +11,8 @@ from dat.classification.config import ClassificationConfig
 from dat.classification.results import Results
 from dat.classification.train import train
 from dat.engine.checkpoint import save_checkpoint
+from dat.engine.command import main_guard
 from dat.engine.config import from_dict, save_config
-from dat.engine.loop import main_guard
 
 
 def write(folder, monkeypatch, *overrides):

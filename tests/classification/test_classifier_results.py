@@ -71,10 +71,8 @@ def test_classes_are_listed_with_what_they_are_taken_for(found):
 def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     split = open_place(pictures / "val", "here")
     found = results([0, 0, 1, 1, 2, 2], [[0], [0], [1], [2], [2], [1]])
-    drawn, draw = [], report.draw_sheet
-    monkeypatch.setattr(
-        report, "draw_sheet", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path))
-    )
+    drawn, draw = [], report.draw_grid
+    monkeypatch.setattr(report, "draw_grid", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path)))
     config = ClassificationConfig(train=TrainConfig(worst=1))
     names = split.class_names
     metrics = tell(found, names, {"epoch": 3, "real": {"top1": 12.5}})

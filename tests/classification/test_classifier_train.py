@@ -20,8 +20,10 @@ from dat.classification.readers import open_place
 from dat.classification.train import train
 from dat.classification.trainer import Trainer, make_loss
 from dat.engine.checkpoint import load_checkpoint
+from dat.engine.command import main_guard
 from dat.engine.config import from_dict
-from dat.engine.loop import EpochBatchSampler, isolated_rng, main_guard
+from dat.engine.loaders import EpochBatchSampler
+from dat.engine.seeds import isolated_rng
 from dat.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 
 
@@ -90,13 +92,13 @@ def test_fine_tuning_takes_another_number_of_classes(settings, pictures, tmp_pat
 def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_path, monkeypatch):
     (pictures / "val/red/1.png").write_text("not a picture")
     titles = []
-    draw = sheet.draw_sheet
+    draw = sheet.draw_grid
 
-    def draw_sheet(drawn, path):
+    def draw_grid(drawn, path):
         titles.extend(title for _, title in drawn)
         draw(drawn, path)
 
-    monkeypatch.setattr(sheet, "draw_sheet", draw_sheet)
+    monkeypatch.setattr(sheet, "draw_grid", draw_grid)
     run(settings, epochs=1, pictures=4)
     # pictures 0, 1, 3 and 5 of 6 in order of classes, and the last cannot be read
     assert len(titles) == 3

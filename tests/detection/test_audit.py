@@ -8,7 +8,7 @@ from coco_scenes import write_json
 from PIL import Image
 
 from dat.detection import audit
-from dat.engine.loop import main_guard
+from dat.engine.command import main_guard
 
 
 def run(scenes, out, *arguments):

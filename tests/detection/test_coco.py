@@ -6,7 +6,7 @@ import torch
 from coco_scenes import write_json
 from PIL import Image
 
-from dat.detection.data import Category, read_coco, read_image, read_sample
+from dat.detection.data import Category, load_image, read_coco, read_sample
 from dat.utils.errors import DataError
 
 
@@ -145,7 +145,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         source = grey.quantize() if mode == "P" else grey.convert(mode)
     path = tmp_path / f"image.{'tif' if mode == 'CMYK' else 'png'}"
     source.save(path)
-    image = read_image(path, (9, 6))
+    image = load_image(path, (9, 6))
     assert image.shape == (3, 6, 9)
     assert image.dtype == torch.uint8
     assert (image == 200).all()
@@ -157,15 +157,15 @@ def test_orientation_follows_the_annotated_size(tmp_path):
     # 6: to be turned by 90 degrees
     exif[0x0112] = 6
     Image.new("RGB", (9, 6)).save(path, exif=exif)
-    assert read_image(path, (9, 6)).shape == (3, 6, 9)
-    assert read_image(path, (6, 9)).shape == (3, 9, 6)
-    assert read_image(path).shape == (3, 9, 6)
+    assert load_image(path, (9, 6)).shape == (3, 6, 9)
+    assert load_image(path, (6, 9)).shape == (3, 9, 6)
+    assert load_image(path).shape == (3, 9, 6)
     with pytest.raises(DataError, match=r"turned.jpg: is 6x9, but its annotations say 5x5"):
-        read_image(path, (5, 5))
+        load_image(path, (5, 5))
 
 
 def test_a_truncated_image_is_named(scenes):
     path = scenes / "images" / "train_0.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"train_0.jpg: cannot be read as an image: .*truncated"):
-        read_image(path)
+        load_image(path)

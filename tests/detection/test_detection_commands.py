@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from dat.detection import SetCriterion, evaluate, predict, train, trainer
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
-from dat.engine.loop import main_guard
+from dat.engine.command import main_guard
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from dat.detection.data import Category, read_coco
 from dat.detection.evaluation import Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.report import write_report
+from dat.engine.command import main_guard
 from dat.engine.config import load_config, save_config
-from dat.engine.loop import main_guard
 from dat.utils.errors import DataError
 
 

@@ -12,7 +12,7 @@ from dat.detection import train
 from dat.detection.criterion import SetCriterion
 from dat.detection.matcher import HungarianMatcher
 from dat.engine.checkpoint import load_checkpoint
-from dat.engine.loop import main_guard
+from dat.engine.command import main_guard
 
 
 def edit(scenes, change, splits=("train", "val")):

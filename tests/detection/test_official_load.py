@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dat.detection import official
 from dat.detection.build import build_model
 from dat.detection.config import ModelConfig
-from dat.detection import official
 from dat.engine.checkpoint import save_checkpoint
 from dat.utils.errors import CheckpointError, ConfigError
 

@@ -13,8 +13,8 @@ from dat.detection.config import DetectionConfig
 from dat.detection.data import read_coco
 from dat.detection.evaluation import average_precision
 from dat.engine.checkpoint import load_checkpoint
+from dat.engine.command import main_guard
 from dat.engine.config import load_config
-from dat.engine.loop import main_guard
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dat.detection.evaluation import to_results
 from dat.detection.predictor import load_predictor
-from dat.utils.images import read_picture
+from dat.utils.images import read_image
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
@@ -75,7 +75,7 @@ def picture(tmp_path):
 
 def expected(predictor, path):
     """What the server finds in a picture file: detections in COCO's format, by falling score."""
-    upright = read_picture(path)
+    upright = read_image(path)
     return to_results(0, (upright.height, upright.width), predictor([upright])[0], predictor.categories)
 
 

@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from dat.engine.backbones import create_timm_model
+from dat.engine.command import main_guard
 from dat.engine.distributed import Distributed, prepare_output, setup_distributed, stop_on_sigterm
-from dat.engine.loop import EpochBatchSampler, create_timm_model, isolated_rng, main_guard, seed_everything
+from dat.engine.loaders import EpochBatchSampler
 from dat.engine.optim import clip_gradients, layer_scales, make_scheduler, param_groups, scaled_lr
+from dat.engine.seeds import isolated_rng, seed_everything
 from dat.utils.errors import ConfigError, DataError, NonFiniteError
 
 
@@ -269,7 +272,7 @@ READERS = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader, Dataset
 from dat.engine.distributed import stop_on_sigterm
-from dat.engine.loop import loader_options
+from dat.engine.loaders import loader_options
 
 class Slow(Dataset):
     def __len__(self):

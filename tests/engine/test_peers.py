@@ -7,8 +7,8 @@ import pytest
 import torch
 from processes import run_processes
 
+from dat.engine.command import main_guard
 from dat.engine.distributed import setup_distributed
-from dat.engine.loop import main_guard
 from dat.utils.errors import DataError
 
 

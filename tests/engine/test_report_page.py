@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat.engine.report import MOST_PIXELS, Page, Section, Table, confusion_table, keeping_the_run
+from dat.engine.report import MOST_PIXELS, Page, Section, Table, confusion_table, errors_as_warnings
 from dat.utils.errors import DataError
 
 NASTY = "<script>alert(1)</script> \"'><img src=http://x/y.png onerror=z> {{ 7 * 7 }} &amp; $x$"
@@ -90,13 +90,13 @@ def test_confusions_are_listed_most_frequent_first():
 
 def test_a_failure_of_the_report_is_a_warning():
     said = []
-    with keeping_the_run(said.append, "python -m this"):
+    with errors_as_warnings(said.append, "python -m this"):
         raise DataError("a.png: cannot be read")
-    with keeping_the_run(said.append, "python -m this"):
+    with errors_as_warnings(said.append, "python -m this"):
         raise ZeroDivisionError
     assert said[0].splitlines()[0] == "the report is not complete: a.png: cannot be read"
     assert all(text.endswith("python -m this") for text in said)
     assert "Traceback" in said[1]
     assert "ZeroDivisionError" in said[1]
-    with pytest.raises(KeyboardInterrupt), keeping_the_run(said.append, "python -m this"):
+    with pytest.raises(KeyboardInterrupt), errors_as_warnings(said.append, "python -m this"):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ import torch
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
-from dat.engine.weights import load_classifier_weights
+from dat.engine.backbones import load_classifier_weights
 from dat.models.checkpoint import imagenet_22k_to_1k
 
 NAMES = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]

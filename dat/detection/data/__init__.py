@@ -4,9 +4,9 @@ from dat.detection.data.coco import (
     Category,
     CocoAnnotations,
     ImageRecord,
+    load_image,
     read_categories,
     read_coco,
-    read_image,
     read_sample,
 )
 from dat.detection.data.loader import (
@@ -26,10 +26,10 @@ __all__ = [
     "DetectionDataset",
     "ImageRecord",
     "SameSizeBatchSampler",
+    "load_image",
     "make_loader",
     "read_categories",
     "read_coco",
-    "read_image",
     "read_sample",
     "resized_size",
     "train_transform",

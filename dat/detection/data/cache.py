@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dat.detection.data.coco import ImageRecord, read_image
+from dat.detection.data.coco import ImageRecord, load_image
 
 
 class ImageCache:
-    """Images as read_image gives them, by path; filled before loaders start, whose forked workers share the memory.
+    """Images as load_image gives them, by path; filled before loaders start, whose forked workers share the memory.
 
     Args:
         gib: most memory to use, in GiB.
@@ -33,7 +33,7 @@ class ImageCache:
             self.free -= size
             chosen.append(record)
         with ThreadPoolExecutor() as pool:
-            images = pool.map(lambda record: read_image(record.path, (record.width, record.height)), chosen)
+            images = pool.map(lambda record: load_image(record.path, (record.width, record.height)), chosen)
             self._images.update(zip((record.path for record in chosen), images, strict=True))
 
     def get(self, path: Path) -> Tensor | None:

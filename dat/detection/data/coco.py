@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from dat.utils.errors import DataError
-from dat.utils.images import read_picture
+from dat.utils.images import read_image
 
 PerImage = dict[int, list[Any]]
 
@@ -118,13 +118,13 @@ def read_categories(path: Path) -> tuple[Category, ...]:
     return _categories(path, read_json(path))
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An image file as tv_tensors.Image [3, H, W] uint8, RGB, whatever its mode.
 
     `size` (width, height): what the annotations say; EXIF orientation is followed where that is what gives this size.
     None: EXIF orientation is always followed. Raises DataError for a file that cannot be decoded or has another size.
     """
-    image = read_picture(path, size)
+    image = read_image(path, size)
     if size is not None and image.size != size:
         raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")
     return tv_tensors.Image(F.pil_to_tensor(image))
@@ -133,10 +133,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
 def read_sample(record: ImageRecord, image: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
     """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out.
 
-    `image`: as read_image gives it, where it is known already.
+    `image`: as load_image gives it, where it is known already.
     """
     if image is None:
-        image = read_image(record.path, (record.width, record.height))
+        image = load_image(record.path, (record.width, record.height))
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(record.boxes[~record.crowd]), format="XYXY", canvas_size=(record.height, record.width)
     )

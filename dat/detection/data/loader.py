@@ -18,7 +18,8 @@ from torchvision.ops import box_convert
 from dat.detection.data.cache import ImageCache
 from dat.detection.data.coco import ImageRecord, read_sample
 from dat.detection.data.transforms import Canvas, resized_size
-from dat.engine.loop import isolated_rng, loader_options
+from dat.engine.loaders import loader_options
+from dat.engine.seeds import isolated_rng
 
 Sample = tuple[Tensor, dict[str, Any]]
 Batch = tuple[Tensor, Tensor | None, list[dict[str, Any]]]

@@ -14,11 +14,11 @@ import numpy as np
 from dat.detection.data.coco import (
     Category,
     clip_box,
+    load_image,
     parse_annotation,
     parse_category,
     parse_crowd_and_area,
     parse_image,
-    read_image,
     read_json,
 )
 from dat.engine.audit import Findings
@@ -178,7 +178,7 @@ def _survey_files(found: Survey, folder: Path, progress: Callable[[Iterable[Any]
             return image, "", "missing image file", f"{path}"
         try:
             digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            read_image(path, (image["width"], image["height"]))
+            load_image(path, (image["width"], image["height"]))
         except (DataError, OSError) as error:
             kind = "image of another size" if "its annotations say" in str(error) else "unreadable image file"
             return image, "", kind, str(error)

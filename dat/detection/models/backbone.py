@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import dat  # noqa: F401  registers the backbones with timm
-from dat.engine.loop import create_timm_model
-from dat.engine.weights import classifier_weights, without_weights
+from dat.engine.backbones import classifier_weights, create_timm_model, without_weights
 from dat.utils.errors import ConfigError
 
 

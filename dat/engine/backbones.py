@@ -1,18 +1,47 @@
-"""Weights that a new model starts from: the checkpoint of a classifier, read for a model with another head or none."""
+"""timm models by the configuration, and the weights that they start from."""
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
 from dat.engine.checkpoint import load_weights
-from dat.engine.loop import create_timm_model
 from dat.engine.safe_load import read_weights
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError, ConfigError, one_line
 
 # arguments of timm.create_model that fetch weights
 _SOURCES = ("pretrained", "checkpoint_path")
+
+
+def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **fixed: Any) -> nn.Module:
+    """timm.create_model(**arguments, **fixed) with errors that name the configuration's key.
+
+    Args:
+        arguments: {"name": any timm model, ...} and that model's arguments, as the configuration has them.
+        key: of these arguments in the configuration.
+        fixed: arguments that the caller decides, such as num_classes or features_only.
+    Raises:
+        ConfigError: no such model, or arguments that it does not take.
+    """
+    rest = dict(arguments)
+    name = rest.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{key}.name is {name!r}, should be the name of a timm model, such as 'dat_tiny'")
+    clash = sorted(set(rest) & set(fixed))
+    if clash:
+        raise ConfigError(f"{key}.{clash[0]} is set by this command, should be left out")
+    plain = name.split(".")[0]
+    if ":" not in name and not timm.is_model(plain):
+        near = difflib.get_close_matches(plain, timm.list_models(), n=1)
+        raise ConfigError(f"{key}.name: no timm model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    try:
+        return timm.create_model(name, **rest, **fixed)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        reason = one_line(error)
+        raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
 
 
 def without_weights(backbone: dict[str, Any]) -> dict[str, Any]:

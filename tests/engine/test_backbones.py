@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from dat.engine.weights import classifier_weights, load_classifier_weights, without_weights
+from dat.engine.backbones import classifier_weights, load_classifier_weights, without_weights
 from dat.utils.errors import CheckpointError, ConfigError
 
 

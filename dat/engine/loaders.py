@@ -1,0 +1,100 @@
+"""The order of samples, and the options of every DataLoader."""
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from dat.engine.seeds import derive_seed
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), shuffled by (seed, epoch) alone and dealt to the processes.
+
+    An optimizer step takes `batch_size` samples for each of its `accumulate` batches and each process. Which samples it
+    takes depends on the product of the three alone. Whole steps only; a data set smaller than one step gives one that
+    repeats samples. Every process gets the same number of batches.
+
+    Args:
+        length: samples of the data set.
+        batch_size: samples of a batch of one process.
+        seed: of the run.
+        rank, world_size: this process and their number.
+        accumulate: batches of a step, of one process.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.epoch, self.first_step = 0, 0
+
+    def set_position(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration gives the batches of `epoch` from those of `first_step` on."""
+        self.epoch, self.first_step = epoch, first_step
+
+    @property
+    def images(self) -> int:
+        """Samples of a step, over all its batches and processes."""
+        return self.batch_size * self.accumulate * self.world_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole epoch."""
+        return max(1, self.length // self.images)
+
+    def __len__(self) -> int:
+        """Batches, of one process, that the next iteration gives."""
+        return max(0, self.steps - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        epoch = self.epoch
+        order = order.repeat(-(-self.images // self.length))[: self.steps * self.images]
+        batches = order.view(self.steps, self.accumulate, self.world_size, self.batch_size)
+        for batch in batches[self.first_step :, :, self.rank].flatten(0, 1):
+            yield [(epoch, index) for index in batch.tolist()]
+
+
+def loader_options(workers: int, pin: bool) -> dict[str, Any]:
+    """Arguments of every DataLoader: workers live on between epochs and leave SIGTERM to the main process.
+
+    SIGTERM to the process group would otherwise end the workers before the main process could save. They end when the
+    main process does, however it ends.
+
+    Args:
+        workers: processes that read samples, 0: the main process does.
+        pin: whether batches go to a GPU.
+    """
+    if workers == 0:
+        return {"num_workers": 0, "pin_memory": pin}
+    leave_sigterm = partial(_ignore_sigterm, _exit_flag())
+    return {
+        "num_workers": workers, "pin_memory": pin, "persistent_workers": True, "worker_init_fn": leave_sigterm,
+    }  # fmt: skip
+
+
+@cache
+def _exit_flag() -> Any:
+    """Memory that workers share, whose .value becomes True when this process begins to exit."""
+    flag = multiprocessing.RawValue(ctypes.c_bool, False)
+    # runs before multiprocessing's own handler, which sends the workers SIGTERM and waits for them
+    atexit.register(setattr, flag, "value", True)
+    return flag
+
+
+def _ignore_sigterm(exiting: Any, worker: int) -> None:
+    def receive(number: int, frame: object) -> None:
+        if exiting.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, receive)
