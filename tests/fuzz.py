@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from PIL import Image
 
+from dat.engine.command import error_line
 from dat.export import runtime
 from dat.utils.errors import UserError
 from tests.damage import (

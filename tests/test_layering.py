@@ -1,23 +1,30 @@
-"""Imports run one way: ops, layers, models, then classification and detection, which never meet."""
+"""Imports run one way, without circles, and `import dat` stays light."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FORBIDDEN = {
-    "dat/ops": ("dat.layers", "dat.models", "dat.engine", "detection", "classification"),
-    "dat/layers": ("dat.models", "dat.engine", "detection", "classification"),
-    "dat/models": ("dat.engine", "detection", "classification"),
-    "dat/deploy": ("detection", "classification"),
-    "dat/training": ("detection", "classification"),
-    "detection": ("classification", "examples"),
-    "classification": ("detection", "examples"),
+# Each room of the package, and the rooms that it may import.
+ALLOWED = {
+    "utils": set(),
+    "ops": {"utils"},
+    "layers": {"utils", "ops"},
+    "models": {"utils", "ops", "layers"},
+    "engine": {"utils", "models"},
+    "export": {"utils", "engine", "ops"},
+    "detection": {"utils", "ops", "layers", "models", "engine", "export", "visualize"},
+    "classification": {"utils", "ops", "layers", "models", "engine", "export"},
 }
+# What `import dat` must not bring along; timm itself imports torchvision.
+HEAVY = ("torchvision", "matplotlib", "scipy", "fastapi", "onnxruntime", "faster_coco_eval", "tensorboard", "av")
 
 
 def imports(path):
+    """Modules that a file imports anywhere in it, and what it takes from them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -26,18 +33,57 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_imports_run_one_way(folder):
-    files = sorted((ROOT / folder).rglob("*.py"))
+def imports_at_the_top(path):
+    """Modules of the package that a file imports when it is itself imported."""
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (name for name in names if name.split(".")[0] == "dat")
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_rooms_below_it(room):
+    files = sorted((ROOT / "dat" / room).rglob("*.py"))
     assert files
     for path in files:
         for name in imports(path):
-            wrong = [f for f in FORBIDDEN[folder] if name == f or name.startswith(f + ".")]
-            assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
+            parts = name.split(".")
+            if parts[0] == "dat" and len(parts) > 1:
+                assert parts[1] in ALLOWED[room] | {room}, f"{path.relative_to(ROOT)} imports {name}"
+            assert parts[0] not in ("detection", "classification", "examples", "benchmarks", "tests")
 
 
-def test_the_package_lists_all_its_folders():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    present = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "dat").rglob("__init__.py")}
-    assert set(listed) == present
+def test_no_two_modules_import_each_other():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "dat").rglob("*.py")
+    }
+    # A package's __init__ re-exports its modules: what they import from the package itself is not an edge to them.
+    edges = {name: {n for n in imports_at_the_top(path) if n in modules} for name, path in modules.items()}
+    edges = {
+        name: {n for n in found if not name.startswith(f"{n}.") and n != name}
+        for name, found in edges.items()
+        if modules[name].name != "__init__.py"
+    }
+    order, open_ = [], []
+
+    def visit(name):
+        assert name not in open_, " -> ".join([*open_[open_.index(name) :], name])
+        if name not in order:
+            open_.append(name)
+            for other in sorted(edges.get(name, ())):
+                visit(other)
+            order.append(open_.pop())
+
+    for name in sorted(edges):
+        visit(name)
+
+
+def test_import_dat_brings_nothing_heavy_beside_timm():
+    code = "import sys, timm; before = set(sys.modules); import dat; "
+    code += f"print(sorted(({{*sys.modules}} - before) & {{*{HEAVY!r}}}))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
