@@ -17,7 +17,7 @@ from dat.detection.predictor import Predictor
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
-from dat.visualize import create_figure, draw_picture, draw_star, draw_weighted, save_figure
+from dat.utils.overlays import create_figure, draw_image, draw_star, draw_weighted, save_figure
 
 # most detections of a sheet, the most certain ones
 ROWS = 12
@@ -120,7 +120,7 @@ def draw_points(
         for level, panel in zip([None, *range(levels)], row, strict=False):
             chosen = slice(None) if level is None else slice(level, level + 1)
             locations, weights = points.locations[i][:, chosen], points.weights[i][:, chosen]
-            draw_picture(panel, picture)
+            draw_image(panel, picture)
             _draw_box(panel, results[i]["bbox"], COLORS[label % len(COLORS)])
             share = weights.sum().item() / points.weights[i].sum().item()
             draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
