@@ -8,15 +8,11 @@ the best epoch, whose detections are in detections.json, plots, pictures and rep
 --overfit N it learns N training images by heart instead, into `output`/overfit, and says what is wrong where it cannot.
 """
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import read_coco
-from dat.detection.overfit import overfit
 from dat.detection.trainer import Trainer
-from dat.engine.config import load_config
 from dat.engine.distributed import prepare_output, setup_distributed
 
 
@@ -30,18 +26,3 @@ def train(config: DetectionConfig) -> None:
     val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
     Trainer(config, train_set, val_set, distributed, resume).run()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.train", description="Trains a detector.")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/detection")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the configuration")
-    parser.add_argument(
-        "--overfit", type=int, metavar="N", help="learn N training images by heart, to see that all works"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, options.overrides)
-    if options.overfit is None:
-        train(config)
-    else:
-        overfit(config, options.overfit)

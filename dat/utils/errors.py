@@ -21,6 +21,10 @@ class NonFiniteError(UserError, RuntimeError):
     """A tensor holds NaN or infinity."""
 
 
+class ExportError(UserError, RuntimeError):
+    """A model cannot be exported, or the exported file gives other results than torch."""
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """What the error of a library says, on a line of at most so many characters; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
