@@ -30,7 +30,7 @@ from dat.engine.audit import format_problems
 from dat.engine.config import load_config
 from dat.utils.errors import DataError
 from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid
+from dat.utils.plots import draw_grid
 
 FINETUNE = Path(__file__).parents[1] / "configs/detection/finetune.yaml"
 

@@ -29,7 +29,7 @@ from dat.detection.data import (
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, detect, format_table, gather_results
 from dat.detection.report import write_report
-from dat.engine.build import checkpoint_errors
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import apply_overrides
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.utils.errors import ConfigError

@@ -29,9 +29,8 @@ from dat.detection.points import Points, check_points, detect_with_points, draw_
 from dat.detection.predictor import Predictor, load_predictor
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError
-from dat.utils.files import write_json
+from dat.utils.files import file_name, write_csv, write_json
 from dat.utils.media import Frame, Frames, Media, find_media
-from dat.utils.tables import file_name, write_csv
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from dat.detection.build import Detector, check_categories, load_detector
 from dat.detection.data import Category, resized_size
 from dat.detection.graph import DetectorGraph, pad_pictures
-from dat.engine.build import checkpoint_errors
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE
 from dat.engine.optim import amp_context
 from dat.export.runtime import check_found, is_exported, load_exported
