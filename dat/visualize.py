@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import dat  # noqa: F401  registers its models with timm
 from dat.engine.backbones import create_timm_model, load_classifier_weights, without_weights
-from dat.engine.build import build_and_load, checkpoint_errors, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, read_trained
 from dat.engine.command import main_guard
 from dat.engine.config import LARGEST_SIDE, check_range, from_dict
 from dat.engine.seeds import isolated_rng

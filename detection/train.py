@@ -15,7 +15,7 @@ def main(options: argparse.Namespace) -> None:
     from dat.detection.config import DetectionConfig, check_config
     from dat.detection.data import read_coco
     from dat.detection.overfit import overfit
-    from dat.detection.trainer import Trainer
+    from dat.detection.trainer import DetectionTrainer
     from dat.engine.config import load_config
     from dat.engine.distributed import prepare_output, setup_distributed
 
@@ -33,7 +33,7 @@ def main(options: argparse.Namespace) -> None:
     # None, or the checkpoint that train.resume=true continues from.
     resume = prepare_output(config.output, config.train.resume, distributed)
     # Builds the model, its optimizer and its schedule.
-    trainer = Trainer(config, train_set, val_set, distributed, resume)
+    trainer = DetectionTrainer(config, train_set, val_set, distributed, resume)
     trainer.run()
 
 

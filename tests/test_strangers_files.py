@@ -19,8 +19,7 @@ from PIL import Image
 from dat.classification.labeller import load_labeller
 from dat.detection.build import load_detector
 from dat.detection.predictor import load_predictor
-from dat.engine.checkpoint import load_checkpoint, save_checkpoint
-from dat.engine.safe_load import read_weights
+from dat.engine.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from dat.export import runtime
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError

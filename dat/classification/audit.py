@@ -29,8 +29,8 @@ from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
 from dat.utils.errors import DataError, one_line
 from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE, open_image, to_rgb
+from dat.utils.plots import draw_grid, thumbnail
 
 # fewer pictures of a class than this are remarked on
 FEW = 10

@@ -23,7 +23,7 @@ from dat.classification.model import Classifier, load_classifier
 from dat.classification.readers import Split, open_place, open_split
 from dat.classification.report import tell, write_report
 from dat.classification.results import Results, format_table
-from dat.engine.build import checkpoint_errors
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.distributed import Distributed, gather, setup_distributed
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError

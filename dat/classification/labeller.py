@@ -13,7 +13,7 @@ from dat.classification.config import ClassificationConfig, DataConfig, check_co
 from dat.classification.data import make_transform
 from dat.classification.graph import ClassifierGraph
 from dat.classification.model import Classifier, load_classifier
-from dat.engine.build import checkpoint_errors
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import from_dict
 from dat.export.runtime import check_found, is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError

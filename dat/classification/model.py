@@ -11,7 +11,7 @@ from torch import nn
 import dat  # noqa: F401  registers its models with timm
 from dat.classification.config import ClassificationConfig, check_config
 from dat.engine.backbones import create_timm_model, load_classifier_weights, without_weights
-from dat.engine.build import build_and_load, checkpoint_errors, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, read_trained
 from dat.engine.config import apply_overrides, from_dict
 
 

@@ -19,10 +19,9 @@ from dat.classification.labeller import Labeller, load_labeller
 from dat.classification.sheet import sheet_title
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError
-from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid, thumbnail
+from dat.utils.files import file_name, write_csv, write_json
 from dat.utils.media import Frame, Frames, find_media
-from dat.utils.tables import file_name, write_csv
+from dat.utils.plots import draw_grid, thumbnail
 
 COLUMNS = ("file", "frame", "label", "score")
 

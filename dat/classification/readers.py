@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from timm.data import get_img_extensions
+from timm.data import add_img_extensions, get_img_extensions
 from timm.data.readers import create_reader
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import RecordReader, encoded, index_records, open_web
 from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 
 # of WebDataset
@@ -90,6 +91,8 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
     if place.is_file() and place.suffix != ".tar":
         raise DataError(f"{key}: {place} is a file that is not a .tar")
+    # timm knows PNG and JPEG only, and takes no extensions for a .tar.
+    add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
     options: dict[str, Any] = {}
     left_out: list[str] = []
     if place.is_dir():

@@ -21,9 +21,8 @@ from dat.engine.checkpoint import load_checkpoint
 from dat.engine.config import load_config
 from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
 from dat.utils.errors import CheckpointError, DataError
-from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE
-from dat.utils.plots import draw_confusion, draw_curves
+from dat.utils.plots import draw_confusion, draw_curves, draw_grid, thumbnail
 
 CURVES = {
     "loss": [("train", "loss"), ("val", "loss")],

@@ -8,8 +8,8 @@ import torch
 from dat.classification.labeller import labeller_of
 from dat.classification.model import Classifier
 from dat.classification.readers import Split
-from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE
+from dat.utils.plots import draw_grid, thumbnail
 
 
 def sheet_title(result: dict[str, Any], truth: str | None = None) -> str:

@@ -24,7 +24,7 @@ from dat.detection.data.statistics import Survey, compare, survey
 from dat.detection.draw import draw_boxes, to_pil
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
-from dat.utils.image_grid import draw_grid
+from dat.utils.plots import draw_grid
 
 FINETUNE = Path(__file__).parents[1] / "configs/detection/finetune.yaml"
 

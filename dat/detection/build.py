@@ -18,7 +18,7 @@ from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.detection.models.detr import DETR
 from dat.engine.backbones import without_weights
-from dat.engine.build import build_and_load, checkpoint_errors, limit_parameters, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained
 from dat.engine.config import from_dict, to_dict
 from dat.utils.errors import CheckpointError, ConfigError
 

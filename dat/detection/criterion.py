@@ -80,7 +80,7 @@ class SetCriterion(nn.Module):
         """
         device = outputs["pred_boxes"].device
         if shares is None:
-            shares = self.shares(targets, outputs["pred_logits"].shape[1], device)
+            shares = self.normalizers(targets, outputs["pred_logits"].shape[1], device)
         layers = [outputs, *outputs.get("aux_outputs", ())]
         suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
         stacks = [self._stack(layers, suffixes, targets)]
@@ -99,7 +99,7 @@ class SetCriterion(nn.Module):
         """The weighted sum of what forward returned, a scalar."""
         return torch.stack([self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()]).sum()
 
-    def shares(self, targets: Targets, num_queries: int, device: torch.device) -> Tensor:
+    def normalizers(self, targets: Targets, num_queries: int, device: torch.device) -> Tensor:
         """What the losses of `targets`, those of all batches of one optimizer step, are divided by.
 
         Returns [2]: the number of boxes, at least 1, and the sum of the weights of all queries in the cross-entropy,

@@ -22,7 +22,7 @@ from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
 from dat.detection.models.base import BaseDETR
 from dat.detection.report import write_report
-from dat.engine.build import checkpoint_errors
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.engine.optim import amp_context

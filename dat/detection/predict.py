@@ -9,10 +9,9 @@ from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, draw_points
 from dat.utils.errors import ConfigError
-from dat.utils.files import write_json
+from dat.utils.files import file_name, write_csv, write_json
 from dat.utils.media import Frame, Frames, Media
 from dat.utils.progress import progress_bar
-from dat.utils.tables import file_name, write_csv
 
 COLUMNS = ("image_id", "file_name", "frame", "category_id", "label", "score", "x", "y", "width", "height")
 

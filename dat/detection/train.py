@@ -9,15 +9,19 @@ the best epoch, whose detections are in detections.json, plots, pictures and rep
 """
 
 from pathlib import Path
+from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import read_coco
-from dat.detection.trainer import Trainer
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
 
-def train(config: DetectionConfig) -> None:
-    """Runs the training of a configuration. Raises UserError, before it writes anything, for what cannot work."""
+def train(config: DetectionConfig) -> dict[str, Any]:
+    """Runs a whole training, or the rest of it; returns the metrics of its best epoch, as Trainer.run does.
+
+    Raises UserError, before anything is written, for configurations that cannot work.
+    """
     check_config(config)
     distributed = setup_distributed(config.train.device)
     data = config.data
@@ -25,4 +29,4 @@ def train(config: DetectionConfig) -> None:
     train_set = read_coco(root / data.train.annotations, root / data.train.images)
     val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
-    Trainer(config, train_set, val_set, distributed, resume).run()
+    return DetectionTrainer(config, train_set, val_set, distributed, resume).run()

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, box_iou
 from dat.detection.data import CocoAnnotations, ImageRecord, load_image
 from dat.detection.draw import draw_boxes, to_pil
 from dat.detection.evaluation import MATCH_IOU
-from dat.utils.image_grid import draw_grid
+from dat.utils.plots import draw_grid
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.engine.build import check_class_names, checkpoint_errors
-from dat.engine.safe_load import check_content
+from dat.engine.checkpoint import check_class_names, check_content, checkpoint_errors
 from dat.export.aot_inductor import is_compiled, load_compiled
 from dat.utils.errors import CheckpointError, ConfigError, one_line
 
