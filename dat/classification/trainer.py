@@ -19,22 +19,23 @@ from timm.optim import create_optimizer_v2
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, TrainConfig
 from dat.classification.data import (
-    EvalPictures,
+    EvalImages,
     MixPairs,
-    SkippedPictures,
-    TrainPictures,
+    SkippedImages,
+    TrainImages,
     eval_loader,
     make_transform,
     train_loader,
 )
 from dat.classification.evaluate import evaluate
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.classification.readers import Split
-from dat.classification.report import tell, write_report
+from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
-from dat.classification.sheet import draw_validation_sheet
+from dat.classification.sheet import draw_predictions
 from dat.engine.checkpoint import check_resumable, load_checkpoint, restore_weights
 from dat.engine.config import save_config, to_dict
 from dat.engine.distributed import Distributed, StopSignal, stop_on_sigterm
@@ -113,13 +114,13 @@ class Trainer:
             len(pictures), train.batch_size, config.seed, rank, world_size, train.accumulate
         )  # fmt: skip
         mix = MixPairs(train, len(self.class_names), config.seed) if train.mixup or train.cutmix else None
-        samples = TrainPictures(pictures, make_transform(data, training=True), config.seed)
+        samples = TrainImages(pictures, make_transform(data, training=True), config.seed)
         self.loader = train_loader(samples, self.sampler, train.workers, pin, mix)
-        val_samples = EvalPictures(val_pictures, make_transform(data, training=False), rank, world_size)
+        val_samples = EvalImages(val_pictures, make_transform(data, training=False), rank, world_size)
         self.val_loader = eval_loader(val_samples, train.batch_size, train.workers, pin)
         self.loss_function = make_loss(train)
-        self.skipped = SkippedPictures(pictures, self.output / "skipped.txt", resumed=resume is not None)
-        self.val_skipped = SkippedPictures(val_pictures, self.output / "skipped_val.txt")
+        self.skipped = SkippedImages(pictures, self.output / "skipped.txt", resumed=resume is not None)
+        self.val_skipped = SkippedImages(val_pictures, self.output / "skipped_val.txt")
         self.progress = Progress()
         self._make_model()
 
@@ -336,13 +337,13 @@ class Trainer:
             "images_per_second": round(progress.step * self.sampler.images / progress.seconds, 2),
             "memory_gib": round(peak_memory(self.device), 3),
         }
-        metrics = tell(best, self.class_names, more)
+        metrics = best.summarize(self.class_names, **more)
         write_json(output / "metrics.json", metrics)
         with errors_as_warnings(self.logger.warning, f"python -m classification.report {output}"):
             if train.pictures:
-                classifier = load_classifier(output / "best.pth", [], self.device)
+                classifier = Classifier.from_checkpoint(output / "best.pth", device=self.device)
                 path = output / "predictions.png"
-                draw_validation_sheet(classifier, self.val_pictures, self.device, train.pictures, path)
+                draw_predictions(classifier, self.val_pictures, train.pictures, path)
             text = self._describe_run()
             names, split = self.class_names, self.val_pictures
             for path in write_report(output, self.config, names, best, split, metrics, text):
@@ -351,7 +352,7 @@ class Trainer:
         summary = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
         self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(rows)}\n{summary}\nresults are in {output}")
 
-    def _warn(self, skipped: SkippedPictures) -> None:
+    def _warn(self, skipped: SkippedImages) -> None:
         warning = skipped.write(self.distributed)
         if warning:
             self.logger.warning(warning)
@@ -393,8 +394,9 @@ class Trainer:
 
     def _describe_run(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        note = f"{self.val_pictures.note}\n" if self.val_pictures.note else ""
         return (
-            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
+            f"{note}{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
             f"{len(self.class_names)} classes, {len(self.pictures)} + {len(self.val_pictures)} pictures\n"
             f"{self._describe_step()} images a step, {self.sampler.steps} steps an epoch, learning rate "
             f"{self.optimizer.param_groups[0]['initial_lr']:.3g}"

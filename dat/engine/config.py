@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -21,11 +22,38 @@ LARGEST_SIDE = 4096
 # processes that read them
 MOST_WORKERS = 256
 
+# In an installed package configs/ is inside it, in a checkout beside it.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
 # key of a file, not of a schema
 _BASE = "base"
 
 # YAML 1.1 reads 1e-4 as text because it lacks a point
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: a path, or the name of one that is installed, such as "finetune".
+
+    Args:
+        name: path of a YAML file, or the path below configs/ without its ending ("detection/finetune"); the folder may
+            be left out where one file alone has the name.
+
+    Raises:
+        ConfigError: no such file or name, or a name of several; lists the nearest names.
+    """
+    if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    paths = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+    found = [key for key in paths if str(name) in (key, key.rpartition("/")[2])]
+    if len(found) == 1:
+        return paths[found[0]]
+    if found:
+        raise ConfigError(f"{name}: several configurations have this name: {', '.join(found)}")
+    leaves = {key.rpartition("/")[2]: key for key in paths}
+    near = difflib.get_close_matches(Path(name).name, leaves, n=3) or list(leaves)
+    raise ConfigError(f"{name}: no such file, nor a configuration of this name; there are {', '.join(near)}")
 
 
 def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
@@ -36,13 +64,13 @@ def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()
 
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.
-        path: YAML file.
+        path: YAML file, or a name that find_config knows.
         overrides: "key.path=value", the value read as YAML.
     Raises:
         ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type, or
             files that are each other's base.
     """
-    data = _read_with_base(schema, Path(path), [])
+    data = _read_with_base(schema, find_config(path), [])
     for override in overrides:
         _apply_override(schema, override, data)
     return from_dict(schema, data, str(path))
@@ -59,6 +87,20 @@ def apply_overrides(config: T, overrides: Iterable[str], source: str = "command 
     for override in overrides:
         _apply_override(type(config), override, data)
     return from_dict(type(config), data, source)
+
+
+def keyword_overrides(schema: type, values: dict[str, Any]) -> list[str]:
+    """Keyword arguments of Python as overrides: epochs=5 is "train.epochs=5", data__img_size=96 "data.img_size=96".
+
+    Names may have dots too, as in **{"data.img_size": 96}; one that is no section or key of the schema is of `train`.
+    """
+    overrides = []
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        if "." not in key and key not in typing.get_type_hints(schema):
+            key = f"train.{key}"
+        overrides.append(f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}")
+    return overrides
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dat.utils.errors import DataError
 
@@ -57,3 +59,41 @@ def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = Non
         raise DataError(f"{name}: no such image") from error
     except UNREADABLE as error:
         raise DataError(f"{name}: cannot be read as an image: {error}") from error
+
+
+def to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
+    """An image in RGB, from all that stands for one.
+
+    Args:
+        source: a path; a PIL image of any mode, whose EXIF orientation is followed; an array [H, W], [H, W, 1],
+            [H, W, 3] or [H, W, 4] of uint8; or a tensor [1, H, W], [3, H, W] or [4, H, W] of uint8, or of floats 0 to
+            1. Four channels are RGB and alpha, which is dropped.
+
+    Raises:
+        DataError: none of these, or a file that cannot be read.
+    """
+    if isinstance(source, (str, Path)):
+        return read_image(source)
+    if isinstance(source, Image.Image):
+        try:
+            return to_rgb(ImageOps.exif_transpose(source))
+        except UNREADABLE as error:
+            raise DataError(f"the image cannot be read: {error}") from error
+    array = source
+    if isinstance(source, Tensor):
+        pixels = source.detach().cpu()
+        if pixels.is_floating_point() and pixels.numel():
+            if not 0 <= pixels.min() <= pixels.max() <= 1:
+                raise DataError(f"the tensor has values {pixels.min():g} to {pixels.max():g}, floats should be 0 to 1")
+            pixels = (pixels * 255).round().to(torch.uint8)
+        array = (pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy()
+    if not isinstance(array, np.ndarray):
+        kinds = "a path, a PIL image, an array or a tensor"
+        raise DataError(f"the image is of type {type(source).__name__}, should be {kinds}")
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
+        shape = "[C, H, W]" if isinstance(source, Tensor) else "[H, W] or [H, W, C]"
+        raise DataError(
+            f"the image is {array.dtype} {list(source.shape)}, should be uint8 {shape} with 1, 3 or 4 channels"
+        )
+    return Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array).convert("RGB")
