@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from dat.classification import export as classification_export
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.detection import export as detection_export
 from dat.detection.build import build_model, detector_state, load_detector
 from dat.detection.config import DetectionConfig
@@ -80,7 +81,7 @@ def compare(checkpoint: Path, out: Path, form: str) -> str:
     pair, _ = sample_batches(sample_pictures(None, Path("nowhere")), [UNSEEN[kind]])
     images = torch.cat([pair, pair.flip(-1)])[:3]
     if kind == "classification":
-        graph = classification_export.classifier_graph(load_classifier(checkpoint, [], torch.device("cpu")), True)
+        graph = classification_export.classifier_graph(Classifier.from_checkpoint(checkpoint, device="cpu"), True)
         side = exported.metadata["img_size"]
         inputs = (images[..., :side, :side] if form == "compiled" else images,)
     else:

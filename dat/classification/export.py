@@ -12,13 +12,15 @@ validation data, or generated ones, at two sizes, alone and in pairs.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dat.classification.classifier import Classifier
 from dat.classification.graph import ClassifierGraph
-from dat.classification.model import Classifier, load_classifier
 from dat.export.export import Graph, Tensors, check_path, export_checked, export_parser
 from dat.export.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
 
@@ -71,24 +73,48 @@ def takes_any_size(model: nn.Module, images: Sequence[Tensor]) -> bool:
     return True
 
 
+def export_classifier(
+    classifier: Classifier,
+    path: Path,
+    compiled: bool = False,
+    images: Path | None = None,
+    sizes: Sequence[int] | None = None,
+) -> str:
+    """Exports a classifier to `path`, .onnx or .pt2, and returns a line about the file.
+
+    Args:
+        classifier: from a checkpoint.
+        path: of the file.
+        compiled: a .pt2 of machine code.
+        images: file or folder of images to check on; None: the validation data.
+        sizes: two shortest edges to check at; None: data.img_size and a smaller one.
+    Raises:
+        ConfigError: a path, size or library.
+        ExportError: torch cannot export the model, or the file gives other results.
+    """
+    check_path(path, compiled)
+    model = deepcopy(classifier.model).cpu()
+    data = classifier.config.data
+    edges = check_sizes(sizes, data.img_size)
+    pictures = sample_pictures(images, Path(data.root) / data.val.path)
+    batches = sample_batches(pictures, edges)
+    any_size = not compiled and takes_any_size(model, batches)
+    side = data.img_size
+    if not any_size:
+        batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
+    graph = classifier_graph(replace(classifier, network=model), any_size)
+    worst = export_checked(graph, [(batch,) for batch in batches], path, compiled)
+    kind = "package" if compiled else "model"
+    at = f"shortest edges {edges[0]} and {edges[1]}" if any_size else f"{side} pixels, the one size of the {kind}"
+    return (
+        f"{path}: {path.stat().st_size / 2**20:.1f} MiB; as torch to {worst['logits']:.1e} in logits "
+        f"on {pictures.origin}, {at}, batch 1 and 2"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = export_parser("python -m classification.export", "Exports a classifier.")
     options = parser.parse_args(arguments)
     check_path(options.out, options.compile)
-    classifier = load_classifier(options.checkpoint, [], torch.device("cpu"))
-    data = classifier.config.data
-    sizes = check_sizes(options.sizes, data.img_size)
-    pictures = sample_pictures(options.images, Path(data.root) / data.val.path)
-    batches = sample_batches(pictures, sizes)
-    any_size = not options.compile and takes_any_size(classifier.model, batches)
-    side = data.img_size
-    if not any_size:
-        batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
-    graph = classifier_graph(classifier, any_size)
-    worst = export_checked(graph, [(batch,) for batch in batches], options.out, options.compile)
-    what = "package" if options.compile else "model"
-    at = f"shortest edges {sizes[0]} and {sizes[1]}" if any_size else f"{side} pixels, the one size of the {what}"
-    print(
-        f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['logits']:.1e} in logits "
-        f"on {pictures.origin}, {at}, batch 1 and 2"
-    )
+    classifier = Classifier.from_checkpoint(options.checkpoint, device="cpu")
+    print(export_classifier(classifier, options.out, options.compile, options.images, options.sizes))

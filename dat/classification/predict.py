@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from dat.classification.labeller import Labeller, load_labeller
+from dat.classification.classifier import Classifier
 from dat.classification.sheet import sheet_title
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError
@@ -27,7 +27,7 @@ COLUMNS = ("file", "frame", "label", "score")
 
 
 def predict(
-    labeller: Labeller, frames: Frames, batch_size: int, options: argparse.Namespace
+    classifier: Classifier, frames: Frames, batch_size: int, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[tuple[Image.Image, str]]]:
     """Labels all frames, and puts them into folders of their labels where `options` asks for that.
 
@@ -39,15 +39,15 @@ def predict(
     sheet: list[tuple[Image.Image, str]] = []
     with tqdm(unit=" pictures", disable=not sys.stderr.isatty()) as bar:
         for batch in frames.batches(batch_size):
-            for frame, result in zip(batch, labeller([frame.picture for frame in batch]), strict=True):
-                if result["score"] < options.threshold or result["label"] not in (options.classes or [result["label"]]):
+            for frame, result in zip(batch, classifier.predict([frame.picture for frame in batch]), strict=True):
+                if result.score < options.threshold or result.label not in (options.classes or [result.label]):
                     continue
                 number = {} if frame.number is None else {"frame": frame.number}
-                results.append({"file": str(frame.media.path), **number, **result})
+                results.append({"file": str(frame.media.path), **number, **result.to_dict()})
                 if len(sheet) < options.sheet:
-                    sheet.append((thumbnail(frame.picture), sheet_title(result)))
+                    sheet.append((thumbnail(frame.picture), sheet_title(result.label, result.score)))
                 if options.crops:
-                    save(frame, result["label"], options.out)
+                    save(frame, result.label, options.out)
             bar.update(len(batch))
     return results, sheet
 
@@ -78,12 +78,13 @@ def main() -> None:
         raise ConfigError("--batch-size and --every should be at least 1")
     overrides, sources = split_overrides(options.sources)
     media = find_media(sources, exclude=options.out)
-    labeller = load_labeller(options.model, overrides, setup_distributed("auto").device, options.trust)
-    unknown = [name for name in options.classes or () if name not in labeller.class_names]
+    device = setup_distributed("auto").device
+    classifier = Classifier.from_checkpoint(options.model, overrides, device, options.trust)
+    unknown = [name for name in options.classes or () if name not in classifier.class_names]
     if unknown:
-        raise ConfigError(f"--classes: no class {unknown[0]!r}, there are {', '.join(labeller.class_names)}")
+        raise ConfigError(f"--classes: no class {unknown[0]!r}, there are {', '.join(classifier.class_names)}")
     frames = Frames(media, options.every)
-    results, sheet = predict(labeller, frames, options.batch_size, options)
+    results, sheet = predict(classifier, frames, options.batch_size, options)
     if not frames.count:
         raise frames.errors[0]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -8,22 +8,23 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, TrainConfig
 from dat.classification.data import (
-    EvalPictures,
+    EvalImages,
     MixPairs,
-    SkippedPictures,
-    TrainPictures,
+    SkippedImages,
+    TrainImages,
     eval_loader,
     make_transform,
     train_loader,
 )
 from dat.classification.evaluate import evaluate
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.classification.readers import Split
-from dat.classification.report import tell, write_report
+from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
-from dat.classification.sheet import draw_validation_sheet
+from dat.classification.sheet import draw_predictions
 from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
 from dat.engine.trainer import Trainer
@@ -61,8 +62,8 @@ class ClassificationTrainer(Trainer):
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
         self.loss_function = make_loss(config.train)
         super().__init__(config, distributed, resume)
-        self.skipped = SkippedPictures(train_set, self.output / "skipped.txt", resumed=resume is not None)
-        self.val_skipped = SkippedPictures(val_set, self.output / "skipped_val.txt")
+        self.skipped = SkippedImages(train_set, self.output / "skipped.txt", resumed=resume is not None)
+        self.val_skipped = SkippedImages(val_set, self.output / "skipped_val.txt")
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
             self.warnings = [f"data.val has no pictures of {len(missing)} classes, such as {missing[0]!r}"]
@@ -71,10 +72,10 @@ class ClassificationTrainer(Trainer):
         data, train, seed = self.config.data, self.config.train, self.config.seed
         rank, world_size, pin = self.distributed.rank, self.distributed.world_size, self.device.type == "cuda"
         sampler = EpochBatchSampler(len(self.train_set), train.batch_size, seed, rank, world_size, train.accumulate)
-        samples = TrainPictures(self.train_set, make_transform(data, training=True), seed)
+        samples = TrainImages(self.train_set, make_transform(data, training=True), seed)
         mix = MixPairs(train, len(self.class_names), seed) if train.mixup or train.cutmix else None
         loader = train_loader(samples, sampler, train.workers, pin, mix)
-        val_samples = EvalPictures(self.val_set, make_transform(data, training=False), rank, world_size)
+        val_samples = EvalImages(self.val_set, make_transform(data, training=False), rank, world_size)
         return sampler, loader, eval_loader(val_samples, train.eval_batch_size, train.workers, pin)
 
     def build_model(self, weights: bool = True) -> nn.Module:
@@ -114,13 +115,13 @@ class ClassificationTrainer(Trainer):
 
     def load_metrics(self, path: Path) -> dict[str, Any]:
         self.results = Results.load(path)
-        return tell(self.results, self.class_names, {})
+        return self.results.summarize(self.class_names)
 
     def write_report(self, metrics: dict[str, Any], text: str) -> list[Path]:
         if self.config.train.pictures:
-            classifier = load_classifier(self.output / "best.pth", [], self.device)
+            classifier = Classifier.from_checkpoint(self.output / "best.pth", device=self.device)
             path = self.output / "predictions.png"
-            draw_validation_sheet(classifier, self.val_set, self.device, self.config.train.pictures, path)
+            draw_predictions(classifier, self.val_set, self.config.train.pictures, path)
         return write_report(self.output, self.config, self.class_names, self.results, self.val_set, metrics, text)
 
     def format_metrics(self, metrics: dict[str, Any]) -> str:
@@ -137,7 +138,7 @@ class ClassificationTrainer(Trainer):
     def describe_batch(self, batch: Batch) -> str:
         return f"images {[self.train_set.name(index) for index in batch[3].tolist()]}"
 
-    def _warn(self, skipped: SkippedPictures) -> None:
+    def _warn(self, skipped: SkippedImages) -> None:
         warning = skipped.write(self.distributed)
         if warning:
             self.logger.warning(warning)

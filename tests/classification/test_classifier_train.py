@@ -15,7 +15,7 @@ from torch import nn
 
 from dat.classification import sheet
 from dat.classification.config import ClassificationConfig
-from dat.classification.data import MixPairs, TrainPictures, make_transform, train_loader
+from dat.classification.data import MixPairs, TrainImages, make_transform, train_loader
 from dat.classification.readers import open_place
 from dat.classification.train import train
 from dat.classification.trainer import make_loss
@@ -101,7 +101,8 @@ def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_p
         draw(drawn, path)
 
     monkeypatch.setattr(sheet, "draw_grid", draw_grid)
-    run(settings, epochs=1, pictures=4)
+    # worst=0: no other sheet is drawn
+    run(settings, epochs=1, pictures=4, worst=0)
     # pictures 0, 1, 3 and 5 of 6 in order of classes, and the last cannot be read
     assert len(titles) == 3
     for title, truth in zip(titles, ("blue", "blue", "green"), strict=True):
@@ -156,7 +157,7 @@ def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_pat
     output = tmp_path / "run"
     assert (output / "skipped.txt").read_text().split() == ["red/0.png", "red/7.png"]
     assert (output / "skipped_val.txt").read_text().split() == ["red/0.png"]
-    assert "warning: 2 unreadable pictures were left out" in (output / "train.log").read_text()
+    assert "warning: 2 unreadable images were left out" in (output / "train.log").read_text()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert {line["images"] for line in lines if line["kind"] == "val"} == {5}
 
@@ -164,12 +165,12 @@ def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_pat
 def test_nothing_readable_is_an_error(settings, pictures, capsys):
     for path in (pictures / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"data.train: no picture can be read"):
+    with pytest.raises(DataError, match=r"data.train: no image can be read"):
         run(settings)
 
     def read_in_a_worker():
         split = open_place(pictures / "train", "data.train.path")
-        loader = train_loader(TrainPictures(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
+        loader = train_loader(TrainImages(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
         batches = iter(loader)
         try:
             next(batches)
@@ -180,7 +181,7 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
     with pytest.raises(SystemExit):
         main_guard(read_in_a_worker)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: data.train: no picture can be read: 24 in a row from ")
+    assert error.startswith("error: data.train: no image can be read: 24 in a row from ")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
@@ -234,14 +235,14 @@ def test_missing_data_is_named(settings, pictures):
     with pytest.raises(DataError, match=r"data.val.path: .*pictures/test does not exist"):
         run(settings)
     (pictures / "test").mkdir()
-    with pytest.raises(DataError, match="holds no readable pictures in class folders"):
+    with pytest.raises(DataError, match="holds no readable images in class folders"):
         run(settings)
     Image.new("RGB", (8, 8)).save(pictures / "test/a.png")
-    with pytest.raises(DataError, match="holds pictures outside class folders"):
+    with pytest.raises(DataError, match="holds images outside class folders"):
         run(settings)
     (pictures / "x.tar").write_bytes(b"no tar")
     settings["data"]["val"] = {"path": "x.tar"}
-    with pytest.raises(DataError, match=r"x.tar holds no readable pictures"):
+    with pytest.raises(DataError, match=r"x.tar holds no readable images"):
         run(settings)
 
 
