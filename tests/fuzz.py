@@ -83,7 +83,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     from dat.classification.config import ClassificationConfig
     from dat.classification.model import build_classifier, load_classifier
     from dat.detection import evaluate, export, official, predict
-    from dat.detection.build import load_detector
+    from dat.detection.checkpoint import load_detector
     from dat.engine.checkpoint import save_checkpoint
     from dat.engine.config import from_dict, to_dict
     from dat.utils.images import FORMATS

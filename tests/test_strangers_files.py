@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from dat.classification.labeller import load_labeller
-from dat.detection.build import load_detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.predictor import load_predictor
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.safe_load import read_weights

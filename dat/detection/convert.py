@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dat.detection import official
-from dat.detection.build import build_model, detector_state
+from dat.detection.checkpoint import detector_state
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import Category, read_categories
+from dat.detection.models import build_model
 from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.engine.checkpoint import save_checkpoint

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from dat.detection.build import load_detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import (
     Batch,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.detection.build import Detector, load_detector
+from dat.detection.checkpoint import Detector, load_detector
 from dat.detection.graph import DetectorGraph, PaddedDetectorGraph, pad_pictures
 from dat.engine.config import LARGEST_SIDE
 from dat.export.export import Graph, Tensors, check_path, export_checked, export_parser

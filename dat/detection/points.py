@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dat.detection.build import Detector
+from dat.detection.checkpoint import Detector
 from dat.detection.data import Category
 from dat.detection.draw import COLORS
 from dat.detection.models.deformable_detr import DeformableDETR

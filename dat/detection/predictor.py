@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from dat.detection.build import Detector, check_categories, load_detector
+from dat.detection.checkpoint import Detector, check_categories, load_detector
 from dat.detection.data import Category, resized_size
 from dat.detection.graph import DetectorGraph, pad_pictures
 from dat.engine.build import checkpoint_errors

@@ -13,12 +13,14 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from dat.detection.build import build_criterion, build_model, detector_state
+from dat.detection.checkpoint import detector_state
 from dat.detection.config import DetectionConfig
+from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Batch, CocoAnnotations
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
+from dat.detection.models import build_model
 from dat.detection.recipe import make_optimizer, train_loader
 from dat.detection.report import write_report
 from dat.engine.checkpoint import check_resumable, load_checkpoint, restore_weights
@@ -206,7 +208,7 @@ class Trainer:
             [{key: t[key].to(self.device, non_blocking=True) for key in ("boxes", "labels")} for t in targets]
             for *_, targets in batches
         ]
-        shares = self.criterion.shares([t for truth in truths for t in truth], self.model.num_queries, self.device)
+        shares = self.criterion.normalizers([t for truth in truths for t in truth], self.model.num_queries, self.device)
         self.scheduler.step_update(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.zeros(1 + len(LOSSES), device=self.device)
@@ -228,7 +230,7 @@ class Trainer:
         values = self.distributed.sum(values) / self.distributed.world_size
         return [*values.tolist(), float(norm)]
 
-    def _accumulate(self, batch: Batch, truth: list[dict[str, Tensor]], shares: Tensor, part: int) -> Tensor:
+    def _accumulate(self, batch: Batch, truth: list[dict[str, Tensor]], shares: Normalizers, part: int) -> Tensor:
         """Adds the gradients of one batch, the `part`-th of its step; returns its total loss and LOSSES."""
         images, mask, targets = batch
         images = images.to(self.device, non_blocking=True)

@@ -115,7 +115,7 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(scores):
     targets = [{"labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.4 + 0.3} for n in (3, 0, 7, 1)]
     criterion = SetCriterion(3, HungarianMatcher(scores=scores), scores=scores)
     whole = criterion(outputs, targets)
-    shares = criterion.shares(targets, 5, torch.device("cpu"))
+    shares = criterion.normalizers(targets, 5, torch.device("cpu"))
     parts = [
         criterion({name: value[part] for name, value in outputs.items()}, targets[part], shares)
         for part in (slice(0, 1), slice(1, 4))
