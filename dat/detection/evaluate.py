@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import (
+    Annotations,
     Batch,
-    CocoAnnotations,
     DetectionDataset,
     SameSizeBatchSampler,
     make_loader,
@@ -37,7 +37,7 @@ from dat.utils.files import write_json
 
 
 def val_loader(
-    annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
 ) -> DataLoader[Batch]:
     """This process's share of the images, resized as `data.val` says."""
     data, train = config.data, config.train

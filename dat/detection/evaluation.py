@@ -9,7 +9,7 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from dat.detection.data import Batch, Category, CocoAnnotations
+from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import post_process
 from dat.engine.distributed import gather
@@ -88,14 +88,14 @@ class Evaluation:
         recall: [T, K, A], of all detections.
     """
 
-    annotations: CocoAnnotations
+    annotations: Annotations
     results: list[dict[str, Any]]
     precision: np.ndarray
     scores: np.ndarray
     recall: np.ndarray
 
     @classmethod
-    def of(cls, annotations: CocoAnnotations, results: list[dict[str, Any]]) -> "Evaluation":
+    def of(cls, annotations: Annotations, results: list[dict[str, Any]]) -> "Evaluation":
         """Runs COCO's evaluation; crowds are ignored."""
         truth = COCO(annotations.to_coco())
         evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
@@ -136,12 +136,12 @@ class Evaluation:
         return float(f1[best]), float(self.scores[0, best, label, 0]), float(recall[best]), float(precision[best])
 
 
-def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:
+def average_precision(annotations: Annotations, results: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of an Evaluation."""
     return Evaluation.of(annotations, results).metrics()
 
 
-def count_confusions(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
+def count_confusions(annotations: Annotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
     """Objects by class (row) and class of the detection that found them (column), [K + 1, K + 1] int64.
 
     Whatever its class, a detection finds the object that it overlaps most, by at least .5, and no other has found, the

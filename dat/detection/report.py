@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import CocoAnnotations, load_image, read_coco
+from dat.detection.data import Annotations, load_image, read_coco
 from dat.detection.draw import draw_boxes, side_by_side, to_pil
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
@@ -110,7 +110,7 @@ def _class_table(evaluation: Evaluation, metrics: dict[str, Any]) -> Table:
 
 
 def save_pictures(
-    annotations: CocoAnnotations, results: Sequence[dict[str, Any]], folder: Path, count: int, threshold: float
+    annotations: Annotations, results: Sequence[dict[str, Any]], folder: Path, count: int, threshold: float
 ) -> list[Path]:
     """Writes `count` images, evenly chosen, with predictions scored at least `threshold` beside the annotations."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dat.detection.checkpoint import detector_state
 from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
-from dat.detection.data import Batch, CocoAnnotations
+from dat.detection.data import Annotations, Batch
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
@@ -92,8 +92,8 @@ class Trainer:
     def __init__(
         self,
         config: DetectionConfig,
-        train: CocoAnnotations,
-        val: CocoAnnotations,
+        train: Annotations,
+        val: Annotations,
         distributed: Distributed,
         resume: Path | None,
     ):

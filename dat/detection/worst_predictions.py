@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from dat.detection.data import CocoAnnotations, ImageRecord, load_image
+from dat.detection.data import Annotations, ImageRecord, load_image
 from dat.detection.draw import draw_boxes, to_pil
 from dat.detection.evaluation import MATCH_IOU
 from dat.utils.image_grid import draw_grid
@@ -33,7 +33,7 @@ class Mistake:
     near: tuple[tuple[float, ...], int] | None = None
 
 
-def find_mistakes(annotations: CocoAnnotations, results: Sequence[dict[str, Any]]) -> list[Mistake]:
+def find_mistakes(annotations: Annotations, results: Sequence[dict[str, Any]]) -> list[Mistake]:
     """Every missed object, from the least score that found it up, then every false detection, from the highest down.
 
     Objects and detections of a class are matched as in AP50: the highest score chooses first. Objects that were found
@@ -62,7 +62,7 @@ def find_mistakes(annotations: CocoAnnotations, results: Sequence[dict[str, Any]
     return missed + sorted(false, key=lambda mistake: -mistake.score)
 
 
-def draw_worst(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], path: Path, count: int) -> bool:
+def draw_worst(annotations: Annotations, results: Sequence[dict[str, Any]], path: Path, count: int) -> bool:
     """Writes a sheet of the `count` worst mistakes, half of each kind; False where there are none, or count is 0.
 
     Objects that a detection of score 0.3 or more found, and false detections below it, are not shown.
@@ -108,7 +108,7 @@ def _in_crowd(record: ImageRecord, box: Tensor, label: int) -> bool:
 
 
 def _false(
-    annotations: CocoAnnotations,
+    annotations: Annotations,
     record: ImageRecord,
     boxes: Tensor,
     overlap: Tensor,
@@ -134,14 +134,14 @@ def _area(box: tuple[float, ...]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _title(annotations: CocoAnnotations, mistake: Mistake) -> str:
+def _title(annotations: Annotations, mistake: Mistake) -> str:
     name = annotations.categories[mistake.label].name
     what = f"missed {name}" if mistake.missed else f"false {name}"
     detail = f"best score {mistake.score:.2f}" if mistake.missed else f"{mistake.score:.2f}, {mistake.reason}"
     return f"{what[:28]}, {detail}\n{mistake.record.path.name[-36:]}"
 
 
-def _crop(annotations: CocoAnnotations, mistake: Mistake) -> Any:
+def _crop(annotations: Annotations, mistake: Mistake) -> Any:
     """The surroundings of a mistake, of thrice its size, with its box and the object that a false one overlaps most."""
     record = mistake.record
     x0, y0, x1, y1 = mistake.box

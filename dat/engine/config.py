@@ -325,7 +325,7 @@ def _nested(kind: Any) -> Any:
 
 def _hints(schema: Any) -> dict[str, Any]:
     """Types of a dataclass's fields, and of all of its variants'."""
-    found = {}
+    found: dict[str, Any] = {}
     for variant in [schema, *getattr(schema, "variants", {}).values()]:
         hints = typing.get_type_hints(variant)
         found |= {name: hints[name] for name in _fields(variant)}
