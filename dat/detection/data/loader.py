@@ -188,7 +188,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
 
 
 def make_loader(
-    dataset: DetectionDataset, sampler: Sampler[Any], pad_multiple: int, workers: int, pin_memory: bool
+    dataset: Dataset[Any], sampler: Sampler[Any], pad_multiple: int, workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
