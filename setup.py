@@ -108,7 +108,10 @@ def extensions() -> list:
 
 def main() -> None:
     # configs/ lies beside the package, where a reader looks for it, and is installed inside it.
-    packages = {"packages": [*find_packages(include=["dat*"]), "dat.configs"], "package_dir": {"dat.configs": "configs"}}
+    packages = {
+        "packages": [*find_packages(include=["dat*"]), "dat.configs"],
+        "package_dir": {"dat.configs": "configs"},
+    }
     if not has_compiler():
         print("dat: no C++ compiler: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
         setup(**packages)

@@ -22,7 +22,7 @@ from benchmarks import curves
 from benchmarks.timing import machine, medians, write_json
 from benchmarks.trainings import arguments, entries, finished, train
 from dat.detection.config import DetectionConfig
-from dat.detection.data import read_coco
+from dat.detection.data import read_dataset
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
@@ -148,7 +148,7 @@ class Comparison:
         values["model.backbone"] = without_weights(values["model.backbone"])
         config = load_config(DetectionConfig, CONFIG, arguments(values))
         root, data = Path(config.data.root), config.data
-        sets = [read_coco(root / split.annotations, root / split.images) for split in (data.train, data.val)]
+        sets = [read_dataset(root, split) for split in (data.train, data.val)]
         return DetectionTrainer(config, sets[0], sets[1], setup_distributed(config.train.device))
 
     def describe(self) -> None:

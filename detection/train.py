@@ -13,7 +13,7 @@ def main(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dat.detection.config import DetectionConfig, check_config
-    from dat.detection.data import read_coco
+    from dat.detection.data import read_dataset
     from dat.detection.overfit import overfit
     from dat.detection.trainer import DetectionTrainer
     from dat.engine.config import load_config
@@ -26,9 +26,9 @@ def main(options: argparse.Namespace) -> None:
         return
 
     distributed = setup_distributed(config.train.device)
-    data, root = config.data, Path(config.data.root)
-    train_set = read_coco(root / data.train.annotations, root / data.train.images)
-    val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
+    root = Path(config.data.root)
+    train_set = read_dataset(root, config.data.train)
+    val_set = read_dataset(root, config.data.val, train_set.categories)
 
     # None, or the checkpoint that train.resume=true continues from.
     resume = prepare_output(config.output, config.train.resume, distributed)

@@ -22,7 +22,7 @@ from dat.engine.config import load_config
 from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
 from dat.utils.errors import CheckpointError, DataError
 from dat.utils.images import UNREADABLE
-from dat.utils.plots import draw_confusion, draw_curves, draw_grid, thumbnail
+from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
     "loss": [("train", "loss"), ("val", "loss")],

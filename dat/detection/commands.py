@@ -79,8 +79,6 @@ def audit(options: argparse.Namespace) -> None:
 
     folder = Path(options.data).is_dir()
     source, root = (options.config, [f"data.root={options.data}"]) if folder else (options.data, [])
-    if not folder and Path(options.data).suffix not in (".yaml", ".yml"):
-        raise DataError(f"{options.data}: no such folder or configuration")
     config = load_config(DetectionConfig, source, [*root, *options.overrides])
     check_config(config)
     found = audit(config, show_progress=True)
@@ -90,8 +88,8 @@ def audit(options: argparse.Namespace) -> None:
         print(format_summary(name, summary, val.size))
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "audit.json", summaries)
-    for name, images in (("train", config.data.train.images), ("val", val.images)):
-        draw_samples(found[name], Path(config.data.root) / images, options.out / f"samples_{name}.png", options.samples)
+    for name, split in found.items():
+        draw_samples(split, options.out / f"samples_{name}.png", options.samples)
     draw_sizes(found, config, options.out / "boxes.png")
     stops = any(split.stops for split in found.values())
     print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
@@ -118,7 +116,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    from dat.detection.build import detector_state
+    from dat.detection.checkpoint import detector_state
     from dat.detection.convert import convert
     from dat.detection.data import read_categories
     from dat.engine.checkpoint import save_checkpoint

@@ -4,55 +4,14 @@ The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and i
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from dat.detection.models.backbone import check_backbone
+from dat.detection.models import ModelConfig, check_model
+from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.engine.config import LARGEST_SIDE, check_range, get_value
 from dat.engine.train_config import TrainConfig as BaseTrainConfig
 from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
-
-
-def default_backbone() -> dict[str, Any]:
-    return {"name": "dat_tiny"}
-
-
-@dataclass
-class ModelConfig:
-    """`kind`: deformable_detr, or detr, which knows neither levels, points, box_refine nor two_stage.
-
-    `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
-    makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
-    `num_levels`, at most three, for deformable_detr.
-    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
-    new where its number of classes is another.
-    `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
-    `pre_norm`: of detr, normalise before attention instead of after.
-    """
-
-    kind: Literal["deformable_detr", "detr"] = "deformable_detr"
-    backbone: dict[str, Any] = field(default_factory=default_backbone)
-    checkpoint_path: str | None = None
-    num_queries: int = 300
-    embed_dim: int = 256
-    num_heads: int = 8
-    encoder_depth: int = 6
-    decoder_depth: int = 6
-    mlp_dim: int = 1024
-    drop_rate: float = 0.1
-    pre_norm: bool = False
-    num_levels: int = 4
-    num_points: int = 4
-    box_refine: bool = False
-    two_stage: bool = False
-    # sensible for a backbone that starts from trained weights only
-    freeze_batch_norm: bool = True
-    freeze: list[str] = field(default_factory=list)
-
-    @property
-    def num_maps(self) -> int:
-        """Of the backbone, where `backbone` has no out_indices."""
-        return 1 if self.kind == "detr" else min(3, self.num_levels)
 
 
 @dataclass
@@ -150,7 +109,7 @@ class TrainConfig(BaseTrainConfig):
 class DetectionConfig:
     output: str = "runs/detection"
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=DeformableDETRConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -160,19 +119,16 @@ def check_config(config: DetectionConfig) -> None:
     data = config.data
     check_train_config(config)
     at_least_1 = [
-        *_keys(
-            "model", "num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim", "num_levels", "num_points"
-        ),
         "data.val.top_k",
     ]
     at_least_0 = [
-        *("model.encoder_depth", "data.train.max_pixels", "data.cache_gib"),
+        *("data.train.max_pixels", "data.cache_gib"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
-        *("model.drop_rate", "data.mean", "train.loss.focal_alpha"),
+        *("data.mean", "train.loss.focal_alpha"),
         *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
         "train.picture_threshold",
     ]
@@ -196,31 +152,6 @@ def check_config(config: DetectionConfig) -> None:
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
     check_model(config.model)
-
-
-def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError on parts of a model that do not go together, before any of it is made."""
-    if "name" not in model.backbone:
-        raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
-    if model.kind == "detr" and (model.two_stage or model.box_refine):
-        wrong = "two_stage" if model.two_stage else "box_refine"
-        raise ConfigError(f"model.{wrong} is true, which needs model.kind=deformable_detr; it is detr")
-    if model.two_stage and not model.box_refine:
-        raise ConfigError("model.two_stage is true, which needs model.box_refine=true")
-    if model.kind != "detr" and model.pre_norm:
-        raise ConfigError(f"model.pre_norm is true, which needs model.kind=detr; it is {model.kind}")
-    if model.embed_dim % 4 or model.embed_dim % model.num_heads:
-        raise ConfigError(
-            f"model.embed_dim is {model.embed_dim}, should be a multiple of 4 and of model.num_heads, {model.num_heads}"
-        )
-    maps = check_backbone(model.backbone, model.num_maps)
-    if model.kind == "detr" and maps != 1:
-        raise ConfigError(f"model.backbone.out_indices gives {maps} maps, model.kind=detr takes one, such as [-1]")
-    if model.kind != "detr" and maps > model.num_levels:
-        raise ConfigError(
-            f"model.num_levels is {model.num_levels}, fewer than the {maps} maps of model.backbone: "
-            "raise it, or give fewer model.backbone.out_indices"
-        )
 
 
 def _keys(section: str, *names: str) -> list[str]:

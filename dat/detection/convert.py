@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dat.detection import official
-from dat.detection.build import build_model
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Category
+from dat.detection.models import build_model
 from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.utils.errors import CheckpointError

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from dat.detection.build import check_categories, load_detector
+from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_coco, resized_size
+from dat.detection.data import Category, read_dataset, resized_size
 from dat.detection.detections import Detections
 from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
@@ -162,8 +162,8 @@ class Detector:
             AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary.
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
-        root, val = Path(config.data.root), config.data.val
-        annotations = read_coco(root / val.annotations, root / val.images, self.categories)
+        val = config.data.val
+        annotations = read_dataset(Path(config.data.root), val, self.categories)
         with checkpoint_errors(str(self.path)):
             results = detect(
                 model,

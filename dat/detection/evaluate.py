@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from dat.detection.config import DetectionConfig
 from dat.detection.data import (
+    Annotations,
     Batch,
-    CocoAnnotations,
     DetectionDataset,
     SameSizeBatchSampler,
     make_loader,
@@ -24,7 +24,7 @@ from dat.engine.distributed import Distributed
 
 
 def val_loader(
-    annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
 ) -> DataLoader[Batch]:
     """This process's share of the images, resized as `data.val` says."""
     data, train = config.data, config.train

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.data import (
+    Annotations,
     AspectRatioBatchSampler,
     Batch,
-    CocoAnnotations,
     DetectionDataset,
     make_loader,
     train_transform,
@@ -62,7 +62,7 @@ def _classifier_name(name: str, known: dict[str, float]) -> str:
 
 
 def train_loader(
-    annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None
 ) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
     """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
     data, train = config.data, config.train

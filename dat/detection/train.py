@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import read_coco
+from dat.detection.data import read_dataset
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
@@ -24,9 +24,8 @@ def train(config: DetectionConfig) -> dict[str, Any]:
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    data = config.data
-    root = Path(data.root)
-    train_set = read_coco(root / data.train.annotations, root / data.train.images)
-    val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
+    root = Path(config.data.root)
+    train_set = read_dataset(root, config.data.train)
+    val_set = read_dataset(root, config.data.val, train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume).run()

@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat.detection.build import build_criterion, build_model
 from dat.detection.config import DetectionConfig
-from dat.detection.data import AspectRatioBatchSampler, Batch, CocoAnnotations
+from dat.detection.criterion import Normalizers, build_criterion
+from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
+from dat.detection.models import build_model
 from dat.detection.recipe import parameter_groups, train_loader
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
@@ -37,8 +38,8 @@ class DetectionTrainer(Trainer):
     def __init__(
         self,
         config: DetectionConfig,
-        train_set: CocoAnnotations,
-        val_set: CocoAnnotations,
+        train_set: Annotations,
+        val_set: Annotations,
         distributed: Distributed | None = None,
         resume: Path | None = None,
     ):
@@ -60,7 +61,7 @@ class DetectionTrainer(Trainer):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.config.train, self.lr, self.config.model.backbone)
 
-    def normalizers(self, batches: Sequence[Batch]) -> Tensor:
+    def normalizers(self, batches: Sequence[Batch]) -> Normalizers:
         """Numbers of boxes and class weights of the whole step, over all processes."""
         targets = [target for *_, targets in batches for target in targets]
         return self.criterion.normalizers(targets, self.model.num_queries, self.device)
@@ -69,7 +70,7 @@ class DetectionTrainer(Trainer):
         images, mask, _ = batch
         return self.to_device(images, images=True), None if mask is None else self.to_device(mask)
 
-    def compute_loss(self, batch: Batch, outputs: dict[str, Any], normalizers: Tensor) -> dict[str, Tensor]:
+    def compute_loss(self, batch: Batch, outputs: dict[str, Any], normalizers: Normalizers) -> dict[str, Tensor]:
         """The weighted sum of all layers' losses, and the losses of the last layer."""
         *_, targets = batch
         on_device = [

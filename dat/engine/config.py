@@ -65,7 +65,8 @@ def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()
     replaces it, and the other way round: in an override over the file, in a file over its base.
 
     Args:
-        schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.
+        schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys. A dataclass with a class
+            attribute `variants`, {kind: dataclass}, is read as the one that its key `kind` names.
         path: YAML file, or a name that find_config knows.
         overrides: "key.path=value", the value read as YAML.
     Raises:
@@ -210,7 +211,7 @@ def _get(data: Any, key: str) -> Any:
 
 def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """`data` over `below`: sections that are dataclasses are merged, everything else is replaced."""
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     merged = dict(below)
     for name, value in data.items():
         nested, under = _nested(hints.get(name)), merged.get(name)
@@ -274,12 +275,12 @@ def _read_value(override: str, text: str) -> Any:
 def _default(schema: type, keys: list[str]) -> Any:
     """Default of a free-form dictionary, so that an override adds to it; an empty one for a nested dataclass."""
     for name in keys[:-1]:
-        schema = _nested(typing.get_type_hints(schema).get(name))
+        schema = _nested(_hints(schema).get(name))
         if schema is None:
             return {}
     for field in dataclasses.fields(schema):
-        if field.name == keys[-1] and _nested(typing.get_type_hints(schema)[field.name]) is None:
-            return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if field.name == keys[-1] and _nested(_hints(schema)[field.name]) is None:
+            return _field_default(field)
     return {}
 
 
@@ -289,7 +290,7 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
     for name in key.split("."):
         if not dataclasses.is_dataclass(kind):
             return None
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         if name not in hints:
             raise ConfigError(f"command line: {_unknown(key, known)}")
         kind = hints[name]
@@ -299,11 +300,16 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
 def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: {prefix[:-1]} is {_shown(data)}, should hold keys and values")
-    hints = typing.get_type_hints(schema)
+    variants = getattr(schema, "variants", {})
+    if variants:
+        schema = _variant(schema, data, source, prefix)
+    hints, fields = typing.get_type_hints(schema), _fields(schema)
     values = {}
     for name, value in data.items():
         key = f"{prefix}{name}"
-        if name not in hints:
+        if name not in fields:
+            if variants and _belongs_to_another(schema, name, value, f"{source}: {prefix}"):
+                continue
             raise ConfigError(f"{source}: {_unknown(key, known)}")
         nested = _nested(hints[name])
         if nested is not None:
@@ -314,10 +320,30 @@ def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -
             values[name] = _convert(hints[name], value)
         except ValueError as error:
             raise ConfigError(f"{source}: {key} is {_shown(value)}, should be {error}") from None
-    missing = [field.name for field in dataclasses.fields(schema) if _required(field) and field.name not in values]
+    missing = [name for name, field in fields.items() if _required(field) and name not in values]
     if missing:
         raise ConfigError(f"{source}: {prefix}{missing[0]} is required")
     return schema(**values)
+
+
+def _variant(schema: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
+    """The dataclass among `variants` that the key `kind` names, or the default does."""
+    kind = data.get("kind", schema.kind)
+    if not isinstance(kind, str) or kind not in schema.variants:
+        raise ConfigError(f"{source}: {prefix}kind is {_shown(kind)}, should be one of {', '.join(schema.variants)}")
+    return schema.variants[kind]
+
+
+def _belongs_to_another(schema: Any, name: str, value: Any, where: str) -> bool:
+    """Whether other variants have a key, at its default: such a key says nothing, and older files hold it for all.
+
+    Raises ConfigError for another value of it.
+    """
+    owners = {kind: _fields(variant)[name] for kind, variant in schema.variants.items() if name in _fields(variant)}
+    if owners and value not in [_field_default(field) for field in owners.values()]:
+        needed = " or ".join(owners)
+        raise ConfigError(f"{where}{name} is {_shown(value).lower()}, which needs kind={needed}; it is {schema.kind}")
+    return bool(owners)
 
 
 def _shown(value: Any) -> str:
@@ -401,12 +427,29 @@ def _nested(kind: Any) -> Any:
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
+def _hints(schema: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields, and of all of its variants'."""
+    found: dict[str, Any] = {}
+    for variant in [schema, *getattr(schema, "variants", {}).values()]:
+        hints = typing.get_type_hints(variant)
+        found |= {name: hints[name] for name in _fields(variant)}
+    return found
+
+
+def _fields(schema: Any) -> dict[str, Any]:
+    return {field.name: field for field in dataclasses.fields(schema)}
+
+
+def _field_default(field: Any) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _required(field: Any) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in _hints(schema).items():
         yield f"{prefix}{name}"
         if _nested(kind) is not None:
             yield from _known_keys(kind, f"{prefix}{name}.")

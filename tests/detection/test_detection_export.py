@@ -12,7 +12,7 @@ from exporting import write_detector
 from PIL import Image
 
 from dat.detection import Detector, export
-from dat.detection.build import load_detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DataConfig
 from dat.detection.graph import DetectorGraph
 from dat.detection.post_process import post_process

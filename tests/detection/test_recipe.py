@@ -2,8 +2,10 @@ import pytest
 import timm
 import torch
 
-from dat.detection.build import build_backbone, build_model
-from dat.detection.config import ModelConfig, TrainConfig
+from dat.detection.config import TrainConfig
+from dat.detection.models import build_model
+from dat.detection.models.backbone import build_backbone
+from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.detection.recipe import backbone_scales, parameter_groups
 
 SMALL = {
@@ -19,7 +21,7 @@ SMALL = {
 
 def small(name="dat_nano", classes=3, **backbone):
     return build_model(
-        ModelConfig(backbone={"name": name, **backbone}, two_stage=True, box_refine=True, **SMALL), classes
+        DeformableDETRConfig(backbone={"name": name, **backbone}, two_stage=True, box_refine=True, **SMALL), classes
     )
 
 

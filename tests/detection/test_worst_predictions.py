@@ -43,7 +43,8 @@ def test_mistakes_are_named_and_ordered(annotations):
     missed = [m for m in mistakes if m.missed]
     false = [m for m in mistakes if not m.missed]
     assert len(missed) == 8
-    assert (missed[0].record.id, missed[0].label, missed[0].box, missed[0].score) == (100, 1, (50, 30, 70, 50), 0)
+    assert (missed[0].record.id, missed[0].score) == (100, 0)
+    assert (missed[0].entry["category_id"], missed[0].entry["bbox"]) == (11, [50, 30, 20, 20])
     assert missed[1].score == 0.8
     assert [(m.score, m.reason) for m in false] == [
         (0.95, "nothing is there"),
@@ -51,7 +52,7 @@ def test_mistakes_are_named_and_ordered(annotations):
         (0.6, "is red"),
         (0.5, "overlap 0.33"),
     ]
-    assert false[2].near == ((50, 30, 70, 50), 1)
+    assert (false[2].near["category_id"], false[2].near["bbox"]) == (11, [50, 30, 20, 20])
 
 
 def test_detections_in_crowds_are_no_mistakes(annotations):
