@@ -16,7 +16,7 @@ from dat.detection.models.deformable_detr import DeformableDETR
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
-from dat.visualize import create_figure, draw_picture, draw_star, draw_weighted, save_figure
+from dat.utils.overlays import create_figure, draw_image, draw_star, draw_weighted, save_figure
 
 # Most detections of a sheet, those with the highest scores.
 ROWS = 12
@@ -108,7 +108,7 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
         for level, panel in zip([None, *range(levels)], row, strict=False):
             chosen = slice(None) if level is None else slice(level, level + 1)
             locations, weights = points.locations[i][:, chosen], points.weights[i][:, chosen]
-            draw_picture(panel, image)
+            draw_image(panel, image)
             _draw_box(panel, detections.boxes[i].tolist(), COLORS[int(detections.labels[i]) % len(COLORS)])
             draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
             draw_star(panel, *points.references[i].tolist())
