@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import dat  # noqa: F401  registers its models with timm
 from dat.models import DAT
-from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
+from dat.models.attention_maps import BlockAttention, capture_attention, deformable_blocks
 from dat.training.config import LARGEST_SIDE, check_range, from_dict
 from dat.training.errors import CheckpointError, ConfigError
 from dat.training.files import replacing
@@ -54,12 +54,12 @@ class View:
     input_size: tuple[int, int]
     query: tuple[float, float]
 
-    def cell(self, record: BlockRecord) -> tuple[int, int]:
+    def cell(self, record: BlockAttention) -> tuple[int, int]:
         """(row, column) of the query in a block's map."""
         x, y = ((pixel + 0.5) / factor - 0.5 for pixel, factor in zip(self.query, self.factors, strict=True))
         return record.cell(x, y)
 
-    def points(self, record: BlockRecord, positions: Tensor) -> Tensor:
+    def points(self, record: BlockAttention, positions: Tensor) -> Tensor:
         """Positions [..., 2] of a block as pixels of the picture, on the CPU."""
         pixels = record.pixels(positions).cpu()
         return (pixels + 0.5) * pixels.new_tensor(self.factors) - 0.5
@@ -70,7 +70,7 @@ class View:
         return self.picture.width / self.input_size[1], self.picture.height / self.input_size[0]
 
 
-def draw_keys(axes: "Axes", record: BlockRecord, view: View) -> None:
+def draw_keys(axes: "Axes", record: BlockAttention, view: View) -> None:
     """Reference grid and deformed points of a block, coloured by group, with lines from where they started."""
     from matplotlib.collections import LineCollection
 
@@ -88,7 +88,7 @@ def draw_keys(axes: "Axes", record: BlockRecord, view: View) -> None:
     axes.set_title(f"{record.name}\n{rows}×{columns} keys, {len(points)} group{'s' * (len(points) > 1)}", fontsize=7)
 
 
-def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | None = None) -> None:
+def draw_attention(axes: "Axes", record: BlockAttention, view: View, head: int | None = None) -> None:
     """Keys by how much the query attends to them: areas from zero, colours from the least to the most of the panel.
 
     Args:
@@ -139,7 +139,7 @@ def draw_weighted(
     return low, high
 
 
-def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
+def draw_block(record: BlockAttention, view: View, title: str = "") -> "Figure":
     """A matplotlib figure of one block: its keys, and the attention of the query in the mean and in every head."""
     panels = 2 + record.layer.num_heads
     columns = min(COLUMNS, panels)
@@ -150,7 +150,7 @@ def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
     return figure
 
 
-def draw_blocks(records: Sequence[BlockRecord], view: View, title: str = "") -> "Figure":
+def draw_blocks(records: Sequence[BlockAttention], view: View, title: str = "") -> "Figure":
     """A matplotlib figure with a row for each block: its keys, the mean attention, and that of some heads."""
     columns = 2 + min(OVERVIEW_HEADS, max(record.layer.num_heads for record in records))
     figure, axes = create_figure(len(records), columns, view.picture, title)
@@ -191,7 +191,7 @@ def draw_picture(axes: "Axes", picture: Image.Image) -> None:
     axes.set_autoscale_on(False)
 
 
-def _draw_query(axes: "Axes", record: BlockRecord, view: View, cell: tuple[int, int]) -> None:
+def _draw_query(axes: "Axes", record: BlockAttention, view: View, cell: tuple[int, int]) -> None:
     """A star at the query and a frame around its cell."""
     from matplotlib.patches import Rectangle
 
@@ -210,7 +210,7 @@ def _scatter(axes: "Axes", points: Tensor, areas: Any, **style: Any) -> None:
     axes.scatter(points[:, 0], points[:, 1], areas, edgecolors="white", zorder=2, **style)
 
 
-def _spacing(record: BlockRecord) -> float:
+def _spacing(record: BlockAttention) -> float:
     """Typographic points from a key to the next in a panel, within what looks well."""
     return min(max(PANEL * 72 / max(record.layer.key_size(record.size)), 4.0), 16.0)
 
@@ -390,7 +390,7 @@ def visualize(
     chosen = choose_blocks(loaded.model, stage, block)
     tensor = to_input(picture, loaded.data, size)
     with blaming(Path(source)):
-        records, logits = record_blocks(loaded.model, tensor, chosen)
+        records, logits = capture_attention(loaded.model, tensor, chosen)
     view = View(picture, (tensor.shape[1], tensor.shape[2]), (x, y))
     H, W = view.input_size
     title = f"{loaded.title}, input {H}×{W}, query ({x:g}, {y:g}){predicted(loaded, logits)}"

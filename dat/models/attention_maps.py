@@ -12,7 +12,7 @@ from dat.models.dat import DAT
 
 
 @dataclass(frozen=True)
-class BlockRecord:
+class BlockAttention:
     """What a D block did with one image.
 
     Attributes:
@@ -104,9 +104,9 @@ def deformable_blocks(model: DAT) -> dict[tuple[int, int], DeformableAttention]:
 
 
 @torch.no_grad()
-def record_blocks(
+def capture_attention(
     model: DAT, image: Tensor, blocks: Sequence[tuple[int, int]] | None = None
-) -> tuple[list[BlockRecord], Tensor]:
+) -> tuple[list[BlockAttention], Tensor]:
     """Runs a model on one image and keeps what its D blocks did.
 
     Args:
@@ -139,5 +139,5 @@ def record_blocks(
     records = []
     for stage, block in chosen:
         layer, stride = layers[stage, block], model.feature_info[stage]["reduction"]
-        records.append(BlockRecord(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
+        records.append(BlockAttention(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
     return records, logits
