@@ -381,9 +381,9 @@ def test_features_by_torch_fx(nano):
     image = torch.randn(2, 3, 72, 64)
     with torch.no_grad():
         features = nano.forward_intermediates(image, [1], norm=True, output_fmt="NHWC", intermediates_only=True)
-        second, last = graph(image)
-        torch.testing.assert_close(second, features[0])
-        torch.testing.assert_close(last.permute(0, 3, 1, 2), nano.forward_features(image))
+        traced = graph(image)
+        torch.testing.assert_close(traced["second"], features[0])
+        torch.testing.assert_close(traced["last"].permute(0, 3, 1, 2), nano.forward_features(image))
 
 
 def test_channels_last(nano):
