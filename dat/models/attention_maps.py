@@ -69,7 +69,7 @@ class BlockAttention:
         layer, (H, W) = self.layer, self.size
         if layer.fixed_bias is not None:
             return layer.fixed_bias((H, W), layer.key_size((H, W)))[:, row * W + column]
-        point = torch.stack((layer._grid(W, positions)[column], layer._grid(H, positions)[row]))
+        point = torch.stack((layer.query_grid(W, positions)[column], layer.query_grid(H, positions)[row]))
         if layer.log_cpb is not None:
             return layer.log_cpb(point[None], positions[None])[0, :, 0]
         if layer.rpe_table is None:
