@@ -39,7 +39,7 @@ def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
         "std": list(data.std),
     }
     axes = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
-    module = ClassifierGraph(classifier.model, data, len(classifier.class_names)).eval()
+    module = ClassifierGraph(classifier.trained_model(), data, len(classifier.class_names)).eval()
     shape = EXAMPLE if any_size else (EXAMPLE[0], 3, data.img_size, data.img_size)
     return Graph(
         module,
@@ -93,7 +93,7 @@ def export_classifier(
         ExportError: torch cannot export the model, or the file gives other results.
     """
     check_path(path, compiled)
-    model = deepcopy(classifier.model).cpu()
+    model = deepcopy(classifier.trained_model()).cpu()
     data = classifier.config.data
     edges = check_sizes(sizes, data.img_size)
     pictures = sample_pictures(images, Path(data.root) / data.val.path)
@@ -102,7 +102,7 @@ def export_classifier(
     side = data.img_size
     if not any_size:
         batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
-    graph = classifier_graph(replace(classifier, network=model), any_size)
+    graph = classifier_graph(replace(classifier, model=model), any_size)
     worst = export_checked(graph, [(batch,) for batch in batches], path, compiled)
     kind = "package" if compiled else "model"
     at = f"shortest edges {edges[0]} and {edges[1]}" if any_size else f"{side} pixels, the one size of the {kind}"

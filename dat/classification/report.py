@@ -15,7 +15,7 @@ from typing import Any
 
 from dat.classification.config import ClassificationConfig, check_config
 from dat.classification.readers import Split, open_split
-from dat.classification.results import Results
+from dat.classification.results import Results, flat_metrics
 from dat.classification.sheet import draw_mistakes
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.config import load_config
@@ -55,7 +55,10 @@ def write_report(
     page = Page(name if top1 is None else f"{name}, top-1 {top1:.2f}%", text)
     paths = {name: folder / f"{name}.png" for name in ("curve", "confusion", "worst", "predictions")}
     if metrics:
-        page.sections.append(Section("Figures", tables=_tables(metrics)))
+        flat, columns = flat_metrics(metrics), ("class", "images", "top-1, percent", "most often taken for")
+        rows = [(name, row["images"], row["top1"], row["mistaken_for"]) for name, row in metrics["per_class"].items()]
+        tables = [Table(list(flat), [list(flat.values())]), Table(columns, rows)]
+        page.sections.append(Section("Figures", tables=tables))
     draw_curves(folder / "log.jsonl", paths["curve"], CURVES)
     page.add_picture("Training", paths["curve"])
     if results is not None:
@@ -69,18 +72,6 @@ def write_report(
     page.add_config(config)
     page.write(folder / "report.html")
     return [path for path in paths.values() if path.is_file()]
-
-
-def _tables(metrics: dict[str, Any]) -> list[Table]:
-    shown: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict) and name != "per_class":
-            shown |= {f"{name} {inner}": number for inner, number in value.items()}
-        elif name != "per_class":
-            shown[name] = value
-    rows = [[name, row["images"], row["top1"], row["mistaken_for"]] for name, row in metrics["per_class"].items()]
-    columns = ("class", "images", "top-1, percent", "most often taken for")
-    return [Table(list(shown), [list(shown.values())]), Table(columns, rows)]
 
 
 def read_results(folder: Path) -> tuple[Results, list[str]]:

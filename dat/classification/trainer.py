@@ -348,9 +348,7 @@ class Trainer:
             names, split = self.class_names, self.val_pictures
             for path in write_report(output, self.config, names, best, split, metrics, text):
                 self.logger.figure(path.stem, path, progress.step)
-        rows = metrics.pop("per_class")
-        summary = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
-        self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(rows)}\n{summary}\nresults are in {output}")
+        self.logger.info(f"best epoch {progress.best_epoch}\n{format_table(metrics)}\nresults are in {output}")
 
     def _warn(self, skipped: SkippedImages) -> None:
         warning = skipped.write(self.distributed)
