@@ -25,7 +25,7 @@ from dat.engine.command import main_guard
 from dat.engine.config import LARGEST_SIDE, check_range, from_dict
 from dat.engine.seeds import isolated_rng
 from dat.models import DAT
-from dat.models.attention_maps import BlockAttention, deformable_blocks, capture_attention
+from dat.models.attention_maps import BlockAttention, capture_attention, deformable_blocks
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.images import read_image
 from dat.utils.overlays import (

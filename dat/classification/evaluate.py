@@ -6,7 +6,7 @@ plots and report.html, a page of them all, into evaluation/ beside the checkpoin
 ImageNet-V2 (`--v2`, arXiv:1902.10811).
 """
 
-import argparse
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from dat.classification.classifier import Classifier
 from dat.classification.data import EvalImages, SkippedImages, eval_loader, make_transform
 from dat.classification.readers import Split, open_place, open_split
 from dat.classification.report import write_report
-from dat.classification.results import Results, format_table
+from dat.classification.results import Results
 from dat.engine.checkpoint import checkpoint_errors
-from dat.engine.distributed import Distributed, gather, setup_distributed
+from dat.engine.distributed import Distributed, gather
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
 from dat.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -72,20 +74,42 @@ def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) ->
     return Results(index.numpy(), labels.numpy(), *(value.cpu().numpy() for value in values))
 
 
-def measure(
-    classifier: Classifier, split: Split, distributed: Distributed
-) -> tuple[Results, dict[str, float], str | None]:
-    """The results of a split, {"images_per_second", "seconds"} with loading, and a warning of unreadable images."""
-    data, train = classifier.config.data, classifier.config.train
+def evaluate_split(classifier: Classifier, split: Split) -> tuple[Results, dict[str, float]]:
+    """The results of a split and, with loading, {"images_per_second", "seconds"}; warns of unreadable images."""
+    data, train, distributed = classifier.config.data, classifier.config.train, classifier.distributed
     images = EvalImages(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
     loader = eval_loader(images, train.batch_size, train.workers, distributed.device.type == "cuda")
     skipped = SkippedImages(split, path=None)
     start = time.perf_counter()
-    with checkpoint_errors(classifier.source or "the model"):
-        results = evaluate(classifier.model, loader, distributed, train.amp, skipped)
+    with checkpoint_errors(classifier.path or "the model"):
+        results = evaluate(classifier.trained_model(), loader, distributed, train.amp, skipped)
     seconds = time.perf_counter() - start
-    speed = {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
-    return results, speed, skipped.write(distributed)
+    if warning := skipped.write(distributed):
+        logger.warning(f"warning: {warning}")
+    return results, {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
+
+
+def evaluate_classifier(
+    classifier: Classifier, out: Path | None = None, real: str | None = None, v2: Path | None = None
+) -> dict[str, Any]:
+    """See Classifier.evaluate, whose configuration is that of `classifier` here."""
+    names = classifier.class_names
+    split = open_split(classifier.config.data, "val", names)
+    results, more = evaluate_split(classifier, split)
+    metrics = results.summarize(names, **more)
+    if real is not None:
+        metrics["real"] = real_accuracy(results, split, real)
+    if v2 is not None:
+        metrics["v2"] = evaluate_split(classifier, open_v2(v2, len(names)))[0].metrics()
+    if not classifier.distributed.main:
+        return {}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "metrics.json", metrics)
+        # Last, since drawing takes time, and may fail.
+        text = f"{classifier.path} on {len(results.index)} images\n{split.note}".strip()
+        write_report(out, classifier.config, names, results, split, metrics, text)
+    return metrics
 
 
 def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]:
@@ -116,45 +140,3 @@ def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]
 def open_v2(folder: Path, num_classes: int) -> Split:
     """ImageNet-V2, whose folders are named 0 to 999 after the classes in the order of their WordNet ids."""
     return open_place(folder, "--v2", [str(k) for k in range(num_classes)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="classification.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: evaluation, beside the checkpoint)")
-    parser.add_argument(
-        "--real", nargs="?", const="", metavar="FILE", help="also by ImageNet-Real (default: timm's copy)"
-    )
-    parser.add_argument("--v2", type=Path, metavar="FOLDER", help="also on the images of ImageNet-V2")
-    arguments = parser.parse_intermixed_args()
-    device = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("train.device=")), "auto")
-    distributed = setup_distributed(device)
-    classifier = Classifier.from_checkpoint(arguments.checkpoint, arguments.overrides, distributed.device)
-    names = classifier.class_names
-    split = open_split(classifier.config.data, "val", names)
-    results, speed, warning = measure(classifier, split, distributed)
-    more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
-    if arguments.real is not None:
-        more["real"] = real_accuracy(results, split, arguments.real)
-    if arguments.v2 is not None:
-        more["v2"] = measure(classifier, open_v2(arguments.v2, len(names)), distributed)[0].metrics()
-    if distributed.main:
-        out = arguments.out or arguments.checkpoint.parent / "evaluation"
-        out.mkdir(parents=True, exist_ok=True)
-        summary = results.summarize(names, **more)
-        write_json(out / "metrics.json", summary)
-        print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(summary["per_class"])]))
-        for name, metrics in (
-            ("", {**results.metrics(), **speed}),
-            ("Real ", more.get("real")),
-            ("V2 ", more.get("v2")),
-        ):
-            if metrics is not None:
-                print("  ".join(f"{name}{key} {value:.6g}" for key, value in metrics.items()))
-        # last: drawing takes time, and may fail
-        text = f"{arguments.checkpoint} on {len(results.index)} images"
-        write_report(out, classifier.config, names, results, split, summary, text)
-        print(f"written to {out}")

@@ -6,21 +6,18 @@ writes it anew for the folder of a run, finished or interrupted, from what is th
 configuration, for instance data.root where the images have moved.
 """
 
-import argparse
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dat.classification.config import ClassificationConfig, check_config
-from dat.classification.readers import Split, open_split
-from dat.classification.results import Results
+from dat.classification.config import ClassificationConfig
+from dat.classification.readers import Split
+from dat.classification.results import Results, flat_metrics
 from dat.classification.sheet import draw_mistakes
 from dat.engine.checkpoint import load_checkpoint
-from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
-from dat.utils.errors import CheckpointError, DataError
+from dat.engine.report import Page, Section, Table, confusion_table
+from dat.utils.errors import DataError
 from dat.utils.images import UNREADABLE
 from dat.utils.plots import draw_confusion, draw_curves
 
@@ -55,7 +52,10 @@ def write_report(
     page = Page(name if top1 is None else f"{name}, top-1 {top1:.2f}%", text)
     paths = {name: folder / f"{name}.png" for name in ("curve", "confusion", "worst", "predictions")}
     if metrics:
-        page.sections.append(Section("Figures", tables=_tables(metrics)))
+        flat, columns = flat_metrics(metrics), ("class", "images", "top-1, percent", "most often taken for")
+        rows = [(name, row["images"], row["top1"], row["mistaken_for"]) for name, row in metrics["per_class"].items()]
+        tables = [Table(list(flat), [list(flat.values())]), Table(columns, rows)]
+        page.sections.append(Section("Figures", tables=tables))
     draw_curves(folder / "log.jsonl", paths["curve"], CURVES)
     page.add_picture("Training", paths["curve"])
     if results is not None:
@@ -71,18 +71,6 @@ def write_report(
     return [path for path in paths.values() if path.is_file()]
 
 
-def _tables(metrics: dict[str, Any]) -> list[Table]:
-    shown: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict) and name != "per_class":
-            shown |= {f"{name} {inner}": number for inner, number in value.items()}
-        elif name != "per_class":
-            shown[name] = value
-    rows = [[name, row["images"], row["top1"], row["mistaken_for"]] for name, row in metrics["per_class"].items()]
-    columns = ("class", "images", "top-1, percent", "most often taken for")
-    return [Table(list(shown), [list(shown.values())]), Table(columns, rows)]
-
-
 def read_results(folder: Path) -> tuple[Results, list[str]]:
     """Results of a run's best epoch so far, and the class names. Raises DataError or CheckpointError without."""
     path = folder / "results.npz"
@@ -93,30 +81,3 @@ def read_results(folder: Path) -> tuple[Results, list[str]]:
     except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return results, load_checkpoint(folder / "best.pth", kind="classification")["class_names"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="classification.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of a run, whole or interrupted")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    arguments = parser.parse_intermixed_args()
-    folder = arguments.run
-    config = load_config(ClassificationConfig, folder / "config.yaml", arguments.overrides)
-    check_config(config)
-    results, split, lacking = None, None, ""
-    names: list[str] = []
-    metrics: dict[str, Any] = {}
-    try:
-        results, names = read_results(folder)
-        metrics = read_metrics(folder) | results.summarize(names)
-        opened = open_split(config.data, "val", names)
-        if len(opened) <= results.index.max():
-            raise DataError(f"data.val has {len(opened)} images, fewer than the results are of")
-        split = opened
-    except (DataError, CheckpointError) as error:
-        lacking = f"Not complete: {error}"
-        print(f"warning: {lacking}", file=sys.stderr)
-    write_report(folder, config, names, results, split, metrics, lacking)
-    print(f"written to {folder / 'report.html'}")

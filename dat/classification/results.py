@@ -90,15 +90,27 @@ def class_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str
     return metrics
 
 
-def format_table(per_class: dict[str, dict[str, Any]]) -> str:
-    """The metrics of the classes as text: all classes in order, or the worst of many."""
-    shown, heading = list(per_class.items()), f"{len(per_class)} classes"
+def format_table(metrics: dict[str, Any]) -> str:
+    """Metrics as text: a table of all classes in order, or of the worst of many, then the other numbers on a line."""
+    shown = list(metrics["per_class"].items())
+    heading = f"{len(shown)} classes"
     if len(shown) > MOST_ROWS:
-        shown.sort(key=lambda item: 101 if item[1]["top1"] is None else item[1]["top1"])
-        shown, heading = shown[:MOST_ROWS], f"the worst {MOST_ROWS} of {len(per_class)} classes"
+        heading = f"the worst {MOST_ROWS} of {heading}"
+        shown = sorted(shown, key=lambda item: 101 if item[1]["top1"] is None else item[1]["top1"])[:MOST_ROWS]
     width = max(len(heading), *(len(name) for name, _ in shown))
     lines = [f"{heading:<{width}}  {'images':>7}  {'top-1':>6}  most often taken for"]
     for name, row in shown:
         top1 = "-" if row["top1"] is None else f"{row['top1']:.1f}"
         lines.append(f"{name:<{width}}  {row['images']:>7}  {top1:>6}  {row['mistaken_for'] or ''}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, "  ".join(f"{name} {value:.6g}" for name, value in flat_metrics(metrics).items())])
+
+
+def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of metrics.json but those of classes; those of other labels as "real top1"."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict) and name != "per_class":
+            flat |= {f"{name} {inner}": number for inner, number in value.items()}
+        elif name != "per_class":
+            flat[name] = value
+    return flat

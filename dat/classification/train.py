@@ -4,13 +4,11 @@ Also under torchrun, one process per GPU. Killed at any moment, the same command
 with another number of processes, if train.batch_size x train.accumulate x processes stays.
 """
 
-import argparse
 from typing import Any
 
 from dat.classification.config import ClassificationConfig, check_config
 from dat.classification.readers import open_split
 from dat.classification.trainer import ClassificationTrainer
-from dat.engine.config import load_config
 from dat.engine.distributed import prepare_output, setup_distributed
 
 
@@ -26,11 +24,3 @@ def train(config: ClassificationConfig) -> dict[str, Any]:
     val_set = open_split(config.data, "val", train_set.class_names)
     resume = prepare_output(config.output, config.train.resume, distributed)
     return ClassificationTrainer(config, train_set, val_set, distributed, resume).run()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="classification.train", description=__doc__)
-    parser.add_argument("config", help="YAML file, see configs/classification")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.lr=1e-3")
-    arguments = parser.parse_args()
-    train(load_config(ClassificationConfig, arguments.config, arguments.overrides))

@@ -125,8 +125,7 @@ class ClassificationTrainer(Trainer):
         return write_report(self.output, self.config, self.class_names, self.results, self.val_set, metrics, text)
 
     def format_metrics(self, metrics: dict[str, Any]) -> str:
-        summary = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if name != "per_class")
-        return f"{format_table(metrics['per_class'])}\n{summary}"
+        return format_table(metrics)
 
     def class_state(self) -> dict[str, Any]:
         return {"class_names": self.class_names}

@@ -144,10 +144,10 @@ def test_exported_files_predict_alike(path, classifier, tmp_path):
         assert exported.class_names == NAMES
         np.testing.assert_allclose([scores(one) for one in exported.predict(images)], wanted, atol=1e-4)
         with pytest.raises(ConfigError, match=rf"{name} is an exported model; this needs a checkpoint"):
-            exported.evaluate()
+            exported.train()
     with pytest.raises(ConfigError, match="can run any code"):
         Classifier.from_checkpoint(tmp_path / "model.pt2")
-    with pytest.raises(ConfigError, match=r"data.img_size=64: the configuration of an exported model"):
+    with pytest.raises(ConfigError, match=r"data.img_size=64: .* an exported model cannot be overridden"):
         Classifier.from_checkpoint(tmp_path / "model.onnx", ["data.img_size=64"])
 
 
@@ -164,12 +164,15 @@ def test_from_the_hub(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     assert Classifier.from_checkpoint("hf-hub:me/mine").class_names == NAMES
     assert Classifier.from_checkpoint("hf-hub:me/mine@v2").class_names == NAMES
-    with pytest.raises(CheckpointError, match=r"hf-hub:me/none: cannot fetch best.pth: 404: no such repository"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"hf-hub:me/none: cannot be downloaded .404: no such repository.; fetch https://huggingface.co/me/none/",
+    ):
         Classifier.from_checkpoint("hf-hub:me/none")
     assert asked == [("me/mine", "best.pth", None), ("me/mine", "best.pth", "v2"), ("me/none", "best.pth", None)]
 
 
-def test_from_a_configuration_to_metrics(settings, pictures, write_config, tmp_path):
+def test_from_a_configuration_to_metrics(settings, pictures, write_config, tmp_path, caplog):
     classifier = Classifier.from_config(write_config(settings), epochs=1, data__crop_pct=0.9, output="nowhere")
     assert (classifier.config.train.epochs, classifier.config.data.crop_pct) == (1, 0.9)
     with pytest.raises(ConfigError, match="this classifier is not trained yet"):
@@ -181,14 +184,16 @@ def test_from_a_configuration_to_metrics(settings, pictures, write_config, tmp_p
     assert metrics == json.loads((output / "metrics.json").read_text())
     assert classifier.class_names == ["blue", "green", "red"]
     assert classifier.predict(pictures / "val/red/0.png").label in classifier.class_names
-    found = classifier.evaluate()
+    found = classifier.evaluate(out=tmp_path / "out")
+    assert found == json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (tmp_path / "out/report.html").is_file()
     assert (found["top1"], found["images"]) == (metrics["top1"], 6)
     assert found["per_class"] == metrics["per_class"]
     # class folders, a fifth of which is held out
     assert classifier.evaluate(pictures / "train", workers=0)["images"] == 3
     (pictures / "val/red/0.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="1 unreadable images"):
-        assert classifier.evaluate(pictures)["images"] == 5
+    assert classifier.evaluate(pictures)["images"] == 5
+    assert "1 unreadable images were left out" in caplog.text
 
 
 def test_training_goes_on_from_the_weights_that_it_has(settings, pictures, write_config, tmp_path):
@@ -201,8 +206,8 @@ def test_training_goes_on_from_the_weights_that_it_has(settings, pictures, write
         classifier.train()
     classifier.train(output=str(tmp_path / "second"), epochs=1, lr=1e-12, min_lr=0, warmup_epochs=0, ema_decay=0)
     assert classifier.class_names == ["azure", "green", "red"]
-    for name, value in classifier.model.named_parameters():
-        torch.testing.assert_close(value, dict(first.model.named_parameters())[name], msg=name)
+    for name, value in classifier.trained_model().named_parameters():
+        torch.testing.assert_close(value, dict(first.trained_model().named_parameters())[name], msg=name)
 
 
 def test_named_configurations():

@@ -59,11 +59,12 @@ def test_classes_are_listed_with_what_they_are_taken_for(found):
         "cow": {"images": 2, "top1": 0.0, "mistaken_for": "cat"},
         "hen": {"images": 0, "top1": None, "mistaken_for": None},
     }
-    lines = format_table(rows).splitlines()
+    lines = format_table({"top1": 40.0, "real": {"top1": 12.5}, "per_class": rows}).splitlines()
     assert lines[1].split() == ["cat", "2", "50.0", "dog"]
     assert lines[4].split() == ["hen", "0", "-"]
+    assert lines[5] == "top1 40  real top1 12.5"
     many = {f"c{k}": {"images": 9, "top1": float(k), "mistaken_for": None} for k in reversed(range(99))}
-    lines = format_table(many).splitlines()
+    lines = format_table({"top1": 1.0, "per_class": many}).splitlines()[:-1]
     assert len(lines) == 41
     assert lines[1].startswith("c0 ")
 
