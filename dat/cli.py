@@ -65,9 +65,19 @@ def run_recipe(task: str, command: str, function: Callable[[argparse.Namespace],
 
 
 def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> None:
+    """Calls a function with its options, and ends with one line on errors that a user can fix."""
     from dat.engine.command import main_guard
+    from dat.utils.errors import ConfigError
 
-    main_guard(lambda: function(options))
+    def call() -> None:
+        try:
+            function(options)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("dat"):
+                raise
+            raise ConfigError(f'this needs {error.name}: pip install "dat-vision[train]"') from error
+
+    main_guard(call)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namespace], Any], argparse.Namespace]:

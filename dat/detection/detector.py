@@ -21,7 +21,6 @@ from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
 from dat.detection.models.base import BaseDETR
-from dat.detection.report import write_report
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
@@ -181,6 +180,8 @@ class Detector:
         if annotations.warning:
             logger.warning(f"warning: {annotations.warning}")
         if out is not None:
+            from dat.detection.report import write_report
+
             out = Path(out)
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "metrics.json", metrics)
