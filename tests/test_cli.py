@@ -75,7 +75,7 @@ def test_configurations_are_found_by_name():
     for name in ("finetune", "detection/finetune", "configs/detection/finetune.yaml"):
         assert find_config(name).samefile(ROOT / "configs/detection/finetune.yaml")
     assert find_config("small_pictures").parent.name == "classification"
-    with pytest.raises(ConfigError, match="finetun: no such file, nor a configuration of this name; .* finetune"):
+    with pytest.raises(ConfigError, match=r"finetun: no such file, nor a configuration of this name; .* finetune"):
         find_config("finetun")
     with pytest.raises(ConfigError, match="demo: several configurations have this name: classification/demo, "):
         find_config("demo")
