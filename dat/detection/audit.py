@@ -19,10 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import load_image
 from dat.detection.data.readers import Split
 from dat.detection.data.statistics import SplitAudit, audit_split, compare
-from dat.detection.draw import draw_boxes, to_pil
+from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
 from dat.engine.config import load_config
@@ -120,8 +119,8 @@ def draw_samples(found: SplitAudit, path: Path, count: int) -> bool:
     chosen = np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int)
     images = []
     for record in (readable[i] for i in chosen):
-        image = to_pil(load_image(record.path, (record.width, record.height)))
-        images.append((draw_boxes(image, annotations.objects(record), annotations.categories), record.path.name))
+        drawn = draw_boxes(open_record(record), annotations.objects(record), annotations.categories)
+        images.append((drawn, record.path.name))
     if images:
         draw_grid(images, path, columns=4, inches=4)
     return bool(images)

@@ -39,7 +39,7 @@ from dat.utils.files import write_json
 def val_loader(
     annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
 ) -> DataLoader[Batch]:
-    """This process's share of the images, resized as `data.val` says."""
+    """Batches of this process, resized as `data.val` says."""
     data, train = config.data, config.train
     transform = val_transform(size=data.val.size, max_size=data.val.max_size, mean=data.mean, std=data.std)
     sampler = SameSizeBatchSampler(

@@ -67,7 +67,7 @@ class ModelConfig:
 
 
 class BaseDETR(nn.Module):
-    """A backbone and, in `detect` of the subclass, what turns its maps into boxes.
+    """A backbone; `detect` of the subclass turns its maps into boxes.
 
     Args:
         backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
@@ -81,7 +81,7 @@ class BaseDETR(nn.Module):
         ValueError: for arguments that do not fit together.
     """
 
-    # The name in the registry, and how logits become probabilities in the matcher, the losses and post_process.
+    # Name in the registry; how the matcher, the losses and post_process turn logits into probabilities.
     kind: ClassVar[str]
     scores: ClassVar[Scores]
 
@@ -118,7 +118,7 @@ class BaseDETR(nn.Module):
 
         Returns:
             "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image; with aux_loss
-            "aux_outputs", a list of the same of every decoder layer but the last; what else the subclass says.
+            "aux_outputs", a list of the same for every decoder layer except the last; subclasses may add more.
         """
         expected = (images.shape[0], *images.shape[-2:])
         if mask is not None and mask.shape != expected:
