@@ -22,11 +22,13 @@ from pathlib import Path
 
 import timm
 import torch
+from dat.export.samples import sample_batches, sample_pictures
 from torch import nn
 
 from dat.classification import export as classification_export
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.detection import export as detection_export
 from dat.detection.checkpoint import detector_state, load_detector
 from dat.detection.config import DetectionConfig
@@ -36,7 +38,6 @@ from dat.detection.models import build_model
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.config import from_dict, load_config, to_dict
 from dat.export.runtime import load_exported
-from dat.export.samples import sample_batches, sample_pictures
 from dat.utils.errors import UserError
 
 FORMATS = ("onnx", "pt2", "compiled")
@@ -81,7 +82,7 @@ def compare(checkpoint: Path, out: Path, form: str) -> str:
     pair, _ = sample_batches(sample_pictures(None, Path("nowhere")), [UNSEEN[kind]])
     images = torch.cat([pair, pair.flip(-1)])[:3]
     if kind == "classification":
-        graph = classification_export.classifier_graph(load_classifier(checkpoint, [], torch.device("cpu")), True)
+        graph = classification_export.classifier_graph(Classifier.from_checkpoint(checkpoint, device="cpu"), True)
         side = exported.metadata["img_size"]
         inputs = (images[..., :side, :side] if form == "compiled" else images,)
     else:

@@ -80,8 +80,9 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     from dat.classification import evaluate as classification_evaluate
     from dat.classification import export as classification_export
     from dat.classification import predict as classification_predict
+    from dat.classification.classifier import Classifier
     from dat.classification.config import ClassificationConfig
-    from dat.classification.model import build_classifier, load_classifier
+    from dat.classification.model import build_classifier
     from dat.detection import evaluate, export, official, predict
     from dat.detection.checkpoint import load_detector
     from dat.engine.checkpoint import save_checkpoint
@@ -181,7 +182,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
             from dat.engine.backbones import load_classifier_weights
 
-            model = load_classifier(classifier(), [], torch.device("cpu")).model
+            model = Classifier.from_checkpoint(classifier(), device="cpu").model
             state = model.state_dict()
             whole = safetensors.torch.save(state) if suffix == ".safetensors" else save(state)
             return Kind(suffix, (whole,), lambda path: load_classifier_weights(model, path), change)
@@ -220,10 +221,10 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         return Kind(".jpg", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
 
     def uploads() -> Kind:
+        from dat.detection.predictor import load_predictor
         from fastapi import HTTPException
 
         from dat.detection.app import Limits, answer
-        from dat.detection.predictor import load_predictor
 
         predictor = load_predictor(detectors()[0], torch.device("cpu"))
 

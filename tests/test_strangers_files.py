@@ -13,14 +13,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dat.detection.predictor import load_predictor
 from onnx import TensorProto, helper
 from PIL import Image
 
-from dat.classification.labeller import load_labeller
+from dat.classification import Classifier
 from dat.detection.checkpoint import load_detector
-from dat.detection.predictor import load_predictor
-from dat.engine.checkpoint import load_checkpoint, save_checkpoint
-from dat.engine.safe_load import read_weights
+from dat.engine.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from dat.export import runtime
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError
@@ -220,13 +219,12 @@ def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, mes
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_onnx_files_that_label_another_number_of_pictures(tmp_path, rows):
-    arrays = {"logits": np.ones((1, 1), np.float32), "scores": np.ones((rows, 1), np.float32)}
-    arrays["labels"] = np.zeros((rows, 1), np.int64)
+    arrays = {"logits": np.ones((rows, 1), np.float32)}
     kinds = [(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in arrays.items()]
     nodes = [constant(name, array) for name, array in arrays.items()]
     path = write_onnx(tmp_path / "model.onnx", nodes, kinds, kind="classification")
-    with pytest.raises(CheckpointError, match=rf"model.onnx: gives \[\[1, 1\], \[{rows}, 1\].*should give \[B, K\]"):
-        load_labeller(path, [], CPU)([Image.new("RGB", (64, 64))])
+    with pytest.raises(CheckpointError, match=rf"model.onnx: gives logits \[{rows}, 1\], should be \[1, 1\]"):
+        Classifier.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
 @pytest.mark.parametrize("location", ["../secret.bin", "{}/secret.bin", "beside.bin", "/dev/zero"])

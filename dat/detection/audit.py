@@ -8,9 +8,7 @@ audit.json, samples_train.png, samples_val.png (annotated images) and boxes.png 
 The exit code is 1 where something would stop training, else 0.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dat.detection.config import DetectionConfig, check_config
+from dat.detection.config import DetectionConfig
 from dat.detection.data.readers import Split
 from dat.detection.data.statistics import SplitAudit, audit_split, compare
 from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
-from dat.engine.config import load_config
-from dat.utils.errors import DataError
-from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid
-from dat.utils.plots import save_plot
+from dat.utils.plots import draw_grid, save_plot
 
 FINETUNE = Path(__file__).parents[2] / "configs/detection/finetune.yaml"
 
@@ -144,34 +138,6 @@ def draw_sizes(found: dict[str, SplitAudit], config: DetectionConfig, path: Path
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     save_plot(figure, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.audit", description="Checks detection data.")
-    parser.add_argument("root", type=Path, metavar="DIR", help="folder of the data, data.root")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.train.annotations=a.json")
-    parser.add_argument("--config", type=Path, default=FINETUNE, help="configuration that is to train")
-    parser.add_argument("--out", type=Path, default=Path("runs/audit_detection"), help="folder for what it writes")
-    parser.add_argument("--samples", type=int, default=16, help="images on a sheet (16)")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, [f"data.root={options.root}", *options.overrides])
-    check_config(config)
-    if not options.root.is_dir():
-        raise DataError(f"{options.root}: no such folder")
-    found = audit(config, show_progress=True)
-    size, max_size = config.data.val.size, config.data.val.max_size
-    summaries = {name: summarize(split, size, max_size) for name, split in found.items()}
-    for name, summary in summaries.items():
-        print(format_summary(name, summary, size))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "audit.json", summaries)
-    for name, split in found.items():
-        draw_samples(split, options.out / f"samples_{name}.png", options.samples)
-    draw_sizes(found, config, options.out / "boxes.png")
-    stops = any(split.stops for split in found.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
-    if stops:
-        sys.exit(1)
 
 
 def _rounded(statistic: Callable[[np.ndarray], Any], values: np.ndarray) -> float | None:

@@ -10,7 +10,7 @@ import torch
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import Category
 from dat.detection.models import BaseDETR, build_model
-from dat.engine.build import build_and_load, checkpoint_errors, limit_parameters, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained
 from dat.engine.config import from_dict, to_dict
 from dat.utils.errors import CheckpointError
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 from dat.detection.models import ModelConfig, check_model
 from dat.detection.models.deformable_detr import DeformableDETRConfig
-from dat.engine.config import LARGEST_SIDE, MOST_WORKERS, check_range, get_value
+from dat.engine.config import LARGEST_SIDE, check_range, get_value
+from dat.engine.train_config import TrainConfig as BaseTrainConfig
+from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
 
 
@@ -87,55 +89,19 @@ class LossConfig:
 
 
 @dataclass
-class TrainConfig:
-    """`batch_size` is per process; a step takes `accumulate` such batches of each process.
+class TrainConfig(BaseTrainConfig):
+    """Options of detectors, and their defaults.
 
-    `steps`: length of the run in optimizer steps; 0: that of `epochs`.
-    `schedule`: "cosine" to `min_lr_scale * lr`, or "step": x 0.1 at `decay_epochs`.
-    `lr` is for steps of `lr_batch_size` images, and scaled by the square root of, or linearly with ("lr_scaling"), the
-    number in use; 0: for any number. `layer_decay`: factor on the rates of the backbone for each layer below its last.
-    `lr` times `backbone_lr_scale` trains the backbone, times `sampling_lr_scale` the sampling offsets and reference
-    points.
-    `ema_decay` 0: no averaged weights. `eval_epochs`: evaluate every so many epochs, and after the last.
-    `checkpoint_steps` 0: checkpoints at the ends of epochs only. `pictures`: validation images to draw.
-    `worst`: objects that were missed, and false detections, to draw.
-    `grad_checkpointing`: layers are computed again in the backward pass instead of kept in memory.
-    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large backbones.
-    `compile`: torch.compile, once for all image sizes, of which batches with and without padding are two graphs.
-    `device`: auto, cpu or cuda.
+    `backbone_lr_scale` times `lr` trains the backbone, `sampling_lr_scale` times `lr` the sampling offsets and reference
+    points. `picture_threshold`: lowest score of detections that are drawn. `compile`: one graph for all image sizes of
+    padded batches, and one for those without padding.
     """
 
-    epochs: int = 50
-    steps: int = 0
-    batch_size: int = 4
-    accumulate: int = 1
-    lr: float = 2e-4
-    lr_batch_size: int = 0
-    lr_scaling: Literal["sqrt", "linear"] = "sqrt"
-    layer_decay: float = 1.0
+    clip_grad: float = 0.1
+    schedule: Literal["cosine", "step"] = "step"
     backbone_lr_scale: float = 0.1
     sampling_lr_scale: float = 0.1
-    weight_decay: float = 1e-4
-    clip_grad: float = 0.1
-    warmup_steps: int = 0
-    schedule: Literal["cosine", "step"] = "step"
-    min_lr_scale: float = 0.0
-    decay_epochs: list[int] = field(default_factory=lambda: [40])
-    amp: Literal["none", "bf16"] = "none"
-    grad_checkpointing: bool = False
-    fsdp: bool = False
-    compile: bool = False
-    ema_decay: float = 0.0
-    eval_epochs: int = 1
-    eval_batch_size: int = 4
-    checkpoint_steps: int = 0
-    pictures: int = 8
-    worst: int = 24
     picture_threshold: float = 0.3
-    resume: bool = False
-    workers: int = 2
-    log_steps: int = 20
-    device: str = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
 
 
@@ -151,24 +117,20 @@ class DetectionConfig:
 def check_config(config: DetectionConfig) -> None:
     """Raises ConfigError on values that cannot work, before anything is written."""
     data = config.data
+    check_train_config(config)
     at_least_1 = [
         "data.val.top_k",
-        *_keys(
-            "train", "epochs", "batch_size", "accumulate", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"
-        ),
     ]
     at_least_0 = [
-        "seed",
-        *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
-        *_keys("train", "steps", "lr_batch_size", "checkpoint_steps", "pictures", "worst"),
         *("data.train.max_pixels", "data.cache_gib"),
+        *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
         *("data.mean", "train.loss.focal_alpha"),
         *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
-        *_keys("train", "min_lr_scale", "ema_decay", "picture_threshold"),
+        "train.picture_threshold",
     ]
     sides = [
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
@@ -176,11 +138,9 @@ def check_config(config: DetectionConfig) -> None:
     ]
     check_range(config, at_least_1, 1)
     check_range(config, sides, 1, LARGEST_SIDE)
-    check_range(config, ["train.workers"], 0, MOST_WORKERS)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
-    check_range(config, ["train.lr", "data.std"], 0, exclusive=True)
-    check_range(config, ["train.layer_decay"], 0, 1, exclusive=True)
+    check_range(config, ["data.std"], 0, exclusive=True)
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):
             raise ConfigError(f"{key} is empty, should list one or more sizes")

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dat.engine.checkpoint import load_weights
-from dat.engine.safe_load import read_weights
+from dat.engine.checkpoint import load_weights, read_weights
 from dat.utils.errors import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)

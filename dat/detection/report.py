@@ -6,9 +6,7 @@ writes them again for the folder of a run, finished or interrupted. The override
 configuration, for instance data.root where the data has moved, or train.picture_threshold.
 """
 
-import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +14,13 @@ from typing import Any
 
 import torch
 
-from dat.detection.config import DetectionConfig, TrainConfig, check_config
+from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.data import Annotations, read_dataset
 from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
-from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
+from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError
 from dat.utils.files import atomic_write
 from dat.utils.plots import draw_confusion, draw_curves
@@ -142,22 +139,3 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")
     return Evaluation.of(annotations, results)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.report", description="Writes the report of a run anew.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, whole or interrupted")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of its configuration")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.run / "config.yaml", options.overrides)
-    check_config(config)
-    metrics: dict[str, Any] = {}
-    evaluation, text = None, ""
-    try:
-        evaluation = read_evaluation(options.run, config)
-        metrics = read_metrics(options.run) | evaluation.metrics()
-    except DataError as error:
-        text = f"Without an evaluation: {error}"
-        print(f"warning: {text}", file=sys.stderr)
-    write_report(options.run, config, evaluation, metrics, text)
-    print(f"written to {options.run / 'report.html'}")

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 from dat.detection.data import Annotations, ImageRecord
 from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MATCH_IOU, match_detections
-from dat.utils.image_grid import draw_grid
+from dat.utils.plots import draw_grid
 
 # Objects that no detection of this score found are missed; detections below it are no mistakes.
 THRESHOLD = 0.3

@@ -45,7 +45,7 @@ def test_evaluate_repeats_the_metric_of_training(trained, monkeypatch, capsys):
     for name in ("top1", "top5", "loss", "images"):
         assert found[name] == pytest.approx(line[name], abs=1e-3)
     assert f"top1 {found['top1']:.6g}" in text
-    assert [row["name"] for row in found["per_class"]] == ["blue", "green", "red"]
+    assert list(found["per_class"]) == ["blue", "green", "red"]
     assert found["images_per_second"] > 0
     assert (trained.parent / "evaluation/confusion.png").exists()
 

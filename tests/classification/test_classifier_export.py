@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from dat.classification import export
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
-from dat.classification.labeller import load_labeller
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.engine.checkpoint import save_checkpoint
 from dat.engine.config import from_dict, to_dict
 from dat.export.export import ExportError
@@ -61,7 +61,7 @@ def test_onnx_gives_torchs_logits_of_any_batch_and_size(tmp_path, backbone):
     path = write_classifier(tmp_path / "best.pth", backbone)
     export.main([str(path), "--out", str(tmp_path / "model.onnx")])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    classifier = load_classifier(path, [], torch.device("cpu"))
+    classifier = Classifier.from_checkpoint(path, device="cpu")
     data = classifier.config.data
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     # of sizes that the command has not seen, of maps smaller than windows and neighbourhoods too
@@ -109,12 +109,12 @@ def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
         load_exported(out, "classification")
     exported = load_exported(out, "classification", trust=True)
     assert exported.metadata["class_names"] == NAMES
-    labeller = load_labeller(out, [], torch.device("cpu"), trust=True)
+    exported_classifier = Classifier.from_checkpoint(out, trust=True)
     pictures = [Image.new("RGB", size, "red") for size in ((70, 90), (64, 64), (200, 50))]
-    wanted = load_labeller(path, [], torch.device("cpu"))(pictures)
-    found = labeller(pictures)
-    assert [one["label"] for one in found] == [one["label"] for one in wanted]
-    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in wanted], abs=1e-4)
+    wanted = Classifier.from_checkpoint(path, device="cpu").predict(pictures)
+    found = exported_classifier.predict(pictures)
+    assert [one.label for one in found] == [one.label for one in wanted]
+    assert [one.score for one in found] == pytest.approx([one.score for one in wanted], abs=1e-4)
     with pytest.raises(CheckpointError, match=r"images are \[2, 3, 64, 66\], should be \[1 to 4096 by 1, 3, 64, 64\]"):
         exported.run(torch.zeros(2, 3, 64, 66, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match=r"images are torch\.float32, should be torch\.uint8"):

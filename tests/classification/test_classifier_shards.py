@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from kills import assert_same_run
-from odd_pictures import encode
+from odd_images import encode
 from PIL import Image
 
 from dat.classification import audit, shards
@@ -165,19 +165,19 @@ def test_audit_of_shards(web, tmp_path, capsys):
     shards = [f"data.{name}.{key}" for name in ("train", "val") for key in ("path=wds/web", f"split={name}")]
     audit.main([str(tmp_path), *shards, "data.class_names=names.txt", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "24 pictures, 24 of them can be read (24 RGB)" in printed
+    assert "24 images, 24 of them can be read (24 RGB)" in printed
     assert "training can start" in printed
     rows = json.loads((tmp_path / "out/audit.json").read_text())["train"]["classes"]
-    assert rows == [{"name": name, "pictures": 8} for name in CLASSES]
+    assert rows == [{"name": name, "images": 8} for name in CLASSES]
 
 
 @pytest.mark.parametrize(
     ("path", "split", "message"),
     [
-        ("wds/none", "train", r"data.train.path: .*none should be a folder of WebDataset shards on this machine"),
+        ("wds/none", "train", r"data.train: .*none should be a folder of WebDataset shards on this machine"),
         ("wds/web", "test", r"data.train: cannot load split 'test' of wds/web: split test not found in info"),
         ("wds/web", "none-{0..3}.tar", r"cannot load split .*No such file .*none-0.tar'"),
-        ("wds/web", "names.tar", r"no sample with a picture \(jpg, .*\) and a class \(cls\); left out: names.tar: "),
+        ("wds/web", "names.tar", r"no sample with an image \(jpg, .*\) and a class \(cls\); left out: names.tar: "),
     ],
 )
 def test_shards_that_are_not_there(web, path, split, message):
@@ -220,11 +220,11 @@ def test_records(tmp_path, monkeypatch):
         return {"photo": np.bytes_(picture(int(record))), "kind": np.int64(int(record) % 2)}
 
     features = SimpleNamespace(deserialize_example_np=deserialize)
-    reader = RecordReader(found, features, "photo", "kind", classes=[4, 7])
+    reader = RecordReader(found, features, "photo", "kind")
     file, label = reader[3]
     assert (Image.open(file).getpixel((0, 0)), label, reader.filename(3)) == (
         (5, 0, 0),
-        7,
+        1,
         "record 3 of the split, in a-1",
     )
     (tmp_path / "a-1").write_bytes((tmp_path / "a-1").read_bytes()[:-20])

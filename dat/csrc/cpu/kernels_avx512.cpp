@@ -1,4 +1,4 @@
-// Kernels for CPUs with AVX512, chosen at run time.
+// Kernels for CPUs with AVX-512.
 #if defined(__x86_64__)
 
 #include <cstdint>
@@ -10,13 +10,9 @@
 #endif
 #define DAT_ISA avx512
 #define DAT_VECTOR_BYTES 64
-#include "sampling_kernels.h"
+#include "all_kernels.h"
 
-namespace dat {
-
-const SampleKernels& avx512_kernels() { return avx512::kKernels; }
-
-}  // namespace dat
+constinit const dat::Kernels dat::kAvx512Kernels = dat::DAT_ISA::make_kernels("AVX512");
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -12,7 +12,7 @@ from dat.models.dat import DAT
 
 
 @dataclass(frozen=True)
-class BlockRecord:
+class BlockAttention:
     """What a D block did with one image.
 
     Attributes:
@@ -69,7 +69,7 @@ class BlockRecord:
         layer, (H, W) = self.layer, self.size
         if layer.fixed_bias is not None:
             return layer.fixed_bias((H, W), layer.key_size((H, W)))[:, row * W + column]
-        point = torch.stack((layer._grid(W, positions)[column], layer._grid(H, positions)[row]))
+        point = torch.stack((layer.query_grid(W, positions)[column], layer.query_grid(H, positions)[row]))
         if layer.log_cpb is not None:
             return layer.log_cpb(point[None], positions[None])[0, :, 0]
         if layer.rpe_table is None:
@@ -104,9 +104,9 @@ def deformable_blocks(model: DAT) -> dict[tuple[int, int], DeformableAttention]:
 
 
 @torch.no_grad()
-def record_blocks(
+def capture_attention(
     model: DAT, image: Tensor, blocks: Sequence[tuple[int, int]] | None = None
-) -> tuple[list[BlockRecord], Tensor]:
+) -> tuple[list[BlockAttention], Tensor]:
     """Runs a model on one image and keeps what its D blocks did.
 
     Args:
@@ -139,5 +139,5 @@ def record_blocks(
     records = []
     for stage, block in chosen:
         layer, stride = layers[stage, block], model.feature_info[stage]["reduction"]
-        records.append(BlockRecord(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
+        records.append(BlockAttention(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
     return records, logits

@@ -1,4 +1,4 @@
-// Kernels of neighborhood_attn for CPUs with AVX2, chosen at run time.
+// Kernels for CPUs with AVX2.
 #if defined(__x86_64__)
 
 #include <cstdint>
@@ -10,13 +10,9 @@
 #endif
 #define DAT_ISA avx2
 #define DAT_VECTOR_BYTES 32
-#include "neighborhood_kernels.h"
+#include "all_kernels.h"
 
-namespace dat {
-
-const NeighborhoodKernels& neighborhood_avx2() { return avx2::kNeighborhood; }
-
-}  // namespace dat
+constinit const dat::Kernels dat::kAvx2Kernels = dat::DAT_ISA::make_kernels("AVX2");
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-"""Picture files of all kinds that data sets have: odd ones that can be read, and broken ones that cannot."""
+"""Image files of all kinds that data sets have: odd ones that can be read, and broken ones that cannot."""
 
 import io
 
@@ -13,7 +13,7 @@ def encode(image, kind, **options):
 
 
 def odd_files(rng, size):
-    """{kind: (extension, content, whether it can be read)} of random pictures of `size` pixels square."""
+    """{kind: (extension, content, whether it can be read)} of random images of `size` pixels square."""
 
     def noise(*shape, kind=np.uint8):
         return rng.integers(0, np.iinfo(kind).max, shape, dtype=kind)
@@ -27,7 +27,7 @@ def odd_files(rng, size):
         "truncated_jpeg": (".jpg", jpeg[: len(jpeg) * 2 // 3], False),
         "truncated_png": (".png", png[: len(png) // 2], False),
         "empty": (".jpg", b"", False),
-        "text": (".png", b"this is no picture\n", False),
+        "text": (".png", b"this is no image\n", False),
         "page": (".jpeg", b"<html><body>404 not found</body></html>", False),
         "text_by_name": (".txt", b"notes of the photographer", False),
         "png_as_jpg": (".jpg", png, True),
@@ -47,7 +47,7 @@ def odd_files(rng, size):
     }
 
 
-def write_odd_pictures(folder, plain, odd, size=8, classes=("a", "b"), seed=0):
+def write_odd_images(folder, plain, odd, size=8, classes=("a", "b"), seed=0):
     """Writes `plain` PNGs and `odd` files of all kinds by turns; returns the names of those that cannot be read."""
     rng, unreadable = np.random.default_rng(seed), set()
     for name in classes:
