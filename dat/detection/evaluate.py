@@ -1,12 +1,4 @@
-"""Measures the average precision of a checkpoint on a validation split.
-
-    python -m detection.evaluate CHECKPOINT [key.path=value ...]
-    torchrun --nproc-per-node N -m detection.evaluate CHECKPOINT [key.path=value ...]
-
-The overrides change the configuration that the checkpoint carries, for instance data.root or data.val.annotations.
-Prints AP by class; writes metrics.json, detections.json, pictures and report.html, a page of them all, into evaluation/
-beside the checkpoint, or into `--out`.
-"""
+"""The loader of validation images."""
 
 from torch.utils.data import DataLoader
 

@@ -1,10 +1,4 @@
-"""Plots and images of a run or an evaluation, and report.html, a page of them all.
-
-    python -m detection.report RUN [key.path=value ...]
-
-writes them again for the folder of a run, finished or interrupted. The overrides change the run's
-configuration, for instance data.root where the data has moved, or train.picture_threshold.
-"""
+"""Plots and images of a run or an evaluation, and report.html, a page of them all."""
 
 import json
 from collections import defaultdict
