@@ -276,6 +276,27 @@ def ops_parser() -> argparse.ArgumentParser:
 
 def flops(options: argparse.Namespace) -> None:
     """Prints the table of `dat.models.flops`, of a timm model or of the detector of a configuration."""
+    import timm
+    from torch import nn
+
+    from dat.models import flops as count
+    from dat.utils.errors import ConfigError
+
+    model: nn.Module | str = options.name
+    size = options.size
+    if not timm.is_model(options.name):
+        from dat.detection.config import DetectionConfig
+        from dat.detection.models import build_model
+        from dat.engine.config import load_config
+
+        config = load_config(DetectionConfig, options.name)
+        # COCO's largest category id is 90.
+        model = build_model(config.model, 91, weights=False)
+        size = size or (config.data.val.size, config.data.val.max_size)
+    try:
+        print(count(model, None if size is None else tuple(size)))
+    except ImportError as error:
+        raise ConfigError(f'counting needs {error.name}: pip install "dat-vision[flops]"') from error
 
 
 def ops(options: argparse.Namespace) -> None:

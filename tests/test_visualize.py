@@ -10,7 +10,7 @@ from PIL import Image
 from dat import visualize
 from dat.engine.checkpoint import save_checkpoint
 from dat.models import DAT, StageConfig
-from dat.models.attention_maps import deformable_blocks, capture_attention
+from dat.models.attention_maps import capture_attention, deformable_blocks
 from dat.utils import overlays
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 

@@ -61,7 +61,9 @@ class DetectorGraph(nn.Module):
 class PaddedDetectorGraph(DetectorGraph):
     """A DetectorGraph whose images are padded already, so that their sides are multiples of a number."""
 
-    def forward(self, images: Tensor, sizes: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, images: Tensor, sizes: Tensor, inside: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Detects objects.
 
         Args:

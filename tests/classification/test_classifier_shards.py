@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import dat
 from kills import assert_same_run
 from odd_images import encode
 from PIL import Image
 
-from dat.classification import audit, shards
+from dat.classification import shards
 from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
 from dat.classification.readers import open_split
 from dat.classification.shards import RecordReader, Shards, index_records
@@ -163,7 +164,7 @@ def test_a_run_on_shards(web, settings, tmp_path):
 
 def test_audit_of_shards(web, tmp_path, capsys):
     shards = [f"data.{name}.{key}" for name in ("train", "val") for key in ("path=wds/web", f"split={name}")]
-    audit.main([str(tmp_path), *shards, "data.class_names=names.txt", "--out", str(tmp_path / "out")])
+    dat("classify", "audit", tmp_path, *shards, "data.class_names=names.txt", "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert "24 images, 24 of them can be read (24 RGB)" in printed
     assert "training can start" in printed

@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
+from commands import dat
 from torch import nn
 
-from dat.detection import DETR, DeformableDETR, train
+from dat.detection import DETR, DeformableDETR
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.trainer import Trainer
 
@@ -57,7 +58,7 @@ def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkey
     overrides = ["data.train.sizes=[96,112,128,144,160]", "data.train.max_size=224", "model.drop_rate=0"]
     overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3"]
     for run, compile_ in (("eager", "false"), ("compiled", "true")):
-        train.main([str(config_file), f"output={tmp_path / run}", f"train.compile={compile_}", *overrides])
+        dat("detect", "train", config_file, f"output={tmp_path / run}", f"train.compile={compile_}", *overrides)
     eager, other = (load_checkpoint(tmp_path / run / "last.pth")["state_dict"] for run in ("eager", "compiled"))
     for name, value in eager.items():
         torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")

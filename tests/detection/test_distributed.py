@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 from coco_scenes import write_json, write_scenes
+from commands import dat
 from processes import run_processes
 
-from dat.detection import train
 from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.utils.errors import ConfigError
@@ -62,7 +62,7 @@ class RecordingAdamW(torch.optim.AdamW):
 def run(config, folder, *overrides):
     RecordingAdamW.path = folder / f"gradients_{os.environ['RANK']}.pth"
     torch.optim.AdamW = RecordingAdamW
-    train.main([str(config), *PLAIN, f"output={folder}/run", *overrides])
+    dat("detect", "train", config, *PLAIN, f"output={folder}/run", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +130,4 @@ def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoint
 
 def test_one_process_has_nothing_to_share(one_size, capsys):
     with pytest.raises(ConfigError, match=r"train.fsdp is true, but there is only one process"):
-        train.main([str(one_size), "train.fsdp=true"])
+        dat("detect", "train", one_size, "train.fsdp=true")
