@@ -1,12 +1,4 @@
-"""Looks through a data set in COCO's format before it is trained on, and lists every problem that it finds.
-
-    python -m detection.audit DIR [key.path=value ...] [--config CONFIG] [--out runs/audit_detection]
-
-DIR holds train.json, val.json and images/; other names: data.train.annotations=..., data.val.images=... and so on.
-CONFIG (default: configs/detection/finetune.yaml) is the configuration that is to train. Prints tables and writes
-audit.json, samples_train.png, samples_val.png (annotated images) and boxes.png (their sizes) into the folder `--out`.
-The exit code is 1 where something would stop training, else 0.
-"""
+"""The audit of a data set: summaries as text and JSON, sheets of annotated images, a plot of box sizes."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,15 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dat.detection.config import DetectionConfig
-from dat.detection.data import load_image
 from dat.detection.data.readers import Split
 from dat.detection.data.statistics import SplitAudit, audit_split, compare
-from dat.detection.draw import draw_boxes, to_pil
+from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
 from dat.utils.plots import draw_grid, save_plot
-
-FINETUNE = Path(__file__).parents[2] / "configs/detection/finetune.yaml"
 
 # COCO's AP counts no more detections of an image.
 MOST_DETECTIONS = 100
@@ -114,8 +103,8 @@ def draw_samples(found: SplitAudit, path: Path, count: int) -> bool:
     chosen = np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int)
     images = []
     for record in (readable[i] for i in chosen):
-        image = to_pil(load_image(record.path, (record.width, record.height)))
-        images.append((draw_boxes(image, annotations.objects(record), annotations.categories), record.path.name))
+        drawn = draw_boxes(open_record(record), annotations.objects(record), annotations.categories)
+        images.append((drawn, record.path.name))
     if images:
         draw_grid(images, path, columns=4, inches=4)
     return bool(images)

@@ -64,7 +64,7 @@ class DataConfig:
     val: ValDataConfig = field(default_factory=ValDataConfig)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    # batches are padded to a multiple of this many pixels
+    # The sides of batches are padded to a multiple of this many pixels.
     pad_multiple: int = 1
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 4.0

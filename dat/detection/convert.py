@@ -1,10 +1,6 @@
-"""Makes a checkpoint for `detection.evaluate` and `detection.predict` of an official or transformers' detector.
+"""Official and transformers' detectors as checkpoints of this project, with the classes of an annotation file.
 
-    python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT [key.path=value ...]
-
-CONFIG is the configuration of the same model, such as configs/detection/detr_r50.yaml. These detectors number
-classes by COCO's category ids: the classes of the annotation FILE (instances_val2017.json) are kept, in the order of
-their ids, and ids that no class has are left out.
+These detectors number classes by COCO's category ids. Ids that no class has are left out.
 """
 
 from collections.abc import Sequence

@@ -77,7 +77,7 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        matcher: HungarianMatcher | Callable[[dict[str, Tensor], Targets], Matches],
+        matcher: Callable[[dict[str, Tensor], Targets], Matches],
         scores: Scores = "sigmoid",
         weights: dict[str, float] | None = None,
         focal_alpha: float = 0.25,

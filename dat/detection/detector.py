@@ -15,9 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_dataset, resized_size
+from dat.detection.data import Category, read_dataset, resized_size, val_loader
 from dat.detection.detections import Detections
-from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
 from dat.detection.models.base import BaseDETR

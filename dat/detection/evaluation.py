@@ -188,7 +188,7 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    # -1 marks classes and sizes without objects
+    # COCO's evaluation gives -1 for classes and sizes without objects.
     values = values[values > -1]
     return round(float(values.mean()), 5) if values.size else None
 

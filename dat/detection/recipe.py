@@ -1,24 +1,13 @@
-"""Parameter groups and training batches from a configuration."""
+"""Parameter groups of the optimizer."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from dat.detection.config import DetectionConfig, TrainConfig
-from dat.detection.data import (
-    Annotations,
-    AspectRatioBatchSampler,
-    Batch,
-    DetectionDataset,
-    make_loader,
-    train_transform,
-)
-from dat.detection.data.cache import ImageCache
+from dat.detection.config import TrainConfig
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.engine.backbones import create_timm_model, without_weights
-from dat.engine.distributed import Distributed
 from dat.engine.optim import layer_scales, param_groups
 
 
@@ -59,36 +48,3 @@ def _classifier_name(name: str, known: dict[str, float]) -> str:
     # timm flattens the first level of some models: stages_0.x is stages.0.x.
     places = [i for i, letter in enumerate(name) if letter == "_"]
     return next(other for i in places if (other := f"{name[:i]}.{name[i + 1 :]}") in known)
-
-
-def train_loader(
-    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None
-) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
-    """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
-    data, train = config.data, config.train
-    transform = train_transform(
-        sizes=data.train.sizes,
-        max_size=data.train.max_size,
-        horizontal_flip=data.train.horizontal_flip,
-        vertical_flip=data.train.vertical_flip,
-        crop=data.train.crop,
-        crop_resize=data.train.crop_resize,
-        crop_min=data.train.crop_min,
-        crop_max=data.train.crop_max,
-        photometric=data.train.photometric,
-        mean=data.mean,
-        std=data.std,
-    )
-    sampler = AspectRatioBatchSampler(
-        annotations.records,
-        train.batch_size,
-        config.seed,
-        distributed.rank,
-        distributed.world_size,
-        train.accumulate,
-        data.train.max_pixels,
-        data.pad_multiple,
-    )
-    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
-    pin = distributed.device.type == "cuda"
-    return make_loader(dataset, sampler, data.pad_multiple, train.workers, pin), sampler

@@ -1,10 +1,4 @@
-"""Plots and images of a run or an evaluation, and report.html, a page of them all.
-
-    python -m detection.report RUN [key.path=value ...]
-
-writes them again for the folder of a run, finished or interrupted. The overrides change the run's
-configuration, for instance data.root where the data has moved, or train.picture_threshold.
-"""
+"""Plots and images of a run or an evaluation, and report.html, a page of them all."""
 
 import json
 from collections import defaultdict
@@ -15,8 +9,8 @@ from typing import Any
 import torch
 
 from dat.detection.config import DetectionConfig, TrainConfig
-from dat.detection.data import Annotations, load_image, read_dataset
-from dat.detection.draw import draw_boxes, side_by_side, to_pil
+from dat.detection.data import Annotations, read_dataset
+from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
@@ -116,7 +110,7 @@ def save_predictions(
     chosen = torch.linspace(0, len(annotations.records) - 1, min(count, len(annotations.records))).long()
     paths = []
     for record in (annotations.records[i] for i in chosen.tolist()):
-        image = to_pil(load_image(record.path, (record.width, record.height)))
+        image = open_record(record)
         predicted = draw_boxes(image, by_image[record.id], annotations.categories, "predicted")
         annotated = draw_boxes(image, annotations.objects(record), annotations.categories, "annotated")
         paths.append(folder / f"{record.id:06d}_{record.path.stem}.png")

@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader
 
 from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
-from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch
+from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
-from dat.detection.evaluate import val_loader
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.models import build_model
-from dat.detection.recipe import parameter_groups, train_loader
+from dat.detection.recipe import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
 from dat.engine.trainer import Trainer

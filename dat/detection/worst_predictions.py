@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
-from dat.detection.data import Annotations, ImageRecord, load_image
-from dat.detection.draw import draw_boxes, to_pil
+from dat.detection.data import Annotations, ImageRecord
+from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MATCH_IOU, match_detections
 from dat.utils.plots import draw_grid
 
@@ -106,7 +106,7 @@ def _crop(annotations: Annotations, mistake: Mistake) -> Image.Image:
     left = max(0, min(round(x + (w - side) / 2), record.width - side))
     top = max(0, min(round(y + (h - side) / 2), record.height - side))
     corners = (left, top, min(record.width, left + side), min(record.height, top + side))
-    image = to_pil(load_image(record.path, (record.width, record.height))).crop(corners)
+    image = open_record(record).crop(corners)
     shown = []
     for entry in filter(None, (mistake.entry, mistake.near)):
         x, y, w, h = entry["bbox"]

@@ -79,7 +79,7 @@ def test_crowds_do_not_train(scenes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("categories"), "has no 'categories'"),
+        (lambda data: data.pop("categories"), "'categories' is absent"),
         (lambda data: data.update(images={}), "'images' is not a list"),
         (lambda data: data["images"][1].pop("width"), r"images\[1\] has no 'width'"),
         (lambda data: data["images"][1].update(width="80"), r"images\[1\] has 'width' '80'; it should be an integer"),

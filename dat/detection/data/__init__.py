@@ -8,6 +8,8 @@ from dat.detection.data.loader import (
     DetectionDataset,
     SameSizeBatchSampler,
     make_loader,
+    train_loader,
+    val_loader,
 )
 from dat.detection.data.readers import read_dataset, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, read_sample
@@ -30,6 +32,8 @@ __all__ = [
     "read_sample",
     "register_reader",
     "resized_size",
+    "train_loader",
     "train_transform",
+    "val_loader",
     "val_transform",
 ]

@@ -10,7 +10,7 @@ from dat.detection.data.records import ImageRecord, load_image
 
 
 class ImageCache:
-    """Images as load_image gives them, by path; filled before loaders start, whose forked workers share the memory.
+    """Images as load_image gives them, by path; filled before loaders start, whose forked workers use the same memory.
 
     Args:
         gib: most memory to use, in GiB.

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert
 
+from dat.detection.config import DetectionConfig
 from dat.detection.data.cache import ImageCache
-from dat.detection.data.records import ImageRecord, Sample, read_sample
-from dat.detection.data.transforms import Canvas, resized_size
+from dat.detection.data.records import Annotations, ImageRecord, Sample, read_sample
+from dat.detection.data.transforms import Canvas, resized_size, train_transform, val_transform
+from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler, loader_options
 from dat.engine.seeds import isolated_rng
 
@@ -196,3 +198,47 @@ def make_loader(
         collate_fn=partial(collate, pad_multiple=pad_multiple),
         **loader_options(workers, pin_memory),
     )
+
+
+def train_loader(
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
+    """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
+    data, split, train = config.data, config.data.train, config.train
+    transform = train_transform(
+        sizes=split.sizes,
+        max_size=split.max_size,
+        horizontal_flip=split.horizontal_flip,
+        vertical_flip=split.vertical_flip,
+        crop=split.crop,
+        crop_resize=split.crop_resize,
+        crop_min=split.crop_min,
+        crop_max=split.crop_max,
+        photometric=split.photometric,
+        mean=data.mean,
+        std=data.std,
+    )
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
+    sampler = AspectRatioBatchSampler(
+        annotations.records,
+        train.batch_size,
+        config.seed,
+        distributed.rank,
+        distributed.world_size,
+        train.accumulate,
+        split.max_pixels,
+        data.pad_multiple,
+    )
+    return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda"), sampler
+
+
+def val_loader(
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+) -> DataLoader[Batch]:
+    """The loader of this process's batches, resized as `data.val` says."""
+    data, split, train = config.data, config.data.val, config.train
+    transform = val_transform(size=split.size, max_size=split.max_size, mean=data.mean, std=data.std)
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
+    ranks = (distributed.rank, distributed.world_size)
+    sampler = SameSizeBatchSampler(annotations.records, train.eval_batch_size, split.size, split.max_size, *ranks)
+    return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda")

@@ -55,33 +55,19 @@ class ModelConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
 
     def check(self) -> None:
-        """Raises ConfigError on values out of their range."""
+        """Raises ConfigError on values out of their range: integers are at least 1, except encoder_depth."""
         if "name" not in self.backbone:
             raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
-        self.check_at_least_1("num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim")
+        integers = [name for name, value in self.arguments().items() if type(value) is int]
+        check_range({"model": self}, [f"model.{name}" for name in integers if name != "encoder_depth"], 1)
         check_range({"model": self}, ["model.encoder_depth"], 0)
         check_range({"model": self}, ["model.drop_rate"], 0, 1)
 
-    def check_at_least_1(self, *names: str) -> None:
-        check_range({"model": self}, [f"model.{name}" for name in names], 1)
-
 
 class BaseDETR(nn.Module):
-    """A backbone and, in `detect` of the subclass, what turns its maps into boxes.
+    """A backbone; `features` and `detect` of the subclass, which documents the arguments, turn its maps into boxes."""
 
-    Args:
-        backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
-            says so), coarsest last, and has `feature_info.channels()`.
-        num_classes, num_queries, decoder_depth: at least 1.
-        embed_dim: width, a multiple of 4 and of num_heads.
-        num_heads: attention heads.
-        aux_loss: return the predictions of every decoder layer, for the auxiliary losses.
-
-    Raises:
-        ValueError: for arguments that do not fit together.
-    """
-
-    # The name in the registry, and how logits become probabilities in the matcher, the losses and post_process.
+    # Name in the registry; how the matcher, the losses and post_process turn logits into probabilities.
     kind: ClassVar[str]
     scores: ClassVar[Scores]
 
@@ -94,7 +80,7 @@ class BaseDETR(nn.Module):
         num_heads: int,
         decoder_depth: int,
         aux_loss: bool,
-    ):
+    ) -> None:
         super().__init__()
         counts = {"num_classes": num_classes, "num_queries": num_queries, "decoder_depth": decoder_depth}
         for name, value in counts.items():
@@ -118,7 +104,7 @@ class BaseDETR(nn.Module):
 
         Returns:
             "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image; with aux_loss
-            "aux_outputs", a list of the same of every decoder layer but the last; what else the subclass says.
+            "aux_outputs", a list of the same for every decoder layer except the last; subclasses may add more.
         """
         expected = (images.shape[0], *images.shape[-2:])
         if mask is not None and mask.shape != expected:

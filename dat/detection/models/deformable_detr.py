@@ -40,10 +40,6 @@ class DeformableDETRConfig(ModelConfig):
     def num_maps(self) -> int:
         return min(3, self.num_levels)
 
-    def check(self) -> None:
-        super().check()
-        self.check_at_least_1("num_levels", "num_points")
-
 
 def _class_head(embed_dim: int, num_classes: int) -> nn.Linear:
     head = nn.Linear(embed_dim, num_classes)

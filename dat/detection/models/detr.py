@@ -96,7 +96,9 @@ class DETR(BaseDETR):
     """Detects objects by attention from a set of learned queries to the backbone's last map.
 
     Args:
-        backbone: as in BaseDETR; only its last map is used. DETR-DC5: made with output_stride=16.
+        backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
+            says so), coarsest last, and has `feature_info.channels()`. Only its last map is used. DETR-DC5: made with
+            output_stride=16.
         num_classes: number of classes; class k is logit k, and the logit after the last is "no object".
         num_queries: number of boxes predicted per image.
         embed_dim: width C, a multiple of 4 and of num_heads.

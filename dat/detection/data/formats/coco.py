@@ -74,27 +74,27 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
     for key in ("images", "annotations", "categories"):
         if not isinstance(data.get(key), list):
-            problem = f"'{key}' is not a list" if key in data else f"has no '{key}'"
-            raise DataError(f"{path}: is not COCO: {problem}")
+            problem = "is not a list" if key in data else "is absent"
+            raise DataError(f"{path}: is not COCO: '{key}' {problem}")
     return data
 
 
-def _get(path: Path, entry: Any, where: str, key: str, kind: type) -> Any:
-    if not isinstance(entry, dict) or key not in entry:
-        raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
-    value = entry[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        name = {str: "a string", list: "a list", int: "an integer"}[kind]
-        raise DataError(f"{path}: is not COCO: {where} has '{key}' {value!r}; it should be {name}")
-    return value
+def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
+    """The values of these keys of an entry. Raises DataError for one that is absent or of another type."""
+    for key, kind in kinds.items():
+        if not isinstance(entry, dict) or key not in entry:
+            raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            name = {str: "a string", list: "a list", int: "an integer"}[kind]
+            raise DataError(f"{path}: is not COCO: {where} has '{key}' {entry[key]!r}; it should be {name}")
+    return [entry[key] for key in kinds]
 
 
 def _categories(path: Path, data: dict[str, Any], problems: Findings) -> tuple[Category, ...]:
     found: dict[int, Category] = {}
     for i, entry in enumerate(data["categories"]):
         with collecting(problems, "malformed category"):
-            where = f"categories[{i}]"
-            category = Category(_get(path, entry, where, "id", int), _get(path, entry, where, "name", str))
+            category = Category(*_get(path, entry, f"categories[{i}]", id=int, name=str))
             for key in ("id", "name"):
                 value = getattr(category, key)
                 if value in [getattr(other, key) for other in found.values()]:
@@ -112,12 +112,10 @@ def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, d
     found: dict[int, dict[str, Any]] = {}
     for i, entry in enumerate(data["images"]):
         with collecting(problems, "malformed image entry"):
-            where = f"images[{i}]"
-            image_id = _get(path, entry, where, "id", int)
-            _get(path, entry, where, "file_name", str)
+            image_id, *_ = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
             for key in ("width", "height"):
-                if _get(path, entry, where, key, int) < 1:
-                    raise DataError(f"{path}: {where} has '{key}' {entry[key]}; it should be at least 1")
+                if entry[key] < 1:
+                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be at least 1")
             if image_id in found:
                 text = f"{path}: image id {image_id} is used more than once"
                 problems.add("image id used twice", text, stops=True)
@@ -161,9 +159,7 @@ def _ids_and_bbox(
     path: Path, entry: Any, where: str, categories: Container[int], images: Container[int]
 ) -> tuple[int, int, list[float]]:
     """Image id, category id and bbox of an annotation; both ids should be known. Raises DataError."""
-    image_id = _get(path, entry, where, "image_id", int)
-    category_id = _get(path, entry, where, "category_id", int)
-    bbox = _get(path, entry, where, "bbox", list)
+    image_id, category_id, bbox = _get(path, entry, where, image_id=int, category_id=int, bbox=list)
     if image_id not in images:
         raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
     if category_id not in categories:
