@@ -37,7 +37,7 @@ FEW = 10
 
 
 @dataclass
-class Statistics(Findings):
+class SplitAudit(Findings):
     """Statistics and problems of a split; `split` None: it cannot be opened.
 
     By index of the readable images: `sizes` (width, height) in pixels and `classes`. `modes`: how many images Pillow
@@ -52,9 +52,9 @@ class Statistics(Findings):
     hashes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
-def audit(data: DataConfig) -> dict[str, Statistics]:
-    """Statistics of "train" and "val"; all images are read."""
-    found: dict[str, Statistics] = {}
+def audit(data: DataConfig) -> dict[str, SplitAudit]:
+    """Audits the splits "train" and "val"."""
+    found: dict[str, SplitAudit] = {}
     class_names: list[str] | None = None
     names: tuple[Literal["train", "val"], ...] = ("train", "val")
     for name in names:
@@ -62,18 +62,18 @@ def audit(data: DataConfig) -> dict[str, Statistics]:
         try:
             split = open_split(data, name, class_names)
         except DataError as error:
-            found[name] = Statistics(place)
+            found[name] = SplitAudit(place)
             found[name].add("cannot be opened", str(error), stops=True)
             continue
         class_names = class_names or split.class_names
-        found[name] = collect_statistics(split.note or place, split, class_names)
+        found[name] = audit_split(split.note or place, split, class_names)
     _find_training_images(found["train"], found["val"])
     return found
 
 
-def collect_statistics(place: str, split: Split, class_names: Sequence[str]) -> Statistics:
+def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAudit:
     """Reads every image of a split, on as many threads as there are cores."""
-    found, lock = Statistics(place, split), Lock()
+    found, lock = SplitAudit(place, split), Lock()
 
     def check(index: int) -> tuple[int, str, Any]:
         """The index, the file's digest, and the image's size, mode and class, or an error."""
@@ -103,7 +103,7 @@ def collect_statistics(place: str, split: Split, class_names: Sequence[str]) -> 
     return found
 
 
-def _find_problems(found: Statistics, split: Split, class_names: Sequence[str]) -> None:
+def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) -> None:
     for name in split.left_out:
         found.add("file that is no image, left out", name)
     counts = Counter(found.classes.values())
@@ -121,7 +121,7 @@ def _find_problems(found: Statistics, split: Split, class_names: Sequence[str]) 
         found.add("no image can be read", found.place, stops=True)
 
 
-def _find_training_images(train: Statistics, val: Statistics) -> None:
+def _find_training_images(train: SplitAudit, val: SplitAudit) -> None:
     """Adds the validation images that are training images too."""
     if train.split is not None and val.split is not None:
         for digest in val.hashes.keys() & train.hashes.keys():
@@ -130,7 +130,7 @@ def _find_training_images(train: Statistics, val: Statistics) -> None:
             val.add("image of training", text, count=len(here))
 
 
-def summarize(found: Statistics, class_names: Sequence[str], img_size: int) -> dict[str, Any]:
+def summarize(found: SplitAudit, class_names: Sequence[str], img_size: int) -> dict[str, Any]:
     """Statistics as plain values; `img_size`: side of the images that the model is given."""
     sides = np.array(list(found.sizes.values())).reshape(-1, 2)
     counts = Counter(found.classes.values())
@@ -172,8 +172,8 @@ def format_summaries(summaries: dict[str, dict[str, Any]], img_size: int) -> str
     return "\n".join(lines)
 
 
-def draw_samples(found: Statistics, class_names: Sequence[str], path: Path, count: int) -> bool:
-    """Writes a sheet of `count` evenly chosen readable images; False when there are none."""
+def draw_samples(found: SplitAudit, class_names: Sequence[str], path: Path, count: int) -> None:
+    """Writes a sheet of `count` evenly chosen images, if any can be read."""
     readable, images = sorted(found.sizes), []
     for i in np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int):
         if found.split is not None:
@@ -181,7 +181,6 @@ def draw_samples(found: Statistics, class_names: Sequence[str], path: Path, coun
             images.append((thumbnail(image), class_names[label][:18]))
     if images:
         draw_grid(images, path)
-    return bool(images)
 
 
 def read_source(source: Path, overrides: Sequence[str]) -> ClassificationConfig:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers import create_reader
 
 from dat.classification.config import DataConfig, SplitConfig
-from dat.classification.shards import read_records, read_web
+from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 
@@ -209,7 +210,10 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     """Numbers the split's classes by `class_names`. Raises DataError for images without a class, or of other ones."""
     if not all(split.class_names):
         raise DataError(f"{where} holds images outside class folders; it should hold one folder per class")
-    if class_names is not None:
+    # WebDataset's labels are numbers of the model already; two of its classes may have the same name.
+    if class_names is not None and isinstance(split.reader, WebReader):
+        split.class_names = [class_names[k] for k in np.unique(split.reader.labels)]
+    elif class_names is not None:
         index = {name: k for k, name in enumerate(class_names)}
         unknown = [name for name in split.class_names if name not in index]
         if unknown:

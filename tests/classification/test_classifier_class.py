@@ -147,9 +147,7 @@ def test_exported_files_predict_alike(path, classifier, tmp_path):
             exported.train()
     with pytest.raises(ConfigError, match="can run any code"):
         Classifier.from_checkpoint(tmp_path / "model.pt2")
-    with pytest.raises(
-        ConfigError, match=r"data.img_size=64: .* an exported model cannot be overridden"
-    ):
+    with pytest.raises(ConfigError, match=r"data.img_size=64: .* an exported model cannot be overridden"):
         Classifier.from_checkpoint(tmp_path / "model.onnx", ["data.img_size=64"])
 
 

@@ -98,6 +98,16 @@ def test_classes_are_numbered_as_in_training(web):
         open_split(data_of(web, "many.tar"), "train")
 
 
+def test_classes_of_one_name_keep_their_numbers(web):
+    """ImageNet has two classes named crane."""
+    names = ["crane", "dog", "crane"]
+    (web.parent / "names.txt").write_text("\n".join(names))
+    data = data_of(web, class_names="names.txt")
+    for split in (open_split(data, "train"), open_split(data, "val", names)):
+        assert contents(split) == [(i, i % 3) for i in range(24)]
+        assert split.class_names == names
+
+
 def test_classes_in_json(web):
     files = {}
     for i, name in enumerate(["red", "blue", "red"]):
