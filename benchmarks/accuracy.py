@@ -1,11 +1,11 @@
-"""Trains the nano models and Swin Transformers of equal FLOPs the same way on a small set of pictures.
+"""Trains the nano models and Swin Transformers of equal FLOPs the same way on a small set of images.
 
     python -m benchmarks.accuracy --data FOLDER --runs runs/accuracy [--seeds 0,1,2] [--epochs 12] [--out FILE]
 
-FOLDER holds train.tar and val.tar, or folders of these names, one folder of pictures per class in each; `--train` and
-`--val` give other names. Every run is the command of configs/classification/small_pictures.yaml; one that is finished
-is not run again, one that was interrupted goes on. The accuracy is that of the last epoch, not of the best. Training
-steps are timed in turns at the end; `--seeds ""` does that alone.
+FOLDER holds train.tar and val.tar, or folders of these names, with one folder of images for each class; `--train` and
+`--val` give other names. Every run is the command of configs/classification/small_pictures.yaml. Finished runs are not
+repeated, interrupted ones continue. The accuracy is that of the last epoch, not of the best. Training steps are timed
+in turns at the end; `--seeds ""` only times them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.trainings import last_entries, train
 CONFIG = "configs/classification/small_pictures.yaml"
 IMG_SIZE, BATCH = 64, 32
 SWIN = {"name": "swin_tiny_patch4_window7_224", "img_size": IMG_SIZE, "embed_dim": 32, "num_heads": [1, 2, 4, 8]}
-# Swins of the width of the nano models, with as many blocks as take their FLOPs.
+# Swins as wide as the nano models, with the number of blocks that gives the same FLOPs.
 MODELS: dict[str, dict[str, Any]] = {
     "dat_pp_nano": {"name": "dat_pp_nano"},
     "swin of dat_pp_nano": {**SWIN, "depths": [2, 2, 4, 2]},
@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def size_of(arguments: dict[str, Any]) -> dict[str, float]:
-    """Millions of parameters and of multiplications with an addition for one picture."""
+    """Millions of parameters, and of multiply-adds for one image."""
     model = create(arguments, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, IMG_SIZE, IMG_SIZE, device="meta"))
@@ -52,13 +52,13 @@ def create(arguments: dict[str, Any], **more: Any) -> torch.nn.Module:
 
 
 def training_step(model: torch.nn.Module) -> Callable[[], None]:
-    """A step on random pictures."""
+    """A training step on random images."""
     images, labels = torch.randn(BATCH, 3, IMG_SIZE, IMG_SIZE), torch.arange(BATCH) % 10
     return Measured(model, [images], lambda logits: F.cross_entropy(logits, labels), torch.get_num_threads()).step
 
 
 def accuracy(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Accuracy in percent after the last epoch of one run, which is trained as far as it is not yet."""
+    """Accuracy in percent after the last epoch of one run; trains the epochs that are missing."""
     run = options.runs / f"{name.replace(' ', '_')}_{seed}"
     overrides = {
         "seed": seed, "data.root": str(options.data), "data.train.path": options.train,
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
     options = parser.parse_args(argv)
     if options.seeds and options.data is None:
-        parser.error("--data is needed, the folder of the pictures")
+        parser.error("--data is needed, the folder of the images")
     names = options.models.split(",")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in map(int, filter(None, options.seeds.split(","))):

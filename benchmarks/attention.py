@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention [--only TEXT] [--natten PYTHON] [--flex] [--out FILE.json]
 
-`deform_attn` beside the formulation of DAT's official code, also by the memory that they take; `neighborhood_attn`
-beside unfolded windows, dense attention with a mask and, where they are asked for, NATTEN 0.14 and FlexAttention.
-float32; "over" a peer is the time or memory that it takes, divided by ours.
+`deform_attn` is compared with the formulation of DAT's official code, in time and memory; `neighborhood_attn` with
+unfolded windows, dense attention with a mask and, if asked for, NATTEN 0.14 and FlexAttention. All in float32; "over" a
+peer is its time or memory divided by ours.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from benchmarks.timing import PASSES, medians, peak_bytes, write_json
 
 Row = dict[str, Any]
 OPS = {"deform_attn": deform_attn, "neighborhood_attn": neighborhood_attn}
-# Seconds for one pass of all implementations of a work, unless three turns of each take longer.
+# Seconds to spend on one pass of all implementations of a workload, unless three turns of each take longer.
 BUDGET = 8.0
 
 
 def measure(op: str, name: str, device: torch.device, natten: Natten | None, flex: bool) -> Row:
-    """Milliseconds of one work, forward and with backward, and each output's largest error against float64.
+    """Milliseconds of one workload, forward and with backward, and the largest error of each output against float64.
 
     `natten` and `flex` concern neighborhood_attn. Compiled FlexAttention has no backward on a CPU: forward alone.
     """
@@ -56,7 +56,7 @@ def measure(op: str, name: str, device: torch.device, natten: Natten | None, fle
 
 
 def measure_memory(name: str, device: torch.device) -> Row:
-    """Megabytes that deform_attn holds at its most, beyond its inputs, forward and with backward."""
+    """Peak memory of deform_attn beyond its inputs, in megabytes, forward and with backward."""
     work = deform_attn.MEMORY_WORKS[name]
     tensors = deform_attn.inputs(work, device)
     row: Row = {"op": "deform_attn", "work": f"memory, {name}", "device": device.type}
@@ -71,7 +71,7 @@ def measure_memory(name: str, device: torch.device) -> Row:
 
 
 def compared(amounts: dict[str, float], unit: str) -> dict[str, float]:
-    """Amounts by name and unit, and those of peers divided by ours."""
+    """Amounts by name and unit, and the amounts of peers divided by ours."""
     named = {f"{form}_{unit}": round(amount, 4) for form, amount in amounts.items()}
     peers = [form for form in amounts if not form.startswith("ours") and amounts["ours"] > 0]
     return named | {f"over_{form}": round(amounts[form] / amounts["ours"], 2) for form in peers}
@@ -90,7 +90,7 @@ def text(row: Row) -> str:
 
 
 def works(device: torch.device, natten: Natten | None, flex: bool) -> dict[str, Callable[[], Row]]:
-    """What to call for a row, by its heading."""
+    """Functions that measure a row, by its heading."""
     runs: dict[str, Callable[[], Row]] = {}
     for op, module in OPS.items():
         runs |= {f"{op}: {name}": partial(measure, op, name, device, natten, flex) for name in module.WORKS}

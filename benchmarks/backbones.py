@@ -2,12 +2,11 @@
 
     python -m benchmarks.backbones [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants dat_pp,swin]
 
-The detector is two-stage Deformable DETR of configs/detection/scenes.yaml, the recipe that of all backbones; but for
-batch norm, as everywhere there, nothing of them is frozen. Each was trained to classify digits first, for equally many
-epochs. DAT++ is `dat_pp_nano`; Swin that of equal FLOPs of `benchmarks.accuracy`; DAT is `dat_nano` with wider MLPs and
-ResNet a ResNet-18 of fewer channels, so that all four take within 1 % of the same FLOPs at the size of the scenes.
-Runs and seconds are as in `benchmarks.convergence`.
-Swin takes square pictures only, which matters with `--data`.
+The detector is the two-stage Deformable DETR of configs/detection/scenes.yaml, with the same recipe for all backbones.
+Only batch norm is frozen. Each backbone is trained to classify digits first, for the same number of epochs. DAT++ is
+`dat_pp_nano`; Swin is the one of `benchmarks.accuracy`; DAT is `dat_nano` with wider MLPs, and ResNet is a ResNet-18
+with fewer channels, so that all four have the same FLOPs within 1 % at the size of the scenes. Runs and seconds are as
+in `benchmarks.convergence`. Swin takes only square images, which matters with `--data`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from benchmarks.accuracy import MODELS
 from benchmarks.detector_runs import Sizes, Variant, compare, parser
 
 TWO_STAGE = {"model.box_refine": True, "model.two_stage": True, "model.freeze": []}
-# what a scene's side is resized to
+# Side of a scene after resizing, in pixels.
 SIDE = 96
 
 
@@ -31,7 +30,7 @@ SWIN = {**MODELS["swin of dat_pp_nano"], "img_size": Sizes.shown}
 VARIANTS = {
     "dat_pp": variant("DAT++ (dat_pp_nano)", **MODELS["dat_pp_nano"]),
     "dat": variant("DAT (dat_nano, wider MLPs)", name="dat_nano", mlp_ratio=5.75),
-    # with the others' 1e-3 it learns nothing: its loss stays at log 10
+    # At the others' 1e-3 it learns nothing: its loss stays at log 10.
     "swin": variant("Swin", {"img_size": SIDE}, {"train.lr": 3e-4}, **SWIN),
     "resnet": variant("ResNet", name="resnet18", channels=[28, 56, 112, 224]),
 }

@@ -1,4 +1,4 @@
-"""AP of detectors over their trainings: means over seeds, when a level was reached, and the picture."""
+"""AP of detectors over their trainings: means over seeds, the epoch that reached a level, and the plot."""
 
 import itertools
 import statistics
@@ -16,9 +16,9 @@ COLOURS = ("#222222", "#999999", "#4477aa", "#66ccee", "#228833", "#cc6677", "#a
 
 
 def curve(row: Row, metric: str) -> list[tuple[int, float, float, float]]:
-    """(epoch, mean, lowest, highest) over the seeds that are finished, or over all where none is.
+    """(epoch, mean, lowest, highest) over the finished seeds, or over all of them if none is finished.
 
-    Only epochs that all of them evaluated count. A measure that is null, where there are no such objects, is 0.
+    Only epochs that all of them evaluated count. A metric that is null, because there are no such objects, counts as 0.
     """
     runs = [run for run in row["runs"] if run["finished"]] or row["runs"]
     found = [dict(zip(run["epoch"], run[metric], strict=True)) for run in runs]
@@ -65,8 +65,8 @@ def table(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path, title: str) -> None:
     """Draws AP and AP of small objects against epochs and against seconds of training steps to `path`.
 
-    Lines are means over seeds, bands reach from the lowest to the highest. Both horizontal axes are logarithmic where
-    some rows train for several times as many epochs as others.
+    Lines are means over seeds; bands reach from the lowest to the highest. Both horizontal axes are logarithmic if some
+    rows train for several times as many epochs as others.
     """
     log = max(row["epochs"] for row in rows) > 3 * min(row["epochs"] for row in rows)
     with matplotlib.rc_context({"font.size": 9}):

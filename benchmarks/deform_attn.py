@@ -1,7 +1,7 @@
-"""DAT's deformable attention in `benchmarks.attention`: the work, beside the formulation of the official code.
+"""DAT's deformable attention in `benchmarks.attention`: the workloads, and the formulation of the official code.
 
-The work is that of DAT++'s deformable blocks, with a table made for the map's own size and with the table of 224
-pixels, which official detectors look up at any other size.
+The workloads are DAT++'s deformable blocks, with a table made for the map's own size, and with the table of 224 pixels,
+which official detectors use at any size.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from dat.ops import deform_attn
 
 @dataclass(frozen=True)
 class Work:
-    """A deformable block.
+    """The attention of a deformable block.
 
     Attributes:
-        B, heads, groups: of the attention.
+        B, heads, groups: batch, attention heads, groups of keys.
         size: rows and columns of queries.
         keys: rows and columns of keys.
-        side: rows of queries that the table was made for, as many as its columns; None: `size`.
+        side: side of the square query map that the table was made for; None: `size`.
         channels: of a head.
     """
 
@@ -50,15 +50,15 @@ MEMORY_WORKS = {"DAT++-T stage 1, 800x1333, table of 224": Work(1, 2, 1, (200, 3
 
 
 def inputs(work: Work, device: torch.device) -> list[Tensor]:
-    """Query, key, value, positions and table of one call, with keys moved by about a cell of their map."""
+    """Query, key, value, positions and table of one call, with keys moved by about one pixel of their map."""
     (H, W), (Hk, Wk) = work.size, work.keys
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(Hk), torch.arange(Wk), indexing="ij")
     centres = torch.stack(((x + 0.5) / max(Wk - 1, 1) * 2 - 1, (y + 0.5) / max(Hk - 1, 1) * 2 - 1), -1).flatten(0, 1)
     moves = torch.randn(work.B, work.groups, Hk * Wk, 2, generator=generator) / torch.tensor([Wk, Hk])
     T_h, T_w = (2 * H - 1, 2 * W - 1) if work.side is None else (2 * work.side - 1, 2 * work.side - 1)
-    cells = (H * W, Hk * Wk, Hk * Wk)
-    tensors = [torch.randn(work.B, work.heads, n, work.channels, generator=generator) for n in cells]
+    lengths = (H * W, Hk * Wk, Hk * Wk)
+    tensors = [torch.randn(work.B, work.heads, n, work.channels, generator=generator) for n in lengths]
     tensors += [(centres + moves).clamp(-1, 1), torch.randn(work.heads, T_h, T_w, generator=generator)]
     return [t.to(device) for t in tensors]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.deformable_detr [--out benchmarks/results/deformable_detr_cpu.json]
 
-The model is the paper's: ResNet-50, four levels, six encoder and six decoder layers, 300 queries; random weights, with
-offsets and attention spread as training spreads them.
+The model is that of the paper: ResNet-50, four levels, six encoder and six decoder layers, 300 queries. Weights are
+random, with offsets and attention spread as in trained models.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.detection [--configs detr_r50,deformable_detr_r50] [--sizes 480x640,800x1333] [--train] \
         [--memory] [--out benchmarks/results/detection_cpu.json]
 
-Random weights; images without padding, 10 objects in each for training steps, which end with AdamW. Each detector runs
-in a process of its own, and they take turns. Parameters are counted for COCO's 91 class ids; FLOPs are fvcore's, a
-multiplication with an addition being one.
+Weights are random, and images have no padding; training steps have 10 objects in each image and end with AdamW. Each
+detector runs in a process of its own, and they take turns. Parameters are counted for COCO's 91 class ids; FLOPs are
+fvcore's, which counts a multiply-add as one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.timing import write_json
 
 FOLDER = Path("configs/detection")
 REFINED = {"with_box_refine": True}
-# transformers' model of the same architecture, and its options
+# transformers' model of the same architecture, and its options.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "detr_r50": ("DetrForObjectDetection", {}),
     "detr_r50_dc5": ("DetrForObjectDetection", {"dilation": True}),
@@ -36,7 +36,7 @@ DEFAULT = ("detr_r50", "detr_r50_dc5", "deformable_detr_r50_single_scale", "defo
 
 
 def starter(config: str, size: tuple[int, int], options: argparse.Namespace) -> Any:
-    """What starts the process of "ours" or "transformers" for a configuration."""
+    """A function that starts the process of "ours" or "transformers" for a configuration."""
 
     def start(name: str) -> Process:
         peer, peer_options = PEERS.get(config, ("", {}))

@@ -1,4 +1,4 @@
-"""One detector in a process of its own, for `benchmarks.detection`, which starts it and asks."""
+"""One detector in a process of its own, which `benchmarks.detection` starts and sends questions to."""
 
 import json
 import sys
@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.process import Measured, serve
-from dat.detection.build import build_criterion, build_model
 from dat.detection.config import DetectionConfig
+from dat.detection.criterion import build_criterion
+from dat.detection.models import build_model
 from dat.engine.config import load_config
 from dat.ops.flops import fvcore_handles
 
@@ -45,7 +46,7 @@ class MeasuredDetector(Measured):
         return {**super().answers(), "complexity": self.complexity}
 
     def complexity(self) -> dict[str, float]:
-        """Millions of parameters, and fvcore's billions of multiplications with an addition for one image."""
+        """Millions of parameters, and billions of multiply-adds for one image by fvcore."""
         self.model.eval()
         analysis = fvcore.nn.FlopCountAnalysis(self.model, self.inputs[0][:1]).set_op_handle(**fvcore_handles())
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

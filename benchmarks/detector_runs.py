@@ -1,7 +1,7 @@
-"""Trains variants of one detector alike, each from several seeds, by `detection.train`, and gathers their AP.
+"""Trains variants of one detector in the same way, with several seeds each, and gathers their AP.
 
-Shared by `benchmarks.convergence` and `benchmarks.backbones`: the scenes, the training of backbones to classify, the
-runs, which go on where they stopped, the time of a step of each variant, results and picture.
+Used by `benchmarks.convergence` and `benchmarks.backbones`: the scenes, the pre-training of backbones as classifiers,
+the runs, which continue after an interruption, the time of a step of each variant, results and plot.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from benchmarks import curves
 from benchmarks.timing import machine, medians, write_json
 from benchmarks.trainings import arguments, entries, finished, train
 from dat.detection.config import DetectionConfig
-from dat.detection.data import read_coco
-from dat.detection.trainer import Trainer
+from dat.detection.data import read_dataset
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
 from dat.engine.distributed import setup_distributed
@@ -37,14 +37,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the data that a benchmark makes, and of the training of backbones."""
+    """Sizes of the generated data and of the pre-training of backbones."""
 
     train: int = 500
     val: int = 150
     scene: int = 176
     crops: tuple[int, int] = (6400, 397)
     crop: int = 64
-    # the size at which crops are shown: digits are then about as large as in the scenes
+    # Size at which crops are shown, so that digits are about as large as in the scenes.
     shown: int = 48
 
 
@@ -52,9 +52,13 @@ class Sizes:
 class Variant:
     """A detector that differs from CONFIG in some keys.
 
-    `backbone`: arguments of the timm model, which is trained to classify digits first. `features`: further ones of the
-    feature extractor in the detector. `keys`: others, "key.path" to value. `classifier`: keys of the training to
-    classify. `times`: how many times as many epochs. `seeds`: how many of the seeds are run at most.
+    Attributes:
+        backbone: arguments of the timm model, which is trained to classify digits first.
+        features: further arguments of the feature extractor in the detector.
+        keys: other keys of the configuration, "key.path" to value.
+        classifier: keys of the pre-training.
+        times: factor on the number of epochs.
+        seeds: number of seeds at most.
     """
 
     label: str
@@ -95,7 +99,7 @@ class Comparison:
                 temporary.rename(folder)
 
     def pretrained(self, name: str) -> Path:
-        """Where the backbone of a variant, trained to classify, lies; variants of the same backbone share it."""
+        """Path of the pre-trained backbone of a variant; variants with the same backbone use the same one."""
         mine = self.variants[name]
         owner = next(
             key
@@ -122,7 +126,7 @@ class Comparison:
         return self.options.epochs * self.variants[name].times
 
     def overrides(self, name: str) -> dict[str, Any]:
-        """Keys in which the runs of a variant differ from CONFIG, but for `output`, `seed` and `train.epochs`."""
+        """Keys in which the runs of a variant differ from CONFIG, except `output`, `seed` and `train.epochs`."""
         variant = self.variants[name]
         backbone = {**variant.backbone, **variant.features}
         return {
@@ -131,7 +135,7 @@ class Comparison:
             "data.root": str(self.data),
             "train.decay_epochs": [self.epochs(name) * 4 // 5],
             "train.eval_epochs": max(1, self.epochs(name) // 20),
-            # the curves are what is looked at
+            # Only the curves are of interest.
             "train.pictures": 0,
             "train.worst": 0,
             **dict(pair.split("=", 1) for pair in self.options.overrides),
@@ -142,14 +146,14 @@ class Comparison:
         overrides = {"seed": seed, **self.overrides(name)}
         train("detection.train", CONFIG, folder, self.epochs(name), overrides, folder.with_name(f"{folder.name}.log"))
 
-    def trainer(self, name: str) -> Trainer:
-        """What trains a variant, from random weights, in this process."""
+    def trainer(self, name: str) -> DetectionTrainer:
+        """A trainer of a variant in this process, from random weights."""
         values = self.overrides(name) | {"train.epochs": self.epochs(name), "data.cache": "none"}
         values["model.backbone"] = without_weights(values["model.backbone"])
         config = load_config(DetectionConfig, CONFIG, arguments(values))
         root, data = Path(config.data.root), config.data
-        sets = [read_coco(root / split.annotations, root / split.images) for split in (data.train, data.val)]
-        return Trainer(config, sets[0], sets[1], setup_distributed(config.train.device), None)
+        sets = [read_dataset(root, split) for split in (data.train, data.val)]
+        return DetectionTrainer(config, sets[0], sets[1], setup_distributed(config.train.device))
 
     def describe(self) -> None:
         """Parameters, FLOPs of one image and the time of a training step of each variant; steps take turns."""
@@ -179,7 +183,7 @@ class Comparison:
             self.described[name]["ms_per_step"] = round(1e3 * value, 1)
 
     def rows(self) -> list[Row]:
-        """What is known of each variant by now."""
+        """The results of each variant so far."""
         rows = []
         for name, described in self.described.items():
             runs = []
@@ -193,17 +197,17 @@ class Comparison:
         return rows
 
     def write(self, reference: str | None, title: str) -> list[Row]:
-        """Results and picture of what is known by now."""
+        """Writes results and plot of the runs so far."""
         rows = self.rows()
         curves.summarise(rows, reference)
         if any(row["runs"] for row in rows):
             write_json(self.options.out, rows)
-            curves.draw(rows, machine(), self.options.picture, title)
+            curves.draw(rows, machine(), self.options.plot, title)
         return rows
 
 
 def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
-    """Processor seconds of one of several calls in a row, over all threads: whatever else the machine does."""
+    """Processor seconds of one of several calls in a row, summed over threads, so that other load hardly matters."""
     start = time.process_time()
     for _ in range(calls):
         run()
@@ -211,7 +215,7 @@ def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
 
 
 def mflops(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """Millions of multiplications with an addition of a forward pass."""
+    """Millions of multiply-adds of a forward pass."""
     training = model.training
     with FlopCounterMode(display=False) as counter:
         model.eval()(images)
@@ -232,7 +236,7 @@ def parser(doc: str, variants: Mapping[str, Variant], name: str) -> argparse.Arg
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="where the scenes are kept")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json and images/, instead of scenes")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}_cpu.json"))
-    parser.add_argument("--picture", type=Path, default=Path(f"docs/{name}.png"))
+    parser.add_argument("--plot", type=Path, default=Path(f"docs/{name}.png"))
     return parser
 
 
@@ -243,9 +247,9 @@ def compare(
     title: str,
     sizes: Sizes | None = None,
 ) -> list[Row]:
-    """Trains what is not trained yet, seed by seed, and writes results and picture after each run.
+    """Trains the missing runs, seed by seed, and writes results and plot after each.
 
-    Raises RuntimeError for a run that failed, when those beside it have ended.
+    Raises RuntimeError if a run failed, after the runs beside it have ended.
     """
     comparison = Comparison(variants, options, sizes or Sizes())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))

@@ -1,6 +1,6 @@
-"""One backbone in a process of its own, for `benchmarks.models`, which starts it and asks: see `MeasuredBackbone`.
+"""One backbone in a process of its own, which `benchmarks.models` starts and sends questions to.
 
-"official" needs nothing but torch, and NATTEN where that is what its N blocks attend with.
+"official" needs only torch, and NATTEN if its N blocks use it.
 """
 
 import json
@@ -37,7 +37,7 @@ class MeasuredBackbone(Measured):
         return {**super().answers(), "part": self.part, "output": self.output}
 
     def part(self, name: str, stage: int, index: int) -> float | None:
-        """Megabytes that forward and backward of a "block" or its "attention" hold at once, beyond the input."""
+        """Peak memory of forward and backward of a "block" or its "attention", beyond the input, in megabytes."""
         run = self._part(name, stage, index)
         run()
         return megabytes(peak_bytes(run, self.device))
@@ -63,7 +63,7 @@ class MeasuredBackbone(Measured):
 
         def run() -> None:
             function(x).square().mean().backward()
-            # A next call's are part of its peak.
+            # Gradients that stay would be part of the next peak.
             self.model.zero_grad()
             x.grad = None
 
@@ -71,7 +71,7 @@ class MeasuredBackbone(Measured):
 
 
 def make_model(spec: dict[str, Any]) -> nn.Module:
-    """The model, ours and the official one with the same weights."""
+    """The model; ours and the official one have the same weights."""
     saved = torch.load(spec["weights"], weights_only=True)
     if spec["implementation"] == "official":
         from benchmarks.official_form import OfficialForm
@@ -97,14 +97,14 @@ def natten(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, size: tuple[int, int],
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    """The faster of what PyTorch alone has: dense attention with a mask on small maps, unfolded windows on others."""
+    """The faster form in plain PyTorch: dense attention with a mask on small maps, unfolded windows on others."""
     from benchmarks.neighborhood_attn import dense, unfolded
 
     return (dense if size[0] * size[1] <= 28 * 28 else unfolded)(q, k, v, bias, size, scale)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    """This package's op: what is left is the difference that the other parts make."""
+    """This package's op, so that only the other parts differ."""
     from dat.ops import neighborhood_attn
 
     return neighborhood_attn(q, k, v, bias, size=size, kernel_size=(bias.shape[-1] + 1) // 2, scale=scale)

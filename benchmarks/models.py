@@ -3,9 +3,9 @@
     python -m benchmarks.models [--train] [--memory] [--models dat_pp_tiny] [--sizes 224,384,800x1333] [--out FILE]
 
 Each implementation runs in a process of its own, and they take turns; one that runs out of memory is reported as such.
-`--natten PYTHON` names the interpreter of an environment with NATTEN 0.14.6 and the old torch that it needs: there the
-official form runs as its users had to run it. Without, PyTorch computes its neighbourhoods as fast as it can
-(`plain` in model_process.py). The official code pads no windows: models that have some are measured at larger sizes.
+`--natten PYTHON` names the interpreter of an environment with NATTEN 0.14.6 and the old torch that it needs, where the
+official form runs as its users run it. Without it the neighbourhoods are computed by plain PyTorch (`plain` in
+model_process.py). The official code does not pad windows: models with windows are measured at larger sizes.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Competition:
         self.stack.close()
 
     def start(self, implementation: str) -> Process:
-        # The official code pads no windows, and timm's Swin no patches.
+        # The official code does not pad windows, and timm's Swin does not pad patches.
         windows = 32 * self.stages[0].get("window_size", 1)
         multiple = windows if windows > 32 else 1 if implementation in ("ours", "official") else 32
         spec = {
@@ -94,17 +94,17 @@ class Competition:
         return {"model": self.name, "size": list(self.size), "batch": self.batch, "what": what, **results}
 
     def times(self, implementations: Sequence[str], what: str) -> Row:
-        """Milliseconds and images per second of each."""
+        """Milliseconds and images per second of each process."""
         with ExitStack() as stack:
             processes = {name: stack.enter_context(self.start(name)) for name in implementations}
             return self.row(what, **take_turns(processes, what, self.batch, self.options.repeats))
 
     def memory(self, implementations: Sequence[str], what: str) -> Row:
-        """Megabytes that each holds at once."""
+        """Peak memory of each process in megabytes."""
         return self.row(f"peak of {what}", **peaks(self.start, implementations, "peak", what))
 
     def blocks(self) -> Iterator[Row]:
-        """Megabytes that the first deformable block of each stage, and its attention, hold, forward and backward."""
+        """Peak megabytes of the first deformable block of each stage, and of its attention, forward and backward."""
         for stage, config in enumerate(self.stages):
             index = config["blocks"].find("D")
             if index >= 0:
@@ -113,7 +113,7 @@ class Competition:
                     yield self.row(f"peak of {part} {stage}.{index}", **found)
 
     def difference(self) -> Row:
-        """How far the logits of ours are from those of the official formulation."""
+        """Difference between our logits and those of the official formulation."""
         logits = []
         for name in ("ours", "official"):
             path = self.folder / f"{name}.out"

@@ -1,7 +1,7 @@
-"""NATTEN 0.14 as a peer of `neighborhood_attn`, in a Python of its own, since it needs a torch of its time.
+"""NATTEN 0.14 as a peer of `neighborhood_attn`, in a Python of its own, because it needs an old torch.
 
-Its setup compiles without OpenMP, and then torch's headers run its CPU kernels on one thread whatever is asked for:
-build it with -fopenmp to compare on as many threads as ours. `cores` says which of the two it is.
+Its setup compiles without OpenMP, and its CPU kernels then run on one thread. Build it with -fopenmp to compare on as
+many threads as ours. `cores` measures which of the two it is.
 """
 
 import sys
@@ -25,8 +25,8 @@ class Natten(Process):
         versions: of natten and torch there.
 
     Raises:
-        OSError: `python` can't be run.
-        ProcessEnded: the process ended; what it had to say is on the standard error.
+        OSError: `python` cannot be run.
+        ProcessEnded: the process ended; its message is on the standard error.
     """
 
     def __init__(self, python: str, threads: int) -> None:
@@ -34,7 +34,7 @@ class Natten(Process):
         self.versions: dict[str, str] = self.ask("versions")
 
     def load(self, tensors: list[Tensor], **options: Any) -> None:
-        """Take these tensors and keyword arguments of `attention` for all that follows, laid out as they are here."""
+        """Keeps these tensors, in their memory layout, and keyword arguments of `attention` for the next calls."""
         with tempfile.TemporaryDirectory() as folder:
             torch.save(tensors, f"{folder}/tensors")
             self.ask("load", f"{folder}/tensors", options)
@@ -45,7 +45,7 @@ class Natten(Process):
             return torch.load(f"{folder}/output", weights_only=True)
 
     def cores(self) -> float:
-        """Seconds of processors in a second of forward: about 1 where its kernels run on one thread."""
+        """Processor seconds in a second of forward passes: about 1 if the kernels run on one thread."""
         return self.ask("cores")
 
 
@@ -61,7 +61,7 @@ def attention(
 
 
 class Work:
-    """What the process of `Natten` answers by."""
+    """The functions that the process of `Natten` answers with."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)

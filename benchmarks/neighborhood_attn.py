@@ -1,6 +1,6 @@
-"""DAT++'s neighbourhood attention in `benchmarks.attention`: the work, and other ways to do it in PyTorch.
+"""DAT++'s neighbourhood attention in `benchmarks.attention`: the workloads, and other ways to compute it in PyTorch.
 
-The work is DAT++'s: windows of 7 x 7, heads of 32 channels, the maps of a 224 image's stages and a detection map.
+The workloads are DAT++'s: windows of 7 x 7, heads of 32 channels, the maps of the stages at 224 and one of a detector.
 NATTEN, which the official code is built on, dropped the position bias in 0.20: `benchmarks.natten_peer`.
 """
 
@@ -39,7 +39,7 @@ DENSE_CELLS = 56 * 56
 
 
 def unfolded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    """Every window in memory: the windows inside the map, repeated for the cells near its border."""
+    """Attention with every window in memory; pixels near the border use the nearest window inside the map."""
     rows, columns = (torch.arange(length).sub(KERNEL // 2).clamp(0, length - KERNEL) for length in size)
 
     def windows(x: Tensor) -> Tensor:
@@ -52,18 +52,18 @@ def unfolded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tupl
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    """Attention to every cell of the map, with a bias of minus infinity for those that are no neighbours."""
-    cell, displacement = neighbors(size, KERNEL, 1, query.device)
-    mask = bias.new_full((bias.shape[0], len(cell), len(cell)), -torch.inf)
-    mask = mask.scatter(2, cell.expand(bias.shape[0], -1, -1), bias.flatten(1)[:, displacement])
+    """Attention to every pixel of the map, with a bias of minus infinity for pixels outside of the neighbourhood."""
+    pixel, displacement = neighbors(size, KERNEL, 1, query.device)
+    mask = bias.new_full((bias.shape[0], len(pixel), len(pixel)), -torch.inf)
+    mask = mask.scatter(2, pixel.expand(bias.shape[0], -1, -1), bias.flatten(1)[:, displacement])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scale)
 
 
 @cache
 def flex_parts(size: tuple[int, int], device: torch.device) -> tuple[Callable[..., Tensor], BlockMask, Tensor]:
-    """What FlexAttention needs once for a map: itself compiled, the blocks with neighbours, displacements of all pairs.
+    """Parts of FlexAttention that a map needs once: the compiled function, its block mask, displacements of pairs.
 
-    Displacements are looked up, since what Inductor makes for a CPU of index arithmetic in a score does not compile.
+    Displacements are looked up, because Inductor fails to compile index arithmetic in a score for CPUs.
     """
     (H, W), reach = size, KERNEL - 1
     row, column = torch.arange(H, device=device).repeat_interleave(W), torch.arange(W, device=device).repeat(H)
@@ -90,7 +90,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[in
 
 
 def inputs(work: Work, device: torch.device) -> list[Tensor]:
-    """Query, key and value as a layer's projection leaves them, and the bias."""
+    """Query, key and value in the layout of a layer's projections, and the bias."""
     generator = torch.Generator().manual_seed(0)
     H, W = work.size
     qkv = torch.randn(work.B, H * W, 3, work.heads, CHANNELS, generator=generator).to(device)
@@ -116,5 +116,5 @@ def forward_forms(work: Work) -> dict[str, Callable[..., Tensor]]:
 
 
 def fits(work: Work) -> bool:
-    """Whether something for each pair of cells fits in memory."""
+    """Whether a tensor with an entry for each pair of pixels fits in memory."""
     return work.size[0] * work.size[1] <= DENSE_CELLS

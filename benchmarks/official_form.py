@@ -1,7 +1,7 @@
-"""DAT as its papers' code computes it, in plain PyTorch: what the models and the attention are measured against.
+"""DAT as the official code computes it, in plain PyTorch: the peer of the models and of the attention.
 
-Maps are NCHW, projections 1x1 convolutions; a deformable block has its displacements, bias and scores in memory.
-Imports torch alone, so that it also runs beside the old torch that NATTEN 0.14.6 needs.
+Maps are NCHW, projections are 1x1 convolutions, and a deformable block has displacements, bias and scores in memory.
+It imports only torch, so that it also runs with the old torch that NATTEN 0.14.6 needs.
 
 DAT: https://arxiv.org/abs/2201.00520, section 3; DAT++: https://arxiv.org/abs/2309.01430, section 3.
 """
@@ -28,7 +28,7 @@ def deformable_attention(
     scale: float,
     align_corners: bool = True,
 ) -> Tensor:
-    """DAT's attention with everything in memory; arguments and result are those of `dat.ops.deform_attn`."""
+    """DAT's attention with all tensors in memory; arguments and result as in `dat.ops.deform_attn`."""
     B, h, HW, c = query.shape
     groups, N = positions.shape[1:3]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (query, key, value))
@@ -45,9 +45,9 @@ def deformable_attention(
 
 
 def query_grid(length: int, align_corners: bool, like: Tensor) -> Tensor:
-    """Where the queries are on a side: cell centres (2022), or from -1 to 1 (2023, align_corners)."""
-    cells = torch.arange(length, dtype=like.dtype, device=like.device)
-    return cells / (length - 1.0) * 2 - 1 if align_corners else (cells + 0.5) / length * 2 - 1
+    """Positions of the queries along a side: pixel centres (2022), or from -1 to 1 (2023, align_corners)."""
+    pixels = torch.arange(length, dtype=like.dtype, device=like.device)
+    return pixels / (length - 1.0) * 2 - 1 if align_corners else (pixels + 0.5) / length * 2 - 1
 
 
 class OfficialForm(nn.Module):
@@ -56,8 +56,8 @@ class OfficialForm(nn.Module):
     Args:
         stages: for each stage "blocks" (letters L, S, D, N), "heads", "groups", "kernel_size", "stride",
             "offset_range_factor", "window_size" and "release", as in `dat.models.StageConfig`.
-        state: the model's state dict; its names decide which parts there are.
-        neighborhood: what N blocks attend with.
+        state: the model's state dict; its names decide which parts exist.
+        neighborhood: the attention of N blocks.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class OfficialForm(nn.Module):
     ) -> None:
         super().__init__()
         self.stage_configs, self.neighborhood = list(stages), neighborhood
-        # Parameters may not have points in their names.
+        # Parameter names must not contain dots.
         self.weights = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(t) for name, t in state.items()})
 
     def has(self, name: str) -> bool:
@@ -130,7 +130,7 @@ class OfficialForm(nn.Module):
         return self.conv(f"{name}.proj", out.transpose(2, 3).reshape(B, C, H, W))
 
     def positions(self, name: str, config: Mapping[str, Any], query: Tensor) -> Tensor:
-        """Where the keys are: [B * groups, Hk, Wk, 2], (y, x)."""
+        """Positions of the keys: [B * groups, Hk, Wk, 2], (y, x)."""
         B, C, H, W = query.shape
         groups, kernel_size = config["groups"], config["kernel_size"]
         offset = self.depthwise(
@@ -165,7 +165,7 @@ class OfficialForm(nn.Module):
         return self.linear(f"{name}.proj", out).permute(0, 3, 1, 2)
 
     def window(self, name: str, config: Mapping[str, Any], x: Tensor, shift: bool) -> Tensor:
-        """Attention in windows; the official code has no padding, so sides must be multiples of the window's."""
+        """Attention in windows. The official code does not pad, so sides must be multiples of the window size."""
         B, C, H, W = x.shape
         heads, side = config["heads"], config["window_size"]
         roll = -(-side // 2) if shift else 0
@@ -174,8 +174,8 @@ class OfficialForm(nn.Module):
         x = x.reshape(B, C, H // side, side, W // side, side).permute(0, 2, 4, 3, 5, 1).reshape(-1, side * side, C)
         qkv = self.linear(f"{name}.qkv", x).reshape(-1, side * side, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
         attention = torch.einsum("b h m c, b h n c -> b h m n", qkv[0] * (C // heads) ** -0.5, qkv[1])
-        cells = torch.arange(side, device=x.device)
-        steps = cells[:, None] - cells + side - 1
+        pixels = torch.arange(side, device=x.device)
+        steps = pixels[:, None] - pixels + side - 1
         index = steps[:, None, :, None] * (2 * side - 1) + steps[None, :, None, :]
         bias = self.get(f"{name}.relative_position_bias_table")[index.reshape(side * side, side * side)]
         attention = attention + bias.permute(2, 0, 1)
@@ -206,7 +206,7 @@ class OfficialForm(nn.Module):
 
 
 def shift_mask(size: tuple[int, int], side: int, roll: int, like: Tensor) -> Tensor:
-    """What keeps cells apart that only the roll made neighbours: 0 or -1000 [windows, side**2, side**2]."""
+    """A mask [windows, side**2, side**2] of 0 and -1000 that separates pixels which only the roll made neighbours."""
     regions = []
     for length in size:
         region = torch.zeros(length, device=like.device)

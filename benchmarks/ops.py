@@ -2,10 +2,11 @@
 
     python -m benchmarks.ops [--quick] [--only encoder,decoder] [--out benchmarks/results] [--plot FILE.png]
 
-Time, peak memory and error against float64, forward and backward, in float32 and half precision. The work is Deformable
-DETR's attention (encoder: a query for every cell, decoder: 300 queries; 8 heads of 32 channels, 4 levels, 4 points),
-whole and its sampling alone, DAT's sampling of keys and a deformable convolution. Besides: torch.compile of the
-attention, growth with queries and images, scaling with threads. Results go to ops_cpu.json or ops_<gpu>.json in --out.
+Time, peak memory and error against float64, forward and backward, in float32 and half precision. The workloads are
+Deformable DETR's attention (encoder: a query for every pixel, decoder: 300 queries; 8 heads of 32 channels, 4 levels, 4
+points), as a whole and its sampling alone, DAT's sampling of keys, and a deformable convolution. Further sections:
+torch.compile of the attention, growth with queries and images, scaling with threads. Results go to ops_cpu.json or
+ops_<gpu>.json in --out.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Rows = Iterator[dict[str, Any]]
 
 
 def attention(section: str, args: argparse.Namespace) -> Rows:
-    """Whole attention and its sampling alone, in the encoder or the decoder."""
+    """The whole attention and its sampling alone, in the encoder or the decoder."""
     sampled, _ = sampling_peers(args.device)
     on_gpu, _ = ops_cuda_peers.load(args.device, args.folders)
     whole = [OURS["attention"], *map(whole_path, (OURS["sampling"], *sampled)), *on_gpu]
@@ -61,7 +62,7 @@ def dcn(args: argparse.Namespace) -> Rows:
 
 
 def compiled(args: argparse.Namespace) -> Rows:
-    """torch.compile of the encoder's attention, in float32; compiling is not timed, but takes its time."""
+    """torch.compile of the encoder's attention, in float32; compilation is not included in the times."""
     for size in ops_work.SIZES[: 1 if args.quick else None]:
         work = ops_work.attention(f"encoder {size[0]}x{size[1]}", ops_work.levels(size), None, args.device)
         peers, _ = compiled_peers(args.device)
@@ -88,7 +89,7 @@ SLOW = ("compiled", "growth")
 
 
 def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
-    """Rows of sections that were not measured now, from a file that the same machine wrote before."""
+    """Rows of sections that were not measured in this run, from an earlier file of the same machine."""
     if not path.exists():
         return []
     before = json.loads(path.read_text())
@@ -99,7 +100,7 @@ def kept(path: Path, measured: list[str]) -> list[dict[str, Any]]:
 
 
 def missing(args: argparse.Namespace) -> list[str]:
-    """Why peers are not among the measured."""
+    """Reasons why peers were not measured."""
     reasons = sampling_peers(args.device)[1] + ops_cuda_peers.load(args.device, args.folders)[1]
     if "compiled" in args.only:
         reasons += compiled_peers(args.device)[1]

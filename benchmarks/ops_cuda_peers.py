@@ -1,4 +1,4 @@
-"""Implementations that only a GPU runs, from folders that hold them as importable, built modules."""
+"""Implementations that need a GPU, imported from folders with their built modules."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from benchmarks.ops_peers import Implementation, whole_path
 from benchmarks.ops_work import Work, sampling_locations
 
-# Images that the original op takes at a time, at most; the batch must be a multiple.
+# Most images that the original op takes at a time; the batch must be a multiple.
 STEP = 64
 
 
@@ -44,7 +44,7 @@ def original(folder: Path) -> Implementation:
 
 def triton(folder: Path) -> Implementation:
     """The package `msda_triton` (rziga/msda-triton)."""
-    # Its public function falls back to grid_sample without a word.
+    # Its public function falls back to grid_sample silently.
     sample = _load(folder, "msda_triton.frontend").triton_multiscale_deformable_attention
 
     def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def load(device: torch.device, folders: dict[str, Path | None]) -> tuple[list[Im
 
 
 def _load(folder: Path, module: str) -> Any:
-    """Import a module from a folder; a broken one is an error, not a peer left out."""
+    """Imports a module from a folder. A broken module is an error, not a missing peer."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Time, memory and error of implementations of one work; growth with its size; scaling with threads."""
+"""Time, memory and error of implementations of one workload; growth with its size; scaling with threads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,16 +12,16 @@ from benchmarks.ops_peers import EXACT, OURS, Implementation
 from benchmarks.ops_work import Work
 from benchmarks.timing import PASSES, exponent, medians, memory_kept, peak_bytes
 
-# Few cells, so that what is done once for each of them does not hide the queries.
+# Few pixels, so that work per pixel does not hide the growth with queries.
 GROWTH_SHAPES = ((8, 10), (4, 5), (2, 3), (1, 2))
 GROWTH_QUERIES = (2048, 4096, 8192, 16384, 32768)
 GROWTH_SIZE, GROWTH_BATCHES = (320, 480), (1, 2, 4, 8)
-# A GPU has to be filled before its time grows.
+# Time on a GPU grows only once the GPU is full.
 GPU_FACTOR = 32
 
 
 def run_of(name: str, implementation: Implementation, work: Work) -> Callable[[], Any]:
-    """A pass, by its name in `PASSES`, on tensors of the implementation's own layout."""
+    """A pass, by its name in `PASSES`, on tensors in the implementation's own layout."""
     return PASSES[name](partial(implementation.function, work), _own_tensors(implementation, work))
 
 
@@ -69,7 +69,7 @@ def measure(
 
 
 def _results(implementation: Implementation, work: Work) -> list[Tensor]:
-    """The output and its gradients, in this package's layouts."""
+    """The output and its gradients, in this package's layout."""
     tensors = [t.detach().requires_grad_() for t in work.tensors]
     out = implementation.restore(work, implementation.function(work, *implementation.prepare(work, *tensors)))
     generator = torch.Generator().manual_seed(1)
@@ -80,8 +80,8 @@ def _results(implementation: Implementation, work: Work) -> list[Tensor]:
 def _errors(results: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
     """Largest error of the output over its largest number, and the worst tensor's mean gradient error over its mean.
 
-    A gradient by a location jumps where a sample crosses from cell to cell, and rounding decides on which side it is.
-    The few samples that lie so close say nothing in a mean.
+    The gradient with respect to a location jumps where a sample crosses from one pixel to the next, and rounding
+    decides the side. A mean hardly sees the few samples that are so close.
     """
     out, *gradients = ((r.double() - e, e) for r, e in zip(results, exact, strict=True))
     error = (out[0].abs().max() / out[1].abs().max()).item()

@@ -1,4 +1,4 @@
-"""Implementations of the ops' work: this package's, and those that it is measured beside.
+"""Implementations of the ops' workloads: this package's and its peers.
 
 All functions take (work, *tensors) and return the output; see `benchmarks.ops_work.Work`.
 """
@@ -21,15 +21,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to do a kind of work.
+    """One way to compute a kind of workload.
 
     Attributes:
-        name: as the table calls it.
+        name: in the table.
         function: (work, *tensors) to the output.
-        dtypes: dtypes of models that it is measured in.
-        ours: whether it is this package's op that peers are compared with.
-        prepare: tensors of a work in the layout that the implementation's own users hold them in; not timed.
-        restore: its output in the layout of this package's.
+        dtypes: model dtypes to measure.
+        ours: whether it is this package's op, which peers are compared with.
+        prepare: converts the tensors of a workload to the implementation's own layout; not timed.
+        restore: converts its output to this package's layout.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Implementation:
     restore: Callable[[Work, Tensor], Tensor] = lambda work, out: out
 
     def only(self, dtype: torch.dtype) -> "Implementation":
-        """The same, measured in one dtype."""
+        """The same implementation, measured in one dtype."""
         return replace(self, dtypes=(dtype,))
 
 
@@ -48,7 +48,7 @@ def grid_sample_form(work: Work, value: Tensor, locations: Tensor, weights: Tens
     """Multi-scale sampling as one grid_sample for each level, every sample in memory before the weighted sum."""
     B, _, H, D = value.shape
     Q, P = locations.shape[1], locations.shape[4]
-    # grid_sample takes no two dtypes: in half precision the locations are rounded, too.
+    # grid_sample takes one dtype: in half precision the locations are rounded too.
     grids = (2 * locations - 1).permute(0, 2, 3, 1, 4, 5).to(value.dtype)
     samples = []
     for level, (h, w) in enumerate(work.shapes):
@@ -62,7 +62,7 @@ def grid_sample_form(work: Work, value: Tensor, locations: Tensor, weights: Tens
 
 
 def whole_path(implementation: Implementation) -> Implementation:
-    """Attention by an implementation of the sampling: softmax and location arithmetic in torch come before it."""
+    """Attention by an implementation of the sampling, with softmax and location arithmetic in torch."""
 
     def function(work: Work, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         return implementation.function(work, value, sampling_locations(work, offsets), attention_weights(logits))
@@ -71,7 +71,7 @@ def whole_path(implementation: Implementation) -> Implementation:
 
 
 def transformers_layer() -> Implementation:
-    """transformers' kernel layer as it runs without a kernel from the hub."""
+    """transformers' kernel layer without a kernel from the hub."""
     from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
     layer = MultiScaleDeformableAttention()
@@ -98,15 +98,15 @@ def mmcv_function() -> Implementation:
 
 
 def peer(op: str, device: torch.device) -> Implementation:
-    """What everybody can run for work `op` on `device`."""
+    """The peer that everybody can run for workload `op` on `device`."""
     return EXACT[op] if device.type == "cuda" else EXACT[op].only(torch.float32)
 
 
 def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
-    """What samples on `device`, and why others that are known do not."""
+    """Peers that sample on `device`, and reasons why other known ones do not."""
     found, missing = [peer("sampling", device)], []
     if device.type == "cpu":
-        # It counts cells in 16 bits there: beyond 32767 numbers it reads what lies elsewhere.
+        # It counts pixels in 16 bits there, and reads wrong addresses beyond 32767.
         missing += ["grid_sample in half precision: torch's CPU kernel reads outside of such maps"]
         missing += ["torchvision in half precision: no bfloat16 on a CPU, and float16 slower than float32"]
     for name, make in (("transformers", transformers_layer), ("mmcv", mmcv_function)):
@@ -118,7 +118,7 @@ def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str
 
 
 def compiled_peers(device: torch.device) -> tuple[list[Implementation], list[str]]:
-    """torch.compile of whole paths, made anew for each work: it compiles for one size."""
+    """torch.compile of whole paths, compiled again for each workload because it compiles for one size."""
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return [], ["torch.compile: no C++ compiler"]
     torch.compiler.reset()
@@ -152,7 +152,7 @@ def _torchvision_dcn(work: Work, input: Tensor, offset: Tensor, mask: Tensor, we
 
 
 def _prepare_dat(work: Work, value: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B * g, D, H, W] and grids [B * g, Hk, Wk, 2] of -1 to 1, as DAT's official code holds them."""
+    """Maps [B * g, D, H, W] and grids [B * g, Hk, Wk, 2] of -1 to 1, as in DAT's official code."""
     image = value.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, work.shapes[0])
     grid = (2 * locations[:, :, :, 0, 0] - 1).transpose(1, 2).flatten(0, 1).unflatten(1, work.keys)
     return image, grid
@@ -166,7 +166,7 @@ def _restore_dat(work: Work, out: Tensor) -> Tensor:
     return out.flatten(2).unflatten(0, (work.batch, -1)).permute(0, 3, 1, 2)[:, :, :, None, None]
 
 
-# What exact results are taken from, in float64: none of them is this package's.
+# Sources of exact results in float64; none of them is this package's.
 EXACT = {
     "sampling": Implementation("grid_sample", grid_sample_form),
     "attention": whole_path(Implementation("grid_sample", grid_sample_form)),

@@ -1,4 +1,4 @@
-"""The bar chart of `benchmarks.ops`: how many times as fast the ops are as what people run today."""
+"""The bar chart of `benchmarks.ops`: speed-ups of the ops over the usual implementations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
-# The first of them that was measured on a work is what its bars are relative to.
+# Bars are relative to the first of these that was measured on a workload.
 BASELINES = ("original CUDA op", "grid_sample", "torchvision")
 TITLES = {"attention": "", "dat": "", "dcn": "deformable convolution, "}
 PASSES = (("forward", "forward", "#4477aa"), ("forward_backward", "forward + backward", "#cc6677"))
 
 
 def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
-    """Draw the float32 rows of `rows`, measured on `machine`, to `path`; the format is by its suffix.
+    """Draws the float32 rows of `rows`, measured on `machine`, to `path`, whose suffix gives the format.
 
     Raises:
-        ValueError: no work was measured beside a baseline.
+        ValueError: no workload was measured beside a baseline.
     """
     bars = _bars(rows)
     if not bars:
@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
 
 
 def _bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The ratios of each work, of float32, over its baseline; attention as a whole, not its sampling once more."""
+    """The float32 ratios of each workload to its baseline; of attention the whole, not its sampling again."""
     bars = {}
     for row in rows:
         if row["op"] not in TITLES or row["section"] == "compiled":

@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A heading and a line for each row; "ours" is how many times as fast this package's op of the same dtype is."""
+    """A heading and a line for each row; "ours" is the speed-up of this package's op of the same dtype."""
     lines = []
     for (section, title), group in groupby(rows, lambda row: (row["section"], _title(row))):
         members = list(group)
@@ -58,7 +58,7 @@ def _megabytes(amount: int | None) -> str:
 
 
 def _align(cells: list[list[str]]) -> list[str]:
-    """Lines of columns as wide as their widest cell; the first two to the left, numbers to the right."""
+    """Lines of aligned columns: the first two to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

@@ -1,4 +1,4 @@
-"""The work that the ops are measured on: tensors of the sizes, and of the kind, that trained models give them."""
+"""The workloads of the ops: tensors with the sizes and the distribution of trained models."""
 
 from dataclasses import dataclass, replace
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 Shapes = tuple[tuple[int, int], ...]
 
-# Deformable DETR's images. Its levels have strides 8 to 64.
+# Images of Deformable DETR, whose levels have strides 8 to 64.
 SIZES = ((480, 640), (800, 1066))
 HEADS, CHANNELS, LEVELS, POINTS, QUERIES = 8, 32, 4, 4, 300
-# DAT's images and batches: classification and detection.
+# Images and batches of DAT, in classification and detection.
 DAT_SIZES = ((224, 224, 8), (800, 1333, 1))
-# Of DAT-T (release 2022) and DAT++: (stage, stride of its map, groups, channels of a group, stride of its keys).
+# DAT-T (release 2022) and DAT++: (stage, stride of its map, groups, channels of a group, stride of its keys).
 DAT_STAGES = (
     ("DAT-T stage 3", 16, 3, 128, 1),
     ("DAT-T stage 4", 32, 6, 128, 1),
     ("DAT++-T stage 1", 4, 1, 64, 8),
     ("DAT++-S stage 2", 8, 2, 96, 4),
 )
-# Stride 16 of a detector's image, and ResNet-50's width there after the bottleneck.
+# Stride 16 of a detector's image, with the width of ResNet-50's bottleneck there.
 DCN_MAP, DCN_CHANNELS = (50, 68), 256
 
 
@@ -30,16 +30,16 @@ class Work:
     Attributes:
         op: "attention", from offsets and logits to the weighted sum; "sampling", from locations and weights; "dat",
             every sample by itself with align_corners; "dcn", deformable convolution, version 2.
-        name: what and how large.
+        name: kind and size.
         batch: images.
         shapes: (h, w) of the levels.
-        tensors: what gradients are taken by. attention: value [B, S, H, D], offsets [B, Q, H, L, P, 2] and logits
-            [B, Q, H, L, P]. sampling: value, locations and weights. dat: value and locations. dcn: input [B, C, H, W],
-            offset [B, 18, H, W], mask [B, 9, H, W] and weight [C, C, 3, 3].
-        narrow: which of the tensors are in half precision where the model is.
+        tensors: inputs that gradients are taken with respect to. attention: value [B, S, H, D], offsets
+            [B, Q, H, L, P, 2] and logits [B, Q, H, L, P]. sampling: value, locations and weights. dat: value and
+            locations. dcn: input [B, C, H, W], offset [B, 18, H, W], mask [B, 9, H, W] and weight [C, C, 3, 3].
+        narrow: which of the tensors are in half precision if the model is.
         reference: attention: reference points [B, Q, L, 2].
         sizes: [L, 2], the shapes as other libraries take them.
-        starts: [L], the first cell of each level.
+        starts: [L], the first pixel of each level.
         keys: dat: (h, w) of the map of the samples.
     """
 
@@ -55,7 +55,7 @@ class Work:
     keys: tuple[int, int] | None = None
 
     def to(self, dtype: torch.dtype) -> "Work":
-        """The same work in a model of another dtype; in float64 all tensors are."""
+        """The same workload in a model of another dtype; float64 applies to all tensors."""
         wide = dtype == torch.float64
         tensors = tuple(t.to(dtype) if n or wide else t for t, n in zip(self.tensors, self.narrow, strict=True))
         reference = self.reference.double() if wide and self.reference is not None else self.reference
@@ -68,7 +68,7 @@ def levels(size: tuple[int, int]) -> Shapes:
 
 
 def sampling_locations(work: Work, offsets: Tensor) -> Tensor:
-    """Locations as models work them out, one torch operator after the other."""
+    """Sampling locations, computed as in the models, by one torch operator after the other."""
     return work.reference[:, :, None, :, None] + offsets / work.sizes.flip(-1)[:, None]
 
 
@@ -80,7 +80,7 @@ def attention_weights(logits: Tensor) -> Tensor:
 def attention(
     name: str, shapes: Shapes, queries: int | None, device: torch.device, batch: int = 1, heads: int = HEADS
 ) -> Work:
-    """Attention to `shapes`, from every cell of them (queries None: the encoder) or from points anywhere."""
+    """Attention to `shapes` from every pixel of them (queries None: the encoder), or from points anywhere."""
     generator = torch.Generator().manual_seed(0)
     if queries is None:
         centres = [
@@ -91,10 +91,10 @@ def attention(
     else:
         points = torch.rand(batch, queries, 2, generator=generator)
     layout = (*points.shape[:2], heads, len(shapes), POINTS)
-    cells = sum(h * w for h, w in shapes)
+    pixels = sum(h * w for h, w in shapes)
     tensors = (
-        torch.randn(batch, cells, heads, CHANNELS, generator=generator),
-        # Offsets of trained models reach some pixels far.
+        torch.randn(batch, pixels, heads, CHANNELS, generator=generator),
+        # Offsets of trained models reach a few pixels.
         3 * torch.randn(*layout, 2, generator=generator),
         torch.randn(layout, generator=generator),
     )
@@ -106,7 +106,7 @@ def attention(
 
 
 def sampling(work: Work) -> Work:
-    """The sampling alone of a work of attention."""
+    """The sampling part of an attention workload."""
     value, offsets, logits = work.tensors
     tensors = (value, sampling_locations(work, offsets), attention_weights(logits))
     return replace(work, op="sampling", tensors=tensors, narrow=(True, False, True))
@@ -115,7 +115,7 @@ def sampling(work: Work) -> Work:
 def dat(
     stage: str, stride: int, groups: int, channels: int, keys: int, size: tuple[int, int, int], device: torch.device
 ) -> Work:
-    """DAT's sampling of keys, each moved by up to a cell and a half, in an image of `size` (height, width, batch)."""
+    """DAT's sampling of keys, each moved by up to a pixel and a half, in an image of `size` (height, width, batch)."""
     generator = torch.Generator().manual_seed(0)
     H, W, B = -(-size[0] // stride), -(-size[1] // stride), size[2]
     Hk, Wk = -(-H // keys), -(-W // keys)
@@ -127,7 +127,7 @@ def dat(
 
 
 def dcn(device: torch.device) -> Work:
-    """A 3x3 deformable convolution, version 2, whose taps move by some cells."""
+    """A 3x3 deformable convolution, version 2, whose samples move by a few pixels."""
     generator = torch.Generator().manual_seed(0)
     H, W = DCN_MAP
     tensors = (

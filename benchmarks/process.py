@@ -1,7 +1,7 @@
-"""Implementations in processes of their own, which take turns: with other libraries, and room to run out of memory.
+"""Implementations in processes of their own, which take turns: each has its own libraries and may run out of memory.
 
-A process reads lists in JSON from its standard input, a line each, does what they say and answers with a line of JSON.
-Imports torch alone, so that a process may run beside an old one.
+A process reads a JSON list from each line of its standard input, runs the function that it names, and answers with a
+line of JSON. This module imports only torch, so that a process may run with an old one.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class ProcessEnded(RuntimeError):
 
 
 class Process:
-    """A module of this package under some interpreter, asked one question at a time.
+    """A module of this package that runs under some interpreter and answers one question at a time.
 
     Args:
         module: its name, such as "benchmarks.model_process"; it calls `serve`.
@@ -44,13 +44,13 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # glibc gives back what is freed: what is resident is what is held, without the holes of a heap. Times are
-            # taken with all memory kept.
+            # glibc returns freed memory at once, so resident memory is memory in use, without fragmentation. Times are
+            # measured with all memory kept.
             env={**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
         )
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Send a question and wait for its answer. Raises ProcessEnded when there is none, as where memory ran out."""
+        """Sends a question and waits for the answer. Raises ProcessEnded if the process ended, say, out of memory."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -65,7 +65,7 @@ class Process:
         return json.loads(answer)
 
     def seconds(self, name: str, calls: int) -> float:
-        """Seconds of one of several calls in a row of the pass `name`: what `benchmarks.timing.seconds_of` is here."""
+        """Seconds of one of several calls in a row of the pass `name`, as benchmarks.timing.seconds_of."""
         return self.ask("seconds", name, calls)
 
     def __enter__(self) -> "Process":
@@ -76,8 +76,8 @@ class Process:
 
 
 def serve(answers: Mapping[str, Callable[..., Any]]) -> None:
-    """The other side: answers each question by the function of its name, until there are no more."""
-    # What libraries print must not come between the answers.
+    """The side of the process: answers each question with the function of its name, until the input ends."""
+    # Output of libraries must not mix with the answers.
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, *arguments = json.loads(line)
@@ -85,11 +85,11 @@ def serve(answers: Mapping[str, Callable[..., Any]]) -> None:
 
 
 class Measured:
-    """A model and what can be asked about it in its process: its passes are "forward" and "step".
+    """A model and the questions about it in its process. Its passes are "forward" and "step".
 
     Args:
-        model: what is measured.
-        inputs: its arguments, on its device.
+        model: the module to measure.
+        inputs: arguments of the model, on its device.
         loss: of the model's output in training.
         threads: of the CPU.
     """
@@ -101,7 +101,7 @@ class Measured:
         self.kept: contextlib.AbstractContextManager[None] | None = None
         try:
             self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        # torch before 2.4 has it on GPUs alone
+        # torch before 2.4 has it only for GPUs.
         except RuntimeError:
             self.optimizer = torch.optim.AdamW(model.parameters())
 
@@ -120,15 +120,15 @@ class Measured:
         self.optimizer.step()
 
     def seconds(self, name: str, calls: int) -> float:
-        """Of a pass, with memory kept between passes, as allocators made for this do, which torch advises on CPUs."""
+        """Seconds of a pass, with memory kept between passes, as the allocators that torch recommends for CPUs do."""
         if self.kept is None:
-            # for as long as the process lives, which answers about memory in another
+            # This lasts until the process ends; memory is measured in another one.
             self.kept = memory_kept()
             self.kept.__enter__()
         return seconds_of(getattr(self, name), calls, self.device)
 
     def peak(self, name: str) -> float | None:
-        """Megabytes that a pass holds at once, beyond what was there before it: weights and inputs."""
+        """Peak memory of a pass beyond weights and inputs, in megabytes."""
         return megabytes(peak_bytes(getattr(self, name), self.device))
 
 
@@ -137,7 +137,7 @@ def megabytes(count: int | None) -> float | None:
 
 
 def take_turns(processes: Mapping[str, Process], name: str, batch: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median times of a pass in each process, and how often the first's goes into the others'."""
+    """Median times of a pass in each process, and the ratios of the others to the first."""
     elsewhere = {key: partial(process.seconds, name) for key, process in processes.items()}
     seconds = medians({}, torch.device("cpu"), repeats, math.inf, elsewhere)
     first = next(iter(seconds.values()))
@@ -148,9 +148,9 @@ def take_turns(processes: Mapping[str, Process], name: str, batch: int, repeats:
 
 
 def peaks(start: Callable[[str], Process], names: Sequence[str], *question: Any) -> dict[str, dict[str, Any]]:
-    """The peaks that processes answer, one after the other, and how often the first's goes into the others'.
+    """The peaks that processes answer, one after the other, and the ratios of the others to the first.
 
-    Of one that is killed, as where memory runs out, the answer says so.
+    The answer of a process that was killed, for example out of memory, says so.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in names:

@@ -1,6 +1,6 @@
-"""Interleaved timing of peers, peak memory, growth, and the description of the machine that a result belongs to.
+"""Interleaved timing of peers, peak memory, growth, and a description of the machine.
 
-Needs nothing but torch, so that a peer in another environment measures itself with it, too.
+It needs only torch, so that a peer in another environment can measure itself with it.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Long enough that reading the clock and waking a GPU do not count.
+# Long enough that reading the clock and waking a GPU do not matter.
 TURN_SECONDS = 0.05
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to compare figures: processor, threads, GPU and versions."""
+    """Processor, threads, GPU and versions, which a reader needs to compare figures."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
 
 
 def forward_of(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    """Calls without gradients."""
+    """A function that calls the forward pass without gradients."""
 
     def run() -> None:
         with torch.no_grad():
@@ -56,7 +56,7 @@ def forward_of(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Ca
 
 
 def backward_of(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    """Calls, and the gradients by all tensors for one gradient of the output."""
+    """A function that calls forward and takes gradients with respect to all tensors."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     with torch.no_grad():
         grad = torch.randn_like(function(*leaves))
@@ -77,17 +77,17 @@ def medians(
     budget: float = 60.0,
     elsewhere: dict[str, Callable[[int], float]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each run; runs take turns, so that a change of the machine's speed meets them all.
+    """Median seconds of each run. Runs take turns, so that a change of the machine's speed affects all of them.
 
-    A run that is quicker than `TURN_SECONDS` is called several times a turn. Slow runs get fewer turns, so that all
-    take about `budget` seconds, but never less than three. Runs of other processes are given as functions of a number
-    of calls that do what `seconds_of` does.
+    A run that is quicker than `TURN_SECONDS` is called several times a turn. Slow runs get fewer turns, at least three,
+    so that all together take about `budget` seconds. Runs in other processes are given as functions of a number of
+    calls that return what `seconds_of` returns.
     """
     timers = {name: partial(seconds_of, run, device=device) for name, run in runs.items()} | (elsewhere or {})
     calls = {}
     for name, timer in timers.items():
         seconds = timer(1)
-        # The first call may make things that later ones find there; of one that is this slow it is no matter.
+        # The first call may fill caches; that does not matter for a call as slow as this.
         if seconds < 1:
             seconds = timer(1)
         calls[name] = max(1, min(100, int(TURN_SECONDS / seconds)))
@@ -95,7 +95,7 @@ def medians(
     begin = time.perf_counter()
     for repeat in range(repeats):
         for name, timer in timers.items():
-            # Of several calls the first finds caches and memory as the run before left them.
+            # The first of several calls finds caches and memory as the previous run left them.
             if calls[name] > 1:
                 timer(1)
             times[name].append(timer(calls[name]))
@@ -117,10 +117,10 @@ def seconds_of(run: Callable[[], Any], calls: int, device: torch.device) -> floa
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory that a call holds at once, its results included, beyond what was there before it.
+    """Peak memory of a call, its results included, beyond the memory in use before it.
 
-    On a GPU the bytes of torch's allocator. On a CPU the resident memory of the process, whoever asked for it: torch,
-    a library or a kernel. Only Linux tells: elsewhere None. Call `run` before, so that what it makes once is there.
+    On a GPU this is the memory of torch's allocator. On a CPU it is the resident memory of the process, whether torch,
+    a library or a kernel allocated it; None on systems other than Linux. Call `run` once before, to fill its caches.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -130,11 +130,11 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    # Freed memory that the C library kept would be used again unseen.
+    # Freed memory that the C library kept would be used again without being counted.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    # Sets the peak back to what is resident now (proc(5)).
+    # Resets the peak to the current resident memory (proc(5)).
     reset.write_text("5")
     before = _resident("VmRSS")
     run()
@@ -143,10 +143,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def memory_kept() -> Iterator[None]:
-    """Let the C library, where it is glibc, keep all freed memory for later calls, as torch's allocator does on a GPU.
+    """Lets glibc keep all freed memory for later calls, as torch's allocator does on a GPU.
 
-    Otherwise large results come from the system anew, page by page, and how large depends on what was freed before: a
-    cost that grows by leaps, and is not the op's.
+    Otherwise large results are allocated from the system again, page by page, at a cost that depends on earlier calls
+    and is not the op's.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
@@ -159,7 +159,7 @@ def memory_kept() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(mmap_max, 65536)
-        # Where glibc gets to by itself once large tensors were freed.
+        # glibc itself raises the threshold to this after large tensors were freed.
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 64 << 20)
         libc.malloc_trim(0)
@@ -173,13 +173,13 @@ def _resident(key: str) -> int:
 
 
 def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
-    """The power of the size that the amounts grow with: least squares on logarithms."""
+    """The exponent of the growth with size, by least squares on logarithms."""
     slope, _ = statistics.linear_regression([math.log(s) for s in sizes], [math.log(a) for a in amounts])
     return slope
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows with the machine that they were measured on."""
+    """Writes the rows with the machine that they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")

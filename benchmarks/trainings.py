@@ -1,4 +1,4 @@
-"""Trainings by the project's own commands, which go on where they stopped, and what their logs say."""
+"""Trainings by the project's own commands, which continue after an interruption, and their logs."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, none where there is no run yet."""
+    """The lines of a run's log.jsonl; none if there is no run yet."""
     log = run / "log.jsonl"
     if not log.exists():
         return []
-    # a run that is at it, or was killed, may have half a line at the end
+    # A run in progress, or one that was killed, may end with half a line.
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
@@ -29,22 +29,22 @@ def finished(run: Path, epochs: int) -> bool:
 
 
 def arguments(values: dict[str, Any]) -> list[str]:
-    """Values by "key.path" as commands take them; text as it is, everything else as JSON."""
+    """Values by "key.path" as arguments of a command; text as it is, everything else as JSON."""
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def train(
     module: str, config: str | Path, run: Path, epochs: int, overrides: dict[str, Any], log: Path | None = None
 ) -> None:
-    """Trains in a process of its own as far as it is not done yet; a run that is finished stays as it is.
+    """Trains the remaining epochs in a process of its own; a finished run stays as it is.
 
     Args:
         module: the command, "detection.train" or "classification.train".
         config: its YAML file.
         run: folder of the run, key `output`.
-        epochs: of the whole run.
+        epochs: of the whole run, earlier ones included.
         overrides: values by "key.path".
-        log: where what the command prints goes, None: to the console.
+        log: file for the output of the command; None: the console.
     Raises:
         RuntimeError: the command failed.
     """

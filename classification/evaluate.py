@@ -1,5 +1,9 @@
-from dat.classification.evaluate import main
-from dat.engine.command import main_guard
+"""Measures the accuracy of a classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...]
+
+The command `dat classify evaluate` does the same from anywhere.
+"""
+
+from dat.cli import run_recipe
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_recipe("classify", "evaluate")

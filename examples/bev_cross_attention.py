@@ -2,10 +2,10 @@
 
     python -m examples.bev_cross_attention
 
-Paints a ground, renders it into the cameras, lets bird's-eye-view queries look it up in their pictures, and leaves
-runs/bev_cross_attention.png behind: the cameras' pictures, the ground, what the queries found, and who saw what.
-Dark lines in what they found are pillars of which a second camera sees the top alone: it counts among those that see
-the query, and knows nothing of the ground.
+Paints a ground, renders it into the cameras, samples it back from their images by bird's-eye-view queries, and writes
+runs/bev_cross_attention.png: the cameras' images, the ground, the result of the queries, and the cameras that see it.
+Dark lines in the result are pillars of which a second camera sees only the top: the mean over cameras includes it, but
+it does not see the ground.
 """
 
 import math
@@ -25,7 +25,7 @@ OUTPUT = Path("runs/bev_cross_attention.png")
 class SpatialCrossAttention(MSDeformAttn):
     """Attention from bird's-eye-view queries to many cameras (BEVFormer, https://arxiv.org/abs/2203.17270, equation 3).
 
-    A query stands for a pillar of reference points. Those that a camera sees are projected into its picture, where
+    A query stands for a pillar of reference points. Points that a camera sees are projected into its image, where
     learned points around them are sampled; the cameras that see a query are averaged. Parameters and their initial
     values are those of `MSDeformAttn` with num_anchors * num_points points.
 
@@ -52,13 +52,13 @@ class SpatialCrossAttention(MSDeformAttn):
         value: Tensor,
         shapes: Shapes,
     ) -> Tensor:
-        """Attend from queries to what cameras see of their pillars.
+        """Attends from queries to the images of the cameras that see their pillars.
 
         Args:
             query: [B, Q, C].
             points: [Q, Z, 3], the pillars' reference points (x, y, z) in metres.
             cameras: [B, N, 4, 4], from (x, y, z, 1) to (u * depth, v * depth, depth, 1), u and v in pixels.
-            image_size: (height, width) of the pictures in those pixels.
+            image_size: (height, width) of the images in those pixels.
             value: [B, N, S, C], the levels of each camera flattened row by row and laid end to end.
             shapes: ((h_0, w_0), ...) of the levels.
 
@@ -67,8 +67,8 @@ class SpatialCrossAttention(MSDeformAttn):
         """
         centers, visible = project(points, cameras, image_size)
         hit = visible.any(-1)
-        # Each camera samples for the queries that it sees and no others; the shorter lists are filled up with queries
-        # that it does not see, whose weights are zero.
+        # Each camera samples only for the queries that it sees. Shorter lists are padded with queries that it does not
+        # see, whose weights are zero.
         index = hit.int().argsort(dim=-1, descending=True, stable=True)[..., : int(hit.sum(-1).max())]
         rows = index + query.shape[1] * torch.arange(len(query), device=query.device)[:, None, None]
         offsets, weights = (tensor.flatten(0, 1)[rows] for tensor in self.samples(query))
@@ -77,7 +77,7 @@ class SpatialCrossAttention(MSDeformAttn):
         locations = centers + offsets / sizes[:, None, None]
         weights = weights * visible.take_along_dim(index[..., None], 2)[:, :, :, None, None, :, None]
         values = self.value_proj(value).flatten(0, 1).unflatten(-1, (self.num_heads, -1))
-        # Cameras are the op's batch, and the points of all anchors its points.
+        # Cameras become the batch of the op, and the points of all anchors its points.
         sampled = deform_sample(values, shapes, locations.flatten(0, 1).flatten(4, 5), weights.flatten(0, 1).flatten(4))
         total = torch.zeros_like(query.flatten(0, 1), dtype=sampled.dtype)
         total = total.index_add(0, rows.flatten(), sampled.flatten(2).flatten(0, 1)).view(query.shape)
@@ -95,9 +95,9 @@ class SpatialCrossAttention(MSDeformAttn):
 
 
 def project(points: Tensor, cameras: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where cameras see points: (x, y) in 0..1 across the picture [B, N, Q, Z, 2], and whether they do [B, N, Q, Z].
+    """Projects points: (x, y) in 0..1 across each camera's image [B, N, Q, Z, 2], and visibility [B, N, Q, Z].
 
-    Arguments are those of `SpatialCrossAttention.forward`. Points behind a camera or outside its picture are not seen.
+    Arguments are those of `SpatialCrossAttention.forward`. Points behind a camera or outside its image are not visible.
     """
     matrix = cameras[:, :, None, None, :3]
     # Written out: autocast would take a matrix product in half precision, which is off by many pixels.
@@ -136,11 +136,11 @@ def paint(x: Tensor, y: Tensor) -> Tensor:
 
 
 def render(cameras: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Pictures [N, height, width, 3] of the painted ground z = 0 under a black sky."""
+    """Images [N, height, width, 3] of the painted ground z = 0 under a black sky."""
     height, width = image_size
     v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     pixels = torch.stack((u, v, torch.ones_like(u)), -1)
-    # From the ground to the picture (x, y, 1) goes through three of the matrix's columns.
+    # A point (x, y, 1) of the ground is projected by three columns of the matrix.
     ground = torch.einsum("nij,hwj->nhwi", cameras[:, :3, [0, 1, 3]].inverse(), pixels)
     x, y, nearness = ground.unbind(-1)
     below = nearness > 1e-6
@@ -156,7 +156,7 @@ def pillars(reach: float, side: int, heights: tuple[float, ...]) -> Tensor:
 
 
 def ground_reader(heights: tuple[float, ...]) -> SpatialCrossAttention:
-    """An attention set by hand to return the colour that cameras see at the pillars' point of height 0."""
+    """An attention with weights set by hand to return the colour at the pillars' point of height 0."""
     attention = SpatialCrossAttention(embed_dim=3, num_levels=1, num_heads=1, num_anchors=len(heights), num_points=1)
     with torch.no_grad():
         attention.sampling_offsets.bias.zero_()
@@ -168,20 +168,22 @@ def ground_reader(heights: tuple[float, ...]) -> SpatialCrossAttention:
 
 @torch.no_grad()
 def look_around(side: int = 160, reach: float = 16.0, image_size: tuple[int, int] = (240, 400)) -> dict[str, Tensor]:
-    """Pictures [N, h, w, 3] of the ground and, seen from above, its truth and what was found [side, side, 3].
+    """Renders the cameras and samples the ground.
 
-    Also hit [N, side, side]: which cameras see the ground there.
+    Returns:
+        "images" [N, h, w, 3]; "truth" and "found" [side, side, 3], the ground from above and the result of the queries;
+        and "hit" [N, side, side], which cameras see the ground there.
     """
     heights = (-1.0, 0.0, 1.0, 2.0)
     cameras = camera_ring(6, image_size, focal=image_size[1] * 0.7, height=1.6, pitch=0.2)
-    pictures = render(cameras, image_size)
+    images = render(cameras, image_size)
     points = pillars(reach, side, heights)
     query = torch.zeros(1, len(points), 3)
-    found = ground_reader(heights)(query, points, cameras[None], image_size, pictures.flatten(1, 2)[None], [image_size])
+    found = ground_reader(heights)(query, points, cameras[None], image_size, images.flatten(1, 2)[None], [image_size])
     ground = points[:, heights.index(0.0)]
     seen = project(ground[:, None], cameras[None], image_size)[1]
     return {
-        "pictures": pictures,
+        "images": images,
         "truth": paint(ground[:, 0], ground[:, 1]).unflatten(0, (side, side)),
         "found": found[0].unflatten(0, (side, side)),
         "hit": seen[0, ..., 0].unflatten(1, (side, side)),
@@ -189,18 +191,18 @@ def look_around(side: int = 160, reach: float = 16.0, image_size: tuple[int, int
 
 
 def draw(scene: dict[str, Tensor], path: Path) -> None:
-    """Writes the picture of a scene from `look_around`."""
+    """Draws a scene from `look_around` to `path`."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    count = len(scene["pictures"])
+    count = len(scene["images"])
     palette = torch.tensor(plt.get_cmap("hsv")(torch.arange(count) / count))[:, :3]
     who = torch.einsum("nhw,nc->hwc", scene["hit"].double(), palette) / scene["hit"].sum(0).clamp(min=1)[..., None]
-    maps = {"the ground": scene["truth"], "what the queries found": scene["found"], "cameras that see it": who}
+    maps = {"the ground": scene["truth"], "sampled by the queries": scene["found"], "cameras that see it": who}
     figure = plt.figure(figsize=(12, 6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 3))
     for index, axes in enumerate(upper.subplots(1, count, squeeze=False).flat):
-        axes.imshow(scene["pictures"][index])
+        axes.imshow(scene["images"][index])
         axes.set_title(f"camera {index}", color=palette[index].tolist())
         axes.axis("off")
     for axes, (title, image) in zip(lower.subplots(1, 3), maps.items(), strict=True):
@@ -220,7 +222,7 @@ def main() -> None:
     print(
         f"{(count > 0).float().mean():.0%} of the ground is seen, {(count > 1).float().mean():.0%} by two cameras;\n"
         f"its colours, 0 to 1, were found with a mean error of {error:.3f}.\n"
-        f"  picture   {OUTPUT}"
+        f"  image   {OUTPUT}"
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.demo
 
-Makes its data, trains dat_nano to classify digits, fine-tunes the detector from that backbone, and leaves pictures,
-metrics and the training curve in runs/demo. Interrupted, the same command goes on where it was.
+Makes its data, trains dat_nano to classify digits, fine-tunes the detector from that backbone, and writes predictions,
+metrics and the training curve to runs/demo. After an interruption the same command continues.
 """
 
 import json
@@ -19,7 +19,7 @@ OUTPUT = Path("runs/demo")
 
 
 def make_data() -> None:
-    """Scenes and crops, whole or not at all."""
+    """Makes scenes and crops; an interruption leaves no half of either."""
     for name, make in (("digits", make_digits), ("scenes", make_detection)):
         if not (OUTPUT / name).exists():
             temporary = OUTPUT / f".{name}"
@@ -37,7 +37,7 @@ def make_detection(root: Path) -> None:
 
 
 def run(module: str, config: str) -> None:
-    """Runs one of the project's commands; its own message says what went wrong."""
+    """Runs one of the project's commands, which prints its own errors."""
     command = [sys.executable, "-m", module, config, "train.resume=true"]
     print("\n$ python " + " ".join(command[1:]), flush=True)
     code = subprocess.run(command, check=False).returncode
@@ -58,7 +58,7 @@ def main() -> None:
         f"  report    {OUTPUT / 'report.html'}\n"
         f"  metrics   {OUTPUT / 'metrics.json'}\n"
         f"  curve     {OUTPUT / 'curve.png'}\n"
-        f"  pictures  {OUTPUT / 'predictions'}\n"
+        f"  images    {OUTPUT / 'predictions'}\n"
         f"Draw your own: python -m detection.predict {OUTPUT / 'best.pth'} IMAGE --out runs/predictions"
     )
 

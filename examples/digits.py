@@ -1,7 +1,7 @@
 """Scenes and crops of real handwritten digits: a detection and a classification data set that need no download.
 
 The digits are scikit-learn's (UCI's optical recognition of handwritten digits, 8 x 8 pixels, 1,797 samples). Held-out
-scenes are drawn with digits that no training picture shows.
+scenes are drawn with digits that no training image shows.
 """
 
 import json
@@ -44,7 +44,7 @@ def texture(size: int, rng: np.random.Generator) -> Image.Image:
 
 
 def clutter(canvas: Image.Image, rng: np.random.Generator) -> None:
-    """Lines, rings and blots in random colours: things with edges that are no digits."""
+    """Lines, rings and blots in random colours: shapes with edges that are not digits."""
     draw = ImageDraw.Draw(canvas)
     size = canvas.width
     for _ in range(rng.integers(3, 9)):
@@ -70,7 +70,7 @@ def sized(ink: NDArray[np.float32], height: int, rng: np.random.Generator) -> tu
 def paste(
     canvas: Image.Image, digit: tuple[NDArray[np.float32], int, int], corner: Sequence[int], rng: np.random.Generator
 ) -> list[float]:
-    """Draws a sized digit in a colour that stands out; returns the box (x, y, w, h) of its ink."""
+    """Draws a sized digit in a contrasting colour; returns the box (x, y, w, h) of its ink."""
     ink, width, height = digit
     mask = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
     alpha = ((np.asarray(mask) - 0.35) * 3).clip(0, 1)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import timm
 import torch
+from dat.export.samples import sample_batches, sample_pictures
 from torch import nn
 
 from dat.classification import export as classification_export
@@ -29,14 +30,14 @@ from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
 from dat.classification.model import build_classifier
 from dat.detection import export as detection_export
-from dat.detection.build import build_model, detector_state, load_detector
+from dat.detection.checkpoint import detector_state, load_detector
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Category
 from dat.detection.graph import pad_pictures
+from dat.detection.models import build_model
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.config import from_dict, load_config, to_dict
 from dat.export.runtime import load_exported
-from dat.export.samples import sample_batches, sample_pictures
 from dat.utils.errors import UserError
 
 FORMATS = ("onnx", "pt2", "compiled")

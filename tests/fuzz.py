@@ -84,7 +84,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     from dat.classification.config import ClassificationConfig
     from dat.classification.model import build_classifier
     from dat.detection import evaluate, export, official, predict
-    from dat.detection.build import load_detector
+    from dat.detection.checkpoint import load_detector
     from dat.engine.checkpoint import save_checkpoint
     from dat.engine.config import from_dict, to_dict
     from dat.utils.images import FORMATS
@@ -221,10 +221,10 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         return Kind(".jpg", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
 
     def uploads() -> Kind:
+        from dat.detection.predictor import load_predictor
         from fastapi import HTTPException
 
         from dat.detection.app import Limits, answer
-        from dat.detection.predictor import load_predictor
 
         predictor = load_predictor(detectors()[0], torch.device("cpu"))
 

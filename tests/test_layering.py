@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"utils", "ops", "layers"},
     "engine": {"utils", "models"},
     "export": {"utils", "engine", "ops"},
-    "detection": {"utils", "ops", "layers", "models", "engine", "export", "visualize"},
+    "detection": {"utils", "ops", "layers", "models", "engine", "export"},
     "classification": {"utils", "ops", "layers", "models", "engine", "export"},
 }
 # What `import dat` must not bring along; timm itself imports torchvision.

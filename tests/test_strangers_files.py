@@ -13,14 +13,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dat.detection.predictor import load_predictor
 from onnx import TensorProto, helper
 from PIL import Image
 
 from dat.classification import Classifier
-from dat.detection.build import load_detector
-from dat.detection.predictor import load_predictor
-from dat.engine.checkpoint import load_checkpoint, save_checkpoint
-from dat.engine.safe_load import read_weights
+from dat.detection.checkpoint import load_detector
+from dat.engine.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from dat.export import runtime
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError

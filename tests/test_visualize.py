@@ -10,7 +10,8 @@ from PIL import Image
 from dat import visualize
 from dat.engine.checkpoint import save_checkpoint
 from dat.models import DAT, StageConfig
-from dat.models.recording import deformable_blocks, record_blocks
+from dat.models.attention_maps import deformable_blocks, capture_attention
+from dat.utils import overlays
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 
 # Every position bias in both releases, keys that move freely, in a range or not at all, and an odd stride remainder.
@@ -44,7 +45,7 @@ def random_image(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image_file(tmp_path):
     """A file of 60 x 40 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     path = tmp_path / "image.png"
@@ -65,7 +66,7 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
         seen[modules[module]] = output[0]
 
     handles = [module.register_forward_hook(keep) for module in modules]
-    (record,), logits = record_blocks(model, random_image(36, 52))
+    (record,), logits = capture_attention(model, random_image(36, 52))
     del layer.positions
     for handle in handles:
         handle.remove()
@@ -86,7 +87,7 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
 def test_the_reference_is_where_keys_without_offsets_are():
     for name, config in STAGES.items():
         model = create(config)
-        (record,), _ = record_blocks(model, random_image(36, 52))
+        (record,), _ = capture_attention(model, random_image(36, 52))
         moved = not torch.equal(record.reference(), record.positions())
         assert moved == (name != "no_off")
         reference = record.reference()
@@ -95,28 +96,28 @@ def test_the_reference_is_where_keys_without_offsets_are():
         torch.testing.assert_close(reference, record.positions(), rtol=0, atol=0)
 
 
-def test_a_position_on_a_corner_cell_is_drawn_in_the_middle_of_its_pixels():
-    (record,), _ = record_blocks(create(STAGES["table"]), random_image(36, 52))
+def test_the_position_of_a_corner_is_drawn_in_the_middle_of_its_pixels():
+    (record,), _ = capture_attention(create(STAGES["table"]), random_image(36, 52))
     corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
     assert record.pixels(corners).tolist() == [[1.5, 1.5], [49.5, 33.5]]
     view = visualize.View(Image.new("RGB", (104, 36)), (36, 52), (103, 35))
-    assert view.points(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
-    assert view.cell(record) == (8, 12)
+    assert view.to_pixels(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
+    assert view.query_position(record) == (8, 12)
     assert [record.cell(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
 
 
 def test_blocks_are_recorded_in_the_order_asked_for():
     model = create(StageConfig("DLD", 16, 4), StageConfig("LD", 32, 4))
     assert list(deformable_blocks(model)) == [(0, 0), (0, 2), (1, 1)]
-    records, _ = record_blocks(model, random_image(32, 32), [(1, 1), (0, 2)])
+    records, _ = capture_attention(model, random_image(32, 32), [(1, 1), (0, 2)])
     assert [(record.name, record.stride) for record in records] == [("stages.1.blocks.1", 8), ("stages.0.blocks.2", 4)]
     with pytest.raises(ValueError, match=r"blocks must be .*\(0, 2\).*got \(0, 1\)"):
-        record_blocks(model, random_image(32, 32), [(0, 1)])
+        capture_attention(model, random_image(32, 32), [(0, 1)])
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
-    (record,), _ = record_blocks(create(STAGES["table 2023"]), random_image(36, 52))
+    (record,), _ = capture_attention(create(STAGES["table 2023"]), random_image(36, 52))
     view = visualize.View(Image.new("RGB", (52, 36)), (36, 52), (30, 20))
     keys, mean, *heads = visualize.draw_block(record, view, "$title").axes
     groups = [c.get_offsets() for c in keys.collections if len(c.get_offsets()) == 35]
@@ -135,14 +136,14 @@ def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dat_nano", "dat_pp_nano"])
-def test_command_draws_a_model_by_its_name(name, picture, tmp_path):
+def test_command_draws_a_model_by_its_name(name, image_file, tmp_path):
     out = tmp_path / "new" / "out.png"
     command = [
         sys.executable,
         "-m",
         "dat.visualize",
         name,
-        picture,
+        image_file,
         "--query",
         "59",
         "20",
@@ -166,13 +167,13 @@ def test_command_says_one_line_of_an_error(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_title_says_what_is_drawn(picture):
-    figure = visualize.visualize("dat_nano", picture, stage=3, size=48)
+def test_the_title_says_what_is_drawn(image_file):
+    figure = visualize.visualize("dat_nano", image_file, stage=3, size=48)
     assert figure.get_suptitle() == "dat_nano, random weights, input 48×72, query (29.5, 19.5)"
     assert figure.axes[0].get_title() == "stages.3.blocks.1\n2×3 keys, 4 groups"
 
 
-def test_a_checkpoint_of_the_classifier_brings_its_configuration_and_classes(picture, tmp_path):
+def test_a_checkpoint_of_the_classifier_brings_its_configuration_and_classes(image_file, tmp_path):
     torch.manual_seed(3)
     model = timm.create_model("dat_nano", num_classes=2).eval()
     data = {"img_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -181,15 +182,36 @@ def test_a_checkpoint_of_the_classifier_brings_its_configuration_and_classes(pic
     state = {"kind": "classification", "config": config, "class_names": ["cat", "dog"], "state_dict": {}}
     save_checkpoint(path, {**state, "state_dict_ema": model.state_dict()})
     loaded = visualize.load_model(str(path))
-    image = visualize.to_input(visualize.read_image(picture), loaded.data)
+    image = visualize.to_input(visualize.read_image(image_file), loaded.input)
     assert image.shape == (3, 64, 64)
     scores = model(image[None])[0].softmax(-1)
     label, score = ("cat", "dog")[scores.argmax()], scores.max()
-    figure = visualize.visualize(str(path), picture, (3, 4))
+    figure = visualize.visualize(str(path), image_file, (3, 4))
     assert figure.get_suptitle() == f"dat_nano, best.pth, input 64×64, query (3, 4); {label} {score:.0%}"
 
 
-def test_weights_are_loaded_by_name_and_file(picture, tmp_path):
+def test_the_backbone_of_a_detector_is_drawn(image_file, tmp_path):
+    torch.manual_seed(3)
+    backbone = timm.create_model("dat_nano", features_only=True, out_indices=(-2, -1)).eval()
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    data = {"val": {"size": 32}, "mean": [0.5] * 3, "std": [0.25] * 3, "train": {}}
+    config = {"model": {"backbone": {"name": "dat_nano", "out_indices": [-2, -1]}}, "data": data}
+    path = tmp_path / "best.pth"
+    weights = {**state, "query_embed.weight": torch.zeros(3, 4)}
+    save_checkpoint(path, {"kind": "detection", "config": config, "class_names": ["cat"], "state_dict": weights})
+    loaded = visualize.load_model(str(path))
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, backbone.state_dict()[f"model.{name}"]), name
+    figure = visualize.visualize(str(path), image_file)
+    # The shorter side has val.size pixels, and the aspect ratio is kept.
+    assert figure.get_suptitle() == "dat_nano, best.pth, input 32×48, query (29.5, 19.5)"
+    del weights["backbone.model.patch_embed.proj.bias"]
+    save_checkpoint(path, {"kind": "detection", "config": config, "class_names": ["cat"], "state_dict": weights})
+    with pytest.raises(CheckpointError, match=r"best.pth: .*patch_embed.proj.bias"):
+        visualize.load_model(str(path))
+
+
+def test_weights_are_loaded_by_name_and_file(image_file, tmp_path):
     torch.manual_seed(3)
     model = timm.create_model("dat_nano")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -199,11 +221,11 @@ def test_weights_are_loaded_by_name_and_file(picture, tmp_path):
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_the_whole_picture_is_seen_normalised():
+def test_the_whole_image_becomes_the_normalised_input():
     pixels = np.zeros((10, 20, 3), np.uint8)
     pixels[:, -1] = 255
-    data = {"img_size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "nearest"}
-    image = visualize.to_input(Image.fromarray(pixels), data, side=10)
+    config = visualize.InputConfig(8, (0.5,) * 3, (0.5,) * 3, "nearest")
+    image = visualize.to_input(Image.fromarray(pixels), config, side=10)
     assert image.shape == (3, 10, 20)
     assert (image[:, :, -1] == 1).all()
     assert (image[:, :, :-1] == -1).all()
@@ -224,11 +246,11 @@ def test_the_whole_picture_is_seen_normalised():
         ({"block": 0}, ConfigError, "--block needs --stage"),
     ],
 )
-def test_errors_name_what_is_wrong(arguments, error, message, picture, monkeypatch):
-    monkeypatch.chdir(picture.parent)
-    (picture.parent / "text.png").write_text("no picture")
+def test_errors_name_what_is_wrong(arguments, error, message, image_file, monkeypatch):
+    monkeypatch.chdir(image_file.parent)
+    (image_file.parent / "text.png").write_text("no image")
     with pytest.raises(error, match=message):
-        visualize.visualize(**{"source": "dat_nano", "image": picture, **arguments})
+        visualize.visualize(**{"source": "dat_nano", "image": image_file, **arguments})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -243,11 +265,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        visualize.save_figure(Full(), out)
+        overlays.save_figure(Full(), out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
     assert out.read_text() == "old"
     with pytest.raises(ConfigError, match=r"out.xyz: should be a file of one of the formats .*png"):
-        visualize.save_figure(Figure(), tmp_path / "out.xyz")
+        overlays.save_figure(Figure(), tmp_path / "out.xyz")
 
 
 def test_matplotlib_is_imported_only_to_draw():

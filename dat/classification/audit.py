@@ -8,9 +8,7 @@ held out as in training. Prints tables, and writes audit.json and a sheet of ima
 `--out`. Training leaves unreadable images out; the exit code is 1 where a problem would stop it, else 0.
 """
 
-import argparse
 import hashlib
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +26,8 @@ from dat.classification.readers import Split, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
 from dat.utils.errors import DataError, one_line
-from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE, open_image, to_rgb
+from dat.utils.plots import draw_grid, thumbnail
 
 # A class of fewer images gives a warning.
 FEW = 10
@@ -193,33 +190,3 @@ def read_source(source: Path, overrides: Sequence[str]) -> ClassificationConfig:
         raise DataError(f"{source}: no such configuration or folder")
     check_config(config)
     return config
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m classification.audit", description="Checks images of classes.")
-    parser.add_argument(
-        "source", type=Path, metavar="CONFIG_OR_FOLDER", help="YAML file, or folder or .tar of the data"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.val.path=test")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/audit_classification"),
-        help="folder for its files (default: %(default)s)",
-    )
-    parser.add_argument("--samples", type=int, default=32, help="images on a sheet (32)")
-    options = parser.parse_intermixed_args(arguments)
-    config = read_source(options.source, options.overrides)
-    found = audit(config.data)
-    class_names = next((part.split.class_names for part in found.values() if part.split is not None), [])
-    img_size = config.data.img_size
-    summaries = {name: summarize(part, class_names, img_size) for name, part in found.items()}
-    print(format_summaries(summaries, img_size))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "audit.json", summaries)
-    for name, part in found.items():
-        draw_samples(part, class_names, options.out / f"samples_{name}.png", options.samples)
-    stops = any(part.stops for part in found.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
-    if stops:
-        sys.exit(1)

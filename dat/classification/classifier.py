@@ -13,7 +13,7 @@ from dat.classification.config import ClassificationConfig, check_config
 from dat.classification.data import make_transform
 from dat.classification.graph import TOP, ClassifierGraph
 from dat.classification.model import build_classifier
-from dat.engine.build import build_and_load, checkpoint_errors, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, read_trained
 from dat.engine.config import apply_overrides, from_dict, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.utils.errors import CheckpointError, ConfigError

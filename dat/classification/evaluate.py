@@ -6,7 +6,6 @@ plots and report.html, a page of them all, into evaluation/ beside the checkpoin
 ImageNet-V2 (`--v2`, arXiv:1902.10811).
 """
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -23,8 +22,8 @@ from dat.classification.classifier import Classifier
 from dat.classification.data import EvalImages, SkippedImages, eval_loader, make_transform
 from dat.classification.readers import Split, open_place, open_split
 from dat.classification.report import write_report
-from dat.classification.results import Results, format_table
-from dat.engine.build import checkpoint_errors
+from dat.classification.results import Results
+from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.distributed import Distributed, gather
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
@@ -141,23 +140,3 @@ def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]
 def open_v2(folder: Path, num_classes: int) -> Split:
     """ImageNet-V2, whose folders are named 0 to 999 after the classes in the order of their WordNet ids."""
     return open_place(folder, "--v2", [str(k) for k in range(num_classes)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="classification.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: evaluation, beside the checkpoint)")
-    parser.add_argument(
-        "--real", nargs="?", const="", metavar="FILE", help="also by ImageNet-Real (default: timm's copy)"
-    )
-    parser.add_argument("--v2", type=Path, metavar="FOLDER", help="also on the images of ImageNet-V2")
-    arguments = parser.parse_intermixed_args()
-    device = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("train.device=")), "auto")
-    classifier = Classifier.from_checkpoint(arguments.checkpoint, arguments.overrides, device)
-    out = arguments.out or arguments.checkpoint.parent / "evaluation"
-    metrics = classifier.evaluate(out=out, real=arguments.real, v2=arguments.v2)
-    if metrics:
-        print(f"{format_table(metrics)}\nwritten to {out}")

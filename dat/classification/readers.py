@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from timm.data import get_img_extensions
+from timm.data import add_img_extensions, get_img_extensions
 from timm.data.readers import create_reader
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 
 # Where one place holds all images, one of so many of each class is for validation.
@@ -123,7 +124,9 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
     if place.is_file() and place.suffix != ".tar":
         raise DataError(f"{key}: {place} is a file that is not a .tar")
-    options: dict[str, str] = {}
+    # timm knows PNG and JPEG only, and takes no extensions for a .tar.
+    add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
+    options: dict[str, Any] = {}
     left_out: list[str] = []
     if place.is_dir():
         extensions, left_out = _image_extensions(place)

@@ -6,21 +6,18 @@ writes it anew for the folder of a run, finished or interrupted, from what is th
 configuration, for instance data.root where the images have moved.
 """
 
-import argparse
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dat.classification.config import ClassificationConfig, check_config
-from dat.classification.readers import Split, open_split
+from dat.classification.config import ClassificationConfig
+from dat.classification.readers import Split
 from dat.classification.results import Results, flat_metrics
 from dat.classification.sheet import draw_mistakes
 from dat.engine.checkpoint import load_checkpoint
-from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
-from dat.utils.errors import CheckpointError, DataError
+from dat.engine.report import Page, Section, Table, confusion_table
+from dat.utils.errors import DataError
 from dat.utils.images import UNREADABLE
 from dat.utils.plots import draw_confusion, draw_curves
 
@@ -84,30 +81,3 @@ def read_results(folder: Path) -> tuple[Results, list[str]]:
     except (*UNREADABLE, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return results, load_checkpoint(folder / "best.pth", kind="classification")["class_names"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="classification.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of a run, whole or interrupted")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    arguments = parser.parse_intermixed_args()
-    folder = arguments.run
-    config = load_config(ClassificationConfig, folder / "config.yaml", arguments.overrides)
-    check_config(config)
-    results, split, lacking = None, None, ""
-    names: list[str] = []
-    metrics: dict[str, Any] = {}
-    try:
-        results, names = read_results(folder)
-        metrics = read_metrics(folder) | results.summarize(names)
-        opened = open_split(config.data, "val", names)
-        if len(opened) <= results.index.max():
-            raise DataError(f"data.val has {len(opened)} images, fewer than the results are of")
-        split = opened
-    except (DataError, CheckpointError) as error:
-        lacking = f"Not complete: {error}"
-        print(f"warning: {lacking}", file=sys.stderr)
-    write_report(folder, config, names, results, split, metrics, lacking)
-    print(f"written to {folder / 'report.html'}")

@@ -8,8 +8,8 @@ import numpy as np
 from dat.classification.classifier import Classifier
 from dat.classification.readers import Split
 from dat.classification.results import Results
-from dat.utils.image_grid import draw_grid, thumbnail
 from dat.utils.images import UNREADABLE
+from dat.utils.plots import draw_grid, thumbnail
 
 
 def sheet_title(label: str, score: float, truth: str | None = None) -> str:

@@ -13,11 +13,12 @@ import torch
 from torchvision.ops import box_iou
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, CocoAnnotations, read_coco, resized_size
+from dat.detection.data import Annotations, Category, read_dataset, resized_size
 from dat.detection.evaluation import average_precision
-from dat.detection.trainer import Trainer
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.files import read_jsonl
 
 # where a run may end, and what it should reach
 ENOUGH, TARGET = 0.95, 0.9
@@ -35,28 +36,23 @@ def overfit(config: DetectionConfig, count: int) -> None:
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
-    root, data = Path(config.data.root), config.data
-    whole = read_coco(root / data.train.annotations, root / data.train.images)
-    some = choose(whole, count)
+    some = choose(read_dataset(Path(config.data.root), config.data.train), count)
     output = Path(config.output)
     # of an earlier try
     if distributed.main:
         for name in ("last.pth", "best.pth"):
             (output / name).unlink(missing_ok=True)
-    trainer = Trainer(config, some, some, distributed, None)
-    trainer.run(until=ENOUGH)
+    metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:
         return
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     if metrics["AP"] >= TARGET:
         print(
             f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works"
         )
         return
     results = json.loads((output / "detections.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     print(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", file=sys.stderr)
-    for reason in diagnose(config, some, results, metrics, lines):
+    for reason in diagnose(config, some, results, metrics, read_jsonl(output / "log.jsonl")):
         print(f"  - {reason}", file=sys.stderr)
     sys.exit(1)
 
@@ -82,10 +78,12 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
         data=replace(data, train=plain, cache="memory"),
         train=replace(
             train,
+            epochs=0,
             steps=STEPS,
             batch_size=batch_size,
             accumulate=1,
-            warmup_steps=min(train.warmup_steps, STEPS // 10),
+            warmup_epochs=0.0,
+            warmup_steps=STEPS // 10 if train.warmup_epochs else min(train.warmup_steps, STEPS // 10),
             schedule="cosine",
             min_lr_scale=0.01,
             weight_decay=0.0,
@@ -99,7 +97,7 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
     )
 
 
-def choose(annotations: CocoAnnotations, count: int) -> CocoAnnotations:
+def choose(annotations: Annotations, count: int) -> Annotations:
     """`count` of the images that show objects, evenly chosen. Raises DataError where there are none."""
     shown = [record for record in annotations.records if (~record.crowd).any()]
     if not shown:
@@ -110,7 +108,7 @@ def choose(annotations: CocoAnnotations, count: int) -> CocoAnnotations:
 
 def diagnose(
     config: DetectionConfig,
-    annotations: CocoAnnotations,
+    annotations: Annotations,
     results: Sequence[dict[str, Any]],
     metrics: dict[str, Any],
     lines: Sequence[dict[str, Any]],
@@ -145,14 +143,14 @@ def diagnose(
     return reasons
 
 
-def class_agnostic(annotations: CocoAnnotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def class_agnostic(annotations: Annotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """average_precision as if all classes were one."""
     records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
     one = replace(annotations, categories=(Category(1, "object"),), records=records)
     return average_precision(one, [{**result, "category_id": 1} for result in results])
 
 
-def _about_data(config: DetectionConfig, annotations: CocoAnnotations) -> list[str]:
+def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:
     """What in the images cannot be learnt."""
     counted: dict[str, list[int]] = defaultdict(list)
     for record in annotations.records:

@@ -8,8 +8,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from dat.engine.checkpoint import load_weights
-from dat.engine.safe_load import read_weights
+from dat.engine.checkpoint import load_weights, read_weights
 from dat.utils.errors import CheckpointError, ConfigError, one_line
 
 # arguments of timm.create_model that fetch weights

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from dat.engine.seeds import derive_seed
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     """Batches of (epoch, index), shuffled by (seed, epoch) alone and dealt to the processes.
 
     An optimizer step takes `batch_size` samples for each of its `accumulate` batches and each process. Which samples it
@@ -55,7 +55,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Batches, of one process, that the next iteration gives."""
         return max(0, self.steps - self.first_step) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
         epoch = self.epoch

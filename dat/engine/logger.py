@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat.utils.errors import ConfigError
-from dat.utils.files import atomic_write, read_log
+from dat.utils.files import atomic_write, read_jsonl
 
 
 class RunLogger:
@@ -161,7 +161,7 @@ def peak_memory(device: torch.device) -> float:
 
 def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
     """Drops the lines of a JSON-lines file past `step`, all when it is None; returns the (kind, step) of the others."""
-    entries = () if step is None else read_log(path)
+    entries = () if step is None else read_jsonl(path)
     kept = {(entry["kind"], entry["step"]): json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step}
     with atomic_write(path) as temporary:
         temporary.write_text("".join(kept.values()), encoding="utf-8")

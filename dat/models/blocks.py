@@ -73,6 +73,7 @@ class StageConfig:
     layer_scale: float | None = None
 
 
+@register_notrace_module
 class LocalPerception(nn.Module):
     """A 3x3 depth-wise convolution, added to its input: [B, H, W, C] to [B, H, W, C]."""
 

@@ -25,15 +25,6 @@ def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
             )
 
 
-def check_weights_finite(weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, where: str) -> None:
-    """check_finite of all that a checkpoint holds of a model: parameters and buffers, and the averaged ones if any.
-
-    To be called before any file of a checkpoint or an evaluation is replaced.
-    """
-    check_finite(weights.items(), where)
-    check_finite(((f"averaged {name}", tensor) for name, tensor in (averaged or {}).items()), where)
-
-
 def trace_non_finite(model: nn.Module, forward: Callable[[], Any], where: str) -> None:
     """Runs `forward` again and raises NonFiniteError at the first parameter, or else module output, that is not finite.
 

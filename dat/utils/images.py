@@ -1,4 +1,4 @@
-"""Picture files as Pillow reads them, for models."""
+"""Reading image files with Pillow."""
 
 import struct
 import tarfile
@@ -16,7 +16,7 @@ from dat.utils.errors import DataError
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
-# Pillow reports a broken file in several ways
+# Pillow reports a broken file by any of these.
 UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     struct.error, zlib.error, tarfile.TarError, MemoryError, Image.DecompressionBombError,
@@ -24,31 +24,30 @@ UNREADABLE = (
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Image.open of the formats that Pillow decodes itself: for EPS it would start another program."""
+    """Image.open, limited to formats that Pillow decodes itself: EPS would start another program."""
     Image.init()
     return Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN])
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, 8 bits a channel. Raises one of UNREADABLE."""
-    if picture.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip all above 255 to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    return picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB, 8 bits per channel. Raises one of UNREADABLE."""
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion would clip all values above 255 to white.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture file in RGB, whatever its mode.
+    """Reads an image file as RGB.
 
     Args:
-        source: path, or an open file.
-        size: (width, height) that somebody says the picture has; EXIF orientation is followed where the picture has
-            not this size. None: it is always followed.
-
+        source: path or open file.
+        size: (width, height) that the annotations give. EXIF orientation is applied unless the stored image has this
+            size already. None: it is always applied.
     Raises:
-        DataError: a file that is not there, or cannot be decoded.
+        DataError: the file does not exist or cannot be decoded.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "the picture"
+    name = str(source) if isinstance(source, (str, Path)) else "the image"
     try:
         with open_image(source) as image:
             image.load()

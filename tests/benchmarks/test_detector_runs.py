@@ -33,8 +33,8 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     write_scenes(tmp_path / "data", "train", 8)
     write_scenes(tmp_path / "data", "val", 2, seed=1)
     out, runs = tmp_path / "results" / "rows.json", tmp_path / "runs"
-    picture = tmp_path / "pictures" / "curves.png"
-    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes"), "--out", str(out), "--picture", str(picture)]
+    plot = tmp_path / "plots" / "curves.png"
+    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes"), "--out", str(out), "--plot", str(plot)]
     arguments = [*folders, "--variants", "two_stage", "--seeds", "3", "--epochs", "2", "--pretrain", "1"]
     arguments += ["--data", str(tmp_path / "data"), "model.embed_dim=32"]
     convergence.main(arguments)
@@ -45,7 +45,7 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     assert len(run["AP"]) == len(run["APs"]) == 2
     assert found["steps_per_epoch"] == 2
     assert found["mflops"] > found["backbone_mflops"] > 0
-    with Image.open(picture) as drawn:
+    with Image.open(plot) as drawn:
         assert drawn.format == "PNG"
     assert "1 of 1 seeds" in capsys.readouterr().out
     state = torch.load(runs / "two_stage_3" / "last.pth", weights_only=True)
@@ -127,11 +127,11 @@ def test_epochs_to_the_level_of_the_reference():
     assert "0 of 2 seeds" in none
 
 
-def test_picture_shows_what_there_is(tmp_path):
+def test_the_plot_shows_the_rows(tmp_path):
     more = {"steps_per_epoch": 100, "ms_per_step": 50.0}
     rows = [row("slow", 10, (True, [5, 10], [0.1, 0.4], [0.0, 0.2]), **more), row("none", 1, **more)]
     curves.draw(rows, machine(), tmp_path / "one.png", "title")
     rows[1]["runs"] = [{"finished": True, "epoch": [1], "AP": [0.3], "APs": [0.3]}]
     curves.draw(rows, machine(), tmp_path / "two.png", "title")
-    pictures = [Image.open(tmp_path / name).tobytes() for name in ("one.png", "two.png")]
-    assert pictures[0] != pictures[1]
+    plots = [Image.open(tmp_path / name).tobytes() for name in ("one.png", "two.png")]
+    assert plots[0] != plots[1]

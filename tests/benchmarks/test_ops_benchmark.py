@@ -49,9 +49,9 @@ def test_table_results_and_plot(tmp_path, capsys):
     assert single >= PEERS | {"ms_deform_attn", "deform_sample"}
     for row in written["rows"]:
         assert min(row["ms"] if "ms" in row else (row["forward_ms"], row["forward_backward_ms"])) > 0
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 100
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 100
 
 
 def test_every_implementation_does_the_work():

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dat.detection import DETR, DeformableDETR, train
-from dat.detection.trainer import Trainer
 from dat.engine.checkpoint import load_checkpoint
+from dat.engine.trainer import Trainer
 
 SMALL = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16, "num_queries": 5}
 
@@ -45,9 +45,9 @@ def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkey
     def compile_module(module, **options):
         module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
 
-    def forward(self, model, images, mask, part):
-        sizes.add(images.shape)
-        return uncounted(self, model, images, mask, part)
+    def forward(self, model, batch, step, part):
+        sizes.add(batch[0].shape)
+        return uncounted(self, model, batch, step, part)
 
     uncounted = Trainer._forward
     monkeypatch.setattr(Trainer, "_forward", forward)

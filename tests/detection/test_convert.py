@@ -7,7 +7,7 @@ import torch
 from test_official_load import KINDS, config, new_model, official_names
 
 from dat.detection import convert
-from dat.detection.build import load_detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig
 from dat.engine.config import save_config
 from dat.utils.errors import CheckpointError

@@ -16,9 +16,10 @@ from coco_scenes import write_json
 from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
-from dat.detection import SetCriterion, evaluate, predict, train, trainer
+from dat.detection import SetCriterion, evaluate, predict, train
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.command import main_guard
+from dat.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,7 +243,7 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_pat
     line = fails(capsys, train.main, module_config, "train.resume=true", "model.embed_dim=32")
     assert "last.pth: model.embed_dim was 16, is now 32" in line
     state = load_checkpoint(trained / "best.pth")
-    state["state_dict_ema"].pop("level_embed")
+    state["state_dict"].pop("level_embed")
     save_checkpoint(tmp_path / "less.pth", state)
     assert "less.pth: of another architecture: it lacks level_embed" in fails(
         capsys, evaluate.main, tmp_path / "less.pth"
@@ -280,7 +281,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
     save_checkpoint(last, state)
     before = last.read_bytes()
     line = fails(capsys, train.main, config_file, "train.resume=true")
-    assert "step 2, images [10" in line
+    assert "step 3, images [10" in line
     assert "first non-finite tensor is" in line
     assert message in line
     assert last.read_bytes() == before
@@ -311,7 +312,7 @@ def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
 
 def test_bfloat16_without_averaged_weights(config_file, tmp_path):
     train.main([str(config_file), "train.amp=bf16", "train.epochs=1", "train.ema_decay=0"])
-    assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
+    assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/last.pth")
 
 
 def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp_path):
@@ -338,7 +339,7 @@ def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_process
     forward = SetCriterion.forward
     monkeypatch.setattr(SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
     line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
-    assert "step 0, images [10" in line
+    assert "step 1, images [10" in line
     # that of the step: the criterion waits for the other processes, which may have nothing to trace
     assert len(calls) == 1
 
@@ -378,7 +379,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     whole = load_checkpoint(tmp_path / "whole/last.pth")
     # kills itself with SIGKILL right after its n-th checkpoint
     script = (
-        "import os, sys, detection.train, dat.engine.fsdp as t\n"
+        "import os, sys, detection.train, dat.engine.trainer as t\n"
         "save, count = t.save_checkpoint, [0]\n"
         "def die(path, state):\n"
         "    save(path, state)\n"
@@ -415,7 +416,7 @@ def test_an_evaluation_that_fails_loses_no_training(config_file, scenes, tmp_pat
     assert [trained[key] for key in ("step", "epoch", "step_in_epoch")] == [2, 0, 2]
     path.write_bytes(content)
     # all that is left to do is the evaluation
-    monkeypatch.setattr(trainer.Trainer, "train_step", None)
+    monkeypatch.setattr(Trainer, "train_step", None)
     train.main([str(config_file), "train.epochs=1", "train.resume=true"])
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -435,7 +436,7 @@ def test_a_run_resumes_without_the_file_that_its_backbone_started_from(config_fi
 
 def test_a_run_resumes_as_it_began_or_not_at_all(trained, module_config, tmp_path, capsys):
     changes = {
-        "train.batch_size=1": "train.batch_size was 2, is now 1",
+        "train.batch_size=1": "a step took 2 images, it is now 1 (1 x 1 accumulated x 1 processes)",
         "train.backbone_lr_scale=0.5": "train.backbone_lr_scale was 1.0, is now 0.5",
         "model.num_points=2": "model.num_points was 4, is now 2",
         "seed=1": "seed was 0, is now 1",

@@ -9,7 +9,7 @@ from coco_scenes import write_json, write_scenes
 from processes import run_processes
 
 from dat.detection import train
-from dat.engine import fsdp
+from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.utils.errors import ConfigError
 
@@ -53,7 +53,9 @@ class RecordingAdamW(torch.optim.AdamW):
 
     def step(self, *arguments, **named):
         if not self.path.exists():
-            torch.save(fsdp.whole([p.grad for group in self.param_groups for p in group["params"]]), self.path)
+            torch.save(
+                distributed.whole_tensors([p.grad for group in self.param_groups for p in group["params"]]), self.path
+            )
         return super().step(*arguments, **named)
 
 
@@ -103,7 +105,7 @@ def test_more_processes_than_images_to_evaluate(one_size, tmp_path):
 
 def run_sharded(config, folder, *overrides):
     # the layers of the tiny model too
-    fsdp.LEAST = 1000
+    distributed.SHARD_PARAMETERS = 1000
     run(config, folder, "train.fsdp=true", *overrides)
 
 

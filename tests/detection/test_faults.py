@@ -115,9 +115,9 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(scores):
     targets = [{"labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.4 + 0.3} for n in (3, 0, 7, 1)]
     criterion = SetCriterion(3, HungarianMatcher(scores=scores), scores=scores)
     whole = criterion(outputs, targets)
-    shares = criterion.shares(targets, 5, torch.device("cpu"))
+    normalizers = criterion.normalizers(targets, 5, torch.device("cpu"))
     parts = [
-        criterion({name: value[part] for name, value in outputs.items()}, targets[part], shares)
+        criterion({name: value[part] for name, value in outputs.items()}, targets[part], normalizers)
         for part in (slice(0, 1), slice(1, 4))
     ]
     for name, loss in whole.items():
@@ -137,6 +137,6 @@ def test_boxes_that_become_nan_name_the_step_and_keep_the_checkpoint(config_file
 
     monkeypatch.setattr(torch.nn.Linear, "forward", broken)
     line = fails(capsys, train.main, config_file, "train.steps=5", "train.resume=true")
-    assert "step 2, images [10" in line
+    assert "step 3, images [10" in line
     assert "first non-finite tensor is output of bbox_embed" in line
     assert (last.read_bytes(), best.read_bytes()) == before

@@ -102,7 +102,7 @@ def test_points_behind_a_camera_contribute_nothing():
     camera = camera_ring(1, IMAGE, 60.0, 1.5, 0.0)[None].double().expand(2, 1, 4, 4)
     value = rest[1][:, :1]
     ahead = torch.tensor((5.0, 0.2, 1.0), dtype=torch.float64)
-    # Half a metre behind the camera, with u * depth and v * depth that would be pixels of its picture.
+    # Half a metre behind the camera, with u * depth and v * depth that would be pixels of its image.
     behind = torch.tensor((-0.5, -0.5, 1.0), dtype=torch.float64)
     points = torch.stack((ahead, ahead, behind)).expand(query.shape[1], 3, 3)
     visible = project(points, camera, IMAGE)[1]
@@ -151,20 +151,20 @@ def test_projects_to_where_cameras_are_turned():
     torch.testing.assert_close(seen, expected.expand(4, 2), rtol=0, atol=1e-5)
 
 
-def test_a_picture_shows_the_ground_where_points_are_projected():
+def test_an_image_shows_the_ground_where_points_are_projected():
     size = (240, 400)
     cameras = camera_ring(6, size, 280.0, 1.6, 0.2)
     ground = torch.tensor([(6.0, 0.5, 0.0), (-4.0, 7.0, 0.0), (1.0, -9.0, 0.0)])[:, None]
     locations, visible = project(ground, cameras[None], size)
-    pictures = render(cameras, size).permute(0, 3, 1, 2)
+    images = render(cameras, size).permute(0, 3, 1, 2)
     for camera, query in visible[0, ..., 0].nonzero().tolist():
         grid = locations[0, camera, query].view(1, 1, 1, 2) * 2 - 1
-        colour = F.grid_sample(pictures[camera : camera + 1], grid, align_corners=False).flatten()
+        colour = F.grid_sample(images[camera : camera + 1], grid, align_corners=False).flatten()
         torch.testing.assert_close(colour, paint(*ground[query, 0, :2]), rtol=0, atol=0.02)
     assert visible.any(1).all()
 
 
-def test_the_demonstration_finds_the_ground_and_leaves_a_picture(tmp_path, monkeypatch, capsys):
+def test_the_demonstration_finds_the_ground_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bev_cross_attention, "OUTPUT", tmp_path / "runs" / "bev.png")
     monkeypatch.setattr(bev_cross_attention, "look_around", lambda: look_around(side=40))
     bev_cross_attention.main()

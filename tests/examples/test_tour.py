@@ -18,6 +18,7 @@ def printed(cell):
 
 def test_the_tour(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     book = nbformat.read(ROOT / "examples/tour.ipynb", as_version=4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
@@ -28,5 +29,5 @@ def test_the_tour(monkeypatch):
     assert float(re.search(r"step 60: .* value (\d\.\d+)", text)[1]) > 0.95
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
     assert losses[-1] < 0.25 * losses[0]
-    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    images = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 3
