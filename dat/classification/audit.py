@@ -1,11 +1,6 @@
-"""Checks a data set of images in class folders before training, and lists every problem.
+"""Checks a data set of images and classes before training, and lists every problem.
 
-    python -m classification.audit CONFIG_OR_FOLDER [key.path=value ...] [--out FOLDER]
-
-CONFIG is the configuration that is to train. FOLDER is `data.root`: train/ and val/ or tars of these names (others:
-data.train.path=...), data of a library (data.train.path=wds/shards), or class folders or a .tar, a part of which is
-held out as in training. Prints tables, and writes audit.json and a sheet of images for each split into the folder
-`--out`. Training leaves unreadable images out; the exit code is 1 where a problem would stop it, else 0.
+Training leaves unreadable images out; only some problems would stop it.
 """
 
 import hashlib
@@ -19,7 +14,6 @@ from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from dat.classification.config import ClassificationConfig, DataConfig, check_config
 from dat.classification.readers import Split, open_split
@@ -28,6 +22,7 @@ from dat.engine.config import apply_overrides, load_config
 from dat.utils.errors import DataError, one_line
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 from dat.utils.plots import draw_grid, thumbnail
+from dat.utils.progress import progress_bar
 
 # A class of fewer images gives a warning.
 FEW = 10
@@ -89,7 +84,7 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(check, range(len(split)))
-        for index, digest, result in tqdm(checks, total=len(split), desc="images", leave=False, disable=None):
+        for index, digest, result in progress_bar(checks, total=len(split), desc="images", leave=False):
             if not digest:
                 found.add("image that cannot be read, left out", result)
                 continue
@@ -181,12 +176,10 @@ def draw_samples(found: SplitAudit, class_names: Sequence[str], path: Path, coun
 
 
 def read_source(source: Path, overrides: Sequence[str]) -> ClassificationConfig:
-    """The configuration of a YAML file, or of a folder or .tar as `data.root`."""
-    if source.suffix in (".yaml", ".yml"):
-        config = load_config(ClassificationConfig, source, overrides)
-    elif source.exists():
+    """The configuration of a YAML file or an installed name, or of a folder or .tar as `data.root`."""
+    if source.exists() and source.suffix not in (".yaml", ".yml"):
         config = apply_overrides(ClassificationConfig(), [f"data.root={source}", *overrides])
     else:
-        raise DataError(f"{source}: no such configuration or folder")
+        config = load_config(ClassificationConfig, source, overrides)
     check_config(config)
     return config

@@ -180,11 +180,10 @@ def _named_places(root: Path, name: str, path: str) -> list[Path]:
 
 def _class_folders(root: Path) -> list[Path]:
     """The folders directly in `root` that hold images; none where images lie elsewhere below it too."""
-    extensions = get_img_extensions(as_set=True)
     folders = [
         Path(folder)
         for folder, _, files in os.walk(root, followlinks=True)
-        if any(os.path.splitext(file)[1].lower() in extensions for file in files)
+        if any(os.path.splitext(file)[1].lower() in IMAGE_EXTENSIONS for file in files)
     ]
     return folders if all(folder.parent == root for folder in folders) else []
 
@@ -228,21 +227,20 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     return split
 
 
-def _image_extensions(place: Path) -> tuple[set[str], list[str]]:
-    """Extensions of image files in class folders, and the other files there, but for hidden ones.
+def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:
+    """Extensions of image files, also of those that are images by content alone, and all other files, not hidden ones.
 
-    Those of images by name, and those that at least one file has which is an image by content.
+    Only files in class folders count.
     """
-    known: set[str] = get_img_extensions(as_set=True)
     others: dict[str, list[str]] = defaultdict(list)
     for folder, _, files in os.walk(place, followlinks=True):
         for file in files:
             extension = os.path.splitext(file)[1].lower()
-            if Path(folder) != place and extension not in known and not file.startswith("."):
+            if Path(folder) != place and extension not in IMAGE_EXTENSIONS and not file.startswith("."):
                 others[extension].append(os.path.join(folder, file))
     found = {extension for extension, files in others.items() if any(map(_is_image, files))}
     left_out = [os.path.relpath(file, place) for extension in others.keys() - found for file in others[extension]]
-    return known | found, sorted(left_out)
+    return IMAGE_EXTENSIONS | found, sorted(left_out)
 
 
 def _is_image(path: str) -> bool:

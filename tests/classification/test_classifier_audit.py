@@ -5,19 +5,18 @@ import shutil
 
 import pytest
 import yaml
+from commands import dat
 from odd_images import write_odd_images
 from PIL import Image
-
-from dat.classification import audit
 
 
 def run(capsys, *arguments, code=0):
     if code:
         with pytest.raises(SystemExit) as ended:
-            audit.main([str(argument) for argument in arguments])
+            dat("classify", "audit", *arguments)
         assert ended.value.code == code
     else:
-        audit.main([str(argument) for argument in arguments])
+        dat("classify", "audit", *arguments)
     return capsys.readouterr().out
 
 

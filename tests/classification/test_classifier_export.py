@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from commands import dat
 from PIL import Image
 
 from dat.classification import export
@@ -14,9 +15,8 @@ from dat.classification.config import ClassificationConfig
 from dat.classification.model import build_classifier
 from dat.engine.checkpoint import save_checkpoint
 from dat.engine.config import from_dict, to_dict
-from dat.export.export import ExportError
 from dat.export.runtime import load_exported
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError, ConfigError, ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 
@@ -59,7 +59,7 @@ def write_classifier(path, backbone, img_size=64):
 )
 def test_onnx_gives_torchs_logits_of_any_batch_and_size(tmp_path, backbone):
     path = write_classifier(tmp_path / "best.pth", backbone)
-    export.main([str(path), "--out", str(tmp_path / "model.onnx")])
+    dat("classify", "export", path, "--out", tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     classifier = Classifier.from_checkpoint(path, device="cpu")
     data = classifier.config.data
@@ -81,8 +81,8 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "pictures/noise.png")
     out = tmp_path / "model.onnx"
-    export.main([str(path), "--out", str(out), "--images", str(tmp_path / "pictures")])
-    assert "pictures, 160 pixels, the one size of the model, batch 1 and 2" in capsys.readouterr().out
+    dat("classify", "export", path, "--out", out, "--images", tmp_path / "pictures")
+    assert "pictures, 160 pixels, the only size of the model, batch 1 and 2" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(out)
     assert session.get_inputs()[0].shape == ["batch", 3, 160, 160]
     metadata = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -92,7 +92,7 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
 
 def test_a_program_of_torch_export(tmp_path):
     out = tmp_path / "model.pt2"
-    export.main([str(write_classifier(tmp_path / "best.pth", DAT)), "--out", str(out)])
+    dat("classify", "export", write_classifier(tmp_path / "best.pth", DAT), "--out", out)
     exported = load_exported(out, "classification", trust=True)
     assert exported.metadata["class_names"] == NAMES
     logits, scores, _ = exported.run(torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8))
@@ -103,8 +103,8 @@ def test_a_program_of_torch_export(tmp_path):
 def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
     path = write_classifier(tmp_path / "best.pth", DAT)
-    export.main([str(path), "--out", str(out), "--compile"])
-    assert "64 pixels, the one size of the package, batch 1 and 2" in capsys.readouterr().out
+    dat("classify", "export", path, "--out", out, "--compile")
+    assert "64 pixels, the only size of the package, batch 1 and 2" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="can run any code"):
         load_exported(out, "classification")
     exported = load_exported(out, "classification", trust=True)
@@ -132,7 +132,7 @@ def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
     path = write_classifier(tmp_path / "best.pth", {"name": "test_resnet"})
     with pytest.raises(ConfigError, match=r"model.onnx should end in .pt2 with --compile"):
-        export.main([str(path), "--out", str(tmp_path / "model.onnx"), "--compile"])
+        dat("classify", "export", path, "--out", tmp_path / "model.onnx", "--compile")
 
     def fail(program, inputs, metadata, path):
         path.write_bytes(b"a half")
@@ -140,7 +140,7 @@ def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dat.export.export.write_compiled", fail)
     with pytest.raises(ExportError, match=r"AOTInductor cannot compile this model: no C\+\+ compiler in PATH"):
-        export.main([str(path), "--out", str(tmp_path / "model.pt2"), "--compile"])
+        dat("classify", "export", path, "--out", tmp_path / "model.pt2", "--compile")
     assert [file.name for file in tmp_path.iterdir()] == ["best.pth"]
 
 

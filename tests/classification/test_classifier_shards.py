@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import dat
 from kills import assert_same_run
 from odd_images import encode
 from PIL import Image
 
-from dat.classification import audit, shards
+from dat.classification import shards
 from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
 from dat.classification.readers import open_split
 from dat.classification.shards import RecordReader, Shards, index_records
@@ -162,10 +163,10 @@ def test_a_run_on_shards(web, settings, tmp_path):
     settings["train"] |= {"epochs": 2, "pictures": 2, "worst": 2, "checkpoint_steps": 0}
     for output, stages in (("whole", (2,)), ("stopped", (1, 2))):
         for epochs in stages:
-            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr": 2e-3, "warmup_epochs": 0}
+            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr_scale": 1, "warmup_epochs": 0}
             run = {**settings, "output": str(tmp_path / output), "train": {**settings["train"], **changes}}
-            progress = train(from_dict(ClassificationConfig, run, "test"))
-        assert progress["step"] == 8
+            metrics = train(from_dict(ClassificationConfig, run, "test"))
+        assert metrics["steps"] == 8
         assert (tmp_path / output / "skipped.txt").read_text() == "train-2.tar/018\n"
         assert json.loads((tmp_path / output / "metrics.json").read_text())["images"] == 7
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -173,7 +174,7 @@ def test_a_run_on_shards(web, settings, tmp_path):
 
 def test_audit_of_shards(web, tmp_path, capsys):
     shards = [f"data.{name}.{key}" for name in ("train", "val") for key in ("path=wds/web", f"split={name}")]
-    audit.main([str(tmp_path), *shards, "data.class_names=names.txt", "--out", str(tmp_path / "out")])
+    dat("classify", "audit", tmp_path, *shards, "data.class_names=names.txt", "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert "24 images, 24 of them can be read (24 RGB)" in printed
     assert "training can start" in printed
