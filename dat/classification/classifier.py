@@ -1,6 +1,5 @@
 """The public class: a classifier from a checkpoint, an exported file or a configuration."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,10 +180,10 @@ class Classifier:
         if self.path is not None:
             self.trained_model()
             config.model.backbone["checkpoint_path"] = str(self.path)
-        train(config)
-        output = Path(config.output)
-        vars(self).update(vars(Classifier.from_checkpoint(output / "best.pth", device=config.train.device)))
-        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        metrics = train(config)
+        best = Path(config.output) / "best.pth"
+        vars(self).update(vars(Classifier.from_checkpoint(best, device=config.train.device)))
+        return metrics
 
     def evaluate(
         self,

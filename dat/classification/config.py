@@ -22,13 +22,13 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`.
+    """A folder with one folder of images per class, or a tar of the same; relative to `data.root`.
 
     `path` hfds/NAME: a data set of the Hugging Face hub, or a folder that its package `datasets` can load; `split`,
     `image_key` ("": image) and `label_key` ("": label) are names in it, and `data.root` is the folder of its cache,
     empty for its own.
     wds/FOLDER: WebDataset shards in a folder, relative to `data.root`; `split` is one of its _info.json or a pattern of
-    shards such as train-{0000..0127}.tar, `image_key` the extensions of pictures ("": jpg;jpeg;png;webp), `label_key`
+    shards such as train-{0000..0127}.tar, `image_key` the extensions of images ("": jpg;jpeg;png;webp), `label_key`
     the field of the .json that holds the class ("": the file .cls does).
     tfds/NAME: a data set that TensorFlow Datasets has prepared, in `data.root`, empty for its own folder; `split` is as
     there, also train[:10%], `image_key` and `label_key` as for hfds.
@@ -56,11 +56,14 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Pictures become `img_size` pixels square.
+    """Images become `img_size` pixels square.
+
+    `root`: without train/ and val/, or tars of these names, it may itself hold class folders or be a .tar; then every
+    fifth image of each class is for validation.
 
     `class_names`: file, relative to `root`, that names a class on each line, where those of wds/ data are numbers.
     Evaluation takes the centre `crop_pct` of the shorter side ("center"), or squeezes ("squash") or pads ("border") the
-    whole picture before it takes the centre `crop_pct` of that.
+    whole image before it takes the centre `crop_pct` of that.
     """
 
     root: str = "data/imagenet"
