@@ -32,9 +32,9 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     """Reads a YAML file over the defaults of a dataclass, then applies overrides.
 
-    A file may name another one, `base: other.yaml` relative to its own folder, and is then read over that file: sections
-    are merged, while a list or a free-form dictionary is replaced. A number of steps given above a number of epochs
-    replaces it, and the other way round: in an override over the file, in a file over its base.
+    A file may name another one, `base: other.yaml` relative to its own folder, and is then read over that file:
+    sections are merged, while a list or a free-form dictionary is replaced. An override of steps replaces the epochs of
+    the file, and the other way round; so does a file those of its base.
 
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.

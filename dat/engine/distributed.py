@@ -138,7 +138,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_tensors(value: Any) -> Any:
-    """A copy of nested dictionaries and lists with sharded tensors gathered to the CPU; every process has to call it."""
+    """A copy of nested dictionaries and lists with sharded tensors gathered to the CPU, called by every process."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
