@@ -149,9 +149,8 @@ def _resolve_alternatives(data: dict[str, Any], known: list[str], source: str) -
     for pair in _ALTERNATIVES:
         first, second = (_get(data, key) for key in pair)
         if first and second:
-            raise ConfigError(
-                f"{source}: {pair[0]} is {_shown(first)} and {pair[1]} is {_shown(second)}, give only one"
-            )
+            a, b = (f"{key} is {_shown(value)}" for key, value in zip(pair, (first, second), strict=True))
+            raise ConfigError(f"{source}: {a} and {b}, should be only one of them")
         other = pair[1] if first else pair[0]
         if (first or second) and other in known:
             section, name = other.split(".")
