@@ -74,7 +74,7 @@ def rename_keys(data: dict[str, Any], saved: bool = False) -> dict[str, Any]:
 
 
 def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
-    """A copy of a configuration (say, a checkpoint's) with "key.path=value" overrides applied. Raises ConfigError."""
+    """A copy of a configuration, such as a checkpoint's, with "key.path=value" overrides. Raises ConfigError."""
     data = to_dict(config)
     _apply_overrides(type(config), overrides, data)
     return from_dict(type(config), data, source)

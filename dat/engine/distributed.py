@@ -5,6 +5,7 @@ Checkpoints hold whole tensors with and without FSDP, so that a run may be resum
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -195,6 +196,10 @@ class StopSignal:
 def stop_on_sigterm() -> Iterator[StopSignal]:
     """Inside the block SIGTERM only sets the signal's `received`."""
     stop = StopSignal()
+    # Python handles signals in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def receive(number: int, frame: object) -> None:
         stop.received = True

@@ -372,7 +372,7 @@ class Trainer(Task):
         for name, now in self.class_state().items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")
-        # Earlier versions do not tell.
+        # Earlier versions did not save it.
         images = state.get("images_per_step", self.sampler.images)
         if images != self.sampler.images:
             raise CheckpointError(

@@ -267,3 +267,21 @@ def test_a_device_that_computes_in_float32_takes_no_bfloat16(tmp_path):
 def test_values_that_cannot_work_are_named(tmp_path, key, value):
     with pytest.raises(ConfigError, match=rf"train.{key} is {value}, should be"):
         make(tmp_path, **{key: value})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path):
+    config = Config(output=str(tmp_path))
+    config.train.ema_decay, config.train.clip_grad = 0.9, 0.1
+    trainer = ToyTrainer(config, Distributed(0, 1, torch.device("cuda", 0)))
+    batches = [next(iter(trainer.loader))]
+    # The first step initialises the optimizer's state.
+    trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer._read_pending()
+    assert trainer.progress.summed == 4
