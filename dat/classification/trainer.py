@@ -26,6 +26,7 @@ from dat.classification.results import Results, format_table
 from dat.classification.sheet import draw_validation_sheet
 from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 
 # Images [B, 3, H, W], labels [B] or soft labels [B, K], indices that were asked for and used [B], epoch [B].
@@ -135,7 +136,7 @@ class ClassificationTrainer(Trainer):
         return f"{train} training and {val} validation images, {len(self.class_names)} classes"
 
     def describe_batch(self, batch: Batch) -> str:
-        return f"images {[self.train_set.name(index) for index in batch[3].tolist()]}"
+        return f"images {first_few([self.train_set.name(index) for index in batch[3].tolist()])}"
 
     def _warn(self, skipped: SkippedPictures) -> None:
         warning = skipped.write(self.distributed)

@@ -83,3 +83,10 @@ class Task(ABC):
     def describe_classes(self) -> str:
         """Further lines at the head of the log."""
         return ""
+
+
+def first_few(items: Sequence[Any], limit: int = 8) -> str:
+    """A list for an error message: "[1, 2]", or its first items and their number."""
+    if len(items) <= limit:
+        return str(list(items))
+    return f"{str(list(items[:limit]))[:-1]}, ... {len(items)} in all]"

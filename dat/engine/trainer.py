@@ -196,7 +196,7 @@ class Trainer(Task):
         self.optimizer.zero_grad()
         try:
             normalizers = self.normalizers(batches)
-            values = self._backward(batches, normalizers, step)
+            values = self._backward(self.wrapped, batches, normalizers, step)
         # The matcher notices it first.
         except NonFiniteError:
             self._read_pending()
@@ -217,15 +217,15 @@ class Trainer(Task):
         if self.ema is not None:
             self.ema.update(self.model, step=step)
 
-    def _backward(self, batches: Sequence[Any], normalizers: Any, step: int, synchronize: bool = True) -> Tensor:
+    def _backward(self, model: Any, batches: Sequence[Any], normalizers: Any, step: int) -> Tensor:
         """Adds the gradients of a step's batches; returns the sums of "loss" and `losses` of this process."""
         names = ("loss", *self.losses)
         values = torch.zeros(len(names), device=self.device)
         for part, batch in enumerate(batches):
             # Gradients are averaged over the processes once per step.
-            last = synchronize and part == len(batches) - 1
-            with nullcontext() if last else self.distributed.no_sync(self.wrapped):
-                outputs = self._forward(self.wrapped, batch, step, part)
+            last = part == len(batches) - 1
+            with nullcontext() if last else self.distributed.no_sync(model):
+                outputs = self._forward(model, batch, step, part)
                 losses = self.compute_loss(batch, outputs, normalizers)
                 losses["loss"].backward()
             values += torch.stack([losses[name].detach() for name in names])
@@ -255,9 +255,9 @@ class Trainer(Task):
         self._trace_non_finite(record.batches, record.step)
         where = f"step {record.step}, {', '.join(map(self.describe_batch, record.batches))}"
         if self.reads_late:
-            # The gradients are those of the next step by now.
+            # The gradients are those of the next step by now. Other processes may have raised an error already.
             self.optimizer.zero_grad()
-            self._backward(record.batches, record.normalizers, record.step, synchronize=False)
+            self._backward(self.model, record.batches, record.normalizers, record.step)
         optim.check_gradients(self.model, where)
         names = ("the loss", *self.losses, "the stop signal", "the norm of the gradients")
         check_finite(((name, torch.tensor(value)) for name, value in zip(names, self.latest, strict=True)), where)

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dat.engine import optim
 from dat.engine.checkpoint import load_checkpoint, read_trained
-from dat.engine.distributed import Distributed
+from dat.engine.command import main_guard
+from dat.engine.distributed import Distributed, setup_distributed
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.task import first_few
 from dat.engine.train_config import TrainConfig, check_train_config
 from dat.engine.trainer import Trainer
 from dat.utils.errors import CheckpointError, ConfigError, NonFiniteError
@@ -267,6 +270,46 @@ def test_a_device_that_computes_in_float32_takes_no_bfloat16(tmp_path):
 def test_values_that_cannot_work_are_named(tmp_path, key, value):
     with pytest.raises(ConfigError, match=rf"train.{key} is {value}, should be"):
         make(tmp_path, **{key: value})
+
+
+def test_messages_list_a_few_images():
+    assert first_few(["a", "b"]) == "['a', 'b']"
+    assert first_few(range(100)) == "[0, 1, 2, 3, 4, 5, 6, 7, ... 100 in all]"
+
+
+class BrokenOnOne(ToyTrainer):
+    """The images of the second process are not finite in its third step."""
+
+    bad: Any = None
+
+    def inputs(self, batch):
+        (x,) = super().inputs(batch)
+        if self.distributed.rank == 1 and self.progress.step == 2:
+            self.bad = batch
+        return (x * float("nan") if batch is self.bad else x,)
+
+
+def run_broken(folder, moment):
+    if moment == "late":
+        optim.can_skip_on_device = lambda optimizer, device: True
+    config = Config(output=str(folder))
+    config.train.epochs = 2
+
+    def main():
+        BrokenOnOne(config, setup_distributed("cpu")).run()
+
+    main_guard(main)
+
+
+@pytest.mark.parametrize("moment", ["now", "late"])
+def test_what_is_not_finite_in_one_process_ends_all(tmp_path, moment):
+    codes, errors, _ = run_processes(2, run_broken, tmp_path, tmp_path / "run", moment)
+    assert codes == [1, 1]
+    assert "error: step 3, points [" in errors[1]
+    assert "]: first non-finite tensor is the batch of images (4, 2): 8 NaN" in errors[1]
+    assert "error: step 3, points [" in errors[0]
+    assert "the batch of images" not in errors[0]
+    assert not (tmp_path / "run/last.pth").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
