@@ -27,6 +27,7 @@ from dat.classification.results import Results, format_table
 from dat.classification.sheet import draw_predictions
 from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 
 # Images [B, 3, H, W], labels [B] or soft labels [B, K], indices that were asked for and used [B], epoch [B].
@@ -136,7 +137,7 @@ class ClassificationTrainer(Trainer):
         return f"{train} training and {val} validation images, {len(self.class_names)} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:
-        return f"images {[self.train_set.name(index) for index in batch[3].tolist()]}"
+        return f"images {first_few([self.train_set.name(index) for index in batch[3].tolist()])}"
 
     def _warn(self, skipped: SkippedImages) -> None:
         warning = skipped.write(self.distributed)

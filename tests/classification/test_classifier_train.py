@@ -276,7 +276,9 @@ def test_resuming_another_model_is_refused(settings):
 
 def test_what_cannot_change_in_a_run_is_named(settings, tmp_path):
     run(settings, epochs=1)
-    message = r"last.pth: a step took 6 images, it is now 4 \(4 x 1 accumulated x 1 processes\); resuming needs the same number"
+    message = (
+        r"last.pth: a step took 6 images, it is now 4 \(4 x 1 accumulated x 1 processes\); resuming needs the same"
+    )
     with pytest.raises(CheckpointError, match=message):
         run(settings, epochs=2, batch_size=4, resume=True)
     with pytest.raises(CheckpointError, match=r"last.pth: train.optimizer was 'adamw', is now 'sgd'"):
