@@ -57,7 +57,7 @@ class View:
     def cell(self, record: BlockAttention) -> tuple[int, int]:
         """(row, column) of the query in a block's map."""
         x, y = ((pixel + 0.5) / factor - 0.5 for pixel, factor in zip(self.query, self.factors, strict=True))
-        return record.cell(x, y)
+        return record.query_at(x, y)
 
     def points(self, record: BlockAttention, positions: Tensor) -> Tensor:
         """Positions [..., 2] of a block as pixels of the picture, on the CPU."""

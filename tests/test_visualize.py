@@ -102,7 +102,7 @@ def test_a_position_on_a_corner_cell_is_drawn_in_the_middle_of_its_pixels():
     view = visualize.View(Image.new("RGB", (104, 36)), (36, 52), (103, 35))
     assert view.points(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
     assert view.cell(record) == (8, 12)
-    assert [record.cell(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
+    assert [record.query_at(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
 
 
 def test_blocks_are_recorded_in_the_order_asked_for():

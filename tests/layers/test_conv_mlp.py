@@ -50,7 +50,7 @@ def test_a_large_map_in_parts_is_the_map_as_a_whole(monkeypatch, residual, rows)
 
     whole = results()
     monkeypatch.setattr(mlp, "LARGE_MAP", 0)
-    # of both images, but for what a batch does by itself
+    # of both images, except for what a batch adds
     monkeypatch.setattr(mlp, "CHUNK", rows * 2 * 5 * 10)
     monkeypatch.setattr(ConvMlp, "forward", ConvMlp._images)
     calls = []
@@ -83,7 +83,7 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(monkeypatch):
 
 
 def test_dropout_takes_a_large_map_as_a_whole(monkeypatch):
-    """A cell that two parts share would be dropped in one and kept in the other."""
+    """A pixel in the overlap of two chunks would be dropped in one and kept in the other."""
     monkeypatch.setattr(mlp, "LARGE_MAP", 0)
     monkeypatch.setattr(ConvMlp, "_chunk", None)
     layer = ConvMlp(6, 10, drop=0.5)
