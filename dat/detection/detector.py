@@ -1,6 +1,5 @@
 """The public class: a detector from a checkpoint, an exported file or a configuration."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -140,11 +139,10 @@ class Detector:
         config = self._configure(data, overrides)
         if self.path is not None:
             config = replace(config, model=replace(config.model, checkpoint_path=str(self.path)))
-        train(config)
-        output = Path(config.output)
-        self.path = output / "best.pth"
+        metrics = train(config)
+        self.path = Path(config.output) / "best.pth"
         self._load_checkpoint(self.path, setup_distributed(config.train.device))
-        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
 
     def evaluate(
         self, data: str | Path | None = None, out: str | Path | None = None, **overrides: Any
