@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed_demo
 KERNELS := $(wildcard $(foreach suffix,h cuh cpp cu,dat/csrc/*.$(suffix) dat/csrc/*/*.$(suffix)))
 SOURCES := pyproject.toml setup.py $(KERNELS)
 CLANG_FORMATTED := $(KERNELS) $(wildcard $(foreach suffix,h cuh cpp cu,tests/cuda_host/*.$(suffix)))
@@ -14,17 +15,27 @@ CHECKS ?= python3.10:torch~=2.11.0 python3.12:torch
 
 install: $(STAMP)
 
-# torch first and without build isolation: the kernels are built against the torch that will run them.
 $(STAMP): $(SOURCES)
+	$(call install,dev)
+	touch $@ $(DEMO_STAMP)
+
+$(DEMO_STAMP): $(SOURCES)
+	$(call install,demo)
+	touch $@
+
+# Installs the package, editable, with an extra. torch comes first and without build isolation: the kernels are built
+# against the torch that will run them.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
 	@# A venv that was left without pip (Debian without python3-venv) is made anew.
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install "torch>=2.11" "setuptools>=77" wheel ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[dev]"
-	touch $@
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[$(1)]"
+endef
 
-demo: install
+# The demo needs the package and the extra `demo` alone, not the tools of developers.
+demo: $(DEMO_STAMP)
 	$(BIN)/python -m examples.demo
 
 test: install
@@ -49,4 +60,4 @@ wheel: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/wheel.py $(CHECKS)
 
 clean:
-	rm -rf build dist *.egg-info dat/*.so $(STAMP)
+	rm -rf build dist *.egg-info dat/*.so $(STAMP) $(DEMO_STAMP)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
 CSRC = Path("dat/csrc")
@@ -107,11 +107,17 @@ def extensions() -> list:
 
 
 def main() -> None:
+    # configs/ lies beside the package, where a reader looks for it, and is installed inside it.
+    packages = {
+        "packages": [*find_packages(include=["dat*"]), "dat.configs"],
+        "package_dir": {"dat.configs": "configs"},
+    }
     if not has_compiler():
         print("dat: no C++ compiler: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
-        setup()
+        setup(**packages)
         return
     setup(
+        **packages,
         ext_modules=extensions(),
         cmdclass={"build_ext": cpp_extension.BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -53,7 +53,7 @@ def build(scratch: Path) -> Path:
 
 
 def check_contents(wheel: Path, scratch: Path) -> None:
-    """For every Python from 3.10 on; with the libraries and the licence; bound to no folder of this machine."""
+    """The wheel suits every Python from 3.10, holds all that the commands need, and no run path of this machine."""
     if not wheel.name.split("-", 2)[2].startswith("cp310-abi3-"):
         sys.exit(f"the wheel must be cp310-abi3, got {wheel.name}")
     names = zipfile.ZipFile(wheel).namelist()
@@ -63,9 +63,10 @@ def check_contents(wheel: Path, scratch: Path) -> None:
         sys.exit(f"{wheel.name} must contain {sorted(expected)}, contains {sorted(libraries)}")
     if not any(name.endswith("/LICENSE") for name in names):
         sys.exit(f"{wheel.name} has no LICENSE")
-    strays = [name for name in names if not re.match(r"dat/[\w/]*\.(py|abi3\.so)$|dat-[^/]*\.dist-info/", name)]
-    if strays:
-        sys.exit(f"{wheel.name} must contain the modules and libraries of dat alone, contains {strays}")
+    check_files(wheel.name, set(names))
+    entry_points = next(name for name in names if name.endswith("/entry_points.txt"))
+    if "dat = dat.cli:main" not in zipfile.ZipFile(wheel).read(entry_points).decode():
+        sys.exit(f"{wheel.name} has no command dat")
     for name in libraries:
         library = zipfile.ZipFile(wheel).extract(name, scratch)
         dynamic = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
@@ -73,11 +74,21 @@ def check_contents(wheel: Path, scratch: Path) -> None:
             sys.exit(f"{name} must not have a run path:\n{dynamic}")
 
 
+def check_files(wheel: str, names: set[str]) -> None:
+    """Every module, configuration and page of the checkout is in the wheel, and nothing else."""
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dat").rglob("*") if path.suffix in (".py", ".html")}
+    expected |= {f"dat/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    found = {name for name in names if not re.match(r"dat/_C_\w+\.abi3\.so$|dat_vision-[^/]*\.dist-info/", name)}
+    if found != expected:
+        sys.exit(f"{wheel} lacks {sorted(expected - found)} and should not contain {sorted(found - expected)}")
+
+
 def check_report(python: Path, folder: Path, scratch: Path, **environment: str) -> None:
     """Run `python -m dat.ops` from an empty folder; the package must be the one in `folder`, its libraries in use."""
     empty = scratch / "empty"
     empty.mkdir(exist_ok=True)
     clean = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+    call(python, "-m", "dat.cli", "detect", "train", "--help", cwd=empty, env=clean | environment)
     call(python, "-m", "dat.ops", "--json", scratch / "report.json", cwd=empty, env=clean | environment)
     report = json.loads((scratch / "report.json").read_text())
     libraries = report["libraries"]

@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.process import Measured, serve
-from dat.detection.build import build_criterion, build_model
 from dat.detection.config import DetectionConfig
+from dat.detection.criterion import build_criterion
+from dat.detection.models import build_model
 from dat.engine.config import load_config
 from dat.ops.flops import fvcore_handles
 

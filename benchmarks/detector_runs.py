@@ -22,8 +22,8 @@ from benchmarks import curves
 from benchmarks.timing import machine, medians, write_json
 from benchmarks.trainings import arguments, entries, finished, train
 from dat.detection.config import DetectionConfig
-from dat.detection.data import read_coco
-from dat.detection.trainer import Trainer
+from dat.detection.data import read_dataset
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
 from dat.engine.distributed import setup_distributed
@@ -146,14 +146,14 @@ class Comparison:
         overrides = {"seed": seed, **self.overrides(name)}
         train("detection.train", CONFIG, folder, self.epochs(name), overrides, folder.with_name(f"{folder.name}.log"))
 
-    def trainer(self, name: str) -> Trainer:
+    def trainer(self, name: str) -> DetectionTrainer:
         """A trainer of a variant in this process, from random weights."""
         values = self.overrides(name) | {"train.epochs": self.epochs(name), "data.cache": "none"}
         values["model.backbone"] = without_weights(values["model.backbone"])
         config = load_config(DetectionConfig, CONFIG, arguments(values))
         root, data = Path(config.data.root), config.data
-        sets = [read_coco(root / split.annotations, root / split.images) for split in (data.train, data.val)]
-        return Trainer(config, sets[0], sets[1], setup_distributed(config.train.device), None)
+        sets = [read_dataset(root, split) for split in (data.train, data.val)]
+        return DetectionTrainer(config, sets[0], sets[1], setup_distributed(config.train.device))
 
     def describe(self) -> None:
         """Parameters, FLOPs of one image and the time of a training step of each variant; steps take turns."""

@@ -1,5 +1,9 @@
-from dat.classification.predict import main
-from dat.engine.command import main_guard
+"""Labels images and videos: python -m classification.predict MODEL SOURCE [SOURCE ...] --out FOLDER
+
+The command `dat classify predict` does the same from anywhere. Its code is `predict` in dat/classification/commands.py.
+"""
+
+from dat.cli import run_recipe
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_recipe("classify", "predict")

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import dat  # noqa: F401  registers its models with timm
 from dat.engine.backbones import create_timm_model, load_classifier_weights, without_weights
-from dat.engine.build import Trained, build_and_load, checkpoint_errors, read_trained
+from dat.engine.checkpoint import Trained, build_and_load, checkpoint_errors, read_trained
 from dat.engine.command import main_guard
 from dat.engine.config import LARGEST_SIDE, check_range, from_dict
 from dat.engine.seeds import isolated_rng
 from dat.models import DAT
-from dat.models.recording import BlockRecord, deformable_blocks, record_blocks
+from dat.models.attention_maps import BlockAttention, capture_attention, deformable_blocks
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.images import read_image
 from dat.utils.overlays import (
@@ -67,12 +67,12 @@ class View:
         """Pixels of the image per pixel of the input, along x and along y."""
         return self.image.width / self.input_size[1], self.image.height / self.input_size[0]
 
-    def query_position(self, record: BlockRecord) -> tuple[int, int]:
+    def query_position(self, record: BlockAttention) -> tuple[int, int]:
         """(row, column) of the query in a block's feature map."""
         x, y = ((pixel + 0.5) / factor - 0.5 for pixel, factor in zip(self.query, self.factors, strict=True))
-        return record.cell(x, y)
+        return record.query_at(x, y)
 
-    def to_pixels(self, record: BlockRecord, positions: Tensor) -> Tensor:
+    def to_pixels(self, record: BlockAttention, positions: Tensor) -> Tensor:
         """Converts a block's positions [..., 2] to pixels of the image, float32 on the CPU."""
         pixels = record.pixels(positions).cpu().float()
         return (pixels + 0.5) * pixels.new_tensor(self.factors) - 0.5
@@ -86,7 +86,7 @@ def group_colors(groups: int) -> list[Any]:
     return [colors(group % colors.N) for group in range(groups)]
 
 
-def draw_keys(axes: "Axes", record: BlockRecord, view: View) -> None:
+def draw_keys(axes: "Axes", record: BlockAttention, view: View) -> None:
     """Draws reference points and moved keys of a block, coloured by group, joined by lines."""
     from matplotlib.collections import LineCollection
 
@@ -102,7 +102,7 @@ def draw_keys(axes: "Axes", record: BlockRecord, view: View) -> None:
     axes.set_title(f"{record.name}\n{rows}×{columns} keys, {len(points)} group{'s' * (len(points) > 1)}", fontsize=7)
 
 
-def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | None = None) -> None:
+def draw_attention(axes: "Axes", record: BlockAttention, view: View, head: int | None = None) -> None:
     """Draws keys by the attention of the query; `head` None averages over heads, on the keys of all groups."""
     from matplotlib.patches import Rectangle
 
@@ -129,7 +129,7 @@ def draw_attention(axes: "Axes", record: BlockRecord, view: View, head: int | No
     draw_star(axes, *view.query)
 
 
-def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
+def draw_block(record: BlockAttention, view: View, title: str = "") -> "Figure":
     """A figure of one block: its keys, and the attention of the query averaged and in every head."""
     heads = record.layer.num_heads
     columns = min(COLUMNS, 2 + heads)
@@ -138,7 +138,7 @@ def draw_block(record: BlockRecord, view: View, title: str = "") -> "Figure":
     return figure
 
 
-def draw_blocks(records: Sequence[BlockRecord], view: View, title: str = "") -> "Figure":
+def draw_blocks(records: Sequence[BlockAttention], view: View, title: str = "") -> "Figure":
     """A figure with a row for each block: its keys, the mean attention, and that of some heads."""
     columns = 2 + min(OVERVIEW_HEADS, max(record.layer.num_heads for record in records))
     figure, axes = create_figure(len(records), columns, view.image, title)
@@ -148,13 +148,13 @@ def draw_blocks(records: Sequence[BlockRecord], view: View, title: str = "") -> 
     return figure
 
 
-def _draw_panels(axes: Sequence["Axes"], record: BlockRecord, view: View, heads: Sequence[int]) -> None:
+def _draw_panels(axes: Sequence["Axes"], record: BlockAttention, view: View, heads: Sequence[int]) -> None:
     draw_keys(axes[0], record, view)
     for head, panel in zip([None, *heads], axes[1:], strict=False):
         draw_attention(panel, record, view, head)
 
 
-def _spacing(record: BlockRecord) -> float:
+def _spacing(record: BlockAttention) -> float:
     """Typographic points between neighbouring keys of a panel, within limits that look well."""
     return min(max(PANEL * 72 / max(record.layer.key_size(record.size)), 4.0), 16.0)
 
@@ -316,7 +316,7 @@ def visualize(
     chosen = choose_blocks(loaded.model, stage, block)
     tensor = to_input(pixels, loaded.input, size)
     with checkpoint_errors(Path(source)):
-        records, logits = record_blocks(loaded.model, tensor, chosen)
+        records, logits = capture_attention(loaded.model, tensor, chosen)
     H, W = tensor.shape[1:]
     title = f"{loaded.title}, input {H}×{W}, query ({x:g}, {y:g})"
     if loaded.class_names:

@@ -1,5 +1,9 @@
-from dat.detection.audit import main
-from dat.engine.command import main_guard
+"""Checks detection data: python -m detection.audit FOLDER [key.path=value ...]
+
+The command `dat detect audit` does the same from anywhere. Its code is `audit` in dat/detection/commands.py.
+"""
+
+from dat.cli import run_recipe
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_recipe("detect", "audit")

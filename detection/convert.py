@@ -1,5 +1,9 @@
-from dat.detection.convert import main
-from dat.engine.command import main_guard
+"""Converts official weights: python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT
+
+The command `dat detect convert` does the same from anywhere. Its code is `convert` in dat/detection/commands.py.
+"""
+
+from dat.cli import run_recipe
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_recipe("detect", "convert")

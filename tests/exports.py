@@ -25,17 +25,20 @@ import torch
 from torch import nn
 
 from dat.classification import export as classification_export
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
+from dat.cli import parse
 from dat.detection import export as detection_export
-from dat.detection.build import build_model, detector_state, load_detector
+from dat.detection.checkpoint import detector_state, load_detector
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Category
-from dat.detection.graph import pad_pictures
+from dat.detection.graph import pad_images
+from dat.detection.models import build_model
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.config import from_dict, load_config, to_dict
+from dat.export.export import Samples
 from dat.export.runtime import load_exported
-from dat.export.samples import sample_batches, sample_pictures
 from dat.utils.errors import UserError
 
 FORMATS = ("onnx", "pt2", "compiled")
@@ -77,21 +80,22 @@ def compare(checkpoint: Path, out: Path, form: str) -> str:
     """The largest differences of a batch of three at another size; raises AssertionError where they are too large."""
     kind = load_checkpoint(checkpoint)["kind"]
     exported = load_exported(out, kind, trust=True)
-    pair, _ = sample_batches(sample_pictures(None, Path("nowhere")), [UNSEEN[kind]])
+    pair, _ = Samples.read(None, Path("nowhere")).batches([UNSEEN[kind]])
     images = torch.cat([pair, pair.flip(-1)])[:3]
     if kind == "classification":
-        graph = classification_export.classifier_graph(load_classifier(checkpoint, [], torch.device("cpu")), True)
+        graph = classification_export.classifier_graph(Classifier.from_checkpoint(checkpoint, device="cpu"), True)
         side = exported.metadata["img_size"]
         inputs = (images[..., :side, :side] if form == "compiled" else images,)
     else:
         detector = load_detector(checkpoint, torch.device("cpu"))
         top_k = detector.config.data.val.top_k
-        graph = detection_export.detector_graph(detector, top_k)
+        data = detector.config.data
+        graph = detection_export.detector_graph(detector.model, data, detector.categories, top_k)
         inputs = (images, torch.tensor([[0, 0], [480, 640], [300, 500]]))
         if form == "compiled":
             multiple = exported.metadata["padded_to"]
-            graph = detection_export.padded_graph(detector, top_k, multiple)
-            inputs = pad_pictures(*inputs, multiple)
+            graph = detection_export.padded_graph(graph, detector.model, data, top_k, multiple)
+            inputs = pad_images(*inputs, multiple)
     with torch.no_grad():
         wanted = graph.module(*inputs)
     found = graph.difference(wanted, exported.run(*inputs))
@@ -105,12 +109,13 @@ def compare(checkpoint: Path, out: Path, form: str) -> str:
 def check(name: str, form: str, checkpoint: Path) -> None:
     """One case, in a process of its own; prints its lines and exits with 1 if it fails."""
     start = time.perf_counter()
-    command = (detection_export if load_checkpoint(checkpoint)["kind"] == "detection" else classification_export).main
+    task = "detect" if load_checkpoint(checkpoint)["kind"] == "detection" else "classify"
     with tempfile.TemporaryDirectory() as folder:
         ending, flags = ("pt2", ["--compile"]) if form == "compiled" else (form, [])
         out = Path(folder) / f"{checkpoint.parent.name}.{ending}"
         try:
-            command([str(checkpoint), "--out", str(out), *flags])
+            function, options = parse([task, "export", str(checkpoint), "--out", str(out), *flags])
+            function(options)
             verdict, figures = "ok", compare(checkpoint, out, form)
         except (UserError, AssertionError) as error:
             verdict, figures = "FAILED", str(error)

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from PIL import Image
 
+from dat.cli import parse
 from dat.engine.command import error_line
 from dat.export import runtime
 from dat.utils.errors import UserError
@@ -60,10 +60,11 @@ class Kind:
         return damage(data, generator)
 
 
-def call(main: Callable[..., Any], *arguments: object) -> None:
-    """A command in this process."""
-    with patch.object(sys, "argv", ["command", *map(str, arguments)]), contextlib.redirect_stdout(io.StringIO()):
-        main()
+def call(command: str, *arguments: object) -> None:
+    """`dat COMMAND ARGUMENTS` in this process."""
+    function, options = parse([*command.split(), *map(str, arguments)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        function(options)
 
 
 DAT = {
@@ -77,13 +78,11 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     import numpy as np
 
     from dat import visualize
-    from dat.classification import evaluate as classification_evaluate
-    from dat.classification import export as classification_export
-    from dat.classification import predict as classification_predict
+    from dat.classification.classifier import Classifier
     from dat.classification.config import ClassificationConfig
-    from dat.classification.model import build_classifier, load_classifier
-    from dat.detection import evaluate, export, official, predict
-    from dat.detection.build import load_detector
+    from dat.classification.model import build_classifier
+    from dat.detection import official
+    from dat.detection.checkpoint import load_detector
     from dat.engine.checkpoint import save_checkpoint
     from dat.engine.config import from_dict, to_dict
     from dat.utils.images import FORMATS
@@ -114,10 +113,10 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         return tuple(path.read_bytes() for path in paths)
 
     def detect(path: Path) -> None:
-        call(predict.main, path, picture, "--out", out, "--threshold", 0, "--crops", "--trust")
+        call("detect predict", path, picture, "--out", out, "--threshold", 0, "--crops", "--trust")
 
     def label(path: Path) -> None:
-        call(classification_predict.main, path, picture, "--out", out, "--crops", "--trust")
+        call("classify predict", path, picture, "--out", out, "--crops", "--trust")
 
     checkpoint = change_either(change_checkpoint, change_zip)
 
@@ -126,7 +125,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
     def points() -> Kind:
         def use(path: Path) -> None:
-            call(predict.main, path, picture, "--out", out, "--threshold", 0.2, "--show-points")
+            call("detect predict", path, picture, "--out", out, "--threshold", 0.2, "--show-points")
 
         return Kind(".pth", read(*detectors()), use, change_checkpoint)
 
@@ -134,12 +133,12 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         scenes = folder / "scenes"
         write_scenes(scenes, "val", 2)
         data = [f"data.root={scenes}", "data.val.annotations=val.json", "data.val.images=images"]
-        use = lambda path: call(evaluate.main, path, *data, "--out", out, "--device", "cpu")  # noqa: E731
+        use = lambda path: call("detect evaluate", path, *data, "--out", out, "--device", "cpu")  # noqa: E731
         return Kind(".pth", read(*detectors()), use, change_checkpoint)
 
     def exported_detector() -> Kind:
         def use(path: Path) -> None:
-            call(export.main, path, "--out", folder / "model.pt2", "--sizes", 64, 96)
+            call("detect export", path, "--out", folder / "model.pt2", "--sizes", 64, 96)
 
         return Kind(".pth", read(*detectors()), use, change_checkpoint)
 
@@ -159,19 +158,19 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
         def use(path: Path) -> None:
             root, size = f"data.root={folder / 'pictures'}", "train.device=cpu"
-            call(classification_evaluate.main, path, root, "data.val.path=val", size, "--out", out)
+            call("classify evaluate", path, root, "data.val.path=val", size, "--out", out)
 
         return Kind(".pth", read(classifier()), use, change_checkpoint)
 
     def exported_classifier() -> Kind:
         def use(path: Path) -> None:
-            call(classification_export.main, path, "--out", folder / "model.pt2", "--sizes", 32, 48)
+            call("classify export", path, "--out", folder / "model.pt2", "--sizes", 32, 48)
 
         return Kind(".pth", read(classifier()), use, change_checkpoint)
 
     def visualized() -> Kind:
         def use(path: Path) -> None:
-            call(visualize.main, path, picture, "--out", folder / "view.png")
+            visualize.main([str(path), str(picture), "--out", str(folder / "view.png")])
 
         return Kind(".pth", read(classifier()), use, checkpoint)
 
@@ -181,7 +180,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
             from dat.engine.backbones import load_classifier_weights
 
-            model = load_classifier(classifier(), [], torch.device("cpu")).model
+            model = Classifier.from_checkpoint(classifier(), device="cpu").model
             state = model.state_dict()
             whole = safetensors.torch.save(state) if suffix == ".safetensors" else save(state)
             return Kind(suffix, (whole,), lambda path: load_classifier_weights(model, path), change)
@@ -192,9 +191,9 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         """The file `name`, of a detector or a classifier, which is made once."""
         path = folder / name
         if not path.exists() and path.stem == "detector":
-            call(export.main, detectors()[1], "--out", path, "--sizes", 64, 96)
+            call("detect export", detectors()[1], "--out", path, "--sizes", 64, 96)
         elif not path.exists():
-            call(classification_export.main, classifier(), "--out", path, "--sizes", 32, 48)
+            call("classify export", classifier(), "--out", path, "--sizes", 32, 48)
         return read(path)
 
     def onnx_detector() -> Kind:
@@ -217,19 +216,19 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
             noise.convert("L" if mode == "I;16" else "RGBA" if mode == "LA" else mode).convert(mode).save(file, "TIFF")
             whole.append(file.getvalue())
         path = detectors()[1]
-        return Kind(".jpg", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
+        return Kind(".jpg", tuple(whole), lambda case: call("detect predict", path, case, "--out", out))
 
     def uploads() -> Kind:
         from fastapi import HTTPException
 
+        from dat.detection import Detector
         from dat.detection.app import Limits, answer
-        from dat.detection.predictor import load_predictor
 
-        predictor = load_predictor(detectors()[0], torch.device("cpu"))
+        detector = Detector.from_checkpoint(detectors()[0], device="cpu")
 
         def use(path: Path) -> None:
             try:
-                answer(predictor, path.read_bytes(), Limits(pixels=10**6), 0.0, True).model_dump_json()
+                answer(detector, path.read_bytes(), Limits(pixels=10**6), 0.0, True).model_dump_json()
             except HTTPException as error:
                 if not 400 <= error.status_code < 500 or not error.detail:
                     raise
@@ -250,7 +249,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
                 container.mux(stream.encode())
             whole.append((folder / name).read_bytes())
         path = detectors()[1]
-        return Kind(".mp4", tuple(whole), lambda case: call(predict.main, path, case, "--out", out))
+        return Kind(".mp4", tuple(whole), lambda case: call("detect predict", path, case, "--out", out))
 
     return {
         "detector": detector,

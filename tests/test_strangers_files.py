@@ -16,11 +16,10 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from dat.classification.labeller import load_labeller
-from dat.detection.build import load_detector
-from dat.detection.predictor import load_predictor
-from dat.engine.checkpoint import load_checkpoint, save_checkpoint
-from dat.engine.safe_load import read_weights
+from dat.classification import Classifier
+from dat.detection import Detector
+from dat.detection.checkpoint import load_detector
+from dat.engine.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from dat.export import runtime
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError
@@ -86,7 +85,7 @@ def test_pickles_are_never_run(tmp_path, suffix):
     path, owned = tmp_path / f"model{suffix}", tmp_path / "owned"
     torch.save({"format": 1, "kind": "detection", "state_dict": {"x": Attack(owned)}}, path)
     with pytest.raises((CheckpointError, ConfigError), match=f"model{suffix}"):
-        load_predictor(path, CPU)
+        Detector.from_checkpoint(path)
     with pytest.raises(CheckpointError, match=f"model{suffix}"):
         read_weights(path)
     assert not owned.exists()
@@ -172,9 +171,9 @@ def test_weights_whose_products_are_not_finite_are_an_error_of_their_file(tmp_pa
         if name.startswith("bbox_embed") and name.endswith("weight"):
             state["state_dict"][name][:, ::2], state["state_dict"][name][:, 1::2] = 3e38, -3e38
     save_checkpoint(tmp_path / "best.pth", state)
-    predictor = load_predictor(tmp_path / "best.pth", CPU)
+    detector = Detector.from_checkpoint(tmp_path / "best.pth", device="cpu")
     with pytest.raises(CheckpointError, match=r"best.pth: gives numbers that are NaN or infinite"):
-        predictor([Image.new("RGB", (128, 64))])
+        detector.predict(Image.new("RGB", (128, 64)))
 
 
 METADATA = {"class_names": ["a"], "category_ids": [1], "size": 64, "max_size": 64, "img_size": 64, "crop_pct": 1.0}
@@ -215,18 +214,17 @@ def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, mes
     kinds = [(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in arrays.items()]
     path = write_onnx(tmp_path / "model.onnx", [constant(name, array) for name, array in arrays.items()], kinds)
     with pytest.raises(CheckpointError, match=f"model.onnx: .*{message}"):
-        load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
+        Detector.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_onnx_files_that_label_another_number_of_pictures(tmp_path, rows):
-    arrays = {"logits": np.ones((1, 1), np.float32), "scores": np.ones((rows, 1), np.float32)}
-    arrays["labels"] = np.zeros((rows, 1), np.int64)
+    arrays = {"logits": np.ones((rows, 1), np.float32)}
     kinds = [(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in arrays.items()]
     nodes = [constant(name, array) for name, array in arrays.items()]
     path = write_onnx(tmp_path / "model.onnx", nodes, kinds, kind="classification")
-    with pytest.raises(CheckpointError, match=rf"model.onnx: gives \[\[1, 1\], \[{rows}, 1\].*should give \[B, K\]"):
-        load_labeller(path, [], CPU)([Image.new("RGB", (64, 64))])
+    with pytest.raises(CheckpointError, match=rf"model.onnx: gives logits \[{rows}, 1\], should be \[1, 1\]"):
+        Classifier.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
 @pytest.mark.parametrize("location", ["../secret.bin", "{}/secret.bin", "beside.bin", "/dev/zero"])
@@ -275,7 +273,7 @@ def test_onnx_files_that_need_more_memory_than_allowed(tmp_path, little_memory, 
     ]
     path = write_onnx(tmp_path / "model.onnx", nodes, [("scores", TensorProto.FLOAT)])
     with pytest.raises(CheckpointError, match=r"model.onnx: onnxruntime cannot run it: needs more than 0.000977 GiB"):
-        load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
+        Detector.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
 def test_onnx_files_with_a_loop_without_end_are_stopped(tmp_path, monkeypatch):
@@ -301,7 +299,7 @@ def test_onnx_files_with_a_loop_without_end_are_stopped(tmp_path, monkeypatch):
     ]
     path = write_onnx(tmp_path / "model.onnx", nodes, [("scores", TensorProto.INT64)])
     with pytest.raises(CheckpointError, match=r"model.onnx: onnxruntime cannot run it: .*terminate"):
-        load_predictor(path, CPU)([Image.new("RGB", (64, 64))])
+        Detector.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
 def test_pictures_that_another_program_would_draw_are_refused(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 from dat import visualize
 from dat.engine.checkpoint import save_checkpoint
 from dat.models import DAT, StageConfig
-from dat.models.recording import deformable_blocks, record_blocks
+from dat.models.attention_maps import capture_attention, deformable_blocks
 from dat.utils import overlays
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -66,7 +66,7 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
         seen[modules[module]] = output[0]
 
     handles = [module.register_forward_hook(keep) for module in modules]
-    (record,), logits = record_blocks(model, random_image(36, 52))
+    (record,), logits = capture_attention(model, random_image(36, 52))
     del layer.positions
     for handle in handles:
         handle.remove()
@@ -87,7 +87,7 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
 def test_the_reference_is_where_keys_without_offsets_are():
     for name, config in STAGES.items():
         model = create(config)
-        (record,), _ = record_blocks(model, random_image(36, 52))
+        (record,), _ = capture_attention(model, random_image(36, 52))
         moved = not torch.equal(record.reference(), record.positions())
         assert moved == (name != "no_off")
         reference = record.reference()
@@ -97,27 +97,27 @@ def test_the_reference_is_where_keys_without_offsets_are():
 
 
 def test_the_position_of_a_corner_is_drawn_in_the_middle_of_its_pixels():
-    (record,), _ = record_blocks(create(STAGES["table"]), random_image(36, 52))
+    (record,), _ = capture_attention(create(STAGES["table"]), random_image(36, 52))
     corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
     assert record.pixels(corners).tolist() == [[1.5, 1.5], [49.5, 33.5]]
     view = visualize.View(Image.new("RGB", (104, 36)), (36, 52), (103, 35))
     assert view.to_pixels(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
     assert view.query_position(record) == (8, 12)
-    assert [record.cell(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
+    assert [record.query_at(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
 
 
 def test_blocks_are_recorded_in_the_order_asked_for():
     model = create(StageConfig("DLD", 16, 4), StageConfig("LD", 32, 4))
     assert list(deformable_blocks(model)) == [(0, 0), (0, 2), (1, 1)]
-    records, _ = record_blocks(model, random_image(32, 32), [(1, 1), (0, 2)])
+    records, _ = capture_attention(model, random_image(32, 32), [(1, 1), (0, 2)])
     assert [(record.name, record.stride) for record in records] == [("stages.1.blocks.1", 8), ("stages.0.blocks.2", 4)]
     with pytest.raises(ValueError, match=r"blocks must be .*\(0, 2\).*got \(0, 1\)"):
-        record_blocks(model, random_image(32, 32), [(0, 1)])
+        capture_attention(model, random_image(32, 32), [(0, 1)])
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
-    (record,), _ = record_blocks(create(STAGES["table 2023"]), random_image(36, 52))
+    (record,), _ = capture_attention(create(STAGES["table 2023"]), random_image(36, 52))
     view = visualize.View(Image.new("RGB", (52, 36)), (36, 52), (30, 20))
     keys, mean, *heads = visualize.draw_block(record, view, "$title").axes
     groups = [c.get_offsets() for c in keys.collections if len(c.get_offsets()) == 35]

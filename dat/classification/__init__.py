@@ -1,1 +1,5 @@
-"""Training, evaluating and using image classifiers: folders or tars of pictures, any timm model."""
+"""Image classifiers of any timm model: training, evaluation, prediction and export."""
+
+from dat.classification.classifier import Classifier, Prediction
+
+__all__ = ["Classifier", "Prediction"]

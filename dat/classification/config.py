@@ -1,4 +1,4 @@
-"""The configuration of a classification run: what `configs/classification/*.yaml` may hold.
+"""The keys of `configs/classification/*.yaml`.
 
 The defaults are DAT's ImageNet-1K recipe (Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022,
 section 5.1), which is DeiT's.
@@ -7,7 +7,9 @@ section 5.1), which is DeiT's.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dat.engine.config import LARGEST_SIDE, MOST_WORKERS, check_range
+from dat.engine.config import LARGEST_SIDE, check_range
+from dat.engine.train_config import TrainConfig as BaseTrainConfig
+from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
 
 
@@ -20,16 +22,16 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`.
+    """Where the images of a split are: by default a folder with one folder of images per class, or a tar of the same.
 
-    `path` hfds/NAME: a data set of the Hugging Face hub, or a folder that its package `datasets` can load; `split`,
-    `image_key` ("": image) and `label_key` ("": label) are names in it, and `data.root` is the folder of its cache,
-    empty for its own.
-    wds/FOLDER: WebDataset shards in a folder, relative to `data.root`; `split` is one of its _info.json or a pattern of
-    shards such as train-{0000..0127}.tar, `image_key` the extensions of pictures ("": jpg;jpeg;png;webp), `label_key`
-    the field of the .json that holds the class ("": the file .cls does).
-    tfds/NAME: a data set that TensorFlow Datasets has prepared, in `data.root`, empty for its own folder; `split` is as
-    there, also train[:10%], `image_key` and `label_key` as for hfds.
+    `path` is relative to `data.root`, or names a dataset of another library:
+    hfds/NAME: a dataset of the Hugging Face hub, or a folder that its package `datasets` loads. `split`, `image_key`
+        ("": image) and `label_key` ("": label) are its names; `data.root` is its cache folder, empty for the default.
+    wds/FOLDER: WebDataset shards in a folder below `data.root`. `split` is a split in its _info.json or a pattern such
+        as train-{0000..0127}.tar, `image_key` the extensions of images ("": jpg;jpeg;png;webp), `label_key` the field
+        of the .json with the class ("": the .cls file has it).
+    tfds/NAME: a dataset that TensorFlow Datasets has prepared in `data.root`, empty for the default. `split` is its
+        expression, such as train[:10%]; `image_key` and `label_key` are as for hfds.
     """
 
     path: str = ""
@@ -54,11 +56,14 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Pictures become `img_size` pixels square.
+    """Images are `img_size` pixels square for the model.
 
-    `class_names`: file, relative to `root`, that names a class on each line, where those of wds/ data are numbers.
-    Evaluation takes the centre `crop_pct` of the shorter side ("center"), or squeezes ("squash") or pads ("border") the
-    whole picture before it takes the centre `crop_pct` of that.
+    `root`: without train/ and val/, or tars of these names, it may itself hold class folders or be a .tar; then every
+    fifth image of each class is for validation.
+
+    `class_names`: file below `root` with a class name per line, for wds/ data whose classes are numbers.
+    Evaluation takes the central `crop_pct` of the image: of its shorter side ("center"), or after squeezing ("squash")
+    or padding ("border") it to a square.
     """
 
     root: str = "data/imagenet"
@@ -75,51 +80,31 @@ class DataConfig:
 
 
 @dataclass
-class TrainConfig:
-    """`batch_size` is per process; a step takes `accumulate` such batches of each process.
+class TrainConfig(BaseTrainConfig):
+    """Options of classifiers, and their defaults.
 
-    `mixup` and `cutmix` are timm's alphas, 0: off; they are drawn for each pair of pictures (timm's mode "pair"), so
-    that they do not depend on how a step is split. `ema_decay` 0: no averaged weights.
-    `lr` is for steps of `lr_batch_size` images, and scaled linearly with, or by the square root of (`lr_scaling`), the
-    number in use; 0: for any number. `layer_decay`: factor on the rates for each layer below the head.
-    `grad_checkpointing`: blocks are computed again in the backward pass instead of kept in memory.
-    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large models.
-    `channels_last`: maps, and without fsdp weights, lie in memory with the channels last. `compile`: torch.compile.
-    `checkpoint_steps` 0: checkpoints at the ends of epochs only. `log_steps`: steps between lines of log.jsonl.
-    `pictures`: of the validation data, on the sheet that the run leaves; 0: no sheet. `worst`: mistakes on another.
-    `wandb_project`: of Weights & Biases, that the numbers go to as well.
+    `mixup` and `cutmix` are timm's alphas, 0: off. They are drawn for each pair of images (timm's mode "pair"), so that
+    they do not depend on how a step is split into batches and processes. With them, `smoothing` is applied by timm's
+    Mixup.
     """
 
     epochs: int = 300
     batch_size: int = 128
-    accumulate: int = 1
-    optimizer: str = "adamw"
+    eval_batch_size: int = 128
     lr: float = 1e-3
-    lr_batch_size: int = 0
     lr_scaling: Literal["sqrt", "linear"] = "linear"
-    layer_decay: float = 1.0
-    min_lr: float = 1e-5
+    min_lr_scale: float = 0.01
     weight_decay: float = 0.05
     warmup_epochs: float = 20.0
     clip_grad: float = 5.0
+    log_steps: int = 50
+    pictures: int = 32
+    worst: int = 32
+    workers: int = 4
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
-    ema_decay: float = 0.0
-    amp: Literal["none", "bf16"] = "none"
-    grad_checkpointing: bool = False
-    fsdp: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    checkpoint_steps: int = 0
-    log_steps: int = 50
-    pictures: int = 32
-    worst: int = 32
-    wandb_project: str = ""
-    resume: bool = False
-    workers: int = 4
-    device: str = "auto"
 
 
 @dataclass
@@ -132,29 +117,15 @@ class ClassificationConfig:
 
 
 def check_config(config: ClassificationConfig) -> None:
-    """Raises ConfigError on values that cannot work, before anything is written."""
-    counts = ("train.epochs", "train.batch_size", "train.accumulate", "train.log_steps")
-    check_range(config, counts, 1)
-    check_range(config, ("data.img_size",), 1, LARGEST_SIDE)
-    check_range(config, ("train.workers",), 0, MOST_WORKERS)
-    check_range(config, ("train.layer_decay",), 0, 1, exclusive=True)
-    names = (
-        "min_lr",
-        "lr_batch_size",
-        "weight_decay",
-        "warmup_epochs",
-        "clip_grad",
-        "mixup",
-        "cutmix",
-        "checkpoint_steps",
-    )
-    check_range(config, ("seed", *(f"train.{name}" for name in (*names, "pictures", "worst"))), 0)
-    shares = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing", "train.ema_decay")
-    check_range(config, (*shares, "data.mean"), 0, 1)
-    check_range(config, ("data.augment.color_jitter",), 0)
-    check_range(config, ("train.lr", "data.std", "data.augment.scale", "data.augment.ratio"), 0, exclusive=True)
-    check_range(config, ("data.crop_pct",), 0, 1, exclusive=True)
+    """Raises ConfigError for values that cannot work, before anything is written."""
+    check_train_config(config)
     augment, train = config.data.augment, config.train
+    probabilities = ("data.augment.hflip", "data.augment.vflip", "data.augment.re_prob", "train.smoothing")
+    check_range(config, (*probabilities, "data.mean"), 0, 1)
+    check_range(config, ("data.img_size",), 1, LARGEST_SIDE)
+    check_range(config, ("train.mixup", "train.cutmix", "data.augment.color_jitter"), 0)
+    check_range(config, ("data.std", "data.augment.scale", "data.augment.ratio"), 0, exclusive=True)
+    check_range(config, ("data.crop_pct",), 0, 1, exclusive=True)
     if augment.scale[0] > augment.scale[1] or augment.ratio[0] > augment.ratio[1]:
         raise ConfigError("data.augment.scale and ratio should be [smallest, largest]")
     if (train.mixup or train.cutmix) and train.batch_size % 2:

@@ -1,4 +1,4 @@
-"""Samples and batches of a split's pictures, with augmentation that depends on (seed, epoch, index) alone."""
+"""Samples and batches of a split's images, with augmentation that depends on (seed, epoch, index) alone."""
 
 from dataclasses import asdict
 from functools import partial
@@ -20,12 +20,12 @@ from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.images import UNREADABLE
 
-# more broken pictures than this in a row: something else is wrong
+# More unreadable images than this in a row mean that something else is wrong.
 MAX_IN_A_ROW = 100
 
 
 def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> Any:
-    """timm's transform from a PIL picture to a tensor [3, img_size, img_size]. Raises ConfigError.
+    """timm's transform from a PIL image to a tensor [3, img_size, img_size]. Raises ConfigError.
 
     `normalize` False: the tensor is uint8, for a model whose graph normalises.
     """
@@ -37,27 +37,22 @@ def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> 
         )  # fmt: skip
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"data.augment: timm cannot make the transform: {error or data.augment}") from error
-    _keep_one_bit(transform)
-    return transform
-
-
-def _keep_one_bit(transform: Any) -> None:
-    # timm's Posterize may ask for 0 bits, a black picture; Pillow 13 refuses that
+    # timm's Posterize may keep 0 bits, a black image, which Pillow 13 refuses.
     for step in transform.transforms:
-        operations = [*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))]
-        for operation in operations:
+        for operation in [*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))]:
             if operation.name.startswith("Posterize"):
                 operation.level_fn = partial(_at_least_one, operation.level_fn)
+    return transform
 
 
 def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple[int]:
     return (max(1, *level_fn(level, hparams)),)
 
 
-class TrainPictures(Dataset[tuple[Tensor, int, int, int, int]]):
-    """Item (epoch, index) is (image, label, index, used, epoch); the next readable picture replaces an unreadable one.
+class TrainImages(Dataset[tuple[Tensor, int, int, int, int]]):
+    """Item (epoch, index) is (image, label, index, used, epoch); the next readable image replaces an unreadable one.
 
-    `used` is the index that was read in the end; every picture from `index` up to it is unreadable.
+    `used` is the index that was read in the end; every image from `index` up to it is unreadable.
     """
 
     def __init__(self, split: Split, transform: Any, seed: int) -> None:
@@ -68,20 +63,19 @@ class TrainPictures(Dataset[tuple[Tensor, int, int, int, int]]):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int, int, int]:
         epoch, index = item
-        for step in range(min(len(self), MAX_IN_A_ROW)):
-            used = (index + step) % len(self)
+        most = min(len(self), MAX_IN_A_ROW)
+        for used in ((index + step) % len(self) for step in range(most)):
             try:
-                picture, label = self.split.read(used)
+                image, label = self.split.read(used)
             except UNREADABLE:
                 continue
             with isolated_rng(self.seed, epoch, index):
-                return self.transform(picture), label, index, used, epoch
-        count, name = min(len(self), MAX_IN_A_ROW), self.split.name(index)
-        raise DataError(f"data.train: no picture can be read: {count} in a row from {name} on")
+                return self.transform(image), label, index, used, epoch
+        raise DataError(f"data.train: no image can be read: {most} in a row from {self.split.name(index)} on")
 
 
-class EvalPictures(Dataset[tuple[Tensor, int, int]]):
-    """Item i is (image, label, i) of every world_size-th picture; an unreadable one is black, with label -1."""
+class EvalImages(Dataset[tuple[Tensor, int, int]]):
+    """Item i is (image, label, index) of every world_size-th image; an unreadable one is black, with label -1."""
 
     def __init__(self, split: Split, transform: Any, rank: int = 0, world_size: int = 1) -> None:
         self.split, self.transform = split, transform
@@ -93,17 +87,17 @@ class EvalPictures(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
         index = self.indices[item]
         try:
-            picture, label = self.split.read(index)
+            image, label = self.split.read(index)
         except UNREADABLE:
-            picture, label = Image.new("RGB", (32, 32)), -1
-        return self.transform(picture), label, index
+            image, label = Image.new("RGB", (32, 32)), -1
+        return self.transform(image), label, index
 
 
 class MixPairs:
     """Collates training samples and mixes them by two, the first with the second and so on, with timm's Mixup.
 
-    What is drawn for a pair depends on (seed, epoch, index of its first picture) alone: neither on the other pictures
-    of the batch, nor on how the pictures of a step are split into batches of an even number.
+    The draw for a pair depends on (seed, epoch, index of its first image) alone: neither on the other images of the
+    batch, nor on how the images of a step are divided into batches of an even number.
     """
 
     def __init__(self, train: TrainConfig, num_classes: int, seed: int) -> None:
@@ -111,12 +105,12 @@ class MixPairs:
         self.seed = seed
 
     def __call__(self, samples: list[Any]) -> list[Tensor]:
-        """Samples of TrainPictures as those of train_loader, labels [B, num_classes] float."""
+        """Samples of TrainImages as those of train_loader, labels [B, num_classes] float."""
         images, labels, index, used, epoch = default_collate(samples)
         targets = []
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
-            # the third counter: other draws than those of the picture's augmentation
+            # The third counter makes other draws than those of the image's augmentation.
             with isolated_rng(self.seed, int(epoch[first]), int(index[first]), 1):
                 images[pair], mixed = self.mixup(images[pair], labels[pair])
             targets.append(mixed)
@@ -124,47 +118,43 @@ class MixPairs:
 
 
 def train_loader(
-    pictures: TrainPictures, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
+    images: TrainImages, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
 ) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B] or, mixed, [B, K], index [B], used [B], epoch [B]) of the epoch."""
-    return DataLoader(pictures, batch_sampler=sampler, collate_fn=mix, **loader_options(workers, pin))
+    return DataLoader(images, batch_sampler=sampler, collate_fn=mix, **loader_options(workers, pin))
 
 
-def eval_loader(pictures: EvalPictures, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
+def eval_loader(images: EvalImages, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B], index [B]), in order."""
-    return DataLoader(pictures, batch_size, **loader_options(workers, pin))
+    return DataLoader(images, batch_size, **loader_options(workers, pin))
 
 
-class SkippedPictures:
-    """Collects unreadable pictures, and lists those that all processes met in a file.
+class SkippedImages:
+    """Collects the names of unreadable images, and writes those that all processes met.
 
     Args:
-        split: of the pictures; files that it left out are in the list from the start.
-        path: of the list; None: no list.
+        split: of the images; files that it left out are in the list from the start.
+        path: of the list; None: no file.
         resumed: the list of the run so far is kept.
     """
 
     def __init__(self, split: Split, path: Path | None, resumed: bool = False) -> None:
-        self.split, self.path = split, path
-        self.names = set(split.left_out)
+        self.split, self.path, self.names = split, path, set(split.left_out)
         if path is not None and resumed and path.is_file():
             self.names.update(path.read_text(encoding="utf-8").splitlines())
 
     def add(self, index: Tensor, used: Tensor) -> None:
-        """Notes the pictures from index [B] up to used [B], as TrainPictures gives them."""
+        """Adds the images from index [B] up to used [B], as TrainImages gives them."""
         for first, last in torch.stack([index, used], dim=1)[index != used].tolist():
             count = (last - first) % len(self.split)
             self.names.update(self.split.name((first + i) % len(self.split)) for i in range(count))
 
     def add_unlabelled(self, index: Tensor, labels: Tensor) -> None:
-        """Notes the pictures index [B] whose label is -1, as EvalPictures gives them."""
+        """Adds the images index [B] whose label is -1, as EvalImages gives them."""
         self.names.update(self.split.name(i) for i in index[labels < 0].tolist())
 
     def write(self, distributed: Distributed) -> str | None:
-        """Writes the list; returns a line to warn with, None when every picture could be read.
-
-        Every process has to call it.
-        """
+        """Writes the list; returns a warning, None where every image could be read. Every process has to call it."""
         self.names = set().union(*gather(self.names))
         if not self.names:
             return None
@@ -173,4 +163,4 @@ class SkippedPictures:
             if distributed.main:
                 self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
             where = f"; they are listed in {self.path}"
-        return f"{len(self.names)} unreadable pictures were left out{where}"
+        return f"{len(self.names)} unreadable images were left out{where}"

@@ -1,12 +1,6 @@
-"""Accuracy of a trained classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...] [--out FOLDER]
+"""Accuracy of a classifier on a split, and by ImageNet's reassessed labels and on ImageNet-V2."""
 
-Also under torchrun, one process per GPU. Prints top-1, top-5, speed and a table of the classes; writes metrics.json,
-pictures and report.html, a page of them all, into evaluation/ beside the checkpoint, or into `--out`. Models of
-ImageNet's 1,000 classes may also be measured by the reassessed labels of the validation pictures (`--real`, arXiv:
-2006.07159) and on ImageNet-V2 (`--v2`, arXiv:1902.10811).
-"""
-
-import argparse
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -18,31 +12,33 @@ from timm.data import RealLabelsImagenet
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dat.classification.data import EvalPictures, SkippedPictures, eval_loader, make_transform
-from dat.classification.model import Classifier, load_classifier
+from dat.classification.classifier import Classifier
+from dat.classification.data import EvalImages, SkippedImages, eval_loader, make_transform
 from dat.classification.readers import Split, open_place, open_split
-from dat.classification.report import tell, write_report
-from dat.classification.results import Results, format_table
-from dat.engine.build import checkpoint_errors
-from dat.engine.distributed import Distributed, gather, setup_distributed
+from dat.classification.report import write_report
+from dat.classification.results import Results
+from dat.engine.checkpoint import checkpoint_errors
+from dat.engine.distributed import Distributed, gather
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
 from dat.utils.files import write_json
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Any], distributed: Distributed, amp: str, skipped: SkippedPictures
+    model: nn.Module, loader: DataLoader[Any], distributed: Distributed, amp: str, skipped: SkippedImages
 ) -> Results:
-    """What a model says of every readable picture of a loader, over all processes; each of them returns the same.
+    """Predictions for every readable image of a loader, over all processes; each of them returns the same.
 
     Args:
         model: images [B, 3, H, W] to logits [B, K]; left in the mode in which it came.
-        loader: see eval_loader; each process holds its share.
+        loader: see eval_loader; each process has its share.
         distributed, amp: as in training.
-        skipped: told of unreadable pictures.
+        skipped: collects unreadable images.
     Raises:
-        DataError: no picture could be read.
+        DataError: no image could be read.
     """
     training = model.training
     model.eval()
@@ -53,13 +49,13 @@ def evaluate(
         readable = labels >= 0
         if readable.any():
             with amp_context(device, amp):
-                # without what was compiled for the batches of training
+                # `forward` is not compiled: a compiled model would be compiled again for the last batch.
                 logits = model.forward(images[readable].to(device, non_blocking=True))
             found.append(_results(logits.float(), labels[readable], index[readable]))
     model.train(training)
     parts = [part for share in gather(found) for part in share]
     if not parts:
-        raise DataError("data.val: no picture can be read")
+        raise DataError("data.val: no image can be read")
     return Results.join(parts)
 
 
@@ -68,33 +64,56 @@ def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) ->
     logs = logits.log_softmax(1)
     top = logs.topk(min(5, logits.shape[1]), dim=1)
     losses = F.nll_loss(logs, on_device, reduction="none")
-    numbers = (top.indices, top.values.exp(), logs.gather(1, on_device[:, None])[:, 0].exp(), losses.double())
-    return Results(index.numpy(), labels.numpy(), *(values.cpu().numpy() for values in numbers))
+    values = (top.indices, top.values.exp(), losses.double())
+    return Results(index.numpy(), labels.numpy(), *(value.cpu().numpy() for value in values))
 
 
-def run(classifier: Classifier, split: Split, distributed: Distributed) -> tuple[Results, dict[str, float], str | None]:
-    """The results of a split, {"images_per_second", "seconds"} with loading, and a warning of unreadable pictures."""
-    data, train = classifier.config.data, classifier.config.train
-    pictures = EvalPictures(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
-    loader = eval_loader(pictures, train.batch_size, train.workers, distributed.device.type == "cuda")
-    skipped = SkippedPictures(split, path=None)
+def evaluate_split(classifier: Classifier, split: Split) -> tuple[Results, dict[str, float]]:
+    """The results of a split and, with loading, {"images_per_second", "seconds"}; warns of unreadable images."""
+    data, train, distributed = classifier.config.data, classifier.config.train, classifier.distributed
+    images = EvalImages(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
+    loader = eval_loader(images, train.eval_batch_size, train.workers, distributed.device.type == "cuda")
+    skipped = SkippedImages(split, path=None)
     start = time.perf_counter()
-    results = evaluate(classifier.model, loader, distributed, train.amp, skipped)
+    with checkpoint_errors(classifier.path or "the model"):
+        results = evaluate(classifier.trained_model(), loader, distributed, train.amp, skipped)
     seconds = time.perf_counter() - start
-    speed = {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
-    return results, speed, skipped.write(distributed)
+    if warning := skipped.write(distributed):
+        logger.warning(f"warning: {warning}")
+    return results, {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
+
+
+def evaluate_classifier(
+    classifier: Classifier, out: Path | None = None, real: str | None = None, v2: Path | None = None
+) -> dict[str, Any]:
+    """See Classifier.evaluate, whose configuration is that of `classifier` here."""
+    names = classifier.class_names
+    split = open_split(classifier.config.data, "val", names)
+    results, more = evaluate_split(classifier, split)
+    metrics = results.summarize(names, **more)
+    if real is not None:
+        metrics["real"] = real_accuracy(results, split, real)
+    if v2 is not None:
+        metrics["v2"] = evaluate_split(classifier, open_v2(v2, len(names)))[0].metrics()
+    if not classifier.distributed.main:
+        return {}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "metrics.json", metrics)
+        # Last, since drawing takes time, and may fail.
+        text = f"{classifier.path} on {len(results.index)} images\n{split.note}".strip()
+        write_report(out, classifier.config, names, results, split, metrics, text)
+    return metrics
 
 
 def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]:
-    """{"top1", "top5"} in percent, by the reassessed labels of ImageNet's validation pictures.
-
-    Pictures that have no label any more are left out.
+    """{"top1", "top5"} in percent by the reassessed labels of ImageNet's validation images, of those that have any.
 
     Args:
-        results: of ImageNet's validation pictures, under their own names.
+        results: of ImageNet's validation images, under their own names.
         path: real.json; "" takes the copy that comes with timm.
     Raises:
-        DataError: not that file, or other pictures.
+        DataError: not that file, or other images.
     """
     names = [Path(split.name(int(i))).name for i in results.index]
     try:
@@ -102,7 +121,7 @@ def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]
         given = [labels[name] for name in names]
     except (OSError, ValueError, TypeError, AssertionError, KeyError) as error:
         raise DataError(
-            f"--real {path}: should be the labels of ImageNet's 50,000 validation pictures, and data.val these, named "
+            f"--real {path}: should be the labels of ImageNet's 50,000 validation images, and data.val these, named "
             f"ILSVRC2012_val_00000001.JPEG and so on; it has {len(split)}, such as {names[0]}"
         ) from error
     rows = [(top, right) for top, right in zip(results.top.tolist(), given, strict=True) if right]
@@ -115,46 +134,3 @@ def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]
 def open_v2(folder: Path, num_classes: int) -> Split:
     """ImageNet-V2, whose folders are named 0 to 999 after the classes in the order of their WordNet ids."""
     return open_place(folder, "--v2", [str(k) for k in range(num_classes)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="classification.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="best.pth or last.pth of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.root=FOLDER")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: evaluation, beside the checkpoint)")
-    parser.add_argument(
-        "--real", nargs="?", const="", metavar="FILE", help="also by ImageNet-Real (default: timm's copy)"
-    )
-    parser.add_argument("--v2", type=Path, metavar="FOLDER", help="also on the pictures of ImageNet-V2")
-    arguments = parser.parse_intermixed_args()
-    device = next((o.partition("=")[2] for o in arguments.overrides if o.startswith("train.device=")), "auto")
-    distributed = setup_distributed(device)
-    classifier = load_classifier(arguments.checkpoint, arguments.overrides, distributed.device)
-    names = classifier.class_names
-    split = open_split(classifier.config.data, "val", names)
-    with checkpoint_errors(arguments.checkpoint):
-        results, speed, warning = run(classifier, split, distributed)
-    more: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), **speed}
-    if arguments.real is not None:
-        more["real"] = real_accuracy(results, split, arguments.real)
-    if arguments.v2 is not None:
-        more["v2"] = run(classifier, open_v2(arguments.v2, len(names)), distributed)[0].metrics()
-    if distributed.main:
-        out = arguments.out or arguments.checkpoint.parent / "evaluation"
-        out.mkdir(parents=True, exist_ok=True)
-        told = tell(results, names, more)
-        write_json(out / "metrics.json", told)
-        print("\n".join([*([f"warning: {warning}"] if warning else []), format_table(told["per_class"])]))
-        for name, metrics in (
-            ("", {**results.metrics(), **speed}),
-            ("Real ", more.get("real")),
-            ("V2 ", more.get("v2")),
-        ):
-            if metrics is not None:
-                print("  ".join(f"{name}{key} {value:.6g}" for key, value in metrics.items()))
-        # last: pictures take their time, and may fail
-        text = f"{arguments.checkpoint} on {len(results.index)} pictures"
-        write_report(out, classifier.config, names, results, split, told, text)
-        print(f"written to {out}")

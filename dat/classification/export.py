@@ -1,30 +1,69 @@
 """Exports a classifier with its pre- and post-processing.
 
-    python -m classification.export CHECKPOINT --out model.onnx [--images IMAGE_OR_FOLDER]
-    python -m classification.export CHECKPOINT --out model.pt2 [--compile]
-
-.onnx is for onnxruntime and the like, .pt2 a torch.export program, or with --compile a package of AOTInductor: machine
-code for processors such as this one. Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata:
-"img_size", "crop_pct", "crop_mode", "interpolation"); any batch, and any size that the model takes, but img_size alone
-where it is compiled. Outputs: "logits" [B, K], "scores" [B, k], the k <= 5 highest probabilities, falling, and their
-"labels" [B, k] int64. The file is put in place only after it gave torch's results on real pictures: --images, the
-validation data, or generated ones, at two sizes, alone and in pairs.
+Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata: "img_size", "crop_pct", "crop_mode",
+"interpolation"); any batch, and any size that the model takes, but img_size only where it is compiled. Outputs:
+"logits" [B, K], "scores" [B, k], the k <= 5 highest probabilities, decreasing, and their "labels" [B, k] int64.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dat.classification.classifier import Classifier
 from dat.classification.graph import ClassifierGraph
-from dat.classification.model import Classifier, load_classifier
-from dat.export.export import Graph, Tensors, check_path, export_checked, export_parser
-from dat.export.samples import EXAMPLE, check_sizes, sample_batches, sample_pictures
+from dat.export.export import EXAMPLE, Samples, check_path, check_sizes, export_checked
+from dat.export.graph import Graph, Tensors
+
+
+def export_classifier(
+    classifier: Classifier,
+    path: Path,
+    compiled: bool = False,
+    images: Path | None = None,
+    sizes: Sequence[int] | None = None,
+) -> str:
+    """Exports a classifier, after the file gave torch's results at two sizes, alone and in pairs.
+
+    Args:
+        classifier: from a checkpoint.
+        path: .onnx, or .pt2 for torch.export.
+        compiled: .pt2 is a package of AOTInductor: machine code for processors such as this one.
+        images: an image or a folder to check on; None: the validation data, or generated images where it is missing.
+        sizes: two shortest edges to check at; None: data.img_size and a smaller one.
+
+    Returns:
+        A line with the size of the file and its differences from torch.
+
+    Raises:
+        ConfigError: wrong arguments, or a library that is missing.
+        ExportError: the model cannot be exported, or the file gives other results.
+    """
+    check_path(path, compiled)
+    model = deepcopy(classifier.trained_model()).cpu()
+    data = classifier.config.data
+    edges = check_sizes(sizes, data.img_size)
+    samples = Samples.read(images, Path(data.root) / data.val.path)
+    batches = samples.batches(edges)
+    any_size = not compiled and takes_any_size(model, batches)
+    side = data.img_size
+    if not any_size:
+        batches = [batch[:, :, :side, :side] for batch in samples.batches([side])]
+    graph = classifier_graph(replace(classifier, model=model), any_size)
+    worst = export_checked(graph, [(batch,) for batch in batches], path, compiled)
+    kind = "package" if compiled else "model"
+    at = f"shortest edges {edges[0]} and {edges[1]}" if any_size else f"{side} pixels, the only size of the {kind}"
+    return (
+        f"{path}: {path.stat().st_size / 2**20:.1f} MiB; equals torch up to {worst['logits']:.1e} in logits "
+        f"on {samples.origin}, {at}, batch 1 and 2"
+    )
 
 
 def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
-    """What is exported of a classifier; `any_size`: of the pictures, else that of the configuration."""
+    """A classifier for the exporter; `any_size`: of images, else only that of the configuration."""
     data = classifier.config.data
     metadata = {
         "kind": "classification",
@@ -36,13 +75,11 @@ def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
         "mean": list(data.mean),
         "std": list(data.std),
     }
-    axes = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
-    module = ClassifierGraph(classifier.model, data, len(classifier.class_names)).eval()
     shape = EXAMPLE if any_size else (EXAMPLE[0], 3, data.img_size, data.img_size)
     return Graph(
-        module,
-        {"images": axes},
-        ("logits", "scores", "labels"),
+        ClassifierGraph(classifier.trained_model(), data, len(classifier.class_names)).eval(),
+        {"images": {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}},
+        {name: {0: "batch"} for name in ("logits", "scores", "labels")},
         (torch.zeros(shape, dtype=torch.uint8),),
         metadata,
         difference,
@@ -55,13 +92,13 @@ def difference(wanted: Tensors, found: Tensors) -> dict[str, float]:
     if any(a.shape != b.shape for a, b in zip(wanted[:2], found[:2], strict=True)):
         return {"logits": float("inf"), "scores": float("inf")}
     logits, scores = ((a - b).abs().max() for a, b in zip(wanted[:2], found[:2], strict=True))
-    # the probabilities of the labels that the exported model gives
+    # Probabilities, by torch, of the labels that the exported model gives.
     labelled = wanted[0].softmax(1).gather(1, found[2])
     return {"logits": float(logits), "scores": float(scores.maximum((labelled - found[1]).abs().max()))}
 
 
 def takes_any_size(model: nn.Module, images: Sequence[Tensor]) -> bool:
-    """Whether a model runs on pictures that are not of the size it was made for, as many of timm's do not."""
+    """Whether a model runs on images of other sizes than its own, which many of timm's do not."""
     try:
         with torch.no_grad():
             for batch in images:
@@ -69,26 +106,3 @@ def takes_any_size(model: nn.Module, images: Sequence[Tensor]) -> bool:
     except (AssertionError, RuntimeError, ValueError):
         return False
     return True
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = export_parser("python -m classification.export", "Exports a classifier.")
-    options = parser.parse_args(arguments)
-    check_path(options.out, options.compile)
-    classifier = load_classifier(options.checkpoint, [], torch.device("cpu"))
-    data = classifier.config.data
-    sizes = check_sizes(options.sizes, data.img_size)
-    pictures = sample_pictures(options.images, Path(data.root) / data.val.path)
-    batches = sample_batches(pictures, sizes)
-    any_size = not options.compile and takes_any_size(classifier.model, batches)
-    side = data.img_size
-    if not any_size:
-        batches = [batch[:, :, :side, :side] for batch in sample_batches(pictures, [side])]
-    graph = classifier_graph(classifier, any_size)
-    worst = export_checked(graph, [(batch,) for batch in batches], options.out, options.compile)
-    what = "package" if options.compile else "model"
-    at = f"shortest edges {sizes[0]} and {sizes[1]}" if any_size else f"{side} pixels, the one size of the {what}"
-    print(
-        f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB; as torch to {worst['logits']:.1e} in logits "
-        f"on {pictures.origin}, {at}, batch 1 and 2"
-    )

@@ -1,11 +1,11 @@
-"""A classifier from pixels to labels: what is exported, and what predicts."""
+"""A classifier with its pre- and post-processing, from pixels to labels: it predicts and is exported."""
 
 from torch import Tensor, nn
 
 from dat.classification.config import DataConfig
-from dat.export.normalize import Normalize
+from dat.export.graph import Normalize
 
-# as many labels as predictions tell
+# Number of classes in the output, the most probable ones.
 TOP = 5
 
 
@@ -18,7 +18,7 @@ class ClassifierGraph(nn.Module):
         self.normalize = Normalize(data.mean, data.std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, H, W], uint8, RGB, to logits [B, K], the highest probabilities [B, k] and their labels."""
+        """Images [B, 3, H, W] uint8, RGB, to logits [B, K], highest probabilities [B, k] and their labels [B, k]."""
         logits = self.model(self.normalize(images)).float()
         scores, labels = logits.softmax(1).topk(self.top)
         return logits, scores, labels

@@ -1,108 +1,76 @@
-"""Labels pictures and videos: python -m classification.predict MODEL SOURCE [SOURCE ...] --out DIR [key.path=value ...]
+"""Labels of many images and videos, written as tables and as a sheet of images."""
 
-MODEL is a checkpoint, or an .onnx or .pt2 that classification.export wrote; a SOURCE is a picture, a video, a folder or
-a pattern such as "day*/*.jpg". Writes DIR/predictions.json, DIR/predictions.csv and DIR/predictions.png, a sheet of the
-first pictures with their labels; --crops also puts each picture into a folder of its label.
-"""
-
-import argparse
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
-from dat.classification.labeller import Labeller, load_labeller
+from dat.classification.classifier import Classifier
 from dat.classification.sheet import sheet_title
-from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError
-from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid, thumbnail
-from dat.utils.media import Frame, Frames, find_media
-from dat.utils.tables import file_name, write_csv
+from dat.utils.files import file_name, write_csv, write_json
+from dat.utils.media import Frames
+from dat.utils.plots import draw_grid, thumbnail
+from dat.utils.progress import progress_bar
 
-COLUMNS = ("file", "frame", "label", "score")
+COLUMNS = ("image_id", "file_name", "frame", "label", "score")
 
 
 def predict(
-    labeller: Labeller, frames: Frames, batch_size: int, options: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[tuple[Image.Image, str]]]:
-    """Labels all frames, and puts them into folders of their labels where `options` asks for that.
+    classifier: Classifier,
+    frames: Frames,
+    out: Path,
+    threshold: float = 0.0,
+    classes: Sequence[str] | None = None,
+    crops: bool = False,
+    sheet: int = 48,
+    batch_size: int = 8,
+) -> int:
+    """Labels all frames, and writes predictions.json, predictions.csv and predictions.png.
+
+    Images are numbered from 1 in the order of their names.
+
+    Args:
+        classifier: trained.
+        frames: images and videos.
+        out: folder of the results.
+        threshold: lowest score, 0 to 1, of a prediction that is kept.
+        classes: names of the classes to keep; None: all.
+        crops: also save each image in a folder of its label.
+        sheet: number of images in predictions.png.
+        batch_size: images that run together.
 
     Returns:
-        one {"file", "frame" (of a video), "label", "score", "top"} per picture that is wanted, and those of the sheet,
-        small, with their titles.
+        The number of predictions.
+
+    Raises:
+        ConfigError: a class that the classifier does not have.
+        DataError: no frame can be read.
     """
+    for name in classes or ():
+        if name not in classifier.class_names:
+            raise ConfigError(f"--classes: no class {name!r}, there are {', '.join(classifier.class_names)}")
     results: list[dict[str, Any]] = []
-    sheet: list[tuple[Image.Image, str]] = []
-    with tqdm(unit=" pictures", disable=not sys.stderr.isatty()) as bar:
+    shown: list[tuple[Image.Image, str]] = []
+    images = 0
+    with progress_bar(unit=" images") as bar:
         for batch in frames.batches(batch_size):
-            for frame, result in zip(batch, labeller([frame.picture for frame in batch]), strict=True):
-                if result["score"] < options.threshold or result["label"] not in (options.classes or [result["label"]]):
+            for frame, found in zip(batch, classifier.predict([frame.image for frame in batch]), strict=True):
+                images += 1
+                if found.score < threshold or (classes is not None and found.label not in classes):
                     continue
-                number = {} if frame.number is None else {"frame": frame.number}
-                results.append({"file": str(frame.media.path), **number, **result})
-                if len(sheet) < options.sheet:
-                    sheet.append((thumbnail(frame.picture), sheet_title(result)))
-                if options.crops:
-                    save(frame, result["label"], options.out)
+                results.append({"image_id": images, **frame.origin, **found.to_dict()})
+                if len(shown) < sheet:
+                    shown.append((thumbnail(frame.image), sheet_title(found.label, found.score)))
+                if crops:
+                    folder = out / "crops" / file_name(found.label)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    frame.image.save(folder / f"{file_name(frame.name)}.png")
             bar.update(len(batch))
-    return results, sheet
-
-
-def save(frame: Frame, label: str, out: Path) -> None:
-    """Writes a picture into the folder of its label."""
-    folder = out / "crops" / file_name(label)
-    folder.mkdir(parents=True, exist_ok=True)
-    frame.picture.save(folder / f"{file_name(frame.name)}.png")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="classification.predict", description=__doc__)
-    parser.add_argument("model", type=Path, help="best.pth or last.pth of a run, or an exported .onnx or .pt2")
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="picture, video, folder, pattern, or key.path=value"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--threshold", type=float, default=0.0, help="least score, 0 to 1, of what is kept (0)")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="keep only pictures with one of these labels")
-    parser.add_argument("--crops", action="store_true", help="also put each picture into a folder of its label")
-    parser.add_argument("--sheet", type=int, default=48, help="pictures on the sheet (48)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures that run together (64)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th frame of videos (1)")
-    parser.add_argument("--trust", action="store_true", help="load a .pt2, which can run any code")
-    options = parser.parse_intermixed_args()
-    if options.batch_size < 1 or options.every < 1:
-        raise ConfigError("--batch-size and --every should be at least 1")
-    overrides, sources = split_overrides(options.sources)
-    media = find_media(sources, exclude=options.out)
-    labeller = load_labeller(options.model, overrides, setup_distributed("auto").device, options.trust)
-    unknown = [name for name in options.classes or () if name not in labeller.class_names]
-    if unknown:
-        raise ConfigError(f"--classes: no class {unknown[0]!r}, there are {', '.join(labeller.class_names)}")
-    frames = Frames(media, options.every)
-    results, sheet = predict(labeller, frames, options.batch_size, options)
-    if not frames.count:
-        raise frames.errors[0]
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "predictions.json", results)
-    write_csv(options.out / "predictions.csv", results, COLUMNS)
-    if sheet:
-        draw_grid(sheet, options.out / "predictions.png")
-    if frames.errors:
-        print(
-            f"warning: {len(frames.errors)} unreadable pictures left out, such as {frames.errors[0]}", file=sys.stderr
-        )
-    print(f"{len(results)} pictures labelled: {options.out}")
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """key.path=value arguments, and the others; a file of such a name is a file. Raises ConfigError without others."""
-    overrides = [text for text in arguments if re.match(r"[\w.]+=", text) and not Path(text).exists()]
-    sources = [text for text in arguments if text not in overrides]
-    if not sources:
-        raise ConfigError("SOURCE: none is given, should be a picture, a video, a folder or a pattern")
-    return overrides, sources
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "predictions.json", results)
+    write_csv(out / "predictions.csv", results, COLUMNS)
+    if shown:
+        draw_grid(shown, out / "predictions.png")
+    return len(results)

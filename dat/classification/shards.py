@@ -1,8 +1,8 @@
-"""Samples in shards on this machine, read in any order: tars of WebDataset, records of TensorFlow Datasets.
+"""Samples in shards on this machine, read in any order: tars of WebDataset and records of TensorFlow Datasets.
 
-timm's readers of both only stream: their evaluation drops and repeats samples when there are several processes, what
-they cannot read has no name, and no place of an epoch can be gone back to. An index of where samples begin, made when a
-split is opened, has a place for each; nothing but the sample itself is read again.
+timm's readers of both only stream: their evaluation drops and repeats samples under several processes, unreadable
+samples have no name, and no place of an epoch can be resumed. Here an index of where samples begin is made once, when a
+split is opened, and each sample is read from its place.
 """
 
 import json
@@ -10,27 +10,28 @@ import os
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timm.data.readers import create_reader
 from timm.data.readers.targets import get_field
 from timm.utils import natural_key
 
+from dat.classification.config import DataConfig, SplitConfig
 from dat.utils.errors import DataError
 
-# key of a sample, and (first byte, size) of its files by extension
-Members = tuple[str, dict[str, tuple[int, int]]]
+# WebDataset's extensions of images, where the configuration names none.
+EXTENSIONS = "jpg;jpeg;png;webp"
 
 
 class Shards:
-    """Where samples lie: item i is the bytes of sample i. Raises OSError where they are not there any more.
+    """The bytes of samples: sample i is `size` bytes from byte `start` of a shard, `places[i]` = (shard, start, size).
 
-    Args:
-        paths: of the shards.
-        places: (shard, first byte, size) of each sample.
+    Raises OSError for shards that were removed since.
     """
 
     def __init__(self, paths: Sequence[str], places: Sequence[tuple[int, int, int]]) -> None:
@@ -41,7 +42,7 @@ class Shards:
 
     def __getitem__(self, index: int) -> bytes:
         shard, start, size = self.places[index].tolist()
-        # opened each time, as pictures in folders are: workers and threads share nothing
+        # Opened for each sample, as image files are, so that workers and threads share no position in a file.
         with open(self.paths[shard], "rb") as file:
             file.seek(start)
             return file.read(size)
@@ -51,11 +52,13 @@ class Shards:
         return os.path.basename(self.paths[self.places[index, 0]])
 
 
+@dataclass
 class WebReader:
-    """Samples of WebDataset shards, as timm's map-style readers give them: item i is (open file, class index)."""
+    """Samples of WebDataset shards as timm's readers give them: item i is (open file, label)."""
 
-    def __init__(self, shards: Shards, labels: np.ndarray, keys: np.ndarray) -> None:
-        self.shards, self.labels, self.keys = shards, labels, keys
+    shards: Shards
+    labels: np.ndarray
+    keys: np.ndarray
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -67,55 +70,52 @@ class WebReader:
         return f"{self.shards.shard(index)}/{os.fsdecode(self.keys[index])}"
 
 
-def open_web(
-    paths: Sequence[str], lengths: Sequence[int], extensions: Sequence[str], label_key: str, names: Sequence[str] | None
+def read_web(
+    data: DataConfig, settings: SplitConfig, class_names: Sequence[str] | None
 ) -> tuple[WebReader, list[str], list[str]]:
-    """Indexes WebDataset shards.
+    """WebDataset shards, uncompressed tars, in a folder of this machine; see dat.classification.readers.Read.
 
-    A class is the number in the file KEY.cls, or the number or text in the field `label_key` of KEY.json. Samples of
-    negative numbers are left out, as by timm.
-
-    Args:
-        paths: of the shards, uncompressed tars.
-        lengths: samples that each should hold; empty: not known.
-        extensions: of pictures, the first that a sample has counts.
-        label_key: "a/b" is field b of field a.
-        names: of the classes, which the numbers count; None: those that are there, numbers under their own names.
-
-    Returns:
-        the samples, the names of the classes that they have, or of all up to the largest number where `names` is None,
-        and what was left out: damaged shards, samples without picture or class.
-    Raises:
-        DataError: no samples, or a class that is not among `names`.
+    A class is the number in KEY.cls, or the number or text in the field `label_key` of KEY.json. Samples of negative
+    numbers are left out, as in timm.
     """
-    places: list[tuple[int, int, int]] = []
-    labels: list[int | str] = []
-    keys: list[bytes] = []
+    place = Path(data.root) / settings.path.partition("/")[2]
+    # Checked before webdataset sees the name, which it may take for an address or a command.
+    if not place.is_dir():
+        raise DataError(f"{place} should be a folder of WebDataset shards on this machine")
+    if class_names is None and data.class_names:
+        class_names = (Path(data.root) / data.class_names).read_text(encoding="utf-8").splitlines()
+    info = create_reader("wds/", root=str(place), split=settings.split).split_info
+    paths = [str(place / name) for name in info.filenames]
+    lengths = info.shard_lengths if len(info.shard_lengths) == len(paths) else [0] * len(paths)
+    extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
+    samples: list[tuple[tuple[int, int, int], int | str, bytes]] = []
     left_out: list[str] = []
-    for shard, path in enumerate(paths):
-        name, found = os.path.basename(path), 0
+    for shard, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+        count = 0
         with open(path, "rb") as file:
             for key, members in _samples(path, left_out):
-                found += 1
-                picture = next((members[extension] for extension in extensions if extension in members), None)
+                count += 1
+                image = next((members[extension] for extension in extensions if extension in members), None)
                 label = _label(file, members, label_key)
-                if picture is None or label is None:
-                    left_out.append(f"{name}/{key}")
+                if image is None or label is None:
+                    left_out.append(f"{os.path.basename(path)}/{key}")
                 elif isinstance(label, str) or label >= 0:
-                    places.append((shard, *picture))
-                    labels.append(label)
-                    keys.append(os.fsencode(key))
-        if len(lengths) == len(paths) and found < lengths[shard]:
-            left_out.append(f"{name}: {found} of the {lengths[shard]} samples that it should hold")
-    if not places:
-        wanted = f"a picture ({', '.join(extensions)}) and a class ({f'{label_key} of json' if label_key else 'cls'})"
-        raise DataError(f"no sample with {wanted}" + (f"; left out: {left_out[0]}" if left_out else ""))
-    numbers, present = _number(labels, names)
-    return WebReader(Shards(paths, places), numbers, np.array(keys)), present, left_out
+                    samples.append(((shard, *image), label, os.fsencode(key)))
+        if count < length:
+            left_out.append(f"{os.path.basename(path)}: {count} of the {length} samples that it should hold")
+    if not samples:
+        wanted = f"an image ({', '.join(extensions)}) and a class ({f'{label_key} of json' if label_key else 'cls'})"
+        raise ValueError(f"no sample with {wanted}" + (f"; left out: {left_out[0]}" if left_out else ""))
+    places, labels, keys = zip(*samples, strict=True)
+    numbers, names = number_labels(labels, class_names)
+    return WebReader(Shards(paths, places), numbers, np.array(keys)), names, left_out
 
 
-def _samples(path: str, left_out: list[str]) -> Iterator[Members]:
-    """The samples of a shard: consecutive files of one name before its first dot. Damages are told to `left_out`."""
+def _samples(path: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and {extension: (first byte, size)} of each sample, consecutive files of one name before its first dot.
+
+    A damaged rest of the shard is added to `left_out`.
+    """
     from webdataset.tariterators import base_plus_ext
 
     try:
@@ -124,7 +124,7 @@ def _samples(path: str, left_out: list[str]) -> Iterator[Members]:
             for key, members in groupby(files, key=lambda file: file[0]):
                 if key is not None:
                     yield key, {ext.lower(): (member.offset_data, member.size) for _, ext, member in members}
-            # tarfile takes what is no header for the end
+            # tarfile ends without an error at a damaged header; only zeros may follow the last file.
             tar.fileobj.seek(tar.offset)
             if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"no tar from byte {tar.offset} on")
@@ -133,56 +133,52 @@ def _samples(path: str, left_out: list[str]) -> Iterator[Members]:
 
 
 def _label(file: Any, members: dict[str, tuple[int, int]], label_key: str) -> int | str | None:
-    """The class of a sample, None where it has none that can be read."""
+    """The class of a sample; None without one that can be read."""
     place = members.get("json" if label_key else "cls")
     if place is None:
         return None
     file.seek(place[0])
     content = file.read(place[1])
     try:
-        if not label_key:
-            return int(content)
-        value = get_field(json.loads(content), label_key)
-        return value if isinstance(value, str) else int(value)
+        label = get_field(json.loads(content), label_key) if label_key else content
+        return label if isinstance(label, str) else int(label)
     except (ValueError, TypeError, LookupError, OverflowError):
         return None
 
 
-def _number(labels: list[int | str], names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Class indices [n] and the names of the classes, see open_web."""
-    kinds = {type(label) for label in labels}
-    if len(kinds) > 1:
-        raise DataError("some classes are numbers and some are texts, should be one or the other")
-    found = sorted(set(labels), key=lambda label: natural_key(str(label)))
-    if kinds == {str}:
-        all_names = list(found) if names is None else list(names)
-        index = {name: k for k, name in enumerate(all_names)}
-        unknown = [label for label in found if label not in index]
-    else:
-        if names is None and max(found) >= len(labels):
-            raise DataError(f"class {max(found)} of {len(labels)} samples; data.class_names should name a file")
-        all_names = [str(k) for k in range(max(found) + 1)] if names is None else list(names)
-        index = {k: k for k in found}
-        unknown = [label for label in found if label >= len(all_names)]
+def number_labels(labels: Sequence[int | str], class_names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Class numbers [n] of labels, which are numbers or class names, and the class names.
+
+    `class_names` None: they are the texts that occur, or the numbers up to the largest. Raises ValueError for numbers
+    and texts mixed, and for a class that `class_names` lacks.
+    """
+    if len({type(label) for label in labels}) > 1:
+        raise ValueError("some classes are numbers and some are texts, should be one or the other")
+    present: list[Any] = sorted(set(labels), key=lambda label: natural_key(str(label)))
+    last = present[-1]
+    if class_names is None and not isinstance(last, str) and last >= len(labels):
+        raise ValueError(f"class {last} of {len(labels)} samples; data.class_names should name a file")
+    names = class_names or (present if isinstance(last, str) else [str(k) for k in range(last + 1)])
+    number: dict[Any, int] = {name: k for k, name in enumerate(names if isinstance(last, str) else range(len(names)))}
+    unknown = [label for label in present if label not in number]
     if unknown:
-        raise DataError(f"class {unknown[0]!r} is not among the {len(all_names)} of the training data")
-    present = all_names if names is None else [all_names[index[label]] for label in found]
-    return np.array([index[label] for label in labels]), present
+        raise ValueError(f"class {unknown[0]!r} is not among the {len(names)} of the training data")
+    return np.array([number[label] for label in labels]), list(names)
 
 
+@dataclass
 class RecordReader:
-    """Samples of a split of TensorFlow Datasets, as timm's map-style readers give them; TensorFlow is not needed.
+    """Samples of TensorFlow Datasets as timm's readers give them; TensorFlow itself is not needed.
 
-    Args:
-        shards: of the split's records, or the data source that the package has where its files are no TFRecords.
-        features: of the data set.
-        image_key, label_key: a picture and a class among them.
-        classes: number of each of the data set's classes.
+    Attributes:
+        shards: the records, or the package's own data source where its files are not TFRecords.
+        features: those of the data set; `image_key` and `label_key` are an image and a class among them.
     """
 
-    def __init__(self, shards: Any, features: Any, image_key: str, label_key: str, classes: Sequence[int]) -> None:
-        self.shards, self.features, self.classes = shards, features, list(classes)
-        self.image_key, self.label_key = image_key, label_key
+    shards: Any
+    features: Any
+    image_key: str
+    label_key: str
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -191,28 +187,51 @@ class RecordReader:
         sample = self.shards[index]
         if isinstance(sample, bytes):
             sample = self.features.deserialize_example_np(sample, decoders=encoded(self.image_key))
-        return BytesIO(bytes(sample[self.image_key])), self.classes[int(sample[self.label_key])]
+        return BytesIO(bytes(sample[self.image_key])), int(sample[self.label_key])
 
     def filename(self, index: int) -> str:
-        place = f" of the split, in {self.shards.shard(index)}" if isinstance(self.shards, Shards) else " of the split"
-        return f"record {index}{place}"
+        place = f", in {self.shards.shard(index)}" if isinstance(self.shards, Shards) else ""
+        return f"record {index} of the split{place}"
+
+
+def read_records(
+    data: DataConfig, settings: SplitConfig, class_names: Sequence[str] | None
+) -> tuple[RecordReader, list[str], list[str]]:
+    """A data set that the package tensorflow_datasets has prepared; see dat.classification.readers.Read."""
+    import tensorflow_datasets as tfds
+
+    image_key, label_key = settings.image_key or "image", settings.label_key or "label"
+    left_out: list[str] = []
+    builder = tfds.builder(settings.path.partition("/")[2], data_dir=data.root or None)
+    if not builder.info.splits:
+        raise ValueError(f"it is not prepared in {builder.data_dir}; `tfds build` does that")
+    split, features = builder.info.splits[settings.split], builder.info.features
+    if image_key not in features or label_key not in features or not hasattr(features[label_key], "names"):
+        wanted = f"an image {image_key!r} (image_key) and a class {label_key!r} (label_key)"
+        raise ValueError(f"its features are {', '.join(features)}, should be {wanted} among them")
+    if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
+        files = [(str(file.filename), file.skip, file.take) for file in split.file_instructions]
+        shards, left_out = index_records(files)
+    else:
+        shards = builder.as_data_source(split=settings.split, decoders=encoded(image_key))
+    return RecordReader(shards, features, image_key, label_key), list(features[label_key].names), left_out
 
 
 def encoded(image_key: str) -> dict[str, Any]:
-    """Decoders of TensorFlow Datasets that leave a picture as the bytes of its file."""
+    """Decoders of TensorFlow Datasets that leave an image as the bytes of its file."""
     import tensorflow_datasets as tfds
 
     return {image_key: tfds.decode.SkipDecoding()}
 
 
 def index_records(files: Sequence[tuple[str, int, int]]) -> tuple[Shards, list[str]]:
-    """Finds the records of TFRecord files: little-endian size, four bytes, content, four bytes.
+    """Finds the records of TFRecord files, each a little-endian size of 8 bytes, 4 bytes, content, 4 bytes.
 
     Args:
         files: (path, records to pass over, records to take).
 
     Returns:
-        the records, and a text for each file that ends before its time.
+        the records, and a text for each file that ends early.
     """
     places: list[tuple[int, int, int]] = []
     left_out = []

@@ -1,23 +1,24 @@
-"""The HTTP application of detection.serve: a page, and an endpoint that detects in a picture. Needs fastapi."""
+"""The HTTP server of a detector: a page to drop images on, and an endpoint for programs. Needs fastapi and uvicorn."""
 
 import asyncio
 import io
+import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import FileResponse
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, Field
 
-from dat.detection.evaluation import to_results
-from dat.detection.points import Points, check_points, detect_with_points
-from dat.detection.predictor import Predictor
-from dat.utils.errors import ConfigError, DataError, UserError
+from dat.detection.detector import Detector
+from dat.detection.points import Points, detect_with_points, has_points
+from dat.utils.errors import DataError, UserError
 from dat.utils.images import UNREADABLE, read_image
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
@@ -26,13 +27,13 @@ PAGE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused.
+    """Limits beyond which requests are refused.
 
     Attributes:
-        upload: bytes of a picture file.
-        pixels: of a picture, width times height.
+        upload: bytes of an image file.
+        pixels: width times height of an image.
         waiting: requests that are being received, wait or run.
-        seconds: that an upload may take.
+        seconds: duration of an upload.
     """
 
     upload: int = 16 * 2**20
@@ -47,32 +48,32 @@ class Detection(BaseModel):
     category: str = Field(description="name of its class")
     category_id: int
     score: float = Field(ge=0, le=1)
-    bbox: list[float] = Field(description="x, y, width, height in pixels of the upright picture")
-    reference: list[float] | None = Field(None, description="x, y of its query, with points=true")
+    bbox: list[float] = Field(description="x, y, width, height in pixels of the upright image")
+    reference: list[float] | None = Field(None, description="x, y of its reference point, with points=true")
     points: list[list[list[float]]] | None = Field(
         None, description="with points=true, for each level the samples of all heads: x, y, weight"
     )
 
 
 class Answer(BaseModel):
-    """What was found in a picture."""
+    """The objects of an image."""
 
-    width: int = Field(description="of the upright picture, in pixels")
+    width: int = Field(description="of the upright image, in pixels")
     height: int
-    detections: list[Detection] = Field(description="by falling score")
+    detections: list[Detection] = Field(description="by decreasing score")
 
 
 class Description(BaseModel):
-    """What is served."""
+    """The model and the limits of the server."""
 
     classes: list[str]
-    points: bool = Field(description="whether sampling points can be asked for")
+    points: bool = Field(description="whether sampling points are available")
     max_bytes: int
     max_pixels: int
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """The reason why a request was refused."""
 
     detail: str
 
@@ -80,12 +81,12 @@ class Problem(BaseModel):
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
-        400: "empty, truncated or damaged picture",
+        400: "empty, truncated or damaged image",
         408: "the upload took too long",
         413: "too many bytes or pixels",
-        415: "not a picture of a type that is read",
+        415: "not an image of a supported format",
         429: "too many requests are waiting",
-        500: "the model cannot be used for this picture",
+        500: "the model fails on this image",
     }.items()
 }
 UPLOAD = {
@@ -96,8 +97,33 @@ UPLOAD = {
 }
 
 
-def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
-    """The application. Pictures are decoded and searched one after the other, in one thread."""
+def serve(detector: Detector, host: str, port: int, limits: Limits) -> None:
+    """Serves until it is interrupted; prints its address once it accepts connections.
+
+    Args:
+        detector: trained, or an exported file.
+        host: address to listen at.
+        port: 0 takes a free one.
+        limits: see Limits.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"{address}: {detector.path}, {len(detector.categories)} classes", flush=True)
+
+    # Interrupting is the way to stop a server.
+    with listener, suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(create_app(detector, limits), log_level="warning")).run([listener])
+
+
+def create_app(detector: Detector, limits: Limits | None = None) -> FastAPI:
+    """The application. Images are decoded and searched one after the other, in one thread."""
     allowed = limits or Limits()
     worker = ThreadPoolExecutor(1, "detect")
     waiting = 0
@@ -107,7 +133,7 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         yield
         worker.shutdown(cancel_futures=True)
 
-    # no /docs: FastAPI's pages of the description fetch their scripts from elsewhere
+    # Without /docs and /redoc, whose pages load scripts from other servers.
     app = FastAPI(title="Detector", description=__doc__ or "", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.get("/", include_in_schema=False)
@@ -116,21 +142,21 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/model")
     def model() -> Description:
-        """What is served."""
-        names = [category.name for category in predictor.categories]
+        """The classes and limits."""
+        names = [category.name for category in detector.categories]
         return Description(
-            classes=names, points=has_points(predictor), max_bytes=allowed.upload, max_pixels=allowed.pixels
+            classes=names, points=has_points(detector), max_bytes=allowed.upload, max_pixels=allowed.pixels
         )
 
     @app.post("/detect", responses=PROBLEMS, openapi_extra=UPLOAD)
     async def detect(
         request: Request,
         threshold: Annotated[float, Query(ge=0, le=1, description="least score")] = 0.0,
-        points: Annotated[bool, Query(description="tell where each detection sampled")] = False,
+        points: Annotated[bool, Query(description="return the sampling points of each detection")] = False,
     ) -> Answer:
-        """Detects objects in the picture that is the body of the request."""
+        """Detects objects in the image that is the body of the request."""
         nonlocal waiting
-        if points and not has_points(predictor):
+        if points and not has_points(detector):
             raise HTTPException(400, "points=true: this model has no sampling points")
         if waiting >= allowed.waiting:
             raise HTTPException(429, f"{waiting} requests are waiting, try again later", {"Retry-After": "5"})
@@ -138,7 +164,7 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         try:
             body = await receive(request, allowed)
             return await asyncio.get_running_loop().run_in_executor(
-                worker, answer, predictor, body, allowed, threshold, points
+                worker, answer, detector, body, allowed, threshold, points
             )
         except UserError as error:
             raise HTTPException(500, str(error)) from error
@@ -148,18 +174,9 @@ def create_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
     return app
 
 
-def has_points(predictor: Predictor) -> bool:
-    """Whether the queries of a predictor have sampling points."""
-    try:
-        check_points(predictor)
-    except ConfigError:
-        return False
-    return True
-
-
 async def receive(request: Request, limits: Limits) -> bytes:
     """The body of a request. Raises HTTPException for one that is too large or takes too long."""
-    too_large = HTTPException(413, f"the picture file has more than {limits.upload} bytes")
+    too_large = HTTPException(413, f"the image file has more than {limits.upload} bytes")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.upload:
         raise too_large
@@ -177,55 +194,52 @@ async def receive(request: Request, limits: Limits) -> bytes:
     except asyncio.TimeoutError as error:
         raise HTTPException(408, f"the upload took more than {limits.seconds:g} seconds") from error
     if not body:
-        raise HTTPException(400, "the body is empty, should be a picture file")
+        raise HTTPException(400, "the body is empty, should be an image file")
     return bytes(body)
 
 
 def decode(body: bytes, limits: Limits) -> Image.Image:
-    """A picture file in RGB. Raises HTTPException before anything large is decoded."""
+    """An image file in RGB. Raises HTTPException before anything large is decoded."""
     try:
-        # the head alone
+        # Reads the header only.
         with Image.open(io.BytesIO(body), formats=list(FORMATS)) as head:
             width, height = head.size
     except UnidentifiedImageError as error:
-        raise HTTPException(415, f"not a picture of a type that is read: {', '.join(FORMATS)}") from error
+        raise HTTPException(415, f"not an image of a supported format: {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise HTTPException(413, f"the picture has more than {limits.pixels} pixels") from error
+        raise HTTPException(413, f"the image has more than {limits.pixels} pixels") from error
     except UNREADABLE as error:
-        raise HTTPException(400, f"the picture is damaged: {error}") from error
+        raise HTTPException(400, f"the image is damaged: {error}") from error
     if width * height > limits.pixels:
-        raise HTTPException(413, f"the picture has {width} x {height} pixels, more than {limits.pixels}")
+        raise HTTPException(413, f"the image has {width} x {height} pixels, more than {limits.pixels}")
     try:
         return read_image(io.BytesIO(body))
     except DataError as error:
         raise HTTPException(400, str(error)) from error
 
 
-def answer(predictor: Predictor, body: bytes, limits: Limits, threshold: float, points: bool) -> Answer:
-    """What is found in a picture file."""
-    picture = decode(body, limits)
+def answer(detector: Detector, body: bytes, limits: Limits, threshold: float, points: bool) -> Answer:
+    """The objects of an image file."""
+    image = decode(body, limits)
     samples: Points | None = None
     if points:
-        found, samples = detect_with_points(predictor, picture)
+        found, samples = detect_with_points(detector, image)
     else:
-        (found,) = predictor([picture])
-    names = {category.id: category.name for category in predictor.categories}
-    results = to_results(0, (picture.height, picture.width), found, predictor.categories)
+        found = detector.predict(image, threshold=0.0)
     detections = [
         Detection(
-            category=names[result["category_id"]],
-            category_id=result["category_id"],
-            score=result["score"],
-            bbox=result["bbox"],
-            **({} if samples is None else _samples(samples, i)),
+            category=name,
+            **{key: result[key] for key in ("category_id", "score", "bbox")},
+            **({} if samples is None else _describe(samples, i)),
         )
-        for i, result in enumerate(results)
+        for i, (name, result) in enumerate(zip(found.class_names, found.to_coco(), strict=True))
         if result["score"] >= threshold
     ]
-    return Answer(width=picture.width, height=picture.height, detections=detections)
+    return Answer(width=image.width, height=image.height, detections=detections)
 
 
-def _samples(points: Points, detection: int) -> dict[str, Any]:
+def _describe(points: Points, detection: int) -> dict[str, Any]:
+    """The reference point and, for each level, [x, y, weight] of all samples of one detection."""
     locations = points.locations[detection].transpose(0, 1).flatten(1, 2).tolist()
     weights = points.weights[detection].transpose(0, 1).flatten(1, 2).tolist()
     levels = [

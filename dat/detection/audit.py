@@ -1,55 +1,33 @@
-"""Looks through a data set in COCO's format before it is trained on, and lists every problem that it finds.
+"""The audit of a data set: summaries as text and JSON, sheets of annotated images, a plot of box sizes."""
 
-    python -m detection.audit DIR [key.path=value ...] [--config CONFIG] [--out runs/audit]
-
-DIR holds train.json, val.json and images/; other names: data.train.annotations=..., data.val.images=... and so on.
-CONFIG (default: configs/detection/finetune.yaml) is the configuration that is to train. Prints tables and writes
-audit.json, samples_train.png, samples_val.png (annotated images) and boxes.png (their sizes) into the folder `--out`.
-The exit code is 1 where something would stop training, else 0.
-"""
-
-import argparse
-import math
-import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import load_image, resized_size
-from dat.detection.data.statistics import Survey, compare, survey
-from dat.detection.draw import draw_boxes, to_pil
+from dat.detection.config import DetectionConfig
+from dat.detection.data.readers import Split
+from dat.detection.data.statistics import SplitAudit, audit_split, compare
+from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
-from dat.engine.config import load_config
-from dat.utils.errors import DataError
-from dat.utils.files import write_json
-from dat.utils.image_grid import draw_grid
+from dat.utils.plots import draw_grid, save_plot
 
-FINETUNE = Path(__file__).parents[1] / "configs/detection/finetune.yaml"
-
-# more detections of an image do not count in COCO's AP
+# COCO's AP counts no more detections of an image.
 MOST_DETECTIONS = 100
 
 
-def audit(config: DetectionConfig, show_progress: bool = False) -> dict[str, Survey]:
-    """The surveys "train" and "val" of the data of a configuration."""
-
-    def progress(items: Any, total: int) -> Any:
-        return tqdm(items, total=total, desc="images", leave=False, disable=None if show_progress else True)
-
+def audit(config: DetectionConfig, show_progress: bool = False) -> dict[str, SplitAudit]:
+    """Audits "train" and "val" of the data of a configuration."""
     root = Path(config.data.root)
-    splits = {"train": config.data.train, "val": config.data.val}
-    found = {name: survey(root / s.annotations, root / s.images, progress) for name, s in splits.items()}
+    splits: dict[str, Split] = {"train": config.data.train, "val": config.data.val}
+    found = {name: audit_split(root, split, show_progress) for name, split in splits.items()}
     compare(found["train"], found["val"])
     for split in found.values():
-        most = max(split.per_image().values(), default=0)
+        most = max((len(record.boxes) for record in split.annotations.records), default=0)
         if most > config.model.num_queries:
             split.add("more objects in an image than model.num_queries", f"{most}, model.num_queries is lower")
         elif most > MOST_DETECTIONS:
@@ -57,48 +35,39 @@ def audit(config: DetectionConfig, show_progress: bool = False) -> dict[str, Sur
     return found
 
 
-def summarize(found: Survey, size: int, max_size: int) -> dict[str, Any]:
+def summarize(found: SplitAudit, size: int, max_size: int) -> dict[str, Any]:
     """Counts of a split as plain values; `size` and `max_size` are the edges that its images are resized to."""
-    sides = np.sqrt(found.boxes[:, 2] * found.boxes[:, 3])
-    resized = resized_sides(found, size, max_size)
-    per_image = list(found.per_image().values())
-    ids = [category.id for category in found.categories]
-    objects = found.objects()
+    categories, records = found.annotations.categories, found.annotations.records
+    sizes, resized = found.sizes, found.resized_sides(size, max_size)
+    sides = np.sqrt(sizes.prod(1))
+    per_image = [len(record.boxes) for record in records]
+    ids = [category.id for category in categories]
     return {
-        "file": str(found.path),
-        "images": len(found.images),
+        "file": str(found.annotations.path),
+        "images": len(records),
         "without_annotations": per_image.count(0),
         "unlisted_files": len(found.unlisted),
         "objects": len(sides),
-        "crowds": found.crowds,
+        "crowds": int(sum(record.crowd.sum() for record in records)),
         "most_objects_in_an_image": max(per_image, default=0),
         "sparse_ids": bool(ids) and ids not in (list(range(len(ids))), list(range(1, len(ids) + 1))),
         "classes": [
-            {"label": label, "id": category.id, "name": category.name, "objects": objects[category.id]}
-            for label, category in enumerate(found.categories)
+            {"label": label, "id": category.id, "name": category.name, "objects": int(count)}
+            for label, (category, count) in enumerate(zip(categories, found.objects(), strict=True))
         ],
         "box_sides": {
             "small": int((sides < SMALL).sum()),
             "medium": int(((sides >= SMALL) & (sides < MEDIUM)).sum()),
             "large": int((sides >= MEDIUM).sum()),
-            "smallest": _round(found.boxes[:, 2:].min()) if len(sides) else None,
-            "median": _round(np.median(sides)) if len(sides) else None,
-            "largest": _round(found.boxes[:, 2:].max()) if len(sides) else None,
-            "smallest_resized": _round(resized.min()) if len(sides) else None,
+            "smallest": _rounded(np.min, sizes),
+            "median": _rounded(np.median, sides),
+            "largest": _rounded(np.max, sizes),
+            "smallest_resized": _rounded(np.min, resized),
             "below_8_resized": int((resized < 8).sum()),
         },
         "problems": [asdict(problem) for problem in found.problems.values()],
         "stops_training": found.stops,
     }
-
-
-def resized_sides(found: Survey, size: int, max_size: int) -> np.ndarray:
-    """The shorter side of every box, in pixels of the image that the model sees."""
-    scale = {
-        image_id: resized_size(image["height"], image["width"], size, max_size)[0] / image["height"]
-        for image_id, image in found.images.items()
-    }
-    return found.boxes[:, 2:].min(1, initial=math.inf) * np.array([scale[image_id] for image_id in found.image_of])
 
 
 def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
@@ -127,32 +96,30 @@ def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
     return "\n".join([*lines, *format_problems(summary["problems"])])
 
 
-def draw_samples(found: Survey, folder: Path, path: Path, count: int) -> bool:
+def draw_samples(found: SplitAudit, path: Path, count: int) -> bool:
     """Writes a sheet of `count` annotated images, evenly chosen; False when none can be read."""
-    boxes = defaultdict(list)
-    for image_id, category_id, box in zip(found.image_of, found.category_of, found.boxes.tolist(), strict=True):
-        boxes[image_id].append({"category_id": category_id, "bbox": box})
-    readable = sorted(image_id for ids in found.hashes.values() for image_id in ids)
-    pictures = []
-    for i in np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int):
-        image = found.images[readable[i]]
-        picture = to_pil(load_image(folder / image["file_name"], (image["width"], image["height"])))
-        pictures.append((draw_boxes(picture, boxes[image["id"]], found.categories), image["file_name"]))
-    if pictures:
-        draw_grid(pictures, path, columns=4, inches=4)
-    return bool(pictures)
+    annotations = found.annotations
+    readable = sorted((record for same in found.hashes.values() for record in same), key=lambda record: record.id)
+    chosen = np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int)
+    images = []
+    for record in (readable[i] for i in chosen):
+        drawn = draw_boxes(open_record(record), annotations.objects(record), annotations.categories)
+        images.append((drawn, record.path.name))
+    if images:
+        draw_grid(images, path, columns=4, inches=4)
+    return bool(images)
 
 
-def draw_sizes(found: dict[str, Survey], config: DetectionConfig, path: Path) -> None:
-    """Plots widths against heights of the boxes, and how many have which size in the image that the model sees."""
+def draw_sizes(found: dict[str, SplitAudit], config: DetectionConfig, path: Path) -> None:
+    """Plots widths against heights of the boxes, and a histogram of their sides in the image that the model sees."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     size, max_size = config.data.val.size, config.data.val.max_size
     for name, split in found.items():
-        if not len(split.boxes):
+        sizes, sides = split.sizes, split.resized_sides(size, max_size)
+        if not len(sizes):
             continue
-        left.scatter(split.boxes[:, 2], split.boxes[:, 3], s=4, alpha=0.4, label=name)
-        sides = resized_sides(split, size, max_size)
+        left.scatter(*sizes.T, s=4, alpha=0.4, label=name)
         edges = np.geomspace(max(sides.min(), 0.1), max(sides.max(), 1) * 1.01, 40)
         right.hist(sides, edges, histtype="step", label=name)
     left.set(xlabel="width, pixels of the file", ylabel="height", xscale="log", yscale="log", title="boxes")
@@ -160,36 +127,8 @@ def draw_sizes(found: dict[str, Survey], config: DetectionConfig, path: Path) ->
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.audit", description="Checks detection data.")
-    parser.add_argument("root", type=Path, metavar="DIR", help="folder of the data, data.root")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as data.train.annotations=a.json")
-    parser.add_argument("--config", type=Path, default=FINETUNE, help="configuration that is to train")
-    parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder for what it writes (runs/audit)")
-    parser.add_argument("--samples", type=int, default=16, help="images on a sheet (16)")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, [f"data.root={options.root}", *options.overrides])
-    check_config(config)
-    if not options.root.is_dir():
-        raise DataError(f"{options.root}: no such folder")
-    found = audit(config, show_progress=True)
-    size, max_size = config.data.val.size, config.data.val.max_size
-    summaries = {name: summarize(split, size, max_size) for name, split in found.items()}
-    for name, summary in summaries.items():
-        print(format_summary(name, summary, size))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "audit.json", summaries)
-    for name, images in (("train", config.data.train.images), ("val", config.data.val.images)):
-        draw_samples(found[name], options.root / images, options.out / f"samples_{name}.png", options.samples)
-    draw_sizes(found, config, options.out / "boxes.png")
-    stops = any(split.stops for split in found.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
-    if stops:
-        sys.exit(1)
-
-
-def _round(value: float) -> float:
-    return round(float(value), 2)
+def _rounded(statistic: Callable[[np.ndarray], Any], values: np.ndarray) -> float | None:
+    return round(float(statistic(values)), 2) if values.size else None

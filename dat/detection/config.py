@@ -1,56 +1,17 @@
-"""The configuration of a detection run: what `configs/detection/*.yaml` may hold, with the defaults of the paper.
+"""The keys of `configs/detection/*.yaml`, with the defaults of the paper.
 
 The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and its official COCO recipe.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from dat.detection.models.backbone import check_backbone
-from dat.engine.config import LARGEST_SIDE, MOST_WORKERS, check_range, get_value
+from dat.detection.models import ModelConfig, check_model
+from dat.detection.models.deformable_detr import DeformableDETRConfig
+from dat.engine.config import LARGEST_SIDE, check_range, get_value
+from dat.engine.train_config import TrainConfig as BaseTrainConfig
+from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
-
-
-def default_backbone() -> dict[str, Any]:
-    return {"name": "dat_tiny"}
-
-
-@dataclass
-class ModelConfig:
-    """`kind`: deformable_detr, or detr, which knows neither levels, points, box_refine nor two_stage.
-
-    `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
-    makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
-    `num_levels`, at most three, for deformable_detr.
-    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
-    new where its number of classes is another.
-    `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
-    `pre_norm`: of detr, normalise before attention instead of after.
-    """
-
-    kind: Literal["deformable_detr", "detr"] = "deformable_detr"
-    backbone: dict[str, Any] = field(default_factory=default_backbone)
-    checkpoint_path: str | None = None
-    num_queries: int = 300
-    embed_dim: int = 256
-    num_heads: int = 8
-    encoder_depth: int = 6
-    decoder_depth: int = 6
-    mlp_dim: int = 1024
-    drop_rate: float = 0.1
-    pre_norm: bool = False
-    num_levels: int = 4
-    num_points: int = 4
-    box_refine: bool = False
-    two_stage: bool = False
-    # sensible for a backbone that starts from trained weights only
-    freeze_batch_norm: bool = True
-    freeze: list[str] = field(default_factory=list)
-
-    @property
-    def num_maps(self) -> int:
-        """Of the backbone, where `backbone` has no out_indices."""
-        return 1 if self.kind == "detr" else min(3, self.num_levels)
 
 
 @dataclass
@@ -103,7 +64,7 @@ class DataConfig:
     val: ValDataConfig = field(default_factory=ValDataConfig)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    # batches are padded to a multiple of this many pixels
+    # The sides of batches are padded to a multiple of this many pixels.
     pad_multiple: int = 1
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 4.0
@@ -128,55 +89,19 @@ class LossConfig:
 
 
 @dataclass
-class TrainConfig:
-    """`batch_size` is per process; a step takes `accumulate` such batches of each process.
+class TrainConfig(BaseTrainConfig):
+    """Options of detectors, and their defaults.
 
-    `steps`: length of the run in optimizer steps; 0: that of `epochs`.
-    `schedule`: "cosine" to `min_lr_scale * lr`, or "step": x 0.1 at `decay_epochs`.
-    `lr` is for steps of `lr_batch_size` images, and scaled by the square root of, or linearly with ("lr_scaling"), the
-    number in use; 0: for any number. `layer_decay`: factor on the rates of the backbone for each layer below its last.
-    `lr` times `backbone_lr_scale` trains the backbone, times `sampling_lr_scale` the sampling offsets and reference
-    points.
-    `ema_decay` 0: no averaged weights. `eval_epochs`: evaluate every so many epochs, and after the last.
-    `checkpoint_steps` 0: checkpoints at the ends of epochs only. `pictures`: validation images to draw.
-    `worst`: objects that were missed, and false detections, to draw.
-    `grad_checkpointing`: layers are computed again in the backward pass instead of kept in memory.
-    `fsdp`: each process keeps a share of weights, gradients and optimizer state (FSDP2), for large backbones.
-    `compile`: torch.compile, once for all image sizes, of which batches with and without padding are two graphs.
-    `device`: auto, cpu or cuda.
+    `backbone_lr_scale` times `lr` trains the backbone, `sampling_lr_scale` times `lr` the sampling offsets and
+    reference points. `picture_threshold`: lowest score of detections that are drawn. `compile`: one graph for all image
+    sizes of padded batches, and one for those without padding.
     """
 
-    epochs: int = 50
-    steps: int = 0
-    batch_size: int = 4
-    accumulate: int = 1
-    lr: float = 2e-4
-    lr_batch_size: int = 0
-    lr_scaling: Literal["sqrt", "linear"] = "sqrt"
-    layer_decay: float = 1.0
+    clip_grad: float = 0.1
+    schedule: Literal["cosine", "step"] = "step"
     backbone_lr_scale: float = 0.1
     sampling_lr_scale: float = 0.1
-    weight_decay: float = 1e-4
-    clip_grad: float = 0.1
-    warmup_steps: int = 0
-    schedule: Literal["cosine", "step"] = "step"
-    min_lr_scale: float = 0.0
-    decay_epochs: list[int] = field(default_factory=lambda: [40])
-    amp: Literal["none", "bf16"] = "none"
-    grad_checkpointing: bool = False
-    fsdp: bool = False
-    compile: bool = False
-    ema_decay: float = 0.0
-    eval_epochs: int = 1
-    eval_batch_size: int = 4
-    checkpoint_steps: int = 0
-    pictures: int = 8
-    worst: int = 24
     picture_threshold: float = 0.3
-    resume: bool = False
-    workers: int = 2
-    log_steps: int = 20
-    device: str = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
 
 
@@ -184,35 +109,28 @@ class TrainConfig:
 class DetectionConfig:
     output: str = "runs/detection"
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=DeformableDETRConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def check_config(config: DetectionConfig) -> None:
-    """Raises ConfigError on values that cannot work, before anything is written."""
+    """Raises ConfigError for values that cannot work, before anything is written."""
     data = config.data
+    check_train_config(config)
     at_least_1 = [
-        *_keys(
-            "model", "num_queries", "embed_dim", "num_heads", "decoder_depth", "mlp_dim", "num_levels", "num_points"
-        ),
         "data.val.top_k",
-        *_keys(
-            "train", "epochs", "batch_size", "accumulate", "decay_epochs", "eval_epochs", "eval_batch_size", "log_steps"
-        ),
     ]
     at_least_0 = [
-        *("seed", "model.encoder_depth"),
-        *_keys("train", "backbone_lr_scale", "sampling_lr_scale", "weight_decay", "clip_grad", "warmup_steps"),
-        *_keys("train", "steps", "lr_batch_size", "checkpoint_steps", "pictures", "worst"),
         *("data.train.max_pixels", "data.cache_gib"),
+        *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
-        *("model.drop_rate", "data.mean", "train.loss.focal_alpha"),
+        *("data.mean", "train.loss.focal_alpha"),
         *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
-        *_keys("train", "min_lr_scale", "ema_decay", "picture_threshold"),
+        "train.picture_threshold",
     ]
     sides = [
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
@@ -220,15 +138,13 @@ def check_config(config: DetectionConfig) -> None:
     ]
     check_range(config, at_least_1, 1)
     check_range(config, sides, 1, LARGEST_SIDE)
-    check_range(config, ["train.workers"], 0, MOST_WORKERS)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
-    check_range(config, ["train.lr", "data.std"], 0, exclusive=True)
-    check_range(config, ["train.layer_decay"], 0, 1, exclusive=True)
+    check_range(config, ["data.std"], 0, exclusive=True)
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):
             raise ConfigError(f"{key} is empty, should list one or more sizes")
-    # torchvision requires the longest edge to be larger than the shortest
+    # torchvision requires the longest edge to be larger than the shortest.
     if data.train.max_size < max(data.train.sizes) or data.val.max_size < data.val.size:
         raise ConfigError("data.train.max_size and data.val.max_size should be at least the largest shortest edge")
     if data.train.crop_max < data.train.crop_min:
@@ -236,31 +152,6 @@ def check_config(config: DetectionConfig) -> None:
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
     check_model(config.model)
-
-
-def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError on parts of a model that do not go together, before any of it is made."""
-    if "name" not in model.backbone:
-        raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
-    if model.kind == "detr" and (model.two_stage or model.box_refine):
-        wrong = "two_stage" if model.two_stage else "box_refine"
-        raise ConfigError(f"model.{wrong} is true, which needs model.kind=deformable_detr; it is detr")
-    if model.two_stage and not model.box_refine:
-        raise ConfigError("model.two_stage is true, which needs model.box_refine=true")
-    if model.kind != "detr" and model.pre_norm:
-        raise ConfigError(f"model.pre_norm is true, which needs model.kind=detr; it is {model.kind}")
-    if model.embed_dim % 4 or model.embed_dim % model.num_heads:
-        raise ConfigError(
-            f"model.embed_dim is {model.embed_dim}, should be a multiple of 4 and of model.num_heads, {model.num_heads}"
-        )
-    maps = check_backbone(model.backbone, model.num_maps)
-    if model.kind == "detr" and maps != 1:
-        raise ConfigError(f"model.backbone.out_indices gives {maps} maps, model.kind=detr takes one, such as [-1]")
-    if model.kind != "detr" and maps > model.num_levels:
-        raise ConfigError(
-            f"model.num_levels is {model.num_levels}, fewer than the {maps} maps of model.backbone: "
-            "raise it, or give fewer model.backbone.out_indices"
-        )
 
 
 def _keys(section: str, *names: str) -> list[str]:

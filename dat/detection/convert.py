@@ -1,13 +1,8 @@
-"""Makes a checkpoint for `detection.evaluate` and `detection.predict` of an official or transformers' detector.
+"""Official and transformers' detectors as checkpoints of this project, with the classes of an annotation file.
 
-    python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT [key.path=value ...]
-
-CONFIG is the configuration of the same model, such as configs/detection/detr_r50.yaml. These detectors number
-classes by COCO's category ids: the classes of the annotation FILE (instances_val2017.json) are kept, in the order of
-their ids, and ids that no class has are left out.
+These detectors number classes by COCO's category ids. Ids that no class has are left out.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,14 +10,12 @@ import torch
 from torch import Tensor
 
 from dat.detection import official
-from dat.detection.build import build_model, detector_state
-from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_categories
+from dat.detection.config import DetectionConfig
+from dat.detection.data import Category
+from dat.detection.models import build_model
 from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
-from dat.engine.checkpoint import save_checkpoint
-from dat.engine.config import load_config
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError
 
 
 def keep_classes(state: dict[str, Tensor], model: BaseDETR, ids: Sequence[int]) -> dict[str, Tensor]:
@@ -53,24 +46,3 @@ def convert(config: DetectionConfig, weights: Path, categories: Sequence[Categor
             f"{weights}: has classes for the ids 0 to {model.num_classes - 1}, the annotations have the id {largest}"
         )
     return keep_classes(model.state_dict(), model, [category.id for category in categories])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.convert", description="Converts a detector's weights.")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the same model, see configs/detection")
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help=".pth, .bin or .safetensors")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the configuration")
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO JSON with the classes to keep")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, options.overrides)
-    check_config(config)
-    categories = read_categories(options.annotations)
-    state = convert(config, options.weights, categories)
-    if not options.out.parent.is_dir():
-        raise ConfigError(f"--out: {options.out.parent} should be a folder")
-    save_checkpoint(
-        options.out,
-        {**detector_state(config, categories), "state_dict": state},
-    )
-    print(f"{options.out}: {len(categories)} classes of {options.annotations}")

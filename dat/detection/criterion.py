@@ -1,15 +1,21 @@
 """Losses of DETR (arXiv:2005.12872) and Deformable DETR (arXiv:2010.04159)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from dat.detection.boxes import generalized_iou
+from dat.detection.config import LossConfig
 from dat.detection.matcher import HungarianMatcher, Matches, Scores, Targets, check_scores
+from dat.detection.models.base import BaseDETR
 
 PAPER_WEIGHTS = {
     "sigmoid": {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
@@ -17,30 +23,53 @@ PAPER_WEIGHTS = {
 }
 
 
-@dataclass
-class _Stack:
-    """Layers of the same number of queries, stacked along the batch, so that they are treated in one go.
+class Normalizers(NamedTuple):
+    """Scalar tensors by which sums over one optimizer step are divided.
 
-    `outputs`: "pred_logits" [layers * B, Q, K] and "pred_boxes" [layers * B, Q, 4]; `targets` of the B images.
+    `boxes`: number of target boxes, at least 1. `class_weights`: weights of all queries in the cross-entropy.
+    """
+
+    boxes: Tensor
+    class_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Layers:
+    """L layers with the same number of queries, stacked along the batch so that a loss treats them in one call.
+
+    `outputs`: "pred_logits" [L * B, Q, K] and "pred_boxes" [L * B, Q, 4]; `targets` of the B images; `suffixes`: L ends
+    of the losses' names. Match i of all M pairs output [image[i], query[i]] with number target[i] of all targets.
     """
 
     outputs: dict[str, Tensor]
-    suffixes: list[str]
     targets: Targets
+    suffixes: list[str]
+    image: Tensor
+    query: Tensor
+    target: Tensor
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.suffixes)
+    @cached_property
+    def matched_boxes(self) -> tuple[Tensor, Tensor]:
+        """Predicted and target boxes [M, 4] of the matches, cxcywh."""
+        predicted = self.outputs["pred_boxes"][self.image, self.query]
+        return predicted, torch.cat([t["boxes"] for t in self.targets])[self.target].to(predicted.dtype)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[L]: sums over equal parts of the first dimension; each layer has as many matches as any other."""
+        layers = len(self.suffixes)
+        return x.reshape(layers, x.numel() // layers).sum(1)
 
 
 class SetCriterion(nn.Module):
     """Matches predictions to targets and supervises the class of every query and the box of every matched one.
 
+    A loss is a method of the name that it has in `weight_dict`: it takes Layers and Normalizers and returns [L].
+
     Args:
         num_classes: number of classes, without "no object".
-        matcher: gives the assignment.
+        matcher: gives the assignment: a HungarianMatcher, or a function of the same arguments and result.
         scores: "sigmoid": focal loss on num_classes logits; "softmax": cross-entropy on num_classes + 1.
-        weights: of "loss_ce", "loss_bbox" and "loss_giou" in `total`; those not given are the papers'.
+        weights: of losses in `total`; those of the papers that are not given keep the papers' weights.
         focal_alpha, focal_gamma: of the focal loss.
         no_object_weight: of the class "no object" in the cross-entropy.
     """
@@ -48,7 +77,7 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        matcher: HungarianMatcher,
+        matcher: Callable[[dict[str, Tensor], Targets], Matches],
         scores: Scores = "sigmoid",
         weights: dict[str, float] | None = None,
         focal_alpha: float = 0.25,
@@ -57,131 +86,133 @@ class SetCriterion(nn.Module):
     ):
         super().__init__()
         check_scores(scores)
-        unknown = sorted(set(weights or {}) - set(PAPER_WEIGHTS[scores]))
-        if unknown:
-            raise ValueError(f"weights has {unknown[0]!r}, its keys should be among {list(PAPER_WEIGHTS[scores])}")
+        known = [name for name in dir(type(self)) if name.startswith("loss_")]
+        for name in weights or {}:
+            if name not in known:
+                raise ValueError(f"weights has {name!r}, its keys should be among {known}")
         self.num_classes, self.matcher, self.scores = num_classes, matcher, scores
-        self.weights = PAPER_WEIGHTS[scores] | (weights or {})
+        self.weight_dict = PAPER_WEIGHTS[scores] | (weights or {})
         self.focal_alpha, self.focal_gamma, self.no_object_weight = focal_alpha, focal_gamma, no_object_weight
 
-    def forward(self, outputs: dict[str, Any], targets: Targets, shares: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None
+    ) -> dict[str, Tensor]:
         """Unweighted losses.
 
         Args:
             outputs: "pred_logits" [B, Q, K], "pred_boxes" [B, Q, 4] and, where the model gives them, "aux_outputs" and
-                "enc_outputs".
+                "enc_outputs"; anything else is ignored.
             targets: B times "labels" [T_i] int64 and "boxes" [T_i, 4], cxcywh in 0..1.
-            shares: what `shares` returns for all batches of an optimizer step; None: this batch is all of it.
+            normalizers: of all batches of an optimizer step; None: this batch is all of it.
 
         Returns:
-            scalars "loss_ce", "loss_bbox", "loss_giou" of the last decoder layer, with the suffix "_0", "_1", ...
-            of the layers before and "_enc" of the encoder, each divided by the number of boxes, or for
-            cross-entropy the weights of the classes: see `shares`.
+            The losses of `weight_dict`, scalars, of the last decoder layer, with the suffix "_0", "_1", ... of the
+            layers before and "_enc" of the encoder.
         """
-        device = outputs["pred_boxes"].device
-        if shares is None:
-            shares = self.shares(targets, outputs["pred_logits"].shape[1], device)
+        if normalizers is None:
+            normalizers = self.normalizers(targets, outputs["pred_logits"].shape[1], outputs["pred_logits"].device)
         layers = [outputs, *outputs.get("aux_outputs", ())]
-        suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
-        stacks = [self._stack(layers, suffixes, targets)]
+        stacks = [(self._stack(layers), targets, ["", *(f"_{i}" for i in range(len(layers) - 1))])]
         if "enc_outputs" in outputs:
             # The encoder tells objects from background: every object is of class 0.
-            binary = [{"labels": torch.zeros_like(t["labels"]), "boxes": t["boxes"]} for t in targets]
-            stacks.append(self._stack([outputs["enc_outputs"]], ["_enc"], binary))
-        matches = self.matcher.match_all([(stack.outputs, stack.targets * stack.num_layers) for stack in stacks])
-        indices = _flat_indices(stacks, matches, device)
+            binary = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            stacks.append((self._stack([outputs["enc_outputs"]]), binary, ["_enc"]))
         losses: dict[str, Tensor] = {}
-        for stack, index in zip(stacks, indices, strict=True):
-            losses |= self._losses(stack, index, shares)
+        for stack in self._match(stacks):
+            values = {name: getattr(self, name)(stack, normalizers) for name in self.weight_dict}
+            losses |= {name + end: value[i] for i, end in enumerate(stack.suffixes) for name, value in values.items()}
         return losses
 
+    def loss_ce(self, layers: Layers, normalizers: Normalizers) -> Tensor:
+        """Focal loss per box, or cross-entropy averaged with the weights of the classes."""
+        logits = layers.outputs["pred_logits"]
+        classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
+        classes[layers.image, layers.query] = torch.cat([t["labels"] for t in layers.targets])[layers.target]
+        if self.scores == "sigmoid":
+            one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
+            loss = sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma)
+            return layers.sum(loss) / normalizers.boxes
+        weight = logits.new_ones(self.num_classes + 1)
+        weight[-1] = self.no_object_weight
+        loss = F.cross_entropy(logits.transpose(1, 2), classes, weight, reduction="none")
+        return layers.sum(loss) / normalizers.class_weights
+
+    def loss_bbox(self, layers: Layers, normalizers: Normalizers) -> Tensor:
+        """L1 distance of cxcywh boxes."""
+        predicted, wanted = layers.matched_boxes
+        return layers.sum((predicted - wanted).abs().sum(-1)) / normalizers.boxes
+
+    def loss_giou(self, layers: Layers, normalizers: Normalizers) -> Tensor:
+        """1 less the generalised IoU."""
+        predicted, wanted = (box_convert(boxes, "cxcywh", "xyxy") for boxes in layers.matched_boxes)
+        return layers.sum(1 - generalized_iou(predicted, wanted)) / normalizers.boxes
+
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of what forward returned, a scalar."""
-        return torch.stack([self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()]).sum()
+        """The weighted sum of what forward returned, a scalar; suffixes such as "_0" or "_enc" do not matter."""
+        return torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
 
-    def shares(self, targets: Targets, num_queries: int, device: torch.device) -> Tensor:
-        """What the losses of `targets`, those of all batches of one optimizer step, are divided by.
+    def normalizers(self, targets: Targets, num_queries: int, device: torch.device) -> Normalizers:
+        """Loss normalisers for the targets of all batches of one optimizer step.
 
-        Returns [2]: the number of boxes, at least 1, and the sum of the weights of all queries in the cross-entropy,
-        the same whatever is matched; means over the processes, whose gradients are averaged.
+        They are the same whatever is matched, and means over the processes, whose gradients are averaged.
         """
         boxes = sum(len(t["labels"]) for t in targets)
         matched = sum(min(len(t["labels"]), num_queries) for t in targets)
         unmatched = len(targets) * num_queries - matched
-        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=torch.float64, device=device)
+        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=torch.float64)
+        totals = totals.to(device, non_blocking=True)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
             totals /= dist.get_world_size()
-        # an empty batch divides zeros
-        return totals.maximum(totals.new_tensor([1.0, torch.finfo(torch.float32).tiny]))
+        # An empty batch divides zeros.
+        return Normalizers(totals[0].clamp(min=1.0), totals[1].clamp(min=torch.finfo(torch.float32).tiny))
 
-    def _stack(self, layers: list[dict[str, Tensor]], suffixes: list[str], targets: Targets) -> _Stack:
-        logits = torch.cat([layer["pred_logits"] for layer in layers])
-        boxes = torch.cat([layer["pred_boxes"] for layer in layers])
-        logits, boxes = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, boxes))
-        self._check_classes(logits)
-        return _Stack({"pred_logits": logits, "pred_boxes": boxes}, suffixes, targets)
+    def _weight(self, name: str) -> float:
+        return next(weight for key, weight in self.weight_dict.items() if f"{name}_".startswith(f"{key}_"))
 
-    def _losses(self, stack: _Stack, index: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        """The losses of every layer; index [3, M] is that of _flat_indices."""
-        num_boxes, class_weights = shares.unbind()
-        logits, boxes = stack.outputs["pred_logits"], stack.outputs["pred_boxes"]
-        image, query, target = index
-        labels = torch.cat([t["labels"] for t in stack.targets])[target]
-        target_boxes = torch.cat([t["boxes"] for t in stack.targets])[target].to(boxes.dtype)
-
-        classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        classes[image, query] = labels
-        matched = boxes[image, query]
-        corners = [box_convert(b, "cxcywh", "xyxy") for b in (matched, target_boxes)]
-        # The function's own eps is large next to the area of a small box.
-        giou = generalized_box_iou_loss(*corners, eps=torch.finfo(boxes.dtype).tiny)
-        per_layer = {
-            "loss_ce": self._class_loss(logits, classes, stack.num_layers, num_boxes, class_weights),
-            "loss_bbox": _sum_per_layer((matched - target_boxes).abs().sum(-1), stack.num_layers) / num_boxes,
-            "loss_giou": _sum_per_layer(giou, stack.num_layers) / num_boxes,
-        }
-        return {name + suffix: value[i] for i, suffix in enumerate(stack.suffixes) for name, value in per_layer.items()}
-
-    def _class_loss(
-        self, logits: Tensor, classes: Tensor, num_layers: int, num_boxes: Tensor, class_weights: Tensor
-    ) -> Tensor:
-        """[num_layers]: focal loss per box, or cross-entropy averaged with the weights of the classes."""
-        if self.scores == "sigmoid":
-            one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
-            loss = sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma)
-            return _sum_per_layer(loss, num_layers) / num_boxes
-        weight = torch.ones(self.num_classes + 1, dtype=logits.dtype, device=logits.device)
-        weight[-1] = self.no_object_weight
-        loss = F.cross_entropy(logits.transpose(1, 2), classes, weight, reduction="none")
-        return _sum_per_layer(loss, num_layers) / class_weights
-
-    def _check_classes(self, logits: Tensor) -> None:
-        expected = self.num_classes + (self.scores == "softmax")
-        if logits.shape[-1] != expected:
+    def _stack(self, layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        outputs = {key: torch.cat([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes")}
+        outputs = {key: x.to(torch.promote_types(x.dtype, torch.float32)) for key, x in outputs.items()}
+        found, expected = outputs["pred_logits"].shape[-1], self.num_classes + (self.scores == "softmax")
+        if found != expected:
             raise ValueError(
-                f"pred_logits has {logits.shape[-1]} classes, should have {expected}: "
+                f"pred_logits has {found} classes, should have {expected}: "
                 f"num_classes={self.num_classes}, scores={self.scores!r}"
             )
+        return outputs
+
+    def _match(self, stacks: list[tuple[dict[str, Tensor], Targets, list[str]]]) -> list[Layers]:
+        """Matches all stacks; the indices go to the device in one copy, for which the host does not wait."""
+        batches = [(outputs, targets * len(suffixes)) for outputs, targets, suffixes in stacks]
+        if isinstance(self.matcher, HungarianMatcher):
+            matches = self.matcher.match_all(batches)
+        else:
+            matches = [self.matcher(*batch) for batch in batches]
+        flat = [_flat_indices(found, stack[1]) for found, stack in zip(matches, stacks, strict=True)]
+        on_device = torch.cat(flat, 1).to(stacks[0][0]["pred_boxes"].device, non_blocking=True)
+        indices = on_device.split([index.shape[1] for index in flat], 1)
+        return [Layers(*stack, *index) for stack, index in zip(stacks, indices, strict=True)]
 
 
-def _sum_per_layer(x: Tensor, num_layers: int) -> Tensor:
-    """Sums the num_layers equal parts of the first axis; each layer has as many matches as any other."""
-    return x.reshape(num_layers, x.numel() // num_layers).sum(1)
+def _flat_indices(matches: Matches, targets: Targets) -> Tensor:
+    """[3, M]: rows of the stacked batch, queries, and positions among the concatenated targets of the B images."""
+    starts = [0, *accumulate(len(t["labels"]) for t in targets)]
+    rows = [
+        (torch.full_like(query, i), query, target + starts[i % len(targets)])
+        for i, (query, target) in enumerate(matches)
+    ]
+    return torch.stack([torch.cat(part) for part in zip(*rows, strict=True)])
 
 
-def _flat_indices(stacks: list[_Stack], matches: list[Matches], device: torch.device) -> list[Tensor]:
-    """For each stack [3, M]: rows of the batch, queries, and positions in the concatenated targets, in one transfer."""
-    flat = []
-    for stack, of_stack in zip(stacks, matches, strict=True):
-        sizes = torch.tensor([len(t["labels"]) for t in stack.targets])
-        starts = (sizes.cumsum(0) - sizes).repeat(stack.num_layers)
-        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(of_stack)])
-        query = torch.cat([query for query, _ in of_stack])
-        target = torch.cat([target + start for (_, target), start in zip(of_stack, starts, strict=True)])
-        flat.append(torch.stack((image, query, target)))
-    joined = torch.cat(flat, 1)
-    if device.type == "cuda":
-        # The host need not wait for the device again.
-        joined = joined.pin_memory()
-    return list(joined.to(device, non_blocking=True).split([index.shape[1] for index in flat], 1))
+def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
+    """The losses of a model; values that `loss` leaves open are those of the model's paper."""
+    paper = PAPER_WEIGHTS[model.scores]["loss_ce"]
+    cost_class, weight_class = (paper if x is None else x for x in (loss.cost_class, loss.weight_class))
+    return SetCriterion(
+        model.num_classes,
+        HungarianMatcher(cost_class, loss.cost_box, loss.cost_giou, model.scores),
+        model.scores,
+        weights={"loss_ce": weight_class, "loss_bbox": loss.weight_box, "loss_giou": loss.weight_giou},
+        focal_alpha=loss.focal_alpha,
+        no_object_weight=loss.no_object_weight,
+    )

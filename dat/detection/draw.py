@@ -1,24 +1,23 @@
-"""Pictures of detections, readable at any image size."""
+"""Detections drawn into images, readable at any image size."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 
-from dat.detection.data import Category
+from dat.detection.data import Category, ImageRecord, load_image
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, without black
+# The colours of Okabe and Ito, which colour-blind readers can distinguish too, without black.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
-# smaller images are enlarged until their longest edge has this many pixels
+# Smaller images are enlarged until their longest edge has this many pixels.
 MIN_EDGE = 640
 
 
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """An image [3, H, W] uint8 as Pillow's."""
-    return F.to_pil_image(image)
+def open_record(record: ImageRecord) -> Image.Image:
+    """The image of a record. Raises DataError as load_image does."""
+    return F.to_pil_image(load_image(record.path, (record.width, record.height)))
 
 
 def draw_boxes(
@@ -26,26 +25,26 @@ def draw_boxes(
 ) -> Image.Image:
     """The image, enlarged where it is small, with the boxes of COCO results or annotations (a "score" is optional)."""
     scale = max(1, -(-MIN_EDGE // max(image.size)))
-    picture = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-    unit = max(picture.size) / MIN_EDGE
+    image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    unit = max(image.size) / MIN_EDGE
     font = ImageFont.load_default(round(13 * unit))
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     labels = {category.id: label for label, category in enumerate(categories)}
-    # the most certain is drawn last, over the others
+    # The highest scores are drawn last, over the others.
     for result in sorted(results, key=lambda result: result.get("score", 1.0)):
         label = labels[result["category_id"]]
         color = COLORS[label % len(COLORS)]
         x, y, w, h = (value * scale for value in result["bbox"])
         draw.rectangle((x, y, x + w, y + h), outline=color, width=max(2, round(2 * unit)))
         score = f" {result['score']:.2f}" if "score" in result else ""
-        _write(draw, (x, y), categories[label].name + score, font, color, picture.size)
+        _write(draw, (x, y), categories[label].name + score, font, color, image.size)
     if title:
-        draw.text((4 * unit, picture.height - 20 * unit), title, "white", font, stroke_width=2, stroke_fill="black")
-    return picture
+        draw.text((4 * unit, image.height - 20 * unit), title, "white", font, stroke_width=2, stroke_fill="black")
+    return image
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures of the same size in one; wide ones are put one above the other."""
+    """Two images of the same size beside each other, or wide ones one above the other."""
     gap = 6
     wide = left.width > 1.5 * left.height
     size = (left.width, 2 * left.height + gap) if wide else (2 * left.width + gap, left.height)
@@ -63,7 +62,7 @@ def _write(
     color: str,
     size: tuple[int, int],
 ) -> None:
-    """Text on a coloured ground above the corner of a box, moved to where it is inside the picture."""
+    """Writes text on a coloured ground above the corner of a box, moved until it is inside the image."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(corner[0], size[0] - width))

@@ -9,20 +9,17 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from dat.detection.data import Batch, Category, CocoAnnotations
+from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import post_process
 from dat.engine.distributed import gather
 from dat.engine.optim import amp_context
 
-# COCO's limits between small, medium and large objects, in pixels: sides of squares of those areas
+# COCO's limits between small, medium and large objects: sides in pixels of squares of those areas.
 SMALL, MEDIUM = 32, 96
 
-# overlap from which a detection counts in AP50, in confusions and among the worst mistakes
+# Overlap from which a detection counts in AP50, in confusions and among the worst mistakes.
 MATCH_IOU = 0.5
-
-# what is measured over all sizes, then over COCO's small, medium and large objects
-_AREAS = {"AP": 0, "APs": 1, "APm": 2, "APl": 3}
 
 
 @torch.inference_mode()
@@ -36,7 +33,7 @@ def detect(
 ) -> list[dict[str, Any]]:
     """COCO results of every image, at most top_k: image_id, category_id (the file's own), bbox (x, y, w, h), score.
 
-    The model is run in evaluation mode and left as it was.
+    The model runs in evaluation mode and returns to the mode that it was in.
     """
     training = model.training
     model.eval()
@@ -71,31 +68,31 @@ def to_results(
 
 
 def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of all processes, in the order of the ranks; shares may be of any size, or empty."""
-    return [result for share in gather(results) for result in share]
+    """The results of all processes, in the order of the ranks; each may have any number of them."""
+    return [result for part in gather(results) for result in part]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Detections beside what there is to find, for the T = 10 overlaps .5, .55, ... .95 and A = 4 sizes of COCO's AP.
+    """COCO's comparison of results with annotations, at T = 10 overlaps .5, .55, ... .95 and for A = 4 sizes.
 
     Sizes are all, small, medium and large; -1 marks classes and sizes without objects.
 
     Attributes:
-        annotations, results: what was compared, the latter in COCO's result format.
+        annotations, results: compared with each other; results are in COCO's format.
         precision: [T, 101, K, A], the highest at each recall 0, .01, ... 1 or beyond it.
         scores: [T, 101, K, A], of the detection that reaches the recall; 0 where none does.
         recall: [T, K, A], of all detections.
     """
 
-    annotations: CocoAnnotations
+    annotations: Annotations
     results: list[dict[str, Any]]
     precision: np.ndarray
     scores: np.ndarray
     recall: np.ndarray
 
     @classmethod
-    def of(cls, annotations: CocoAnnotations, results: list[dict[str, Any]]) -> "Evaluation":
+    def of(cls, annotations: Annotations, results: list[dict[str, Any]]) -> "Evaluation":
         """Runs COCO's evaluation; crowds are ignored."""
         truth = COCO(annotations.to_coco())
         evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
@@ -109,20 +106,15 @@ class Evaluation:
 
         {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "per_class": {name: {"AP", "AP50", "objects"}}}.
         """
-        metrics: dict[str, Any] = {name: _mean(self.precision[..., area]) for name, area in _AREAS.items()}
-        metrics |= {"AP50": _mean(self.precision[0, :, :, 0]), "AP75": _mean(self.precision[5, :, :, 0])}
-        metrics["AR100"] = _mean(self.recall[:, :, 0])
-        counts = np.bincount(
-            np.concatenate([record.labels[~record.crowd] for record in self.annotations.records]),
-            minlength=len(self.annotations.categories),
-        )
+        precision, categories = self.precision, self.annotations.categories
+        metrics: dict[str, Any] = {name: _mean(precision[..., a]) for a, name in enumerate(("AP", "APs", "APm", "APl"))}
+        metrics |= {"AP50": _mean(precision[0, ..., 0]), "AP75": _mean(precision[5, ..., 0])}
+        metrics["AR100"] = _mean(self.recall[..., 0])
+        labels = np.concatenate([record.labels[~record.crowd] for record in self.annotations.records])
+        counts = np.bincount(labels, minlength=len(categories)).tolist()
         metrics["per_class"] = {
-            category.name: {
-                "AP": _mean(self.precision[:, :, label, 0]),
-                "AP50": _mean(self.precision[0, :, label, 0]),
-                "objects": int(counts[label]),
-            }
-            for label, category in enumerate(self.annotations.categories)
+            category.name: {"AP": _mean(precision[:, :, k, 0]), "AP50": _mean(precision[0, :, k, 0]), "objects": count}
+            for k, (category, count) in enumerate(zip(categories, counts, strict=True))
         }
         return metrics
 
@@ -136,38 +128,47 @@ class Evaluation:
         return float(f1[best]), float(self.scores[0, best, label, 0]), float(recall[best]), float(precision[best])
 
 
-def average_precision(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, Any]:
+def average_precision(annotations: Annotations, results: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of an Evaluation."""
     return Evaluation.of(annotations, results).metrics()
 
 
-def count_confusions(annotations: CocoAnnotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
-    """Objects by class (row) and class of the detection that found them (column), [K + 1, K + 1] int64.
-
-    Whatever its class, a detection finds the object that it overlaps most, by at least .5, and no other has found, the
-    highest score first. The last column counts objects that none found, the last row detections that found none.
-    Crowds, and detections in them, count nowhere.
+def match_detections(
+    annotations: Annotations, results: Sequence[dict[str, Any]], by_class: bool
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """COCO's matching at an overlap of MATCH_IOU: the highest scores choose first, and objects are found once.
 
     Args:
-        annotations, results: to compare.
-        threshold: least score of the detections that count.
+        annotations, results: compared with each other.
+        by_class: match objects and detections of the same class only.
+
+    Returns:
+        The annotated objects without crowds, with "dt_id" of the detection that found them, if any; and all results by
+        their ids, with "gt_id" where they found an object or are in a crowd.
     """
     truth = COCO(annotations.to_coco())
-    kept = [dict(result) for result in results if result["score"] >= threshold]
-    evaluation = COCOeval_faster(truth, truth.loadRes(kept), "bbox", extra_calc=True)
-    evaluation.params.useCats, evaluation.params.iouThrs = 0, np.array([MATCH_IOU])
-    evaluation.params.maxDets, evaluation.params.areaRng = [max(1, len(kept))], [[0, 1e10]]
+    evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox", extra_calc=True)
+    evaluation.params.useCats, evaluation.params.iouThrs = int(by_class), np.array([MATCH_IOU])
+    evaluation.params.maxDets, evaluation.params.areaRng = [max(1, len(results))], [[0, 1e10]]
     evaluation.evaluate()
     evaluation.accumulate()
+    return [target for target in evaluation.cocoGt.anns.values() if not target["iscrowd"]], evaluation.cocoDt.anns
+
+
+def count_confusions(annotations: Annotations, results: Sequence[dict[str, Any]], threshold: float) -> np.ndarray:
+    """Objects by class (row) and class of the detection that found them (column), [K + 1, K + 1] int64.
+
+    Detections of score `threshold` or more find objects of any class. The last column counts objects that none found,
+    the last row detections that found none. Crowds, and detections in them, are not counted.
+    """
+    kept = [result for result in results if result["score"] >= threshold]
+    objects, detections = match_detections(annotations, kept, by_class=False)
     label_of = {category.id: label for label, category in enumerate(annotations.categories)}
     none = len(label_of)
     counts = np.zeros((none + 1, none + 1), dtype=np.int64)
-    # the library tells of every annotation and detection which it was matched to
-    detections = evaluation.cocoDt.anns
-    for target in evaluation.cocoGt.anns.values():
-        if not target["iscrowd"]:
-            found = detections[target["dt_id"]]["category_id"] if "dt_id" in target else None
-            counts[label_of[target["category_id"]], label_of.get(found, none)] += 1
+    for target in objects:
+        found = label_of[detections[target["dt_id"]]["category_id"]] if "dt_id" in target else none
+        counts[label_of[target["category_id"]], found] += 1
     for detection in detections.values():
         if "gt_id" not in detection:
             counts[none, label_of[detection["category_id"]]] += 1
@@ -187,7 +188,7 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    # -1 marks classes and sizes without objects
+    # COCO's evaluation gives -1 for classes and sizes without objects.
     values = values[values > -1]
     return round(float(values.mean()), 5) if values.size else None
 

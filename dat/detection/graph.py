@@ -1,4 +1,4 @@
-"""A detector from pixels to detections in pixels: what is exported, and what predicts."""
+"""A detector with its pre- and post-processing, from pixels to boxes in pixels: it predicts and is exported."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from dat.detection.config import DataConfig
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import best_detections
-from dat.export.normalize import Normalize
+from dat.export.graph import Normalize
 
 
 class DetectorGraph(nn.Module):
-    """Normalisation, padding as the loader's, the model, and the choice of detections.
+    """Normalisation, the padding of the data loader, the model, and the selection of detections.
 
     Args:
         model: in evaluation mode.
@@ -29,43 +29,47 @@ class DetectorGraph(nn.Module):
 
         Args:
             images: [B, 3, H, W] uint8, RGB.
-            sizes: [B, 2] int64, the (height, width) in pixels that boxes are wanted in; 0: those of `images`.
+            sizes: [B, 2] int64, the (height, width) of the images that boxes refer to; 0: those of `images`.
 
         Returns:
             scores, labels, boxes and queries, as best_detections gives them.
         """
         height, width = images.shape[-2:]
         x, mask = self._pad(self.normalize(images))
-        fed = torch.tensor([1, 0], device=sizes.device) * height + torch.tensor([0, 1], device=sizes.device) * width
-        return self._detect(x, mask, fed, sizes)
+        inside = torch.tensor([1, 0], device=sizes.device) * height + torch.tensor([0, 1], device=sizes.device) * width
+        return self._detect(x, mask, inside, sizes)
 
     def _detect(
-        self, x: Tensor, mask: Tensor | None, fed: Tensor, sizes: Tensor
+        self, x: Tensor, mask: Tensor | None, inside: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Detections of what the model is given, `fed` (height, width) of which are a picture."""
-        return best_detections(self.model(x, mask), torch.where(sizes > 0, sizes, fed), self.model.scores, self.top_k)
+        """Detections in the padded images `x`, whose size without padding is `inside` [B or 1, 2]."""
+        return best_detections(
+            self.model(x, mask), torch.where(sizes > 0, sizes, inside), self.model.scores, self.top_k
+        )
 
     def _pad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, 3, H, W], padded at the right and below, and the mask of the padding [B, H, W]."""
         if self.pad_multiple == 1:
             return x, None
         height, width = x.shape[-2:]
-        # in a form that torch.export can reason about
+        # Written so that torch.export can reason about it.
         down, right = (((side - 1) // self.pad_multiple + 1) * self.pad_multiple - side for side in (height, width))
         padding = (0, right, 0, down)
         return F.pad(x, padding), F.pad(torch.zeros_like(x[:, 0]), padding, value=1.0) > 0
 
 
 class PaddedDetectorGraph(DetectorGraph):
-    """A detector's graph that is given pictures which are padded already, so that sides are multiples of a number."""
+    """A DetectorGraph whose images are padded already, so that their sides are multiples of a number."""
 
-    def forward(self, images: Tensor, sizes: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, images: Tensor, sizes: Tensor, inside: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Detects objects.
 
         Args:
-            images: [B, 3, H, W] uint8, RGB, padded at the right and below, as pad_pictures does.
-            sizes: as those of DetectorGraph.
-            inside: [B, 2] int64, the (height, width) without the padding.
+            images: [B, 3, H, W] uint8, RGB, padded at the right and below, as pad_images does.
+            sizes: as for DetectorGraph.
+            inside: [B, 2] int64, the (height, width) without padding.
         """
         below, right = (
             torch.arange(side, device=images.device) >= inside[:, axis, None]
@@ -75,8 +79,8 @@ class PaddedDetectorGraph(DetectorGraph):
         return self._detect(self.normalize(images).masked_fill(mask[:, None], 0), mask, inside, sizes)
 
 
-def pad_pictures(images: Tensor, sizes: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs of a PaddedDetectorGraph for those of a DetectorGraph, with sides that are multiples of a number."""
+def pad_images(images: Tensor, sizes: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a PaddedDetectorGraph from those of a DetectorGraph; `multiple`: of the padded sides."""
     height, width = images.shape[-2:]
     inside = torch.tensor([[height, width]]).repeat(len(images), 1)
     return F.pad(images, (0, -width % multiple, 0, -height % multiple)), sizes, inside

@@ -1,18 +1,21 @@
 """Assignment of predictions to ground truth by the Hungarian algorithm (DETR, arXiv:2005.12872, section 3.1)."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert
 
+from dat.detection.boxes import generalized_iou
 from dat.utils.errors import NonFiniteError
 from dat.utils.finite import check_finite
 
 Scores = Literal["sigmoid", "softmax"]
-Targets = list[dict[str, Tensor]]
+# Of each image an open dictionary: "boxes" [n, 4], "labels" [n], and whatever else a loss may need.
+Targets = list[dict[str, Any]]
 Matches = list[tuple[Tensor, Tensor]]
 
 
@@ -56,51 +59,45 @@ class HungarianMatcher:
         return self.match_all([(outputs, targets)])[0]
 
     @torch.no_grad()
-    def match_all(self, batches: list[tuple[dict[str, Tensor], Targets]]) -> list[Matches]:
-        """Matches several batches, which may have other numbers of queries, with one transfer from the device for all.
-
-        Each is given and returned, and may raise, as in a call.
-        """
+    def match_all(self, batches: Sequence[tuple[dict[str, Tensor], Targets]]) -> list[Matches]:
+        """Matches several batches, whose numbers of queries may differ; arguments, results and errors as in a call."""
         costs = [self._cost(outputs, targets) for outputs, targets in batches]
-        sizes = [cost.numel() for cost in costs]
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu().split(sizes)
+        # The only place in a training step where the host waits for the device: the costs of all layers in one copy.
+        on_host = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
         return [
-            self._assign(cost.view(on_device.shape), *batch)
-            for cost, on_device, batch in zip(flat, costs, batches, strict=True)
+            _assign(flat.view(cost.shape), *batch) for flat, cost, batch in zip(on_host, costs, batches, strict=True)
         ]
 
-    def _assign(self, cost: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:
-        matches = []
-        for image, target in zip(cost, targets, strict=True):
-            image = image[:, : len(target["labels"])]
-            if not image.isfinite().all():
-                _raise_non_finite(outputs, targets)
-            query, matched = linear_sum_assignment(image)
-            matches.append((torch.as_tensor(query), torch.as_tensor(matched)))
-        return matches
-
     def _cost(self, outputs: dict[str, Tensor], targets: Targets) -> Tensor:
-        """[B, Q, T], T the largest T_i; what lies past an image's own T_i has no meaning."""
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        """[B, Q, T] for the largest number T of targets in an image; entries past an image's own are padding."""
+        dtype = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
+        logits, boxes = outputs["pred_logits"].to(dtype), outputs["pred_boxes"].to(dtype)
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
         target_boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True).to(dtype)
-        boxes = boxes.to(dtype)
-        class_cost = _class_cost(logits.to(dtype), self.scores)
-        cost = self.cost_class * class_cost.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
-        cost = cost + self.cost_box * torch.cdist(boxes, target_boxes, p=1)
-        corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes)]
-        # Not every torchvision in use takes batches of boxes.
-        return cost - self.cost_giou * torch.vmap(generalized_box_iou)(*corners)
+        probabilities = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(-1)
+        of_target = probabilities.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
+        class_cost = _focal_cost(of_target) if self.scores == "sigmoid" else -of_target
+        corners, target_corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes, target_boxes))
+        giou = generalized_iou(corners[:, :, None], target_corners[:, None])
+        distance = torch.cdist(boxes, target_boxes, p=1)
+        return self.cost_class * class_cost + self.cost_box * distance - self.cost_giou * giou
 
 
-def _class_cost(logits: Tensor, scores: Scores, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    if scores == "softmax":
-        return -logits.softmax(-1)
-    p = logits.sigmoid()
+def _focal_cost(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative
+
+
+def _assign(costs: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:
+    matches = []
+    for cost, target in zip(costs, targets, strict=True):
+        cost = cost[:, : len(target["labels"])]
+        if not cost.isfinite().all():
+            _raise_non_finite(outputs, targets)
+        query, matched = linear_sum_assignment(cost)
+        matches.append((torch.as_tensor(query), torch.as_tensor(matched)))
+    return matches
 
 
 def _raise_non_finite(outputs: dict[str, Tensor], targets: Targets) -> None:

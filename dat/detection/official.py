@@ -9,18 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dat.detection.models.detr import DETR
-from dat.engine.checkpoint import load_weights
-from dat.engine.safe_load import read_weights
+from dat.engine.checkpoint import load_weights, read_weights
 from dat.utils.errors import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)
 
 _HEADS = "class_embed."
 
-# Applied in this order; names that none of them finds are those of this project already.
+# Applied in this order; names that none of them matches are already this project's.
 _RENAMES = (
-    # transformers: the names in its files ("conv_encoder", "out_proj", "fc1"), and in its models since version 5
+    # Names of transformers: those in its files ("conv_encoder", "out_proj", "fc1"), and in its models since version 5
     (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone."),
     (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
     (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
@@ -36,7 +34,7 @@ _RENAMES = (
     (r"^(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"^(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"^(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    # the official implementations
+    # Names of the official implementations.
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^transformer\.", ""),
     # With box refinement the decoder holds the heads too.
@@ -45,10 +43,10 @@ _RENAMES = (
     (r"^(decoder\.layers\.\d+)\.multihead_attn\.", r"\1.cross_attn."),
     (r"^(encoder|decoder)\.layers\.", r"\1."),
 )
-# The decoder's other norms by transformers' names; Deformable DETR numbers them the other way round.
+# Norms of the decoder in transformers; Deformable DETR's official numbering is the other way round.
 _DETR_NORMS = {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2"}
 _DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm": "norm1"}
-# transformers' own ResNet
+# Names of transformers' own ResNet.
 _RESNET = re.compile(r"^backbone\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(\w+)\.")
 _PARTS = ("q_proj", "k_proj", "v_proj")
 
@@ -56,8 +54,8 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors of an official or transformers' detector under `model`'s names, for `model.load_state_dict`.
 
-    A pure renaming, but that transformers' projections of queries, keys and values are put together, and that the
-    counters of batch norm, which say nothing, are added or left out as `model` has them or not.
+    A renaming, except that transformers' projections of queries, keys and values are packed into one tensor, and that
+    the unused counters of batch norm are added or left out to fit `model`.
 
     Args:
         state_dict: the "model" entry of a checkpoint of facebookresearch/detr or fundamentalvision/Deformable-DETR, or
@@ -68,7 +66,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     Raises:
         ValueError: when the tensors have different heads per decoder layer and `model` one for all.
     """
-    is_detr = isinstance(model, DETR)
+    is_detr = getattr(model, "kind", None) == "detr"
     # Deformable DETR lists its one head once for each layer.
     shared_head = not is_detr and not getattr(model, "box_refine", False)
     converted: dict[str, Tensor] = {}
@@ -93,7 +91,7 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
     Args:
         model: a DETR or DeformableDETR.
         path: .pth, .bin or .safetensors file.
-        key: what messages call it.
+        key: name of the path in messages.
 
     Returns:
         whether the class heads were loaded.

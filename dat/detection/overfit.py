@@ -1,4 +1,4 @@
-"""Learning a few images by heart: the quickest test that data, model and rates fit together."""
+"""Overfitting a few images: the quickest test that data, model and learning rates fit together."""
 
 import json
 import sys
@@ -13,56 +13,54 @@ import torch
 from torchvision.ops import box_iou
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, CocoAnnotations, read_coco, resized_size
+from dat.detection.data import Annotations, Category, read_dataset, resized_size
 from dat.detection.evaluation import average_precision
-from dat.detection.trainer import Trainer
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.files import read_jsonl
 
-# where a run may end, and what it should reach
+# AP at which a run ends, and AP that it should reach.
 ENOUGH, TARGET = 0.95, 0.9
 
 STEPS = 800
 
 
 def overfit(config: DetectionConfig, count: int) -> None:
-    """Trains on `count` images without augmentation until AP on them is near 1; exits with 1, and why, if it is not.
+    """Trains on `count` images without augmentation until AP on them is near 1.
 
-    Raises UserError for what cannot work.
+    If AP stays lower, it prints the likely reasons and exits with code 1.
+
+    Raises UserError for a configuration that cannot work.
     """
     if count < 1:
         raise ConfigError(f"--overfit is {count}, should be at least 1")
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
-    root, data = Path(config.data.root), config.data
-    whole = read_coco(root / data.train.annotations, root / data.train.images)
-    some = choose(whole, count)
+    some = choose(read_dataset(Path(config.data.root), config.data.train), count)
     output = Path(config.output)
-    # of an earlier try
+    # An earlier try left them.
     if distributed.main:
         for name in ("last.pth", "best.pth"):
             (output / name).unlink(missing_ok=True)
-    trainer = Trainer(config, some, some, distributed, None)
-    trainer.run(until=ENOUGH)
+    metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:
         return
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     if metrics["AP"] >= TARGET:
         print(
             f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works"
         )
         return
     results = json.loads((output / "detections.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     print(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", file=sys.stderr)
-    for reason in diagnose(config, some, results, metrics, lines):
+    for reason in diagnose(config, some, results, metrics, read_jsonl(output / "log.jsonl")):
         print(f"  - {reason}", file=sys.stderr)
     sys.exit(1)
 
 
 def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
-    """The configuration of such a run: no augmentation, no dropout, no decay, a schedule of its own."""
+    """The configuration of such a run: no augmentation, dropout or weight decay, and its own schedule."""
     train, data = config.train, config.data
     backbone = {name: 0.0 if "drop" in name else value for name, value in config.model.backbone.items()}
     plain = replace(
@@ -82,10 +80,12 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
         data=replace(data, train=plain, cache="memory"),
         train=replace(
             train,
+            epochs=0,
             steps=STEPS,
             batch_size=batch_size,
             accumulate=1,
-            warmup_steps=min(train.warmup_steps, STEPS // 10),
+            warmup_epochs=0.0,
+            warmup_steps=STEPS // 10 if train.warmup_epochs else min(train.warmup_steps, STEPS // 10),
             schedule="cosine",
             min_lr_scale=0.01,
             weight_decay=0.0,
@@ -99,8 +99,8 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
     )
 
 
-def choose(annotations: CocoAnnotations, count: int) -> CocoAnnotations:
-    """`count` of the images that show objects, evenly chosen. Raises DataError where there are none."""
+def choose(annotations: Annotations, count: int) -> Annotations:
+    """`count` of the images with objects, evenly spaced. Raises DataError if there are none."""
     shown = [record for record in annotations.records if (~record.crowd).any()]
     if not shown:
         raise DataError(f"{annotations.path}: no image shows an object that could be learnt")
@@ -110,12 +110,12 @@ def choose(annotations: CocoAnnotations, count: int) -> CocoAnnotations:
 
 def diagnose(
     config: DetectionConfig,
-    annotations: CocoAnnotations,
+    annotations: Annotations,
     results: Sequence[dict[str, Any]],
     metrics: dict[str, Any],
     lines: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Why a few images were not learnt by heart, the likeliest reasons; `lines`: of log.jsonl."""
+    """Likely reasons why a few images were not learnt; `lines` are the entries of log.jsonl."""
     reasons = [*_about_data(config, annotations)]
     losses = [line["loss"] for line in lines if line["kind"] == "train" and line["loss"] is not None]
     if len(losses) > 1 and losses[-1] > 0.5 * losses[0]:
@@ -145,15 +145,15 @@ def diagnose(
     return reasons
 
 
-def class_agnostic(annotations: CocoAnnotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def class_agnostic(annotations: Annotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """average_precision as if all classes were one."""
     records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
     one = replace(annotations, categories=(Category(1, "object"),), records=records)
     return average_precision(one, [{**result, "category_id": 1} for result in results])
 
 
-def _about_data(config: DetectionConfig, annotations: CocoAnnotations) -> list[str]:
-    """What in the images cannot be learnt."""
+def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:
+    """Objects that the model cannot learn."""
     counted: dict[str, list[int]] = defaultdict(list)
     for record in annotations.records:
         boxes = torch.from_numpy(record.boxes[~record.crowd])

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from dat.detection.evaluation import MEDIUM, SMALL, Evaluation
 from dat.utils.plots import save_plot
 
-# most classes that are drawn, those with most objects
+# Most classes that are drawn: those with most objects.
 MOST_CLASSES = 100
 
-# index of an overlap among COCO's ten, and its line
+# Index of an overlap among COCO's ten, and the style of its line.
 OVERLAPS = {"IoU 0.5": (0, "-"), "IoU 0.75": (5, "--")}
 
 
@@ -56,7 +56,7 @@ def _draw_class(axes: Axes, evaluation: Evaluation, label: int, with_text: bool)
     f1, score, recall, precision = best
     axes.plot(recall, precision, "o", color="tab:orange", ms=4, label="highest F1")
     if with_text:
-        # to the lower left of the dot there is room: curves fall to the right
+        # There is room to the lower left of the dot, because curves fall to the right.
         place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
         axes.annotate(f"F1 {f1:.2f}\nscore {score:.2f}", (recall, precision), fontsize=7, **place)
 
@@ -67,13 +67,13 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
     The size of an object is the square root of its area as annotated, the one that AP goes by; crowds are left out.
 
     Args:
-        evaluation: its annotations and results are drawn.
+        evaluation: holds the annotations and results to draw.
         threshold: least score of the predictions that are counted.
-        path: of the picture.
+        path: of the plot.
     """
     areas = np.concatenate([record.areas[~record.crowd] for record in evaluation.annotations.records])
     found = [r["bbox"][2] * r["bbox"][3] for r in evaluation.results if r["score"] >= threshold]
-    # what has no area would have no place on a logarithmic axis
+    # A logarithmic axis has no place for 0.
     annotated, predicted = np.sqrt(areas).clip(0.5), np.sqrt(found).clip(0.5)
     both = np.concatenate((annotated, predicted, (SMALL / 2, MEDIUM * 2)))
     edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, 41)
@@ -90,7 +90,7 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
         axes.text(math.sqrt(low * high), 0.98, text, **where)
     axes.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="square root of the area, pixels of the file")
     axes.set_ylabel("boxes")
-    # room for the texts
+    # The texts stand above the bars.
     axes.set_ylim(bottom=0, top=1.3 * max(axes.get_ylim()[1], 1))
     ticks = sorted(MEDIUM if tick == 128 else tick for tick in 2 ** np.arange(0, 14, 1 if edges[-1] < 2000 else 2))
     axes.set_xticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])

@@ -1,4 +1,4 @@
-"""Where detections looked: the sampling points of their queries in the last layer of Deformable DETR's decoder."""
+"""The sampling points of detections, in the last layer of Deformable DETR's decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dat.detection.build import Detector
-from dat.detection.data import Category
+from dat.detection.detections import Detections
+from dat.detection.detector import Detector
 from dat.detection.draw import COLORS
 from dat.detection.models.deformable_detr import DeformableDETR
-from dat.detection.predictor import Predictor
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
 from dat.utils.overlays import create_figure, draw_image, draw_star, draw_weighted, save_figure
 
-# most detections of a sheet, the most certain ones
+# Most detections of a sheet, those with the highest scores.
 ROWS = 12
 DIAMETER = 11.0
 
@@ -29,53 +28,56 @@ class Points:
     """Samples of n detections, in H heads, L levels and P points.
 
     Attributes:
-        locations: [n, H, L, P, 2], (x, y) in pixels of the picture.
+        locations: [n, H, L, P, 2], (x, y) in pixels of the image.
         weights: [n, H, L, P], 0 to 1; those of a head sum to 1.
-        references: [n, 2], where the queries are, (x, y) in pixels of the picture.
+        references: [n, 2], reference points of the queries, (x, y) in pixels of the image.
     """
 
     locations: Tensor
     weights: Tensor
     references: Tensor
 
-    def select(self, detections: Sequence[int]) -> "Points":
-        """Those of some detections."""
-        index = list(detections)
+    def select(self, index: Tensor | Sequence[int]) -> "Points":
+        """The points of some detections, by a mask or by their indices."""
         return Points(self.locations[index], self.weights[index], self.references[index])
 
 
-def check_points(predictor: Predictor) -> Detector:
-    """What a predictor is made of. Raises ConfigError for one whose queries have no sampling points."""
-    if predictor.detector is None:
-        raise ConfigError(
-            f"{predictor.path}: sampling points need a checkpoint, an exported model does not tell of them"
-        )
-    if not isinstance(predictor.detector.model, DeformableDETR):
-        raise ConfigError(f"{predictor.path}: sampling points need a deformable_detr, this checkpoint is of a detr")
-    return predictor.detector
+def has_points(detector: Detector) -> bool:
+    """Whether the queries of a detector have sampling points: a checkpoint of Deformable DETR and its successors."""
+    return isinstance(detector.model, DeformableDETR)
 
 
-def detect_with_points(predictor: Predictor, picture: Image.Image) -> tuple[dict[str, Tensor], Points]:
-    """The detections of a picture, as the predictor gives them, and the points of each of them.
+def check_points(detector: Detector) -> None:
+    """Raises ConfigError for a detector without sampling points."""
+    if detector.model is None:
+        raise ConfigError(f"{detector.path}: sampling points need a checkpoint, an exported model does not return them")
+    if not has_points(detector):
+        raise ConfigError(f"{detector.path}: sampling points need a deformable_detr, this checkpoint is of a detr")
+
+
+def detect_with_points(detector: Detector, image: Image.Image) -> tuple[Detections, Points]:
+    """All detections of an image in RGB, of any score, and their sampling points.
 
     Raises ConfigError as check_points does.
     """
-    detector = check_points(predictor)
-    attention: MSDeformAttn = detector.model.decoder[-1].cross_attn
+    check_points(detector)
+    model: Any = detector.model
+    attention: MSDeformAttn = model.decoder[-1].cross_attn
     calls: list[tuple[Any, ...]] = []
     hook = attention.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     try:
-        (detections,) = predictor([picture])
+        detections: Detections = detector.predict(image, threshold=0.0)
     finally:
         hook.remove()
     (inputs,) = calls
     locations, weights, references = (found.cpu() for found in _samples(attention, *inputs[:4]))
-    height, width = predictor.input_size(picture)
+    height, width = detector.input_size(image)
+    assert detector.config is not None
     multiple = detector.config.data.pad_multiple
-    # from 0..1 of what the model was given, padding included, to pixels of the picture
+    # From 0..1 of the model's input, padding included, to pixels of the image.
     padded = torch.tensor([-(-side // multiple) * multiple for side in (width, height)])
-    factor = padded * torch.tensor([picture.width / width, picture.height / height])
-    queries = detections["queries"]
+    factor = padded * torch.tensor([image.width / width, image.height / height])
+    queries = detections.queries
     return detections, Points(locations[queries] * factor, weights[queries], references[queries] * factor)
 
 
@@ -92,40 +94,26 @@ def _samples(
     return locations[0], weights[0], reference[0, :, 0, :2]
 
 
-def draw_points(
-    picture: Image.Image,
-    results: Sequence[dict[str, Any]],
-    points: Points,
-    categories: Sequence[Category],
-    path: Path,
-) -> None:
-    """Writes a sheet with a row for each of the most certain detections: all of its samples, then those of each level.
-
-    Args:
-        picture: RGB.
-        results: in COCO's format, of any number of detections.
-        points: of them.
-        categories: of the detector.
-        path: of the sheet.
-    """
-    order = sorted(range(len(results)), key=lambda i: -results[i]["score"])[:ROWS]
-    labels = {category.id: label for label, category in enumerate(categories)}
+def draw_points(detections: Detections, points: Points, path: Path) -> None:
+    """Writes a sheet with a row for each detection of highest score: all of its samples, then those of each level."""
     levels = points.weights.shape[2]
     columns = levels + 1 if levels > 1 else 1
-    figure, axes = create_figure(len(order), columns, picture, "where each detection sampled, by weight")
-    for i, row in zip(order, axes.reshape(-1, columns), strict=True):
-        label = labels[results[i]["category_id"]]
-        # sizes and colours of all panels of a row on one scale
+    image, names = detections.image, detections.class_names
+    figure, axes = create_figure(
+        min(len(detections), ROWS), columns, image, "where each detection sampled, by attention weight"
+    )
+    for i, row in enumerate(axes.reshape(-1, columns)):
+        # Sizes and colours of all panels of a row are on one scale.
         limits = points.weights[i].min().item(), points.weights[i].max().item()
         for level, panel in zip([None, *range(levels)], row, strict=False):
             chosen = slice(None) if level is None else slice(level, level + 1)
             locations, weights = points.locations[i][:, chosen], points.weights[i][:, chosen]
-            draw_image(panel, picture)
-            _draw_box(panel, results[i]["bbox"], COLORS[label % len(COLORS)])
-            share = weights.sum().item() / points.weights[i].sum().item()
+            draw_image(panel, image)
+            _draw_box(panel, detections.boxes[i].tolist(), COLORS[int(detections.labels[i]) % len(COLORS)])
             draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
             draw_star(panel, *points.references[i].tolist())
-            name = f"{categories[label].name} {results[i]['score']:.2f}" if level is None else f"level {level}"
+            share = weights.sum().item() / points.weights[i].sum().item()
+            name = f"{names[i]} {detections.scores[i]:.2f}" if level is None else f"level {level}"
             panel.set_title(f"{name}, {share:.0%}", fontsize=7, parse_math=False)
     save_figure(figure, path)
 
@@ -133,4 +121,5 @@ def draw_points(
 def _draw_box(axes: Any, box: Sequence[float], color: str) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((box[0] - 0.5, box[1] - 0.5), box[2], box[3], fill=False, color=color, linewidth=1.2))
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=color, linewidth=1.2))

@@ -1,50 +1,38 @@
-"""From a configuration to what trains a model: optimizer and batches."""
+"""Parameter groups of the optimizer."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from dat.detection.config import DetectionConfig, TrainConfig
-from dat.detection.data import (
-    AspectRatioBatchSampler,
-    Batch,
-    CocoAnnotations,
-    DetectionDataset,
-    make_loader,
-    train_transform,
-)
-from dat.detection.data.cache import ImageCache
+from dat.detection.config import TrainConfig
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.engine.backbones import create_timm_model, without_weights
-from dat.engine.distributed import Distributed
 from dat.engine.optim import layer_scales, param_groups
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig, lr: float, backbone: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW with the learning rates of Deformable DETR: lower for the backbone and for what places the samples.
+def parameter_groups(model: nn.Module, train: TrainConfig, lr: float, backbone: dict[str, Any]) -> list[dict[str, Any]]:
+    """Optimizer groups with the learning rates of Deformable DETR: lower for the backbone and sampling locations.
 
     Args:
         model: a detector.
-        train: its other numbers.
+        train: rates and weight decay.
         lr: base learning rate.
-        backbone: `model.backbone` of the configuration: its layers' rates fall by `train.layer_decay`.
+        backbone: `model.backbone` of the configuration; `train.layer_decay` lowers the rates of its layers.
     """
     multipliers = {r"^backbone\.": train.backbone_lr_scale}
-    # DETR places no samples
+    # DETR has no sampling locations.
     if isinstance(model, DeformableDETR):
         multipliers[r"sampling_offsets|reference_points"] = train.sampling_lr_scale
     scales = backbone_scales(model.backbone, backbone, train.layer_decay) if train.layer_decay < 1 else {}
-    groups = param_groups(model, lr, train.weight_decay, multipliers, {f"backbone.{n}": s for n, s in scales.items()})
-    # hundreds of small tensors: one call instead of a dozen for each
-    return torch.optim.AdamW(groups, fused=True)
+    scales = {f"backbone.{name}": scale for name, scale in scales.items()}
+    return param_groups(model, lr, train.weight_decay, multipliers, scales)
 
 
 def backbone_scales(backbone: Any, arguments: dict[str, Any], decay: float) -> dict[str, float]:
     """layer_scales of a timm feature extractor, by its own parameter names.
 
-    Feature extractors have no layers of their own: those of the classifier of the same `arguments` count.
+    timm defines layers for classifiers only, so those of the classifier with the same `arguments` are taken.
     """
     body = {name: value for name, value in without_weights(arguments).items() if name != "out_indices"}
     with torch.device("meta"):
@@ -53,43 +41,10 @@ def backbone_scales(backbone: Any, arguments: dict[str, Any], decay: float) -> d
 
 
 def _classifier_name(name: str, known: dict[str, float]) -> str:
-    """The classifier's name of a feature extractor's parameter."""
+    """The name that a feature extractor's parameter has in the classifier."""
     name = name.removeprefix("model.")
     if name in known:
         return name
-    # timm flattens the first level of some models: stages_0.x is stages.0.x
+    # timm flattens the first level of some models: stages_0.x is stages.0.x.
     places = [i for i, letter in enumerate(name) if letter == "_"]
     return next(other for i in places if (other := f"{name[:i]}.{name[i + 1 :]}") in known)
-
-
-def train_loader(
-    annotations: CocoAnnotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None
-) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
-    """This process's batches, augmented as `data.train` says, and what orders them."""
-    data, train = config.data, config.train
-    transform = train_transform(
-        sizes=data.train.sizes,
-        max_size=data.train.max_size,
-        horizontal_flip=data.train.horizontal_flip,
-        vertical_flip=data.train.vertical_flip,
-        crop=data.train.crop,
-        crop_resize=data.train.crop_resize,
-        crop_min=data.train.crop_min,
-        crop_max=data.train.crop_max,
-        photometric=data.train.photometric,
-        mean=data.mean,
-        std=data.std,
-    )
-    sampler = AspectRatioBatchSampler(
-        annotations.records,
-        train.batch_size,
-        config.seed,
-        distributed.rank,
-        distributed.world_size,
-        train.accumulate,
-        data.train.max_pixels,
-        data.pad_multiple,
-    )
-    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
-    pin = distributed.device.type == "cuda"
-    return make_loader(dataset, sampler, data.pad_multiple, train.workers, pin), sampler

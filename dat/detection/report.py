@@ -1,14 +1,6 @@
-"""What a run or an evaluation leaves to look at: plots, pictures, and report.html, a page of them all.
+"""Plots and images of a run or an evaluation, and report.html, a page of them all."""
 
-    python -m detection.report RUN [key.path=value ...]
-
-writes it anew for the folder of a run, whole or interrupted: what there is. The overrides change the run's
-configuration, for instance data.root where the data has moved, or train.picture_threshold.
-"""
-
-import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +8,13 @@ from typing import Any
 
 import torch
 
-from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import CocoAnnotations, load_image, read_coco
-from dat.detection.draw import draw_boxes, side_by_side, to_pil
+from dat.detection.config import DetectionConfig, TrainConfig
+from dat.detection.data import Annotations, read_dataset
+from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
-from dat.engine.config import load_config
-from dat.engine.report import Page, Section, Table, confusion_table, read_metrics
+from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError
 from dat.utils.files import atomic_write
 from dat.utils.plots import draw_confusion, draw_curves
@@ -35,63 +26,61 @@ CURVES = {
     "learning rate": [("train", "lr")],
 }
 
-# most predictions in the page
+# Most predictions in the page.
 MOST_PREDICTIONS = 16
 
 
 def write_report(
     folder: Path, config: DetectionConfig, evaluation: Evaluation | None, metrics: dict[str, Any], text: str = ""
 ) -> list[Path]:
-    """Draws all that there is to see of a run or an evaluation, and writes report.html; returns the pictures.
+    """Draws what there is of a run or an evaluation and writes report.html; returns the paths of the images.
 
     Args:
-        folder: that the files go to; its log.jsonl, if there is one, gives the training curves.
-        config: of what was run.
+        folder: where the files go; its log.jsonl, if there is one, gives the training curves.
+        config: of the run.
         evaluation: of the best epoch; None where there is none.
-        metrics: its metrics, and whatever else the page should tell; without evaluation, empty.
-        text: that the page opens with.
+        metrics: of the evaluation, and other numbers for the page; empty without evaluation.
+        text: opens the page.
     """
-    model = config.model
-    average = metrics.get("AP")
+    model, average = config.model, metrics.get("AP")
     page = Page(f"{model.backbone['name']}, {model.kind}" + ("" if average is None else f", AP {average:.3f}"), text)
     if evaluation is not None:
         page.sections.append(Section("Figures", tables=[_metrics_table(metrics), _class_table(evaluation, metrics)]))
-    draw_curves(folder / "log.jsonl", folder / "curve.png", CURVES)
-    page.add_picture("Training", folder / "curve.png")
-    pictures = [folder / "curve.png"]
+    images = [folder / "curve.png"]
+    draw_curves(folder / "log.jsonl", images[0], CURVES)
+    page.add_picture("Training", images[0])
     if evaluation is not None:
-        pictures += _add_evaluation(page, folder, config, evaluation)
+        images += _add_evaluation(page, folder, config.train, evaluation)
     page.add_config(config)
     page.write(folder / "report.html")
-    return [path for path in pictures if path.is_file()]
+    return [path for path in images if path.is_file()]
 
 
-def _add_evaluation(page: Page, folder: Path, config: DetectionConfig, evaluation: Evaluation) -> list[Path]:
-    """Draws an evaluation and adds it to the page; returns where its pictures are."""
-    annotations, results, train = evaluation.annotations, evaluation.results, config.train
-    names = [category.name for category in annotations.categories]
-    threshold = train.picture_threshold
+def _add_evaluation(page: Page, folder: Path, train: TrainConfig, evaluation: Evaluation) -> list[Path]:
+    """Draws an evaluation and adds it to the page; returns the paths of the images."""
+    annotations, results, threshold = evaluation.annotations, evaluation.results, train.picture_threshold
     path = {name: folder / f"{name}.png" for name in ("precision_recall", "confusion", "box_sizes", "worst")}
     draw_precision_recall(evaluation, path["precision_recall"])
     page.add_picture("Precision and recall", path["precision_recall"])
 
     counts = count_confusions(annotations, results, threshold)
+    names = [category.name for category in annotations.categories]
     rows, columns = [*names, "(nothing)"], [*names, "(missed)"]
     draw_confusion(counts, rows, columns, path["confusion"])
-    said = (
+    text = (
         f"Detections of score {threshold:g} or more, whatever their class, and objects that they overlap by at least "
-        f"{MATCH_IOU:g}: what it is (row) and what it was taken for (column)."
+        f"{MATCH_IOU:g}: true class (row) and predicted class (column)."
     )
-    page.add_picture("Confusions", path["confusion"], said, [confusion_table(counts, rows, columns)])
+    page.add_picture("Confusions", path["confusion"], text, [confusion_table(counts, rows, columns)])
 
     draw_box_sizes(evaluation, threshold, path["box_sizes"])
     page.add_picture("Box sizes", path["box_sizes"])
 
     draw_worst(annotations, results, path["worst"], train.worst)
     page.add_photos("Worst mistakes", [path["worst"]])
-    predictions = save_pictures(annotations, results, folder / "predictions", train.pictures, threshold)
-    said = f"Scored {threshold:g} or more, beside what was annotated."
-    page.add_photos("Predictions", predictions[:MOST_PREDICTIONS], said)
+    predictions = save_predictions(annotations, results, folder / "predictions", train.pictures, threshold)
+    text = f"Detections of score {threshold:g} or more beside the annotations."
+    page.add_photos("Predictions", predictions[:MOST_PREDICTIONS], text)
     return [*path.values(), *predictions]
 
 
@@ -101,16 +90,16 @@ def _metrics_table(metrics: dict[str, Any]) -> Table:
 
 
 def _class_table(evaluation: Evaluation, metrics: dict[str, Any]) -> Table:
-    rows = []
-    for label, (name, of_class) in enumerate(metrics["per_class"].items()):
-        best = evaluation.best_f1(label) or (None,) * 4
-        rows.append((name, of_class["objects"], of_class["AP"], of_class["AP50"], *best))
+    rows = [
+        (name, m["objects"], m["AP"], m["AP50"], *(evaluation.best_f1(label) or (None,) * 4))
+        for label, (name, m) in enumerate(metrics["per_class"].items())
+    ]
     columns = ("class", "objects", "AP", "AP50", "highest F1", "at score", "recall there", "precision there")
     return Table(columns, rows)
 
 
-def save_pictures(
-    annotations: CocoAnnotations, results: Sequence[dict[str, Any]], folder: Path, count: int, threshold: float
+def save_predictions(
+    annotations: Annotations, results: Sequence[dict[str, Any]], folder: Path, count: int, threshold: float
 ) -> list[Path]:
     """Writes `count` images, evenly chosen, with predictions scored at least `threshold` beside the annotations."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,16 +107,12 @@ def save_pictures(
     for result in results:
         if result["score"] >= threshold:
             by_image[result["image_id"]].append(result)
-    coco = annotations.to_coco()
-    truth: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in coco["annotations"]:
-        truth[annotation["image_id"]].append(annotation)
     chosen = torch.linspace(0, len(annotations.records) - 1, min(count, len(annotations.records))).long()
     paths = []
     for record in (annotations.records[i] for i in chosen.tolist()):
-        image = to_pil(load_image(record.path, (record.width, record.height)))
+        image = open_record(record)
         predicted = draw_boxes(image, by_image[record.id], annotations.categories, "predicted")
-        annotated = draw_boxes(image, truth[record.id], annotations.categories, "annotated")
+        annotated = draw_boxes(image, annotations.objects(record), annotations.categories, "annotated")
         paths.append(folder / f"{record.id:06d}_{record.path.stem}.png")
         with atomic_write(paths[-1]) as temporary:
             side_by_side(predicted, annotated).save(temporary)
@@ -135,36 +120,16 @@ def save_pictures(
 
 
 def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
-    """The evaluation of a run's best epoch so far. Raises DataError where there is none, or its data is not there."""
-    path, data = folder / "detections.json", config.data
+    """The evaluation of a run's best epoch so far. Raises DataError where there is none, or its data is absent."""
+    path = folder / "detections.json"
     if not path.is_file():
-        raise DataError(f"{path}: is not there, the run was not evaluated yet")
+        raise DataError(f"{path}: no such file, the run was not evaluated yet")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
-    root = Path(data.root)
-    annotations = read_coco(root / data.val.annotations, root / data.val.images)
-    known = {record.id for record in annotations.records}, {category.id for category in annotations.categories}
-    if not all(result["image_id"] in known[0] and result["category_id"] in known[1] for result in results):
+    annotations = read_dataset(Path(config.data.root), config.data.val)
+    images, classes = ({x.id for x in group} for group in (annotations.records, annotations.categories))
+    if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")
     return Evaluation.of(annotations, results)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.report", description="Writes the report of a run anew.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, whole or interrupted")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of its configuration")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.run / "config.yaml", options.overrides)
-    check_config(config)
-    metrics: dict[str, Any] = {}
-    evaluation, text = None, ""
-    try:
-        evaluation = read_evaluation(options.run, config)
-        metrics = read_metrics(options.run) | evaluation.metrics()
-    except DataError as error:
-        text = f"Without an evaluation: {error}"
-        print(f"warning: {text}", file=sys.stderr)
-    write_report(options.run, config, evaluation, metrics, text)
-    print(f"written to {options.run / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Trains DETR or Deformable DETR on a data set in COCO's JSON format.
+"""Trains a detector on a dataset in COCO's JSON format.
 
     python -m detection.train CONFIG [key.path=value ...] [--overfit N]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
@@ -8,40 +8,24 @@ the best epoch, whose detections are in detections.json, plots, pictures and rep
 --overfit N it learns N training images by heart instead, into `output`/overfit, and says what is wrong where it cannot.
 """
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import read_coco
-from dat.detection.overfit import overfit
-from dat.detection.trainer import Trainer
-from dat.engine.config import load_config
+from dat.detection.data import read_dataset
+from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
 
-def train(config: DetectionConfig) -> None:
-    """Runs the training of a configuration. Raises UserError, before it writes anything, for what cannot work."""
+def train(config: DetectionConfig) -> dict[str, Any]:
+    """Runs a whole training, or the rest of it; returns the metrics of its best epoch, as Trainer.run does.
+
+    Raises UserError, before anything is written, for configurations that cannot work.
+    """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    data = config.data
-    root = Path(data.root)
-    train_set = read_coco(root / data.train.annotations, root / data.train.images)
-    val_set = read_coco(root / data.val.annotations, root / data.val.images, train_set.categories)
+    root = Path(config.data.root)
+    train_set = read_dataset(root, config.data.train)
+    val_set = read_dataset(root, config.data.val, train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
-    Trainer(config, train_set, val_set, distributed, resume).run()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m detection.train", description="Trains a detector.")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/detection")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the configuration")
-    parser.add_argument(
-        "--overfit", type=int, metavar="N", help="learn N training images by heart, to see that all works"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(DetectionConfig, options.config, options.overrides)
-    if options.overfit is None:
-        train(config)
-    else:
-        overfit(config, options.overfit)
+    return DetectionTrainer(config, train_set, val_set, distributed, resume).run()

@@ -1,1 +1,1 @@
-"""What classification and detection training share. Needs the training extras; `import dat` does not load it."""
+"""Training and configuration for all tasks. Needs the training extras; `import dat` does not load it."""

@@ -1,29 +1,66 @@
-"""Checkpoints: dictionaries of tensors and plain values, replaced atomically and read with weights_only."""
+"""Checkpoints: written atomically, read without running code and checked before anything is built from them.
+
+A file may come from anyone. `torch.load(weights_only=True)` runs no code; the checks here also limit the memory and
+time that a small file can ask for.
+"""
 
 import os
-from collections.abc import Sequence
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import timm
 import torch
-from timm.utils import ModelEmaV3
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dat.engine.config import from_dict, get_value, to_dict
-from dat.engine.safe_load import check_tensors, read_file
-from dat.utils.errors import CheckpointError
+from dat.engine.config import from_dict, get_value, rename_keys, to_dict
+from dat.utils.errors import CheckpointError, DataError, UserError, one_line
 from dat.utils.files import atomic_write
+from dat.utils.finite import check_finite
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
 
+# torch.load raises any of these for damaged files and files of other formats.
+UNREADABLE = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, AssertionError, MemoryError,
+    OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError,
+)  # fmt: skip
+
+# Limits far beyond any real checkpoint: plain values, their nesting, characters of a text, integers.
+MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_INTEGER = 200_000, 50, 100_000, 2**63
+# Tensors may exceed the size of their file: weights that several layers use are stored once and listed several times.
+MAX_EXPANSION = 16
+# Numbers in a model's configuration, such as widths and depths, and characters of a class name.
+MAX_NUMBER, MAX_NAME = 100_000, 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a checkpoint that inference needs, and the whole content as `state`.
+
+    `config` holds plain values; `weights` are the averaged weights if there are any.
+    """
+
+    config: dict[str, Any]
+    class_names: list[str]
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path` so that a crash at any moment leaves either the old file or the new one.
+    """Writes `state` (tensors and plain values) to `path`; a crash at any moment leaves the old or the new file.
 
-    Args:
-        path: target file; a temporary file beside it is written, flushed to the disk and renamed over it.
-        state: tensors and plain values only, "format" is added.
     Raises:
-        CheckpointError: the file cannot be written (a full disk); the old file, if any, is untouched.
+        CheckpointError: the file cannot be written (for example, the disk is full); the old file is kept.
     """
     path = Path(path)
     try:
@@ -32,41 +69,120 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(path.parent)
-    # torch's zip writer reports a failed write as RuntimeError
+    # torch's zip writer reports a failed write as RuntimeError.
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is kept" if path.exists() else "nothing was written"
-        raise CheckpointError(f"{path}: cannot write the checkpoint: {_reason(error)}; {kept}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n", 1)[0]
+        raise CheckpointError(f"{path}: cannot write the checkpoint: {reason}; {kept}") from error
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Reads what save_checkpoint wrote, on the CPU and without unpickling objects.
+    """Reads what save_checkpoint wrote, on the CPU; keys of its configuration get their current names.
 
     Args:
         path: checkpoint file.
-        kind: "classification" or "detection": what the caller can use; None takes any.
+        kind: "classification" or "detection"; None accepts both.
     Raises:
-        CheckpointError: missing, truncated, not a checkpoint of this project, or of another kind.
+        CheckpointError: missing, damaged, not a checkpoint of this project, or of another kind.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    state = read_file(path)
+    _check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    check_content(state, path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: not a training checkpoint of this project: format is {found!r}, not {FORMAT}")
     if kind is not None and state.get("kind") != kind:
         raise CheckpointError(f"{path}: is a {state.get('kind')} checkpoint, should be a {kind} checkpoint")
+    if isinstance(state.get("config"), dict):
+        state["config"] = rename_keys(state["config"], saved=True)
     return state
 
 
-def load_weights(model: torch.nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
-    """load_state_dict, strict, whose mismatch is one line: CheckpointError names the first tensor that differs."""
+def read_trained(path: Path, kind: str) -> Trained:
+    """Reads a checkpoint for inference.
+
+    Raises:
+        CheckpointError: as load_checkpoint does, or a part is missing, of another type or not finite.
+    """
+    state = load_checkpoint(path, kind)
+    weights: Any = state.get("state_dict_ema") or state.get("state_dict")
+    check_tensors(weights, path)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} holds NaN or infinity")
+    config: Any = state.get("config")
+    names: Any = state.get("class_names")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{path}: has no configuration of a model")
+    _check_numbers(config["model"], "model", path)
+    check_class_names(names, path)
+    return Trained(config, names, weights, state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the weights of a checkpoint of any project, .safetensors included; averaged weights if there are any.
+
+    Raises:
+        CheckpointError: damaged, not a checkpoint, or values that are not tensors.
+    """
+    if path.suffix != ".safetensors":
+        _check_archive(path)
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    check_content(state, path)
+    check_tensors(state, path)
+    return state
+
+
+def build_and_load(build: Callable[[], M], weights: dict[str, Tensor], path: Path) -> M:
+    """Builds a model and loads its weights, all of which must fit.
+
+    The model is built without memory first, because a configuration may describe a far larger model than its weights.
+    The weights then become its parameters; only a model with further tensors, which are computed when it is built, is
+    built again.
+
+    Raises:
+        CheckpointError: the model cannot be built, or the weights do not fit.
+    """
+    model = None
+    with checkpoint_errors(path), limit_parameters(weights, path):
+        try:
+            with torch.device("meta"):
+                model = build()
+            check_fits(model, weights, path)
+        except UserError as error:
+            # A model that computes with tensors while it is built cannot be built on the meta device.
+            if not isinstance(error.__cause__, (RuntimeError, NotImplementedError)):
+                raise
+            model = None
+        if model is not None:
+            own = model.state_dict()
+            # Copies: the tensors of a file may overlap, and `weights` stay the caller's.
+            copies = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in weights.items()}
+            model.load_state_dict(copies, assign=True)
+            if not _has_meta_tensors(model):
+                return model
+        model = build()
+    load_weights(model, weights, path)
+    return model
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
+    """A strict load_state_dict; CheckpointError names the first tensor that does not fit, in one line."""
     check_fits(model, state_dict, path)
     model.load_state_dict(state_dict)
 
 
-def check_fits(model: torch.nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
-    """Raises CheckpointError unless these are tensors of the names and shapes of a model's."""
+def check_fits(model: nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
+    """Raises CheckpointError unless these are tensors with the names and shapes of a model's."""
     check_tensors(state_dict, Path(path))
     own = model.state_dict()
     for name, tensor in own.items():
@@ -82,8 +198,14 @@ def check_fits(model: torch.nn.Module, state_dict: dict[str, Any], path: str | P
             raise CheckpointError(f"{path}: of another architecture: the model has no {name}")
 
 
+def check_weights_finite(state: dict[str, Any], where: str) -> None:
+    """Raises NonFiniteError if weights or averaged weights of a checkpoint's `state` are not finite."""
+    check_finite(state["state_dict"].items(), where)
+    check_finite(((f"averaged {name}", tensor) for name, tensor in state.get("state_dict_ema", {}).items()), where)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    """Restores the "optimizer" of a checkpoint's `state`. Raises CheckpointError when it has none, or one unlike it."""
+    """Restores the optimizer from a checkpoint's `state`. Raises CheckpointError if it has none or one unlike it."""
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
     try:
@@ -92,33 +214,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {error}") from error
 
 
-def training_state(
-    model: torch.nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Any]:
-    """The entries of a checkpoint that hold weights, averaged weights and, where it is given, the optimizer's state."""
-    state: dict[str, Any] = {"state_dict": model.state_dict()}
-    if ema is not None:
-        state["state_dict_ema"] = ema.module.state_dict()
-    if optimizer is not None:
-        state["optimizer"] = optimizer.state_dict()
-    return state
-
-
-def restore_weights(state: dict[str, Any], model: torch.nn.Module, ema: ModelEmaV3 | None, path: str | Path) -> None:
-    """Puts back the weights that training_state took. Raises CheckpointError for what does not fit."""
-    load_weights(model, state["state_dict"], path)
-    if ema is not None:
-        load_weights(ema.module, state.get("state_dict_ema", state["state_dict"]), path)
-
-
 def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:
     """Refuses to resume under a configuration that would not continue the same run.
 
     Args:
-        old: plain configuration that the checkpoint at `path` holds.
-        new: configuration (a dataclass) of the command.
-        keys: that should be equal, values or whole sections; within them drop rates and what fetches weights may
-            differ.
+        old: plain configuration in the checkpoint at `path`.
+        new: configuration (a dataclass) of this run.
+        keys: values or whole sections that should be equal, except for drop rates and the source of weights.
     Raises:
         CheckpointError: names the first key that changed.
     """
@@ -132,20 +234,131 @@ def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: st
                 raise CheckpointError(f"{path}: {name} was {was}, is now {wanted}; resuming needs the same")
 
 
+@contextmanager
+def checkpoint_errors(path: Path | str) -> Iterator[None]:
+    """Turns errors inside the block into a CheckpointError that names the file, except those of data and reading."""
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    except UserError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    # A configuration from a file may fail anywhere in a model.
+    except Exception as error:
+        raise CheckpointError(f"{path}: its model cannot be used: {type(error).__name__}: {one_line(error)}") from error
+
+
+@contextmanager
+def limit_parameters(weights: dict[str, Tensor], path: Path) -> Iterator[None]:
+    """Stops building a model that has far more parameters than the checkpoint has weights, such as a million layers."""
+    limit, count = 4 * len(weights) + 1000, 0
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError(f"{path}: its configuration is of a much larger model than its weights")
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_content(content: Any, path: Path) -> None:
+    """Raises CheckpointError for endless plain values, and for tensors that the file cannot hold.
+
+    A list may contain itself, and a tensor of a few bytes may repeat one number a billion times.
+    """
+    values, size = 0, 0
+    waiting = [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if isinstance(value, Tensor):
+            size += value.nbytes if value.layout == torch.strided else 0
+        elif isinstance(value, (Mapping, list, tuple, set)):
+            parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
+            waiting += [(part, depth + 1) for part in parts]
+        if depth > MAX_DEPTH or values + len(waiting) > MAX_VALUES:
+            raise CheckpointError(f"{path}: holds values nested without end")
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise CheckpointError(f"{path}: holds a text of {len(value)} characters")
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise CheckpointError(f"{path}: holds a number of {value.bit_length()} bits")
+    if size > MAX_EXPANSION * path.stat().st_size:
+        raise CheckpointError(f"{path}: its tensors would take {size} bytes, the file has {path.stat().st_size}")
+
+
+def check_tensors(state: Any, path: Path) -> None:
+    """Raises CheckpointError unless this is a dictionary of dense, real tensors by name."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, should hold tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {str(name)[:100]} is a {type(tensor).__name__}, should be a tensor")
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not dense or tensor.is_complex():
+            raise CheckpointError(
+                f"{path}: {name[:100]} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, "
+                "should be a plain one"
+            )
+
+
+def check_class_names(names: Any, path: Path) -> None:
+    """Raises CheckpointError unless `names` is a list of one or more texts."""
+    texts = isinstance(names, list) and all(isinstance(name, str) and len(name) < MAX_NAME for name in names)
+    if not names or not texts:
+        raise CheckpointError(f"{path}: its class_names should be a list of texts, each shorter than {MAX_NAME}")
+
+
+def _check_archive(path: Path) -> None:
+    """Raises CheckpointError for a zip file with compressed or overlapping members, which torch.save never writes.
+
+    They would need more memory than the file has bytes. Files of torch's older format, which is not zip, pass.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path}: has compressed parts, which torch.save never writes")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise CheckpointError(f"{path}: its parts are larger than the file")
+
+
+def _check_numbers(value: Any, key: str, path: Path) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_numbers(item, f"{key}.{name}", path)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            _check_numbers(item, key, path)
+    elif isinstance(value, (int, float)) and not abs(value) <= MAX_NUMBER:
+        raise CheckpointError(f"{path}: {key} is {value}, should be at most {MAX_NUMBER}")
+
+
+def _has_meta_tensors(model: nn.Module) -> bool:
+    """Whether buffers that are not saved, or tensors in attributes, are still without memory."""
+    return any(
+        isinstance(value, Tensor) and value.is_meta
+        for module in model.modules()
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+    )
+
+
 def _sync_folder(folder: Path) -> None:
-    # the rename itself must reach the disk too; folders cannot be opened on every system
+    # The rename itself must reach the disk too; folders cannot be opened on every system.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).split("\n", 1)[0]
 
 
 def _leaves(value: Any, key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -16,49 +17,110 @@ from dat.utils.errors import ConfigError
 
 T = TypeVar("T")
 
-# of pictures as models are given them, in pixels
-LARGEST_SIDE = 4096
-# processes that read them
-MOST_WORKERS = 256
+# Sides of images as models get them, in pixels, and processes that read images.
+LARGEST_SIDE, MOST_WORKERS = 4096, 256
 
-# key of a file, not of a schema
+# In an installed package configs/ is inside it, in a checkout beside it.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+# In a file, not in the schema.
 _BASE = "base"
 
-# YAML 1.1 reads 1e-4 as text because it lacks a point
+# Pairs of keys of which one replaces the other; 0 stands for "not given".
+_ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train.warmup_steps"))
+
+# YAML 1.1 reads 1e-4 as text because it has no decimal point.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration: a path, or the name of one that is installed, such as "finetune".
+
+    Args:
+        name: path of a YAML file, or the path below configs/ without its ending ("detection/finetune"); the folder may
+            be left out where one file alone has the name.
+
+    Raises:
+        ConfigError: no such file or name, or a name of several; lists the nearest names.
+    """
+    if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    paths = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+    found = [key for key in paths if str(name) in (key, key.rpartition("/")[2])]
+    if len(found) == 1:
+        return paths[found[0]]
+    if found:
+        raise ConfigError(f"{name}: several configurations have this name: {', '.join(found)}")
+    leaves = {key.rpartition("/")[2]: key for key in paths}
+    near = difflib.get_close_matches(Path(name).name, leaves, n=3) or list(leaves)
+    raise ConfigError(f"{name}: no such file, nor a configuration of this name; there are {', '.join(near)}")
 
 
 def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     """Reads a YAML file over the defaults of a dataclass, then applies overrides.
 
-    A file may say `base: other.yaml`, relative to its own folder, and is then read over that file: section by section,
-    while a list or a free-form dictionary replaces that of the other file.
+    A file may name another one, `base: other.yaml` relative to its own folder, and is then read over that file:
+    sections are merged, while a list or a free-form dictionary is replaced. An override of steps replaces the epochs of
+    the file, and the other way round; so does a file those of its base.
 
     Args:
-        schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys.
-        path: YAML file.
+        schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys. A dataclass with a class
+            attribute `variants`, {kind: dataclass}, is read as the one that its key `kind` names.
+        path: YAML file, or a name that find_config knows.
         overrides: "key.path=value", the value read as YAML.
     Raises:
-        ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type, or
-            files that are each other's base.
+        ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type,
+            both steps and epochs in one place, or files that are each other's base.
     """
-    data = _read_with_base(schema, Path(path), [])
-    for override in overrides:
-        _apply_override(schema, override, data)
+    data = rename_keys(_read_with_base(schema, find_config(path), []))
+    _apply_overrides(schema, overrides, data)
     return from_dict(schema, data, str(path))
 
 
 def from_dict(schema: type[T], data: dict[str, Any], source: str) -> T:
     """Builds `schema` from plain nested dictionaries; `source` heads the error messages. Raises ConfigError."""
-    return _build(schema, data, source, "", list(_known_keys(schema)))
+    known = list(_known_keys(schema))
+    data = _resolve_alternatives(data, known, source)
+    return _build(schema, data, source, "", known)
+
+
+def rename_keys(data: dict[str, Any], saved: bool = False) -> dict[str, Any]:
+    """A copy of plain `data` with the names that keys of earlier versions have now.
+
+    `saved`: as a run wrote it, with every key: earlier versions wrote both steps and epochs, and the steps counted.
+    """
+    data = {**data}
+    if isinstance(data.get("train"), dict):
+        train = data["train"] = {**data["train"]}
+        # The lowest learning rate of classifiers was absolute, with a default rate of 1e-3.
+        low, lr = train.get("min_lr"), train.get("lr", 1e-3)
+        if _is_number(_floats(low)) and _is_number(_floats(lr)) and _floats(lr):
+            train.setdefault("min_lr_scale", _floats(train.pop("min_lr")) / _floats(lr))
+        if saved and train.get("steps") and train.get("epochs"):
+            train["epochs"] = 0
+    return data
 
 
 def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
-    """A copy of a configuration (say, a checkpoint's) with "key.path=value" overrides applied. Raises ConfigError."""
+    """A copy of a configuration, such as a checkpoint's, with "key.path=value" overrides. Raises ConfigError."""
     data = to_dict(config)
-    for override in overrides:
-        _apply_override(type(config), override, data)
+    _apply_overrides(type(config), overrides, data)
     return from_dict(type(config), data, source)
+
+
+def keyword_overrides(schema: type, values: dict[str, Any]) -> list[str]:
+    """Keyword arguments of Python as overrides: epochs=5 is "train.epochs=5", data__img_size=96 "data.img_size=96".
+
+    Names may have dots too, as in **{"data.img_size": 96}; one that is no section or key of the schema is of `train`.
+    """
+    overrides = []
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        if "." not in key and key not in typing.get_type_hints(schema):
+            key = f"train.{key}"
+        overrides.append(f"{key}={value if isinstance(value, (str, Path)) else json.dumps(value)}")
+    return overrides
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -111,12 +173,44 @@ def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, An
     if target.resolve() in [file.resolve() for file in above]:
         chain = " -> ".join(str(file) for file in [*above, target])
         raise ConfigError(f"{path}: {_BASE} leads back to a file that it is read for: {chain}")
-    return _lay_over(schema, _read_with_base(schema, target, above), data)
+    below = _read_with_base(schema, target, above)
+    _clear_alternatives(below, data)
+    return _lay_over(schema, below, data)
+
+
+def _clear_alternatives(below: dict[str, Any], data: dict[str, Any]) -> None:
+    """Sets a number of epochs in `below` to 0 where `data` gives steps, and the other way round."""
+    for a, b in _ALTERNATIVES:
+        for given, other in ((a, b), (b, a)):
+            section, name = other.split(".")
+            if _get(data, given) and isinstance(below.get(section), dict) and name in below[section]:
+                below[section] = {**below[section], name: 0}
+
+
+def _resolve_alternatives(data: dict[str, Any], known: list[str], source: str) -> dict[str, Any]:
+    """`data` with 0 for the key whose alternative is given, in place of its default. Raises ConfigError for both."""
+    for pair in _ALTERNATIVES:
+        first, second = (_get(data, key) for key in pair)
+        if first and second:
+            a, b = (f"{key} is {_shown(value)}" for key, value in zip(pair, (first, second), strict=True))
+            raise ConfigError(f"{source}: {a} and {b}, should be only one of them")
+        other = pair[1] if first else pair[0]
+        if (first or second) and other in known:
+            section, name = other.split(".")
+            data = {**data, section: {**data[section], name: 0}}
+    return data
+
+
+def _get(data: Any, key: str) -> Any:
+    """The value at "key.path" of plain dictionaries, None if there is none."""
+    for name in key.split("."):
+        data = data.get(name) if isinstance(data, dict) else None
+    return data
 
 
 def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """`data` over `below`: sections that are dataclasses are merged, everything else is replaced."""
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     merged = dict(below)
     for name, value in data.items():
         nested, under = _nested(hints.get(name)), merged.get(name)
@@ -142,8 +236,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def _apply_overrides(schema: type, overrides: Iterable[str], data: dict[str, Any]) -> None:
+    """Writes "key.path=value" overrides into `data`."""
+    given: dict[str, Any] = {}
+    overrides = list(overrides)
+    for override in overrides:
+        _apply_override(schema, override, given)
+    _clear_alternatives(data, given)
+    for override in overrides:
+        _apply_override(schema, override, data)
+
+
 def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
-    """Writes one "key.path=value" into `data`."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override should read key.path=value")
@@ -170,12 +274,12 @@ def _read_value(override: str, text: str) -> Any:
 def _default(schema: type, keys: list[str]) -> Any:
     """Default of a free-form dictionary, so that an override adds to it; an empty one for a nested dataclass."""
     for name in keys[:-1]:
-        schema = _nested(typing.get_type_hints(schema).get(name))
+        schema = _nested(_hints(schema).get(name))
         if schema is None:
             return {}
     for field in dataclasses.fields(schema):
-        if field.name == keys[-1] and _nested(typing.get_type_hints(schema)[field.name]) is None:
-            return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if field.name == keys[-1] and _nested(_hints(schema)[field.name]) is None:
+            return _field_default(field)
     return {}
 
 
@@ -185,7 +289,7 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
     for name in key.split("."):
         if not dataclasses.is_dataclass(kind):
             return None
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         if name not in hints:
             raise ConfigError(f"command line: {_unknown(key, known)}")
         kind = hints[name]
@@ -195,11 +299,16 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
 def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: {prefix[:-1]} is {_shown(data)}, should hold keys and values")
-    hints = typing.get_type_hints(schema)
+    variants = getattr(schema, "variants", {})
+    if variants:
+        schema = _variant(schema, data, source, prefix)
+    hints, fields = typing.get_type_hints(schema), _fields(schema)
     values = {}
     for name, value in data.items():
         key = f"{prefix}{name}"
-        if name not in hints:
+        if name not in fields:
+            if variants and _belongs_to_another(schema, name, value, f"{source}: {prefix}"):
+                continue
             raise ConfigError(f"{source}: {_unknown(key, known)}")
         nested = _nested(hints[name])
         if nested is not None:
@@ -210,10 +319,30 @@ def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -
             values[name] = _convert(hints[name], value)
         except ValueError as error:
             raise ConfigError(f"{source}: {key} is {_shown(value)}, should be {error}") from None
-    missing = [field.name for field in dataclasses.fields(schema) if _required(field) and field.name not in values]
+    missing = [name for name, field in fields.items() if _required(field) and name not in values]
     if missing:
         raise ConfigError(f"{source}: {prefix}{missing[0]} is required")
     return schema(**values)
+
+
+def _variant(schema: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
+    """The dataclass among `variants` that the key `kind` names, or the default does."""
+    kind = data.get("kind", schema.kind)
+    if not isinstance(kind, str) or kind not in schema.variants:
+        raise ConfigError(f"{source}: {prefix}kind is {_shown(kind)}, should be one of {', '.join(schema.variants)}")
+    return schema.variants[kind]
+
+
+def _belongs_to_another(schema: Any, name: str, value: Any, where: str) -> bool:
+    """Whether other variants have a key, at its default: such a key says nothing, and older files hold it for all.
+
+    Raises ConfigError for another value of it.
+    """
+    owners = {kind: _fields(variant)[name] for kind, variant in schema.variants.items() if name in _fields(variant)}
+    if owners and value not in [_field_default(field) for field in owners.values()]:
+        needed = " or ".join(owners)
+        raise ConfigError(f"{where}{name} is {_shown(value).lower()}, which needs kind={needed}; it is {schema.kind}")
+    return bool(owners)
 
 
 def _shown(value: Any) -> str:
@@ -297,12 +426,29 @@ def _nested(kind: Any) -> Any:
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
+def _hints(schema: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields, and of all of its variants'."""
+    found: dict[str, Any] = {}
+    for variant in [schema, *getattr(schema, "variants", {}).values()]:
+        hints = typing.get_type_hints(variant)
+        found |= {name: hints[name] for name in _fields(variant)}
+    return found
+
+
+def _fields(schema: Any) -> dict[str, Any]:
+    return {field.name: field for field in dataclasses.fields(schema)}
+
+
+def _field_default(field: Any) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _required(field: Any) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in _hints(schema).items():
         yield f"{prefix}{name}"
         if _nested(kind) is not None:
             yield from _known_keys(kind, f"{prefix}{name}.")

@@ -1,7 +1,11 @@
-"""The processes that torchrun started: where this one stands, how they agree, how they stop."""
+"""The processes that torchrun starts: rank and device, collectives, sharding (FSDP2) and stopping together.
+
+Checkpoints hold whole tensors with and without FSDP, so that a run may be resumed either way.
+"""
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,16 +15,21 @@ from typing import Any, TypeVar
 import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dat.engine.peers import start_watch
 from dat.utils.errors import ConfigError
 
 T = TypeVar("T")
 
+# Blocks with at least this many parameters are gathered one by one when they run, smaller ones with the whole model.
+SHARD_PARAMETERS = 100_000
+
 
 @dataclass(frozen=True)
 class Distributed:
-    """Where this process stands among those that torchrun started."""
+    """Rank and device of this process, and the number of processes."""
 
     rank: int
     world_size: int
@@ -31,7 +40,7 @@ class Distributed:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
+        """Sums a tensor over the processes, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
@@ -42,19 +51,35 @@ class Distributed:
             torch.distributed.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, under DistributedDataParallel when there are several processes."""
+        """The model, under DistributedDataParallel if there are several processes."""
         if self.world_size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Inside it the backward passes of a wrapped model only add to the gradients of this process."""
+        """Inside it, backward passes of a wrapped model accumulate gradients without averaging over processes."""
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
+def setup_distributed(device: str = "auto") -> Distributed:
+    """Joins torchrun's processes, if it started this one, and picks the device; "auto" is cuda or else cpu.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    if device in ("auto", ""):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    allowed = [name for name, available in known.items() if available]
+    if device.split(":")[0] not in allowed:
+        raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
+    found = init_distributed_device_so(device)
+    return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
+
+
 def gather(value: T) -> list[T]:
-    """The values of all processes, by rank, on each of them: anything that can be pickled."""
+    """The values of all processes in the order of ranks, on each process: anything that can be pickled."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -62,28 +87,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def setup_distributed(device: str = "auto") -> Distributed:
-    """Reads torchrun's environment, if any, and picks the device: "auto" or "" is a GPU if there is one, else the CPU.
-
-    From here on, the failure of one process ends all.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    if device in ("auto", ""):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    allowed = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if device.split(":")[0] not in allowed:
-        raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
-    found = init_distributed_device_so(device)
-    distributed = Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
-    if distributed.world_size > 1:
-        start_watch(distributed.rank, distributed.world_size, distributed.device)
-    return distributed
-
-
 def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -> Path | None:
-    """Checks the folder of a run, without making it, and returns the checkpoint to go on from, None when there is none.
+    """Checks the folder of a run, without creating it; returns the checkpoint to resume from, None if there is none.
 
     The main process decides for all.
 
@@ -95,7 +100,7 @@ def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -
     if distributed.main:
         try:
             decision = [_find_last(output, resume)]
-        # raised on every process: the others would wait for this one
+        # Raised on every process below: the others would wait for this one.
         except ConfigError as error:
             decision = [error]
     if distributed.world_size > 1:
@@ -103,9 +108,9 @@ def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -
     (last,) = decision
     if isinstance(last, ConfigError):
         raise last
-    lacking = last is not None and not last.exists()
-    if distributed.sum(torch.tensor(int(lacking), device=distributed.device)):
-        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that they share")
+    missing = last is not None and not last.exists()
+    if distributed.sum(torch.tensor(int(missing), device=distributed.device)):
+        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that all machines see")
     return last
 
 
@@ -121,23 +126,66 @@ def _find_last(output: str | Path, resume: bool) -> Path | None:
     return last if last.exists() else None
 
 
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Splits the parameters, equal on all processes, among them (FSDP2), one unit per large block or layer."""
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for unit in list(_units(model)):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole_tensors(value: Any) -> Any:
+    """A copy of nested dictionaries and lists with sharded tensors gathered to the CPU, called by every process."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, dict):
+        return type(value)((key, whole_tensors(item)) for key, item in value.items())
+    return [whole_tensors(item) for item in value] if isinstance(value, list) else value
+
+
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Splits an optimizer's state of whole tensors as its parameters are split; every process has to call it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def split(value: Any, parameter: Tensor) -> Any:
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return value
+
+    # The state of another model is left to load_state_dict, which reports it.
+    sharded = {
+        index: {key: split(item, parameters[index]) for key, item in values.items()}
+        for index, values in state["state"].items()
+        if index < len(parameters)
+    }
+    return {**state, "state": sharded}
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost large modules in lists and sequences."""
+    for child in module.children():
+        listed = isinstance(module, (nn.ModuleList, nn.Sequential)) and not isinstance(child, nn.ModuleList)
+        if listed and sum(parameter.numel() for parameter in child.parameters()) >= SHARD_PARAMETERS:
+            yield child
+        else:
+            yield from _units(child)
+
+
 class StopSignal:
-    """Whether SIGTERM came: a question to ask at each step boundary, instead of a sudden death."""
+    """Whether SIGTERM arrived; a training run asks at each step and stops between two of them."""
 
     def __init__(self) -> None:
         self.received = False
 
-    def requested(self, distributed: Distributed) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer."""
-        if distributed.world_size == 1:
-            return self.received
-        return bool(distributed.sum(torch.tensor(int(self.received), device=distributed.device)))
-
     @staticmethod
     def exit(distributed: Distributed) -> None:
-        """Ends the command with SIGTERM's exit code, 143, and one line.
+        """Ends the command with one line and SIGTERM's exit code, 143.
 
-        Processes end together: what started them may kill the others as soon as one has ended, while it still saves.
+        Processes end together: torchrun may kill the others, which still save, as soon as one has ended.
         """
         distributed.barrier()
         print("stopped by SIGTERM; go on with train.resume=true", file=sys.stderr)
@@ -146,8 +194,12 @@ class StopSignal:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Inside the block SIGTERM only sets the signal: `if stop.requested(distributed): save; stop.exit(distributed)`."""
+    """Inside the block SIGTERM only sets the signal's `received`."""
     stop = StopSignal()
+    # Python handles signals in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def receive(number: int, frame: object) -> None:
         stop.received = True

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim._param_groups import auto_group_layers
+from timm.optim import auto_group_layers, create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -19,11 +19,11 @@ from dat.utils.finite import check_finite
 
 
 def scaled_lr(lr: float, images: int, reference: int, rule: str = "sqrt") -> float:
-    """The learning rate for `images` a step of one that was found with `reference` a step; 0: the same at any number.
+    """Scales a learning rate for `reference` images per step to `images` per step; `reference` 0: no scaling.
 
     Args:
         rule: "sqrt", which keeps Adam's path (Malladi et al., arXiv:2205.10287), or "linear" (Goyal et al.,
-            arXiv:1706.02677), which many recipes use.
+            arXiv:1706.02677).
     """
     if reference == 0:
         return lr
@@ -31,9 +31,8 @@ def scaled_lr(lr: float, images: int, reference: int, rule: str = "sqrt") -> flo
 
 
 def layer_scales(model: Any, decay: float) -> dict[str, float]:
-    """Factors on the learning rates of a timm model's parameters by name: x `decay` for each layer below the head.
-
-    What a layer is is the model's own group_matcher; BEiT's scheme (arXiv:2106.08254).
+    """Factors on the learning rates of a timm model's parameters: `decay` to the power of the layers above (BEiT,
+    arXiv:2106.08254). The model's own group_matcher defines its layers.
     """
     if hasattr(model, "group_matcher"):
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
@@ -58,8 +57,8 @@ def param_groups(
         model: its parameters that require gradients are grouped.
         lr: base learning rate.
         weight_decay: of the other parameters.
-        multipliers: {regular expression: factor on the learning rate}; the first that is found in a name counts.
-        scales: {name of a parameter: another factor on its learning rate}, see layer_scales.
+        multipliers: {regular expression: factor on the learning rate}; the first one that matches a name counts.
+        scales: {name of a parameter: further factor on its learning rate}, see layer_scales.
     Raises:
         ConfigError: an expression matches no parameter.
     """
@@ -98,56 +97,88 @@ def make_scheduler(
     decay_rate: float = 0.1,
     min_lr: float = 0.0,
 ) -> Scheduler:
-    """Schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
+    """A schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
 
     Args:
-        optimizer: its groups' "lr_scale" multiplies their rate.
-        total_steps: steps of the whole run.
-        warmup_steps: linear from 0 (excluded) to the base rate; counted in total_steps.
-        kind: "cosine" down to min_lr, or "step": x decay_rate after each of decay_steps steps.
+        optimizer: the "lr_scale" of its groups multiplies their rates.
+        total_steps: length of the run.
+        warmup_steps: linear from 0 (excluded) to the base rate; part of total_steps.
+        kind: "cosine" down to min_lr, or "step": multiplied by decay_rate at each of decay_steps.
     """
     warmup_steps = min(warmup_steps, total_steps)
     base = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    # the first step already moves: a rate of 0 would waste it
+    # The first step already moves: a rate of 0 would waste it.
     warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
     if kind == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=min_lr, t_in_epochs=False, **warmup)
     if kind != "step":
         raise ConfigError(f"schedule is {kind!r}, should be 'cosine' or 'step'")
-    # timm applies a milestone one count early
+    # timm applies a milestone one step early.
     milestones = [step + 1 for step in sorted(decay_steps)]
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=decay_rate, t_in_epochs=False, **warmup)
 
 
+def make_optimizer(groups: list[dict[str, Any]], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """timm's optimizer `name`; "adamw" is torch's fused one: few launches for hundreds of small tensors.
+
+    Raises:
+        ConfigError: timm has no such optimizer.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    try:
+        return create_optimizer_v2(groups, name, lr, weight_decay)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train.optimizer: timm cannot make {name!r}: {error}") from error
+
+
+def can_skip_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether step_unless can skip a step without waiting for the device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    return device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not sharded
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """optimizer.step(), which leaves weights and state alone where `skip`, a scalar on the device, is 1.
+
+    `found_inf` is what torch.amp.GradScaler sets for fused optimizers: the only way to skip without synchronising.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 def make_ema(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """Moving average of the weights, timm's, with its decay warmed up so that short runs use it too; None at decay 0.
+    """timm's moving average of the weights, None at decay 0; its decay is warmed up, so that it serves short runs too.
 
     Call ema.update(model, step=finished steps) after each step.
     """
     return ModelEmaV3(model, decay=decay, use_warmup=True) if decay > 0 else None
 
 
-def clip_gradients(model: nn.Module, limit: float, where: str) -> Tensor:
-    """Clips the total norm of the gradients to `limit` (0: not at all); returns the norm before clipping.
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Clips the total norm of the gradients to `limit` (0: not at all) and returns it, on the device, before clipping.
 
-    Raises:
-        NonFiniteError: names the first gradient that holds NaN or infinity; the weights are untouched.
+    Neither waits for the device nor checks whether the norm is finite.
     """
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norm = _whole(nn.utils.get_total_norm([gradient for _, gradient in gradients]))
-    if not torch.isfinite(norm):
-        check_finite(((f"the gradient of {name}", _whole(gradient)) for name, gradient in gradients), where)
-        check_finite([("the norm of the gradients", norm)], where)
+    norm = _whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if limit > 0:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
 
 
+def check_gradients(model: nn.Module, where: str) -> None:
+    """Raises NonFiniteError, naming the first gradient that holds NaN or infinity."""
+    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    check_finite(((f"the gradient of {name}", _whole(grad)) for name, grad in named if grad is not None), where)
+
+
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may hold a share, see dat.engine.fsdp."""
+    """The whole tensor, where each process may hold a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def amp_context(device: torch.device, amp: str) -> torch.autocast:
-    """Autocast to bfloat16 when amp is "bf16"; does nothing when it is "none". bfloat16 needs no loss scaler."""
+    """Autocast to bfloat16 if amp is "bf16", disabled if it is "none". bfloat16 needs no loss scaler."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")

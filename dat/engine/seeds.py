@@ -1,7 +1,6 @@
 """Seeds: every random number of a run is a function of the seed and of counters (epoch, step, sample).
 
-Nothing depends on what happened before, so that a resumed run equals an uninterrupted one, whatever the number of
-workers.
+Nothing depends on earlier draws, so that a resumed run equals an uninterrupted one with any number of workers.
 """
 
 import random
@@ -13,15 +12,29 @@ import torch
 
 
 def seed_everything(seed: int, *counters: int) -> None:
-    """Seeds torch, CUDA, numpy and Python from a seed and counters, such as the step and the process."""
+    """Seeds torch on all devices, numpy and Python from a seed and counters."""
     torch.manual_seed(_seed_host(seed, *counters))
+
+
+def seed_device(device: torch.device, seed: int, *counters: int) -> None:
+    """Seeds torch's generator of one device, which draws dropout there, from a seed and counters.
+
+    Much cheaper than seed_everything, for every step: it leaves numpy, Python and all other devices alone.
+    """
+    derived = derive_seed(seed, *counters)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(derived)
+    elif device.type == "mps":
+        torch.mps.manual_seed(derived)
+    else:
+        torch.random.default_generator.manual_seed(derived)
 
 
 @contextmanager
 def isolated_rng(seed: int, *counters: int) -> Iterator[None]:
-    """Seeds the CPU generators inside the block and puts them back after it: for the augmentation of one sample."""
+    """Seeds the generators of the CPU inside the block and restores them after it, to augment one sample."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # not torch.manual_seed: that would reach the CUDA generators too
+    # torch.manual_seed would seed the generators of CUDA too.
     torch.random.default_generator.manual_seed(_seed_host(seed, *counters))
     try:
         yield
@@ -32,8 +45,8 @@ def isolated_rng(seed: int, *counters: int) -> Iterator[None]:
 
 
 def derive_seed(seed: int, *counters: int) -> int:
-    """A seed in 0 .. 2**63 - 1 for one purpose among many of the same run, such as the order of one epoch."""
-    # the count: numpy pads with zeros, so that (seed, 5) and (seed, 5, 0) would be the same
+    """A seed in 0 .. 2**63 - 1 for one purpose of a run, such as the order of one epoch."""
+    # With the number of counters: numpy pads with zeros, so that (seed, 5) and (seed, 5, 0) would be the same.
     sequence = np.random.SeedSequence([seed, len(counters), *counters])
     return int(sequence.generate_state(1, dtype=np.uint64)[0] >> np.uint64(1))
 

@@ -1,4 +1,4 @@
-"""Packages of AOTInductor: a model as machine code, for the kind of processor that it was compiled on."""
+"""Packages of AOTInductor: a model as machine code, for processors like the one that compiled it."""
 
 import json
 import zipfile
@@ -11,27 +11,26 @@ from torch import Tensor
 
 from dat.utils.errors import CheckpointError
 
-# In the package's own metadata, which hold texts.
+# Key of our JSON text in the package's own metadata.
 KEY = "dat"
-# Of each input, by its name: its dtype, and of each axis the smallest size, of which others are multiples, and the
-# largest.
+# By name of an input: its dtype, and for each axis the smallest size, of which all are multiples, and the largest.
 Inputs = dict[str, tuple[str, list[tuple[int, int]]]]
 
 
 def write_compiled(program: Any, inputs: Inputs, metadata: dict[str, Any], path: Path) -> None:
-    """Compiles a torch.export program, which takes minutes for a detector; raises what the compiler raises.
+    """Compiles a torch.export program, which takes minutes for a detector; errors of the compiler pass through.
 
     Args:
-        program: of tensors to a tuple of tensors.
-        inputs: that the compiled model may be given. It does not look at what it gets.
-        metadata: as JSON holds it.
+        program: takes tensors, returns a tuple of tensors.
+        inputs: what the compiled model accepts; it does not check its inputs itself.
+        metadata: JSON values to store.
         path: of the package.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     text = json.dumps({"metadata": metadata, "inputs": inputs, "processor": capability})
-    # as many threads as there are where it runs, not where it is compiled
+    # The number of threads is that of the machine that runs it, not of the one that compiles it.
     options: dict[str, Any] = {"aot_inductor.metadata": {KEY: text}, "cpp.dynamic_threads": True}
-    # no instructions beyond those that `capability` names, where this torch has a choice
+    # Use no instructions beyond those of `capability`; older versions of torch have no such option.
     if hasattr(torch._inductor.config.cpp, "march"):
         options["cpp.march"] = ""
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
@@ -47,10 +46,10 @@ def is_compiled(path: Path) -> bool:
 
 
 def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """The metadata of a package and what runs it, tensors to tensors. Loading runs code of the package.
+    """The metadata of a package, and a function that runs it. Loading a package runs its code.
 
     Raises:
-        CheckpointError: a package of another processor. Damaged ones raise errors of every kind.
+        CheckpointError: compiled for other processors. Damaged packages raise errors of many kinds.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -74,7 +73,7 @@ def load_compiled(path: Path) -> tuple[dict[str, Any], Callable[..., Any]]:
 
 
 def _read_stored(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """What write_compiled stored, read without running anything."""
+    """The JSON text of write_compiled, read without running anything."""
     for name in archive.namelist():
         if "data/aotinductor/" in name and name.endswith("_metadata.json"):
             texts = json.loads(archive.read(name))

@@ -1,74 +1,108 @@
-"""Writes models as ONNX files, torch.export and AOTInductor packages, each checked before it takes its place."""
+"""Writes models as ONNX files, torch.export or AOTInductor packages, and compares each with torch before it is kept."""
 
-import argparse
 import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from dat.engine.config import LARGEST_SIDE
 from dat.export.aot_inductor import write_compiled
+from dat.export.graph import Graph, Tensors
 from dat.export.runtime import load_exported
-from dat.utils.errors import ConfigError, UserError, one_line
+from dat.utils.errors import ConfigError, DataError, ExportError, one_line
+from dat.utils.files import find_images
+from dat.utils.images import read_image
 
-Tensors = tuple[Tensor, ...]
-# loggers of exporters, which tell of steps that no reader can do anything about; errors are raised
-CHATTER = ("onnxscript", "onnx_ir", "torch.export", "torch.onnx", "torch.utils.cpp_extension")
-
-
-class ExportError(UserError, RuntimeError):
-    """A model that cannot be exported, or whose exported form does not give its results."""
+# Shape of the batch to trace with: maps of stride 32 have more than two windows along each side, and no side divides
+# evenly.
+EXAMPLE = (2, 3, 545, 673)
+# Loggers of exporters, whose warnings no user can act on; errors are raised.
+LOGGERS = ("onnxscript", "onnx_ir", "torch.export", "torch.onnx", "torch.utils.cpp_extension")
 
 
 @dataclass(frozen=True)
-class Graph:
-    """What is exported: a module in evaluation mode on the CPU, and what its inputs and outputs are.
+class Samples:
+    """Two images in RGB that an exported file is checked on, and where they are from."""
 
-    Attributes:
-        module: tensors to a tuple of tensors; pre- and post-processing are part of it.
-        inputs: names of its inputs, in order, each with the names of the axes that may have any size.
-        outputs: names of its outputs, in order.
-        example: inputs to trace with, whose values do not matter. No axis of any size, of a map in the model either,
-            should be 1 long, which broadcasts.
-        metadata: what a program has to know beside them, as JSON holds it; see `dat.export.runtime.Exported`.
-        difference: (torch's outputs, the exported model's) to the largest differences by name, as `check` judges them.
-        tolerances: the largest differences that are allowed, by name.
-        multiples: what the sizes of an axis of any size are multiples of, by the axis's name, where they are.
-    """
+    images: tuple[Image.Image, Image.Image]
+    origin: str
 
-    module: nn.Module
-    inputs: dict[str, dict[int, str]]
-    outputs: tuple[str, ...]
-    example: Tensors
-    metadata: dict[str, Any]
-    difference: Callable[[Tensors, Tensors], dict[str, float]]
-    tolerances: dict[str, float]
-    multiples: dict[str, int] = field(default_factory=dict)
+    @classmethod
+    def read(cls, source: Path | None, validation: Path) -> "Samples":
+        """The first readable images of `source`, else of the folder of validation data, else generated ones.
+
+        Raises DataError if `source` is given and has none.
+        """
+        place = source or validation
+        try:
+            found = _first_two(find_images(place))
+        except DataError:
+            if source is not None:
+                raise
+            return cls((_generate(0), _generate(1)), "generated images")
+        # Of a single image the second is the mirror image.
+        return cls((found[0], found[-1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)), str(place))
+
+    def batches(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Batches uint8 [B, 3, H, W] of 2 and of 1 images for each size: the first 5:4, all others upright."""
+        batches = []
+        for count in (2, 1):
+            for i, size in enumerate(sizes):
+                shape = (size * 5 // 4, size) if i == 0 else (size, size * 3 // 2)
+                images = np.stack([np.asarray(image.resize(shape)) for image in self.images[:count]])
+                batches.append(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        return batches
 
 
-def export_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that export commands share: checkpoint, --out, --compile, --images and --sizes."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pth or last.pth of a run")
-    parser.add_argument("--out", type=Path, required=True, help="file that ends in .onnx or .pt2")
-    parser.add_argument("--compile", action="store_true", help="a .pt2 of machine code, by AOTInductor")
-    parser.add_argument("--images", type=Path, help="pictures to check on, a file or a folder (the validation data)")
-    parser.add_argument("--sizes", type=int, nargs=2, metavar="PIXELS", help="shortest edges to check at")
-    return parser
+def _first_two(paths: Sequence[Path]) -> list[Image.Image]:
+    """The first two images that can be read, or one. Raises the first error if there is none."""
+    found: list[Image.Image] = []
+    errors: list[DataError] = []
+    for path in paths:
+        try:
+            found.append(read_image(path))
+        except DataError as error:
+            errors.append(error)
+        if len(found) == 2:
+            break
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _generate(seed: int) -> Image.Image:
+    """Coloured blobs of two sizes."""
+    rng = np.random.default_rng(seed)
+    coarse, fine = (
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).resize((640, 480))
+        for shape in ((3, 4), (48, 64))
+    )
+    return Image.blend(coarse, fine, 0.4)
+
+
+def check_sizes(sizes: Sequence[int] | None, default: int) -> tuple[int, int]:
+    """The two shortest edges to check at; by default `default` and a smaller one. Raises ConfigError."""
+    if sizes is None:
+        return default, max(default * 3 // 4, 1)
+    if min(sizes) < 1 or len(set(sizes)) < 2:
+        raise ConfigError(f"--sizes are {sizes[0]} and {sizes[1]}, should be two different sizes of at least 1")
+    return sizes[0], sizes[1]
 
 
 def check_path(path: Path, compiled: bool = False) -> None:
-    """Raises ConfigError unless a model can be written to this path, as what its ending says."""
+    """Raises ConfigError unless a model can be written to this path, in the format that its suffix names."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export)")
     if compiled and path.suffix != ".pt2":
@@ -78,36 +112,36 @@ def check_path(path: Path, compiled: bool = False) -> None:
 
 
 def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compiled: bool = False) -> dict[str, float]:
-    """Exports a model, runs the file on samples, and puts it at `path` if it gives what torch gives.
+    """Exports a model, runs the file on samples, and moves it to `path` if it gives torch's results.
 
     Args:
         graph: what to export.
         samples: inputs to compare on.
         path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
-        compiled: .pt2 is a package of AOTInductor, not of torch.export.
+        compiled: write a package of AOTInductor instead of torch.export.
 
     Returns:
         The largest differences by name.
 
     Raises:
-        ConfigError: a path or a library that is missing.
+        ConfigError: an unsuitable path or a missing library.
         ExportError: torch cannot export the model, or the file gives other results.
     """
     check_path(path, compiled)
     write = _write_onnx if path.suffix == ".onnx" else _write_compiled if compiled else _write_program
-    module = graph.module.eval()
+    graph.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        with torch.no_grad(), _without_chatter():
+        with torch.no_grad(), _quiet():
             write(graph, temporary)
-            worst = _check(graph, module, samples, temporary)
+            worst = _compare(graph, samples, temporary)
         os.replace(temporary, path)
     return worst
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in CHATTER]
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -120,14 +154,14 @@ def _without_chatter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check(graph: Graph, module: nn.Module, samples: Sequence[Tensors], path: Path) -> dict[str, float]:
+def _compare(graph: Graph, samples: Sequence[Tensors], path: Path) -> dict[str, float]:
     exported = load_exported(path, graph.metadata["kind"], trust=True)
     worst = dict.fromkeys(graph.tolerances, 0.0)
     for inputs in samples:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
-        for name, value in graph.difference(module(*inputs), exported.run(*inputs)).items():
-            # a NaN is no agreement
+        for name, value in graph.difference(graph.module(*inputs), exported.run(*inputs)).items():
+            # Also true for NaN.
             if not value <= graph.tolerances[name]:
+                shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs)
                 raise ExportError(
                     f"{path.name}: {name} of the exported model differ by {value:.2g} from torch's at inputs {shapes}, "
                     f"should be at most {graph.tolerances[name]:g}; nothing was written"
@@ -138,22 +172,23 @@ def _check(graph: Graph, module: nn.Module, samples: Sequence[Tensors], path: Pa
 
 def _program(graph: Graph) -> Any:
     """The torch.export program, for any size of the named axes."""
-    axes = [{axis: _any_size(name, graph.multiples) for axis, name in names.items()} for names in graph.inputs.values()]
+    axes = [{axis: _dimension(name, graph) for axis, name in names.items()} for names in graph.inputs.values()]
     try:
-        # Sizes that may be 1 are not told apart from others, or the program would take no others.
+        # Otherwise sizes that may be 1 are distinguished from others, and the program takes no others.
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return torch.export.export(graph.module, graph.example, dynamic_shapes=tuple(axes), strict=False)
-    # it raises errors of every kind, with the cause in the first line
+    # It raises errors of every kind, with the cause in the first line.
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ExportError(f"torch.export cannot capture this model: {type(error).__name__}: {reason}") from error
 
 
-def _any_size(axis: str, multiples: dict[str, int]) -> Any:
-    if axis not in multiples:
+def _dimension(axis: str, graph: Graph) -> Any:
+    multiple = graph.multiples.get(axis)
+    if multiple is None:
         return torch.export.Dim.DYNAMIC
-    # Once the multiple works as well, but as a least size of 1 it would be told apart from others.
-    return multiples[axis] * torch.export.Dim(axis, min=2, max=LARGEST_SIDE // multiples[axis])
+    # A minimum of 1 would be distinguished from other sizes; the program takes one multiple all the same.
+    return multiple * torch.export.Dim(axis, min=2, max=LARGEST_SIDE // multiple)
 
 
 def _write_onnx(graph: Graph, path: Path) -> None:
@@ -162,10 +197,9 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 
         from dat.ops.onnx import translation_table
     except ImportError as error:
-        raise ConfigError("writing ONNX needs onnx and onnxscript: pip install onnx onnxscript onnxruntime") from error
-    program = _program(graph)
+        raise ConfigError(f'writing ONNX needs {error.name}: pip install "dat-vision[onnx]"') from error
     exported = torch.onnx.export(
-        program,
+        _program(graph),
         (),
         opset_version=20,
         input_names=list(graph.inputs),
@@ -177,9 +211,12 @@ def _write_onnx(graph: Graph, path: Path) -> None:
         raise ExportError("torch.onnx gave no model")
     model = exported.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in graph.metadata.items()})
-    for value, axes in zip(model.graph.input, graph.inputs.values(), strict=True):
-        for axis, name in axes.items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
+    for values, names in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
+        for value, axes in zip(values, names.values(), strict=True):
+            for axis, name in axes.items():
+                dimension = value.type.tensor_type.shape.dim[axis]
+                if not dimension.HasField("dim_value"):
+                    dimension.dim_param = name
     onnx.save(model, path)
 
 
@@ -188,18 +225,16 @@ def _write_program(graph: Graph, path: Path) -> None:
 
 
 def _write_compiled(graph: Graph, path: Path) -> None:
-    print(f"{graph.metadata['kind']} model: compiling, which can take minutes", file=sys.stderr, flush=True)
+    print(f"compiling the {graph.metadata['kind']} model, which can take minutes", file=sys.stderr, flush=True)
     inputs = {}
     for (name, axes), example in zip(graph.inputs.items(), graph.example, strict=True):
-        sizes = [_sizes(axes.get(axis), size, graph.multiples) for axis, size in enumerate(example.shape)]
+        sizes = [
+            (graph.multiples.get(axes[axis], 1), LARGEST_SIDE) if axis in axes else (size, size)
+            for axis, size in enumerate(example.shape)
+        ]
         inputs[name] = (str(example.dtype), sizes)
     try:
         write_compiled(_program(graph), inputs, graph.metadata, path)
-    # of no compiler, of one that fails, or of torch's own
+    # There is no compiler, it fails, or torch does.
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile this model: {one_line(error)}") from error
-
-
-def _sizes(axis: str | None, size: int, multiples: dict[str, int]) -> tuple[int, int]:
-    """The smallest and the largest of an axis that has a name if it may have any size, else this one."""
-    return (size, size) if axis is None else (multiples.get(axis, 1), LARGEST_SIDE)

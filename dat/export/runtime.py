@@ -1,4 +1,4 @@
-"""Runs exported models: ONNX files in onnxruntime, packages of torch.export and of AOTInductor in torch."""
+"""Runs exported models: ONNX files by onnxruntime, packages of torch.export and AOTInductor by torch."""
 
 import json
 import os
@@ -12,30 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat.engine.build import check_class_names, checkpoint_errors
-from dat.engine.safe_load import check_content
+from dat.engine.checkpoint import check_class_names, check_content, checkpoint_errors
 from dat.export.aot_inductor import is_compiled, load_compiled
 from dat.utils.errors import CheckpointError, ConfigError, one_line
 
 SUFFIXES = (".onnx", ".pt2")
-# seconds of onnxruntime for one batch
+# Seconds after which onnxruntime is stopped, for one batch: a graph may hold an endless loop.
 LONGEST_RUN = 600.0
 
 
 def _memory() -> int:
-    """Bytes of the machine or, in a container that has fewer, of that; 16 GiB where the system does not say."""
+    """Bytes of memory of the machine or the container, whichever is smaller; 16 GiB if the system does not say."""
     try:
         known = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         known = 2**34
     try:
         return min(known, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    # there is none, or it is "max"
+    # No container, or no limit, which reads "max".
     except (ValueError, OSError):
         return known
 
 
-# bytes for what all ONNX models of a process compute
+# Bytes that all ONNX models of a process may allocate together.
 MOST_MEMORY = _memory() * 3 // 4
 
 
@@ -44,9 +43,9 @@ class Exported:
     """A model that `dat.export.export` wrote.
 
     Attributes:
-        metadata: "kind" ("detection" or "classification"), "class_names" (of label 0, 1, ...), "mean" and "std" (of the
-            normalisation that is inside), and what else the commands of the kind wrote.
-        run: the inputs, in the order of the file, to its outputs, all on the CPU.
+        metadata: "kind" ("detection" or "classification"), "class_names" (of labels 0, 1, ...), "mean" and "std" (of
+            the normalisation in the graph), and further keys of each kind.
+        run: takes the inputs in the order of the file, returns its outputs, all on the CPU.
     """
 
     metadata: dict[str, Any]
@@ -54,7 +53,7 @@ class Exported:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a file's name is that of an exported model."""
+    """Whether the suffix of a file is that of an exported model."""
     return path.suffix.lower() in SUFFIXES
 
 
@@ -64,34 +63,32 @@ def load_exported(path: Path, kind: str, trust: bool = False) -> Exported:
     Args:
         path: .onnx or .pt2.
         kind: "detection" or "classification".
-        trust: .pt2 packages hold pickles or machine code, which loading runs; False refuses them.
+        trust: load .pt2 packages, whose pickles or machine code can run anything.
 
     Raises:
         ConfigError: onnxruntime is missing, or the file is a .pt2 and not trusted.
-        CheckpointError: no such file, a damaged one, one of another origin or kind.
+        CheckpointError: a file that is missing, damaged, of another origin or kind.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix.lower() == ".onnx":
         exported = _load_onnx(path)
     elif not trust:
-        raise ConfigError(f"{path}: a .pt2 package can run any code when it is loaded; --trust loads it all the same")
+        raise ConfigError(
+            f"{path}: loading a .pt2 package can run any code; --trust (trust=True) loads it all the same"
+        )
     else:
         exported = _load_package(path)
-    check_metadata(exported.metadata, kind, path)
-    return exported
-
-
-def check_metadata(metadata: dict[str, Any], kind: str, path: Path) -> None:
-    """Raises CheckpointError unless this is the metadata of a model that was exported here."""
+    metadata = exported.metadata
     if metadata.get("kind") != kind:
         found = f"of a {metadata['kind']} model" if "kind" in metadata else "without the metadata of an export"
         raise CheckpointError(f"{path}: {found}, should be a {kind} model exported by this project")
     check_content(metadata, path)
     check_class_names(metadata.get("class_names"), path)
+    return exported
 
 
-def check_found(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: Path | str) -> None:
+def check_predictions(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: Path | str) -> None:
     """Raises CheckpointError for labels that are not 0 to classes - 1, and for numbers that are NaN or infinite."""
     whole = not labels.is_floating_point() and not labels.is_complex()
     if not whole or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
@@ -106,7 +103,7 @@ def _load_onnx(path: Path) -> Exported:
         import onnxruntime
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ConfigError(f"{path}: running ONNX files needs {error.name}: pip install onnx onnxruntime") from error
+        raise ConfigError(f"{path}: running ONNX files needs {error.name}: pip install 'dat-vision[onnx]'") from error
     try:
         _check_tensors(onnx.load(path, load_external_data=False), path)
     except (DecodeError, OSError) as error:
@@ -114,23 +111,23 @@ def _load_onnx(path: Path) -> Exported:
     _bound_memory()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # errors are raised, and need not be logged too
+    # Errors are raised and need not be logged as well.
     options.log_severity_level = 4
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # it computes what does not depend on the inputs, with memory that has no bound; exports were folded when written
+    # Constant folding allocates outside the bounded arena; exports were folded when they were written.
     options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        metadata = _parse(session.get_modelmeta().custom_metadata_map)
-    # its classes of errors have no parent of their own
+        texts = session.get_modelmeta().custom_metadata_map
+        metadata = {name: json.loads(text) for name, text in texts.items()}
+    # The error classes of onnxruntime have no common parent.
     except Exception as error:
         raise CheckpointError(f"{path}: not an ONNX model that can be run, or a damaged one") from error
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        # a graph may hold a loop without end
         limit = onnxruntime.RunOptions()
-        # else pictures of many sizes would leave memory in pieces that add up to the bound
+        # Shrink the arena after each run: varied image sizes would fragment it.
         limit.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         watchdog = Timer(LONGEST_RUN, setattr, (limit, "terminate", True))
         watchdog.daemon = True
@@ -141,7 +138,7 @@ def _load_onnx(path: Path) -> Exported:
         except Exception as error:
             reason = one_line(error, 1000)
             if "is smaller than requested bytes" in reason:
-                reason = f"needs more than {MOST_MEMORY / 2**30:.3g} GiB, fewer pictures at once need less"
+                reason = f"needs more than {MOST_MEMORY / 2**30:.3g} GiB; try smaller batches"
             raise CheckpointError(f"{path}: onnxruntime cannot run it: {reason}") from error
         finally:
             watchdog.cancel()
@@ -150,9 +147,9 @@ def _load_onnx(path: Path) -> Exported:
 
 
 def _check_tensors(model: Any, path: Path) -> None:
-    """Raises CheckpointError for tensors of a model (onnx.ModelProto) that exports never hold.
+    """Raises CheckpointError for tensors that exports never hold, of a model (onnx.ModelProto).
 
-    Those in other files name any file; sparse ones take any memory as soon as the model is read.
+    External tensors may name any file of the machine, and sparse ones take any memory while the model is read.
     """
     import onnx
 
@@ -170,18 +167,14 @@ def _check_tensors(model: Any, path: Path) -> None:
 
 @cache
 def _bound_memory() -> None:
-    """Gives all sessions of the process that ask for it one arena of MOST_MEMORY bytes."""
+    """Registers an arena of MOST_MEMORY bytes for all sessions of the process that use environment allocators."""
     import onnxruntime
 
     arena = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     memory = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, onnxruntime.OrtMemType.DEFAULT)
-    # extended by what is asked for, not by powers of two
+    # Extend by the requested size, not by powers of two.
     bound = onnxruntime.OrtArenaCfg({"max_mem": MOST_MEMORY, "arena_extend_strategy": 1})
     onnxruntime.create_and_register_allocator(memory, bound)
-
-
-def _parse(texts: dict[str, str]) -> dict[str, Any]:
-    return {name: json.loads(text) for name, text in texts.items()}
 
 
 def _load_package(path: Path) -> Exported:
@@ -192,12 +185,12 @@ def _load_package(path: Path) -> Exported:
             metadata, model = load_compiled(path)
             return Exported(metadata, _as_tuple(model, path))
         extra = {"metadata.json": ""}
-        # Its guards refuse axes of 1, of batches too, where shapes were inferred for longer ones: the graph does not.
+        # The guards refuse axes of length 1, batches of one image too; the graph itself takes them.
         module = torch.export.load(path, extra_files=extra).module(check_guards=False)
         return Exported(json.loads(extra["metadata.json"] or "{}"), _as_tuple(module, path))
     except CheckpointError:
         raise
-    # a damaged archive fails in ways as many as its parts
+    # A damaged archive raises errors of many kinds.
     except Exception as error:
         raise CheckpointError(f"{path}: not a package of torch.export or AOTInductor, or a damaged one") from error
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,41 +15,41 @@ from dat.ops import deform_attn, deform_sample
 from dat.ops.sizes import longer
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
-# Pairs of queries and keys, in all images and groups, that the MLP of "log_cpb" is given at a time.
+# Pairs of a query and a key, over all images and groups, for which the MLP of "log_cpb" runs at a time.
 LOG_CPB_PAIRS = 2**21
-# Values of a key map, of an image, beyond which what moved its keys is computed again in the backward pass.
+# Above this many elements of the key map per image, recompute the offset network in the backward pass.
 LARGE_MAP = 2**19
 
 
 class DeformableAttention(nn.Module):
     """Deformable multi-head attention (DAT, https://arxiv.org/abs/2201.00520, section 3.2, equations 6 to 9).
 
-    Values are sampled with -1 and 1 on the corner cells of the map. The releases of the official code put other things
-    there, and weights of one are of no use with the coordinates of the other:
+    Values are sampled with -1 and 1 at the centres of the map's corner pixels. The two official releases use different
+    coordinates for keys and queries, so their weights are not interchangeable:
 
-    - 2022: key (i, j) of a map of Hk x Wk keys starts at its cell's centre ((j + .5) / Wk, (i + .5) / Hk), drawn to
-      -1..1; positions that no range limits go through tanh. Queries are at their cells' centres.
-    - 2023 (DAT++, https://arxiv.org/abs/2309.01430): it starts at ((j + .5) / (Wk - 1), (i + .5) / (Hk - 1)), half a
-      cell further on than in -1..1; positions that no range limits are clamped to -1..1. Queries run from -1 to 1.
+    - 2022: key (i, j) of a map of Hk x Wk keys starts at its pixel's centre ((j + .5) / Wk, (i + .5) / Hk), scaled to
+      -1..1; positions without a limited range go through tanh. Queries are at the centres of their pixels.
+    - 2023 (DAT++, https://arxiv.org/abs/2309.01430): it starts at ((j + .5) / (Wk - 1), (i + .5) / (Hk - 1)), which
+      scales to half a pixel beyond -1..1; positions without a limited range are clamped. Queries run from -1 to 1.
 
     Args:
         embed_dims: channels C; a multiple of num_heads and of num_groups.
         num_heads: attention heads; a multiple of num_groups.
-        num_groups: groups of channels, each of which moves its keys on its own.
-        kernel_size: of the depth-wise convolution that looks at the queries to move the keys; odd, or, in 2023, as
-            large as the stride, which then drops the cells that are left over.
+        num_groups: groups of channels, each with offsets of its own.
+        kernel_size: kernel of the depth-wise convolution in the offset network; odd, or, in 2023, equal to the stride,
+            in which case pixels beyond the last whole stride are ignored.
         stride: queries per key along each side.
-        offset_range_factor: above 0 (2022) or from 0 (2023), a key moves by at most half as many cells of the key map;
-            at 0 (2022) freely; below 0 freely until the tanh or clamp.
+        offset_range_factor: above 0 (2022) or from 0 (2023), offsets are at most half as many pixels of the key map;
+            at 0 (2022) they are unlimited; below 0 they are limited only by the tanh or clamp of the positions.
         table_size: (H, W) of the query map that "table" and "fixed_pe" are made for.
-        position_bias: what tells the attention where queries and keys are.
-            "table": a table [num_heads, 2H-1, 2W-1], looked up at the displacements, those of maps of another size too.
+        position_bias: how the attention is informed of positions.
+            "table": a table [num_heads, 2H-1, 2W-1] interpolated at the displacements, for maps of any size.
                 With table_size None there is none.
-            "fixed_pe": a bias for each pair of a query and a key, wherever that moved; resampled for other maps.
-            "dwc_pe": no bias; a 3x3 depth-wise convolution of the queries is added to what they attended to (LePE).
+            "fixed_pe": a bias for each pair of a query and a key, whatever the offset; resampled for other sizes.
+            "dwc_pe": no bias; a 3x3 depth-wise convolution of the queries is added to the output (LePE).
             "log_cpb": an MLP of the logarithms of the displacements (Swin V2).
-            "none": nothing.
-        no_off: keys stay, and are the averages of stride x stride cells.
+            "none": no position information.
+        no_off: no offsets: keys are averages over stride x stride pixels.
         release: "2022" or "2023".
         proj_drop: dropout after the output projection, 0..1.
     """
@@ -71,9 +72,9 @@ class DeformableAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check(embed_dims, num_heads, num_groups, stride, position_bias, table_size, release)
-        # The official code of 2023 leaves padding away, and with it the cells that are left over.
-        self.drops_rest = release == "2023" and kernel_size == stride and not no_off
-        if kernel_size % 2 == 0 and not self.drops_rest and not no_off:
+        # The official code of 2023 does not pad such a convolution: it ignores pixels beyond the last whole stride.
+        self.unpadded = release == "2023" and kernel_size == stride and not no_off
+        if kernel_size % 2 == 0 and not self.unpadded and not no_off:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_groups, self.stride = num_heads, num_groups, stride
@@ -81,7 +82,7 @@ class DeformableAttention(nn.Module):
         self.scale = (embed_dims // num_heads) ** -0.5
         if not no_off:
             width = embed_dims // num_groups
-            padding = 0 if self.drops_rest else kernel_size // 2
+            padding = 0 if self.unpadded else kernel_size // 2
             self.offset_conv = nn.Conv2d(width, width, kernel_size, stride, padding, groups=width, **dd)
             self.offset_norm = nn.LayerNorm(width, **dd)
             self.offset_proj = nn.Linear(width, 2, bias=False, **dd)
@@ -111,14 +112,12 @@ class DeformableAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
-        B, H, W, C = x.shape
+        B, H, W, _ = x.shape
         query = self.q(x)
         positions = self.positions(query)
         sampled = self._sample(x, positions)
-        q, k, v = (
-            tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for tokens in (query.flatten(1, 2), self.k(sampled), self.v(sampled))
-        )
+        q = rearrange(query, "b y x (h c) -> b h (y x) c", h=self.num_heads)
+        k, v = (rearrange(proj(sampled), "b n (h c) -> b h n c", h=self.num_heads) for proj in (self.k, self.v))
         if self.fixed_bias is not None:
             bias = self.fixed_bias((H, W), self.key_size((H, W))).to(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, bias.expand(B, -1, -1, -1), scale=self.scale)
@@ -127,33 +126,33 @@ class DeformableAttention(nn.Module):
         else:
             table, corners = self.rpe_table, self.release == "2023"
             out = deform_attn(q, k, v, positions, table, size=(H, W), scale=self.scale, align_corners=corners)
-        out = out.transpose(1, 2).reshape(B, H, W, C)
+        out = rearrange(out, "b h (y x) c -> b y x (h c)", y=H, x=W)
         if self.lepe is not None:
             out = out + self.lepe(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.proj(out))
 
     def positions(self, query: Tensor) -> Tensor:
-        """Where the keys are: [B, num_groups, N, 2], (x, y), -1..1 across the map, in at least float32.
+        """Positions of the keys: [B, num_groups, N, 2], (x, y), -1..1 across the map, in at least float32.
 
         Args:
             query: [B, H, W, C], the projected queries.
         """
         H, W, C = query.shape[1:]
-        # The compiler plans memory by itself.
+        # A compiler decides itself what to recompute.
         if torch.compiler.is_compiling() or math.prod(self.key_size((H, W))) * C <= LARGE_MAP:
             offset = self._offsets(query)
         else:
             offset = checkpoint(self._offsets, query, use_reentrant=False, preserve_rng_state=False)
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-        # The network gives (y, x), as in the official checkpoints.
+        # The network predicts (y, x), as in the official checkpoints.
         y, x = offset.unbind(-1)
-        y = self._move(_cells(y.shape[1], y)[:, None, None], y, y.shape[1])
-        x = self._move(_cells(x.shape[2], x)[:, None], x, x.shape[2])
-        return torch.stack((x, y), -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        y = self._move(_centers(y.shape[1], y)[:, None, None], y, y.shape[1])
+        x = self._move(_centers(x.shape[2], x)[:, None], x, x.shape[2])
+        return rearrange([x, y], "xy b i j g -> b g (i j) xy")
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(Hk, Wk) of the keys of a query map of `size`."""
-        H, W = (max(side // self.stride, 1) if self.drops_rest else -(-side // self.stride) for side in size)
+        """Size (Hk, Wk) of the key map for a query map of `size`."""
+        H, W = (max(side // self.stride, 1) if self.unpadded else -(-side // self.stride) for side in size)
         return H, W
 
     def set_table_size(self, size: tuple[int, int]) -> None:
@@ -165,41 +164,41 @@ class DeformableAttention(nn.Module):
             self.fixed_bias.set_sizes(size, self._fixed_keys(size))
 
     def _fixed_keys(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The key map that the official code makes "fixed_pe" for: without the cells that are left over."""
+        """Size of the key map for which the official code makes "fixed_pe": whole strides only."""
         return max(size[0] // self.stride, 1), max(size[1] // self.stride, 1)
 
     def _offsets(self, query: Tensor) -> Tensor:
-        """What the network says of each key: [B, Hk, Wk, num_groups, 2]."""
+        """Output of the offset network: [B, Hk, Wk, num_groups, 2]."""
         B, H, W, C = query.shape
         groups = self.num_groups
         if self.no_off:
             return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
         x = query.permute(0, 3, 1, 2)
-        if self.drops_rest:
+        if self.unpadded:
             x = F.pad(x, (0, longer(self.stride - W, 0), 0, longer(self.stride - H, 0)))
-        # All groups share their weights; repeating those spares a copy of the queries with groups in the batch.
+        # The groups have the same weights; repeating these avoids copying the queries to put groups into the batch.
         conv = self.offset_conv
         weight, bias = conv.weight.repeat(groups, 1, 1, 1), None if conv.bias is None else conv.bias.repeat(groups)
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
         return self.offset_proj(F.gelu(self.offset_norm(x)))
 
-    def _move(self, cells: Tensor, offset: Tensor, length: int) -> Tensor:
-        """Positions on a side of `length` keys that start at `cells` and are moved as `offset` says."""
+    def _move(self, centers: Tensor, offset: Tensor, length: int) -> Tensor:
+        """Positions along a side of `length` keys: their references, at `centers` in pixels, plus offsets."""
         factor = self.offset_range_factor
         if self.release == "2022":
-            reference = cells / length * 2 - 1
+            reference = centers / length * 2 - 1
             if factor > 0:
                 return reference + offset.tanh() * (factor / length)
             return (reference + offset).tanh() if factor < 0 else reference + offset
         if factor < 0:
-            # A single key starts at infinity, and the clamp puts it at 1, as in the official code.
-            return (cells / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
+            # A single key's reference is infinite, and the clamp moves it to 1, as in the official code.
+            return (centers / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
         steps = longer(length - 1, 1)
-        return cells / steps * 2 - 1 + offset.tanh() * (factor / steps)
+        return centers / steps * 2 - 1 + offset.tanh() * (factor / steps)
 
     def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What the map [B, H, W, C] has for the keys at `positions`: [B, N, C]."""
+        """Values of the map [B, H, W, C] at the keys' `positions`: [B, N, C]."""
         B, H, W, C = x.shape
         if self.no_off:
             return F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).flatten(2).mT
@@ -214,33 +213,33 @@ class DeformableAttention(nn.Module):
     def _attend_log_cpb(
         self, mlp: LogSpacedBias, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        """Attention with the bias of an MLP, a part of the queries at a time: its layers are wider than the scores."""
-        y, x = (self._grid(length, positions) for length in size)
+        """Attention with the bias of an MLP, for a chunk of the queries at a time: its layers exceed the scores."""
+        y, x = (self.query_grid(length, positions) for length in size)
         grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), -1).flatten(0, 1)
 
-        def attend(part: Tensor, grid_part: Tensor) -> Tensor:
-            bias = mlp(grid_part, positions).to(part.dtype)
-            return F.scaled_dot_product_attention(part, k, v, bias, scale=self.scale)
+        def attend(chunk: Tensor, grid_chunk: Tensor) -> Tensor:
+            bias = mlp(grid_chunk, positions).to(chunk.dtype)
+            return F.scaled_dot_product_attention(chunk, k, v, bias, scale=self.scale)
 
-        # The number of parts would be fixed in an exported graph, which serves maps of every size.
+        # An exported graph serves maps of every size, but would fix the number of chunks.
         if torch.compiler.is_exporting():
             return attend(q, grid)
         step = max(LOG_CPB_PAIRS // max(positions[..., 0].numel(), 1), 1)
         if step >= len(grid):
             return attend(q, grid)
-        parts = zip(q.split(step, 2), grid.split(step), strict=True)
-        # What the parts keep for the backward would be all of it.
-        return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in parts], 2)
+        chunks = zip(q.split(step, 2), grid.split(step), strict=True)
+        # Recompute in the backward pass: the activations of all chunks together would take as much memory as without.
+        return torch.cat([checkpoint(attend, *chunk, use_reentrant=False) for chunk in chunks], 2)
 
-    def _grid(self, length: int, like: Tensor) -> Tensor:
-        """Where queries are on a side of `length`."""
+    def query_grid(self, length: int, like: Tensor) -> Tensor:
+        """Positions of the queries along a side of `length`."""
         if self.release == "2022":
-            return _cells(length, like) / length * 2 - 1
+            return _centers(length, like) / length * 2 - 1
         return torch.arange(length, dtype=like.dtype, device=like.device) / longer(length - 1, 1) * 2 - 1
 
 
-def _cells(length: int, like: Tensor) -> Tensor:
-    """Centres of `length` cells of size 1."""
+def _centers(length: int, like: Tensor) -> Tensor:
+    """Centres of `length` pixels, in pixels from the edge of the first."""
     return torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
 
 

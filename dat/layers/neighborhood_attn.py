@@ -1,6 +1,7 @@
-"""Self-attention within the neighbourhood of every cell, as in the N blocks of DAT++."""
+"""Self-attention within the neighbourhood of every pixel, as in the N blocks of DAT++."""
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,14 +14,14 @@ class NeighborhoodAttention(nn.Module):
     """Neighbourhood attention with relative position bias (https://arxiv.org/abs/2204.07143, equations 2 and 3).
 
     Parameters are named as those of NATTEN's `NeighborhoodAttention2D`, so that its weights load. A map with a side
-    shorter than kernel_size * dilation is padded with zeros before the projection, as the official DAT++ does:
-    padding has the projection's bias for key and value, is attended to, and is not returned.
+    shorter than kernel_size * dilation is padded with zeros before the projection, as in the official DAT++: padding
+    takes part in the attention, with the projection's bias as key and value, and is cropped from the output.
 
     Args:
         embed_dims: channels C; a multiple of num_heads.
         num_heads: attention heads.
-        kernel_size: odd side of the neighbourhoods, in cells.
-        dilation: cells from a neighbour to the next.
+        kernel_size: odd side of the neighbourhoods, in pixels.
+        dilation: distance between neighbours, in pixels.
         qkv_bias: whether the projection to query, key and value has a bias.
         proj_drop: dropout after the output projection, 0..1.
     """
@@ -57,16 +58,15 @@ class NeighborhoodAttention(nn.Module):
         _, H, W, _ = x.shape
         reach = self.kernel_size * self.dilation
         down, right = (longer(length, reach) - length for length in (H, W))
-        # An exported graph serves maps of every size.
+        # An exported graph serves maps of every size, so it always pads.
         if torch.compiler.is_exporting() or down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))
         return self.proj_drop(self.proj(self._attend(x)[:, :H, :W]))
 
     def _attend(self, x: Tensor) -> Tensor:
-        size = x.shape[1], x.shape[2]
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        H, W = x.shape[1:3]
+        q, k, v = rearrange(self.qkv(x), "b y x (qkv h c) -> qkv b h (y x) c", qkv=3, h=self.num_heads)
         out = neighborhood_attn(
-            q, k, v, self.rpb, size=size, kernel_size=self.kernel_size, scale=self.scale, dilation=self.dilation
+            q, k, v, self.rpb, size=(H, W), kernel_size=self.kernel_size, scale=self.scale, dilation=self.dilation
         )
-        return out.transpose(1, 2).flatten(2).unflatten(1, size)
+        return rearrange(out, "b h (y x) c -> b y x (h c)", y=H, x=W)

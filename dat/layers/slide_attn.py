@@ -3,22 +3,23 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class SlideAttention(nn.Module):
-    """Attention of every cell to learned shifts of its map (Slide-Transformer, https://arxiv.org/abs/2304.04237).
+    """Attention of every pixel to learned shifts of its map (Slide-Transformer, https://arxiv.org/abs/2304.04237).
 
-    Keys and values of a cell are those of its kernel_size x kernel_size neighbours, zero outside of the map, each plus
-    a learned depth-wise convolution; all heads share it. Channels are reduced for the attention.
+    Keys and values of a pixel are those of its kernel_size x kernel_size neighbours, zero outside the map, each plus
+    a learned depth-wise convolution, the same for all heads. The attention has fewer channels than the map.
 
     Args:
         embed_dims: channels C; a multiple of num_heads * reduction.
         num_heads: attention heads.
-        kernel_size: odd side of the neighbourhoods, in cells.
-        reduction: channels per channel of the attention; scores are scaled as if it were 1, as in the official code.
+        kernel_size: odd side of the neighbourhoods, in pixels.
+        reduction: channels of the map per channel of the attention; scores are scaled as for 1, as officially.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SlideAttention(nn.Module):
         self.shift, self.conv = (
             nn.Conv2d(width, area * width, kernel_size, padding=kernel_size // 2, groups=width, **dd) for _ in range(2)
         )
-        # Output i of each channel is its i-th neighbour; only the bias is learned.
+        # Output i of each channel is its i-th neighbour; only the bias is trained.
         shifts = torch.eye(area, **dd).view(area, 1, kernel_size, kernel_size)
         self.shift.weight = nn.Parameter(shifts.repeat(width, 1, 1, 1), requires_grad=False)
         self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, area, **dd))
@@ -55,11 +56,11 @@ class SlideAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
-        q, k, v = self.qkv(x).permute(0, 3, 1, 2).unflatten(1, (self.num_heads, 3, -1)).unbind(2)
+        q, k, v = rearrange(self.qkv(x), "b y x (h qkv c) -> qkv b h c y x", h=self.num_heads, qkv=3)
         k = self._neighbours(k) + self.relative_position_bias_table[:, None, :, None, None]
         attention = (q.unsqueeze(3) * k).sum(2, keepdim=True).mul(self.scale).softmax(3)
         out = (attention * self._neighbours(v)).sum(3)
-        return self.proj(out.flatten(1, 2).permute(0, 2, 3, 1))
+        return self.proj(rearrange(out, "b h c y x -> b y x (h c)"))
 
     def _neighbours(self, x: Tensor) -> Tensor:
         """[B, h, c, H, W] to [B, h, c, kernel_size**2, H, W]."""

@@ -3,18 +3,19 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class SpatialReductionAttention(nn.Module):
-    """Attention of every cell to a strided convolution of the map (PVT, https://arxiv.org/abs/2102.12122, section 3.3).
+    """Attention of pixels to a strided convolution of the map (PVT, https://arxiv.org/abs/2102.12122, section 3.3).
 
     Args:
         embed_dims: channels C; a multiple of num_heads.
         num_heads: attention heads.
-        sr_ratio: side and stride of the convolution's kernel; 1: attention to the map itself. Cells that are left over
-            to the right and at the bottom are not attended to; a shorter map is padded with zeros.
+        sr_ratio: side and stride of the convolution's kernel; 1: attention to the map itself. Pixels beyond the last
+            whole stride are not attended to; a map smaller than the kernel is padded with zeros.
         proj_drop: dropout after the output projection, 0..1.
     """
 
@@ -44,11 +45,11 @@ class SpatialReductionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(self._reduce(x)).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        _, H, W, _ = x.shape
+        q = rearrange(self.q(x), "b y x (h c) -> b h (y x) c", h=self.num_heads)
+        k, v = rearrange(self.kv(self._reduce(x)), "b y x (kv h c) -> kv b h (y x) c", kv=2, h=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2).view_as(x)))
+        return self.proj_drop(self.proj(rearrange(out, "b h (y x) c -> b y x (h c)", y=H, x=W)))
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.sr_ratio == 1:

@@ -1,6 +1,7 @@
 """Self-attention within local or shifted windows, as in Swin and in the L and S blocks of DAT."""
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
@@ -10,15 +11,15 @@ from torch.nn import functional as F
 class WindowAttention(nn.Module):
     """Attention within windows with a relative position bias (Swin, https://arxiv.org/abs/2103.14030, equation 4).
 
-    A map that windows do not divide is padded, and padding is neither attended to nor returned; along a side that is
-    no longer than the window, the window is as long as the side.
+    A map whose size is no multiple of the window's is padded, and padding is neither attended to nor returned. A side
+    shorter than the window is a single shorter window.
 
     Args:
         embed_dims: channels C; a multiple of num_heads.
         num_heads: attention heads.
-        window_size: side of the square windows, in cells.
-        shift_size: 0 for local windows; else the map is rolled by so many cells, below window_size, and cells that
-            became neighbours only by that do not see each other.
+        window_size: side of the square windows, in pixels.
+        shift_size: 0 for local windows; otherwise the map is rolled by this many pixels, fewer than window_size, and
+            pixels that only the roll made neighbours do not attend to each other.
         proj_drop: dropout after the output projection, 0..1.
     """
 
@@ -68,63 +69,61 @@ class WindowAttention(nn.Module):
         return x[:, :H, :W]
 
     def _forward_any_size(self, x: Tensor) -> Tensor:
-        """The same without branches that depend on the size, for an exported graph, which serves maps of all sizes.
+        """The same without branches on the size, for an exported graph that serves maps of all sizes.
 
-        Cells are gathered: where reshapes split sizes that were rounded up, torch.export would prove for minutes that
-        they can be split.
+        Pixels are gathered into windows: reshapes that split rounded-up sizes would take torch.export minutes to prove.
         """
         H, W, device = x.shape[1], x.shape[2], x.device
         (rows, row_regions, row_places), (columns, column_regions, column_places) = (
             self._axis(length, device) for length in (H, W)
         )
-        cells = _pairs(rows * W, columns)
+        pixels = _pairs(rows * W, columns)
         regions = _pairs(row_regions * 3, column_regions)
         bias = self._bias((self.window_size, self.window_size), device)
         bias = bias.masked_fill((regions[:, :, None] != regions[:, None]).unsqueeze(1), -torch.inf)
-        windows = x.flatten(1, 2)[:, cells]
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        # Written out: torch.onnx knows the fused attention of batches without windows alone.
+        windows = x.flatten(1, 2)[:, pixels]
+        q, k, v = rearrange(self.qkv(windows), "b w n (qkv h c) -> qkv b w h n c", qkv=3, h=self.num_heads)
+        # torch.onnx exports fused attention only with one batch dimension.
         out = ((q * self.scale) @ k.mT + bias.to(q.dtype)).softmax(-1) @ v
-        out = self.proj(out.transpose(2, 3).flatten(3)).flatten(1, 2)
+        out = self.proj(rearrange(out, "b w h n c -> b (w n) (h c)"))
         window, inside = row_places
         places = ((window * columns.shape[0])[:, None] + column_places[0]) * self.window_size**2
         return self.proj_drop(out[:, places + (inside * self.window_size)[:, None] + column_places[1]])
 
     def _axis(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Cells and their regions [windows, window_size] of a side; for each cell, its window and its place in it."""
+        """Pixels and their regions [windows, window_size] along a side; each pixel's window and index within it."""
         window = self.window_size
         count = (length - 1) // window + 1
-        cell = torch.arange(count, device=device)[:, None] * window + torch.arange(window, device=device)
-        cell = cell + self.shift_size
-        cell = torch.where(cell < count * window, cell, cell - count * window)
-        # Padding sees padding, so that no row is all masked; what is there does not matter.
-        regions = torch.where(cell < length, (cell < self.shift_size).long(), 2)
+        pixel = torch.arange(count, device=device)[:, None] * window + torch.arange(window, device=device)
+        pixel = pixel + self.shift_size
+        pixel = torch.where(pixel < count * window, pixel, pixel - count * window)
+        # Padding attends to padding, whatever its values, so that no row is masked entirely.
+        regions = torch.where(pixel < length, (pixel < self.shift_size).long(), 2)
         place = torch.arange(length, device=device) - self.shift_size
         place = torch.where(place < 0, place + count * window, place)
-        return cell.clamp(max=length - 1), regions, (place // window, place % window)
+        return pixel.clamp(max=length - 1), regions, (place // window, place % window)
 
     def _tile(self, length: int) -> tuple[int, int, int]:
-        """Window, padded length and roll along a side. In a single window the roll would change nothing."""
+        """Window, padded length and roll along a side; a roll would not change a single window."""
         if length <= self.window_size:
             return length, length, 0
         return self.window_size, length + -length % self.window_size, self.shift_size
 
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Windows [B * n, h*w, C], whose biases [n or 1, num_heads, h*w, h*w] repeat for every image."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        """Attention within windows [B * n, h*w, C]; all images have the same biases [n or 1, num_heads, h*w, h*w]."""
+        q, k, v = rearrange(self.qkv(x), "w n (qkv h c) -> qkv w h n c", qkv=3, h=self.num_heads)
         bias = bias.to(q.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            # No fused kernel for CPUs takes a bias that needs a gradient, and PyTorch's form in its place copies more.
+            # No fused CPU kernel differentiates the bias, and PyTorch's substitute copies more than this.
             scores = ((q * self.scale) @ k.mT).unflatten(0, (-1, len(bias))) + bias
             x = scores.softmax(-1).flatten(0, 1) @ v
         else:
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(rearrange(x, "w h n c -> w n (h c)")))
 
     def _bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
-        """Bias [1, num_heads, h*w, h*w] of the pairs in a window, looked up by displacement."""
+        """Bias [1, num_heads, h*w, h*w] of the pairs in a window, from the table by displacement."""
         side = 2 * self.window_size - 1
         rows, columns = (torch.arange(length, device=device) for length in window)
         dy = rows[:, None] - rows + self.window_size - 1
@@ -142,11 +141,11 @@ class WindowAttention(nn.Module):
         shift: tuple[int, int],
         device: torch.device,
     ) -> Tensor:
-        """Which pairs of a window may see each other: bool [windows, h*w, h*w]."""
+        """Whether the pixels of each pair in a window may attend to each other: bool [windows, h*w, h*w]."""
         regions = []
         for length, total, roll in zip(size, padded, shift, strict=True):
             index = torch.arange(total, device=device).roll(-roll)
-            # The rest, cells that the roll brings to the end, and padding, which sees padding: no row is all masked.
+            # 0: unmoved pixels, 1: pixels rolled to the end, 2: padding, which attends to itself: no row is all masked.
             wrapped = (index < self.shift_size).long()
             regions.append(torch.where(index < length, wrapped, 2))
         labels = regions[0][:, None] * 3 + regions[1]
@@ -155,5 +154,5 @@ class WindowAttention(nn.Module):
 
 
 def _pairs(rows: Tensor, columns: Tensor) -> Tensor:
-    """Sums [windows, window_size**2] of what is known of rows and of columns, [windows, window_size] each."""
+    """Sums [windows, window_size**2] over all pairs of a row's and a column's value, each [windows, window_size]."""
     return (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)

@@ -1,19 +1,12 @@
 """The official repository's configurations and checkpoints (https://github.com/LeapLabTHU/DAT)."""
 
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from dat.models.checkpoint import convert as convert
 from dat.models.dat import DAT, StageConfig
 
-# Official files may hold their yacs configuration beside the weights: a dictionary, and read as one.
-torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-
-# Keys of MODEL.DAT that change nothing in a model, or only Q blocks.
+# Keys of MODEL.DAT that do not affect the model, or only Q blocks.
 _UNUSED = {"ns_per_pts", "heads_q", "ksize_qnas", "nqs", "qna_activation", "lower_lr_kvs"}
 # The official defaults; a tuple has an entry for each stage.
 _DEFAULTS: dict[str, Any] = {
@@ -49,45 +42,6 @@ _DEFAULTS: dict[str, Any] = {
 # Options that only the code of 2023 has, or that fail in the code of 2022.
 _NEW = ("fixed_pes", "log_cpb", "no_offs", "layer_scale_values", "use_lpus")
 _LETTERS = {"2022": "LSD", "2023": "LSDNPXE"}
-
-_RENAMES = [
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^cls_norm\.norm\.", "norm."),
-        (r"^cls_head\.", "head.fc."),
-        (r"^down_projs\.(\d+)\.0\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv."),
-        (r"^down_projs\.(\d+)\.1\.norm\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.norm."),
-        (r"^stages\.(\d+)\.proj\.", r"stages.\1.downsample."),
-        (r"\.layer_norms\.(\d+)\.norm\.", lambda m: f".blocks.{int(m[1]) // 2}.norm{int(m[1]) % 2 + 1}."),
-        (r"\.layer_scales\.(\d+)\.weight", lambda m: f".blocks.{int(m[1]) // 2}.ls{int(m[1]) % 2 + 1}.gamma"),
-        (r"\.ln_cnvnxt\.(\d+)\.norm\.", r".blocks.\1.norm."),
-        (r"\.local_perception_units\.(\d+)\.", r".blocks.\1.lpu.conv."),
-        (r"\.mlps\.(\d+)\.(?:chunk\.)?linear([12])\.(?:0\.)?", r".blocks.\1.mlp.fc\2."),
-        (r"\.mlps\.(\d+)\.dwc\.", r".blocks.\1.mlp.dwconv."),
-        # The attention of an X block is a convolution.
-        (r"\.attns\.(\d+)\.(weight|bias)$", r".blocks.\1.conv.\2"),
-        (r"\.attns\.(\d+)\.", r".blocks.\1.attn."),
-        (r"\.attn\.proj_(qkv|q|k|v)\.", r".attn.\1."),
-        (r"\.attn\.proj_out\.", ".attn.proj."),
-        (r"\.attn\.proj_ds\.0\.", ".attn.sr."),
-        (r"\.attn\.proj_ds\.1\.norm\.", ".attn.norm."),
-        (r"\.attn\.dep_conv\.", ".attn.shift."),
-        (r"\.attn\.dep_conv1\.", ".attn.conv."),
-        (r"\.attn\.rpe_table\.(weight|bias)$", r".attn.lepe.\1"),
-        (r"\.attn\.rpe_table\.0\.", ".attn.log_cpb.mlp.fc1."),
-        (r"\.attn\.rpe_table\.2\.", ".attn.log_cpb.mlp.fc2."),
-        (r"\.conv_offset\.0\.", ".offset_conv."),
-        (r"\.conv_offset\.1\.norm\.", ".offset_norm."),
-        (r"\.conv_offset\.3\.", ".offset_proj."),
-    )
-]
-_STEMS = {
-    "patch_proj.0.": ("patch_embed.proj.", "patch_embed.conv1."),
-    "patch_proj.1.norm.": ("patch_embed.norm.", "patch_embed.norm1."),
-    "patch_proj.3.": ("patch_embed.conv2.",),
-    "patch_proj.4.norm.": ("patch_embed.norm2.",),
-}
-_BUFFERS = ("relative_position_index", "attn_mask")
 
 
 def build(config: Mapping[str, Any], release: str) -> DAT:
@@ -148,9 +102,9 @@ def _stage(config: Mapping[str, Any], i: int, release: str) -> StageConfig:
         config["dims"][i],
         config["heads"][i],
         window_size=config["window_sizes"][i],
-        # -1 fills the place of what a stage without D blocks does not use.
+        # -1 stands in stages without D blocks, which do not use it.
         num_groups=max(config["groups"][i], 1),
-        # The code of 2022 does not read this key.
+        # The code of 2022 ignores this key.
         kernel_size=config["ksizes"][i] if release == "2023" else _DEFAULTS["ksizes"][i],
         stride=max(config["strides"][i], 1),
         offset_range_factor=config["offset_range_factor"][i],
@@ -186,61 +140,10 @@ def _check_blocks(config: Mapping[str, Any], i: int, blocks: str, release: str) 
 
 
 def _position_bias(config: Mapping[str, Any], i: int) -> str:
-    """By the precedence of the official code, which has no position bias without offsets."""
+    """The position bias, by the precedence of the official code, which has none without offsets."""
     if not config["use_pes"][i] or config["no_offs"][i]:
         return "none"
     for key, position_bias in (("dwc_pes", "dwc_pe"), ("fixed_pes", "fixed_pe"), ("log_cpb", "log_cpb")):
         if config[key][i]:
             return position_bias
     return "table"
-
-
-def is_official(state_dict: Mapping[str, Any]) -> bool:
-    """Whether names are those of the official repository."""
-    return any(key.startswith(("patch_proj.", "down_projs.")) or ".attns." in key for key in state_dict)
-
-
-def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official tensors under `model`'s names: renamed, and reshaped where a 1x1 convolution became a linear layer.
-
-    Args:
-        state_dict: official names to tensors, a state dict or any part of one (gradients, for example).
-        model: the DAT that they belong to.
-
-    Returns:
-        A dictionary for `model.load_state_dict`, without the constant buffers relative_position_index and attn_mask and
-        without parameters that the official code has but does not use: the offset network of blocks with no_off and
-        the layer scales of X blocks. Names that `model` does not have come through, so that a strict load reports them.
-    """
-    parameters = dict(model.named_parameters())
-    converted = {}
-    for key, value in state_dict.items():
-        name = _rename(key, parameters)
-        if key.endswith(_BUFFERS) or _is_unused(name, parameters):
-            continue
-        parameter = parameters.get(name)
-        # Only dimensions of 1 go: a table of another size keeps its shape, for the caller to see.
-        if parameter is not None and value.ndim > parameter.ndim and value.numel() == parameter.numel():
-            value = value.reshape(parameter.shape)
-        converted[name] = value
-    return converted
-
-
-def _rename(name: str, parameters: Mapping[str, Tensor]) -> str:
-    for prefix, stems in _STEMS.items():
-        if name.startswith(prefix):
-            candidates = [stem + name.removeprefix(prefix) for stem in stems]
-            return next((candidate for candidate in candidates if candidate in parameters), candidates[0])
-    for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
-    fixed = name.replace(".attn.rpe_table", ".attn.fixed_bias.rpe_table")
-    return fixed if fixed in parameters else name
-
-
-def _is_unused(name: str, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the official code has this parameter of a block of `parameters` without using it."""
-    if name in parameters:
-        return False
-    attention, offset, _ = name.partition(".offset_")
-    block, scale, _ = name.partition(".ls")
-    return bool((offset and f"{attention}.q.weight" in parameters) or (scale and f"{block}.conv.weight" in parameters))

@@ -1,16 +1,16 @@
 """Call signatures of other libraries' multi-scale deformable attention, on `dat.ops`.
 
-`switch(model)` moves a model of transformers, of mmcv or of the official Deformable DETR repository and its copies
-over to this op. The official code runs without its CUDA extension where this module has the extension's name:
+`switch(model)` makes a model of transformers, of mmcv or of the official Deformable DETR repository and its copies use
+this op. The official code runs without its CUDA extension where this module has the extension's name:
 
     sys.modules["MultiScaleDeformableAttention"] = dat.ops.compat
 
 In all signatures `value` is [B, S, H, D], `sampling_locations` [B, Q, H, L, P, 2] and `attention_weights`
 [B, Q, H, L, P], as in `deform_sample`; the result is [B, Q, H * D] in the dtype of `value`. `value_spatial_shapes` may
-be the other libraries' integer tensor [L, 2] of (h, w) or a list of pairs. A tensor on a GPU has to be waited for: once
-for as long as it does not change, in inference mode and in compiled code at every call. A list costs nothing.
-The levels lie end to end, so `value_level_start_index` tells nothing new; any batch is one launch, whatever
-`im2col_step`. Neither is read. Locations in half precision are widened; what their rounding lost stays lost.
+be the other libraries' integer tensor [L, 2] of (h, w) or a list of pairs. Reading a tensor on a GPU synchronises: once
+while it does not change, and at every call in inference mode and in compiled code. A list never does.
+`value_level_start_index` and `im2col_step` are ignored: levels lie end to end, and any batch is one launch.
+Locations in half precision are converted to float32, which does not undo their rounding.
 """
 
 import inspect
@@ -26,14 +26,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dat.ops.deform_sample import Shapes, autocast, check_samples, check_value, deform_sample, flatten, sum_dtype
 
-# Sizes that were copied from a device, with the version of the tensor that they were read from.
+# Shapes copied from a device, with the version of the tensor that they were read from: torch has no public way to see
+# whether a tensor has changed in place.
 _SIZES = WeakTensorKeyDictionary()
 
 
 def _sizes(shapes: Tensor | Shapes) -> Shapes:
     if not isinstance(shapes, Tensor):
         return shapes
-    # Host memory may change behind torch's back (numpy), and inference tensors do not count their changes.
+    # numpy may change host memory without torch noticing, and inference tensors have no version.
     if shapes.is_cpu or shapes.is_inference():
         return shapes.tolist()
     version, sizes = _SIZES.get(shapes, (None, None))
@@ -50,8 +51,10 @@ def _widen(locations: Tensor) -> Tensor:
 def multi_scale_deformable_attention(
     value: Tensor, value_spatial_shapes: Tensor | Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """transformers' function (Mask2Former, OneFormer), mmcv's `multi_scale_deformable_attn_pytorch` and the official
-    `ms_deform_attn_core_pytorch`; arguments as this module says, errors and derivatives as in `deform_sample`."""
+    """transformers' function (Mask2Former, OneFormer) and mmcv's `multi_scale_deformable_attn_pytorch`.
+
+    See the top of this module for the arguments, `deform_sample` for errors and derivatives.
+    """
     if isinstance(value_spatial_shapes, Tensor) and torch.compiler.is_compiling():
         return _sample(autocast(value), value_spatial_shapes, sampling_locations, attention_weights)
     shapes = _sizes(value_spatial_shapes)
@@ -59,7 +62,25 @@ def multi_scale_deformable_attention(
 
 
 multi_scale_deformable_attn_pytorch = multi_scale_deformable_attention
-ms_deform_attn_core_pytorch = multi_scale_deformable_attention
+
+
+def ms_deform_attn_core_pytorch(
+    value: Tensor,
+    value_spatial_shapes: Tensor | Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    value_spatial_shapes_hw: Shapes | None = None,
+) -> Tensor:
+    """The official repository's function, and that of LW-DETR and RF-DETR, which has another layout.
+
+    Theirs takes `value` [B, H, D, S] and `attention_weights` [B, Q, H, L * P], and is recognised by the weights' four
+    dimensions. RF-DETR passes the shapes a second time as integers, `value_spatial_shapes_hw`.
+    """
+    shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
+    if attention_weights.ndim == 4:
+        value = value.permute(0, 3, 1, 2)
+        attention_weights = attention_weights.view(sampling_locations.shape[:-1])
+    return multi_scale_deformable_attention(value, shapes, sampling_locations, attention_weights)
 
 
 def multi_scale_deformable_attention_v2(
@@ -70,13 +91,13 @@ def multi_scale_deformable_attention_v2(
     num_points_list: Sequence[int],
     method: str = "default",
 ) -> Tensor:
-    """transformers' function of RT-DETR v2, D-FINE and DEIMv2, whose levels may have different numbers of points.
+    """transformers' function for RT-DETR v2, D-FINE and DEIMv2, whose levels may have different numbers of points.
 
     Args:
         sampling_locations: [B, Q, H, sum of num_points_list, 2], level by level.
         attention_weights: [B, Q, H, sum of num_points_list].
         num_points_list: points of each level.
-        method: "default", bilinear; the "discrete" sampling of nearest cells is not this op.
+        method: "default", bilinear sampling; "discrete", the nearest pixel, is not supported.
 
     Raises:
         ValueError: another method.
@@ -90,7 +111,7 @@ def multi_scale_deformable_attention_v2(
         sides = [(*pad, points - n) for n in num_points_list]
         return torch.stack([F.pad(t, side, value=fill) for t, side in zip(levels, sides, strict=True)], 3)
 
-    # What is missing lies outside its level, and has no weight.
+    # Pad with points outside their level that have no weight.
     locations, weights = padded(sampling_locations, (0, 0, 0), -1.0), padded(attention_weights, (0,), 0.0)
     return multi_scale_deformable_attention(value, value_spatial_shapes, locations, weights)
 
@@ -137,7 +158,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Forward function of the official extension `MultiScaleDeformableAttention`; autocast does not change it."""
+    """Forward function of the official extension `MultiScaleDeformableAttention`; autocast does not affect it."""
     with torch.autocast(value.device.type, enabled=False):
         return multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
 
@@ -151,7 +172,7 @@ def ms_deform_attn_backward(
     grad_output: Tensor,
     im2col_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward function of the official extension: gradients by value, locations and weights, in their dtypes."""
+    """Backward function of the official extension: gradients with respect to value, locations and weights."""
     if isinstance(value_spatial_shapes, Tensor) and torch.compiler.is_compiling():
         return _sample_backward(grad_output, value, value_spatial_shapes, sampling_locations, attention_weights)
     return _gradients(grad_output, value, _sizes(value_spatial_shapes), sampling_locations, attention_weights)
@@ -162,7 +183,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_value(value, shapes)
     check_samples(value, shapes, _widen(locations), weights)
-    by_value, by_locations, by_weights = torch.ops.dat.deform_sample_backward(
+    grad_value, grad_locations, grad_weights = torch.ops.dat.deform_sample_backward(
         grad.reshape(*locations.shape[:3], value.shape[3]).to(value.dtype),
         value,
         locations.to(sum_dtype(value)),
@@ -171,10 +192,10 @@ def _gradients(
         False,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return by_value, by_locations.to(locations.dtype), by_weights.to(weights.dtype)
+    return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
 
 
-# Compilers see one op that reads the tensor of shapes when it runs: nothing that they plan depends on the sizes.
+# Compilers see one op that reads the tensor of shapes at run time, so that nothing they plan depends on the sizes.
 @torch.library.custom_op("dat::compat_sample", mutates_args=())
 def _sample(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     with torch.autocast(value.device.type, enabled=False):
@@ -206,19 +227,19 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_value, by_locations, by_weights = _sample_backward(grad, *ctx.saved_tensors)
-    return by_value, None, by_locations, by_weights
+    grad_value, grad_locations, grad_weights = _sample_backward(grad, *ctx.saved_tensors)
+    return grad_value, None, grad_locations, grad_weights
 
 
 _sample.register_autograd(_autograd, setup_context=_setup_context)
 
 
-# What the other libraries' modules call, by the global names that they call it by.
+# Functions and autograd functions of other libraries by name, with their replacements.
 _REPLACEMENTS: dict[str, Any] = {
     "multi_scale_deformable_attention": multi_scale_deformable_attention,
     "multi_scale_deformable_attention_v2": multi_scale_deformable_attention_v2,
     "multi_scale_deformable_attn_pytorch": multi_scale_deformable_attention,
-    "ms_deform_attn_core_pytorch": multi_scale_deformable_attention,
+    "ms_deform_attn_core_pytorch": ms_deform_attn_core_pytorch,
     "MSDeformAttnFunction": MSDeformAttnFunction,
     "MultiScaleDeformableAttnFunction": MSDeformAttnFunction,
     "MultiScaleDeformableAttnFunction_fp32": MSDeformAttnFunction,
@@ -229,12 +250,12 @@ _ABSENT = object()
 
 
 class Switch(NamedTuple):
-    """What `switch` replaced: (owner, name, what was there)."""
+    """The attributes that `switch` replaced: (owner, name, original)."""
 
     replaced: list[tuple[Any, str, Any]]
 
     def remove(self) -> None:
-        """Put everything back."""
+        """Restore the originals."""
         while self.replaced:
             owner, name, before = self.replaced.pop()
             if before is _ABSENT:
@@ -246,16 +267,17 @@ class Switch(NamedTuple):
 def switch(model: nn.Module) -> Switch:
     """Make the multi-scale deformable attention inside `model` sample with `dat.ops`.
 
-    Known are transformers' kernel layer `MultiScaleDeformableAttention` (Deformable DETR, Grounding DINO, RT-DETR and
-    others), replaced in this model alone, and modules that call a function or autograd function by one of the names
-    that transformers (Mask2Former, OneFormer, RT-DETR v2, D-FINE, DEIMv2), mmcv and the official repository gave it.
-    There the name is replaced where the module looks it up, for every model of that file.
+    transformers' kernel layer `MultiScaleDeformableAttention` (Deformable DETR, Grounding DINO, RT-DETR and others) is
+    replaced in this model alone. Other modules call a function or an autograd function by one of the names that
+    transformers (Mask2Former, OneFormer, RT-DETR v2, D-FINE, DEIMv2), mmcv, LW-DETR, RF-DETR and the official
+    repository gave it: there the name is replaced in the module's file, for every model of that file.
 
     Returns:
-        A handle, whose `remove()` puts everything back.
+        A handle whose `remove()` restores the originals.
 
     Raises:
-        ValueError: nothing to replace; a model that does not sample bilinearly (decoder_method "discrete").
+        ValueError: nothing to replace, a function of a known name with other arguments, or a model that does not sample
+            bilinearly (decoder_method "discrete").
     """
     sites = {(id(owner), name): (owner, name, new) for module in model.modules() for owner, name, new in _sites(module)}
     if not sites:
@@ -270,7 +292,7 @@ def switch(model: nn.Module) -> Switch:
 
 
 def _sites(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """(owner, name, replacement) of all that `module` samples by."""
+    """(owner, name, replacement) of every attribute through which `module` samples."""
     forward = inspect.unwrap(type(module).forward)
     if not isinstance(forward, types.FunctionType):
         return
@@ -285,4 +307,17 @@ def _sites(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     if found and "discrete" in (getattr(module, "method", None), getattr(module, "decoder_method", None)):
         raise ValueError(f"model must sample bilinearly, got {type(module).__name__} with method 'discrete'")
     for owner, name, known in found:
+        theirs, ours = _arguments(getattr(owner, name)), _arguments(_REPLACEMENTS[known])
+        if len(theirs) > len(ours):
+            raise ValueError(
+                f"model must call {known} with the arguments ({', '.join(ours)}), "
+                f"got {type(module).__name__}, whose {known} takes ({', '.join(theirs)})"
+            )
         yield owner, name, _REPLACEMENTS[known]
+
+
+def _arguments(function: Any) -> list[str]:
+    """Names of the arguments of a function or, without its context, of an autograd function."""
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return list(inspect.signature(function.forward).parameters)[1:]
+    return list(inspect.signature(getattr(function, "apply", function)).parameters)

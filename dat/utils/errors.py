@@ -1,8 +1,8 @@
-"""Errors that a person can act on: commands print them as one line, everything else keeps its traceback."""
+"""Errors that a user can fix: commands print them as one line; all others keep their traceback."""
 
 
 class UserError(Exception):
-    """Parent of every error whose message alone tells the user what to change."""
+    """Base of errors whose message alone says what to change."""
 
 
 class ConfigError(UserError, ValueError):
@@ -21,6 +21,10 @@ class NonFiniteError(UserError, RuntimeError):
     """A tensor holds NaN or infinity."""
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """What the error of a library says, on a line of at most so many characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+class ExportError(UserError, RuntimeError):
+    """A model cannot be exported, or the exported file gives other results than torch."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The error message on one line, truncated to `limit` characters; the type's name if it is empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,26 +1,42 @@
-"""Files that commands read and leave behind: pictures and JSON."""
+"""Files that commands read and write: images, JSON and CSV."""
 
+import csv
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from timm.data import add_img_extensions, get_img_extensions
 from timm.utils import natural_key
 
 from dat.utils.errors import DataError
 
-# timm's own are those of PNG and JPEG alone
-add_img_extensions([".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp", ".avif"])
+IMAGE_EXTENSIONS = frozenset(
+    (
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
+)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, of the same suffix, to write to; it takes the place of `path` at the end.
+    """Yields a temporary file beside `path`, of the same suffix, which replaces `path` when the block ends.
 
-    Whatever is raised inside leaves `path` as it was, and no temporary file behind.
+    An exception inside the block leaves `path` as it was and removes the temporary file.
     """
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
@@ -31,11 +47,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Replaces `path` by the content as JSON, a list with an item per line; a crash leaves the old file or the new one.
-
-    Raises:
-        OSError: the file cannot be written; no temporary file stays behind.
-    """
+    """Atomically replaces `path` by the content as JSON; a list has one item per line. Raises OSError."""
     if isinstance(content, list):
         text = "[\n" + ",\n".join(json.dumps(item) for item in content) + "\n]\n"
     else:
@@ -44,23 +56,36 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl, none where there is no such file."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file with one JSON object per line, such as log.jsonl; empty if there is no such file."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        # a killed run may leave half a line behind
+        # A killed run may leave half a line behind.
         with suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     return entries
 
 
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def file_name(text: str) -> str:
+    """Makes a text a valid name of a file or folder on any system."""
+    return "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in text).strip() or "_"
+
+
 def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:
-    """The file itself, or the images of a folder and of the folders in it, in natural order.
+    """The file itself, or the images of a folder and its subfolders, in natural order.
 
     Args:
-        source: an image file of any kind, or a folder, of which files with timm's image extensions are taken.
-        exclude: folder inside `source` whose files are left out, such as that of the results.
-        more: further extensions, such as ".mp4", of which files of a folder are taken.
+        source: image file with any extension, or a folder, in which files with one of IMAGE_EXTENSIONS are found.
+        exclude: folder inside `source` that is skipped, such as the output folder.
+        more: further extensions to find in folders, such as ".mp4".
     Raises:
         DataError: no such file or folder, or a folder without images.
     """
@@ -68,8 +93,8 @@ def find_images(source: Path, exclude: Path | None = None, more: Collection[str]
         return [source]
     if not source.is_dir():
         raise DataError(f"{source}: no such image or folder")
-    extensions = get_img_extensions(as_set=True).union(more)
-    # "._name.jpg" is what macOS leaves beside name.jpg on foreign disks
+    extensions = IMAGE_EXTENSIONS.union(more)
+    # macOS leaves "._name.jpg" beside name.jpg on other file systems.
     images = [
         path
         for path in source.rglob("*")

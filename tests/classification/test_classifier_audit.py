@@ -1,23 +1,22 @@
-"""The audit finds what is wrong with pictures before they are trained on."""
+"""The audit finds what is wrong with images before they are trained on."""
 
 import json
 import shutil
 
 import pytest
 import yaml
-from odd_pictures import write_odd_pictures
+from commands import dat
+from odd_images import write_odd_images
 from PIL import Image
-
-from dat.classification import audit
 
 
 def run(capsys, *arguments, code=0):
     if code:
         with pytest.raises(SystemExit) as ended:
-            audit.main([str(argument) for argument in arguments])
+            dat("classify", "audit", *arguments)
         assert ended.value.code == code
     else:
-        audit.main([str(argument) for argument in arguments])
+        dat("classify", "audit", *arguments)
     return capsys.readouterr().out
 
 
@@ -33,33 +32,32 @@ def test_problems_are_counted_and_named(pictures, tmp_path, capsys):
     shutil.rmtree(pictures / "val/blue")
     text = run(capsys, pictures, "--out", tmp_path / "out")
     found = problems(tmp_path / "out", "train")
-    assert found["picture that cannot be read, left out"]["examples"][0].startswith("red/0.png: cannot identify")
-    assert found["same picture twice"]["examples"] == ["red/1.png, red/again.png"]
-    assert found["same picture in several classes"]["examples"] == ["blue/other.png, red/2.png"]
-    assert found["class of fewer than 10 pictures"]["count"] == 3
+    assert found["image that cannot be read, left out"]["examples"][0].startswith("red/0.png: cannot identify")
+    assert found["same image twice"]["examples"] == ["red/1.png, red/again.png"]
+    assert found["same image in several classes"]["examples"] == ["blue/other.png, red/2.png"]
+    assert found["class of fewer than 10 images"]["count"] == 3
     found = problems(tmp_path / "out", "val")
-    assert found["picture of training"]["examples"] == ["green/known.png is green/3.png of training"]
-    assert found["class without pictures"]["examples"] == ["blue"]
+    assert found["image of training"]["examples"] == ["green/known.png is green/3.png of training"]
+    assert found["class without images"]["examples"] == ["blue"]
     summary = json.loads((tmp_path / "out/audit.json").read_text())["train"]
-    assert summary["pictures"] == 26
+    assert summary["images"] == 26
     assert summary["readable"] == 25
-    assert summary["classes"] == [{"name": n, "pictures": p} for n, p in (("blue", 9), ("green", 8), ("red", 8))]
+    assert summary["classes"] == [{"name": n, "images": p} for n, p in (("blue", 9), ("green", 8), ("red", 8))]
     assert summary["sides"] == {"smallest": 20, "median": 20.0, "largest": 24, "below_img_size": 25}
     assert "green            8         3" in text
-    assert "warning: same picture twice (1)" in text
+    assert "warning: same image twice (1)" in text
     for name in ("train", "val"):
         with Image.open(tmp_path / f"out/samples_{name}.png") as sheet:
             assert min(sheet.size) > 100
 
 
-def test_what_training_would_leave_out_is_listed(tmp_path, capsys):
-    unreadable = write_odd_pictures(tmp_path / "odd", plain=10, odd=40)
+def test_class_folders_are_audited_as_training_shares_them_out(tmp_path, capsys):
+    unreadable = write_odd_images(tmp_path / "odd", plain=10, odd=40)
     text = run(capsys, tmp_path / "odd", "--out", tmp_path / "out")
-    found = problems(tmp_path / "out", "all")
-    count = sum(
-        found[f"{kind}, left out"]["count"] for kind in ("picture that cannot be read", "file that is no picture")
-    )
-    assert count == len(unreadable)
+    kinds = [f"{kind}, left out" for kind in ("image that cannot be read", "file that is no image")]
+    found = [problems(tmp_path / "out", split) for split in ("train", "val")]
+    assert sum(split[kind]["count"] for split in found for kind in kinds if kind in split) == len(unreadable)
+    assert "odd has no splits train and val: of each class every 5th image, by name, is for validation (9 of 4" in text
     assert "training can start" in text
 
 
@@ -73,4 +71,4 @@ def test_what_stops_training_gives_exit_code_1(pictures, tmp_path, capsys):
     for path in (pictures / "train").rglob("*.png"):
         path.write_bytes(b"")
     text = run(capsys, config, "--out", tmp_path / "out", code=1)
-    assert "STOPS TRAINING: no picture can be read (1)" in text
+    assert "STOPS TRAINING: no image can be read (1)" in text

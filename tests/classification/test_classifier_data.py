@@ -1,4 +1,4 @@
-"""Which files are pictures, whatever they are named, and which data sets can be read."""
+"""Which files are images, whatever they are named, and which data sets can be read."""
 
 import importlib.util
 import io
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from odd_pictures import encode, odd_files, write_odd_pictures
+from odd_images import encode, odd_files, write_odd_images
 from PIL import Image
 
 from dat.classification import readers
@@ -22,8 +22,8 @@ from dat.utils.images import UNREADABLE
 def test_all_that_can_be_read_is_trained_on_and_all_else_is_listed(settings, tmp_path):
     """Of 200 files 40 are odd, of every kind twice."""
     root = tmp_path / "odd"
-    unreadable = write_odd_pictures(root / "train", plain=160, odd=40)
-    unreadable_val = write_odd_pictures(root / "val", plain=20, odd=20, seed=1)
+    unreadable = write_odd_images(root / "train", plain=160, odd=40)
+    unreadable_val = write_odd_images(root / "val", plain=20, odd=20, seed=1)
     assert len(unreadable) == 12
     settings["data"] |= {"root": str(root), "img_size": 32}
     split = open_place(root / "train", "here")
@@ -34,7 +34,7 @@ def test_all_that_can_be_read_is_trained_on_and_all_else_is_listed(settings, tmp
     output = tmp_path / "run"
     assert set((output / "skipped.txt").read_text().splitlines()) == unreadable
     assert set((output / "skipped_val.txt").read_text().splitlines()) == unreadable_val
-    assert f"warning: {len(unreadable)} unreadable pictures were left out" in (output / "train.log").read_text()
+    assert f"warning: {len(unreadable)} unreadable images were left out" in (output / "train.log").read_text()
 
 
 def test_every_kind_is_what_it_claims(tmp_path):
@@ -109,21 +109,18 @@ def test_data_sets_of_the_hub_are_read_by_their_columns(monkeypatch):
     data = DataConfig(root="", train=SplitConfig("hfds/me/flowers", "train", "photo", "kind"))
     split = open_split(data, "train")
     assert split.class_names == ["rose", "daisy"]
-    assert split.name(0) == "picture 0"
+    assert split.name(0) == "image 0"
     assert split.read(0)[1] == 1
     data.val = SplitConfig("hfds/me/flowers", "validation", "photo", "kind")
-    open_split(data, "val", ["daisy", "rose"])
+    assert open_split(data, "val", ["daisy", "rose"]).read(0)[1] == 0
     columns = {"input_key": "photo", "target_key": "kind", "root": None}
-    assert asked == [
-        ("hfds/me/flowers", {"split": "train", "class_map": None, **columns}),
-        ("hfds/me/flowers", {"split": "validation", "class_map": {"daisy": 0, "rose": 1}, **columns}),
-    ]
+    assert asked == [("hfds/me/flowers", {"split": split, **columns}) for split in ("train", "validation")]
     data.train.split = "nowhere"
     with pytest.raises(DataError, match=r"data.train: cannot load split 'nowhere' of hfds/me/flowers: Unknown split"):
         open_split(data, "train")
     monkeypatch.setitem(Columns.first, "photo", None)
     data.train.split = "train"
-    with pytest.raises(DataError, match=r"its column 'photo' \(image_key\) holds no pictures"):
+    with pytest.raises(DataError, match=r"its column 'photo' \(image_key\) holds no images"):
         open_split(data, "train")
     data.train = SplitConfig("hfds/me/flowers", "train", "photo", "colour")
     with pytest.raises(DataError, match=r"its columns are \['photo', 'kind'\], should be 'photo' .* and 'colour'"):

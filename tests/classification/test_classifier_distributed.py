@@ -10,7 +10,7 @@ from torch import nn
 from dat.classification.config import ClassificationConfig
 from dat.classification.data import MixPairs
 from dat.classification.train import train
-from dat.engine import fsdp
+from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.config import from_dict, load_config
 from dat.utils.errors import ConfigError
@@ -27,7 +27,7 @@ def run(path, *overrides):
 
 def run_sharded(path, *overrides):
     # the blocks of the tiny model too
-    fsdp.LEAST = 1000
+    distributed.SHARD_PARAMETERS = 1000
     run(path, "train.fsdp=true", *overrides)
 
 
@@ -95,8 +95,8 @@ def test_a_run_goes_on_with_another_split_and_shared_weights(config, whole, tmp_
         (1, run, "train.accumulate=2", "train.batch_size=2"),
     ]
     for processes, function, *overrides in stages:
-        run_job(processes, function, tmp_path, config, output, "train.resume=true", "train.min_lr=0.05", *overrides)
-    run(config, f"output={tmp_path / 'constant'}", "train.min_lr=0.05")
+        run_job(processes, function, tmp_path, config, output, "train.resume=true", "train.min_lr_scale=1", *overrides)
+    run(config, f"output={tmp_path / 'constant'}", "train.min_lr_scale=1")
     assert_close(tmp_path / "constant", output, 25)
 
 

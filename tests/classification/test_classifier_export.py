@@ -6,17 +6,17 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from commands import dat
 from PIL import Image
 
 from dat.classification import export
+from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig
-from dat.classification.labeller import load_labeller
-from dat.classification.model import build_classifier, load_classifier
+from dat.classification.model import build_classifier
 from dat.engine.checkpoint import save_checkpoint
 from dat.engine.config import from_dict, to_dict
-from dat.export.export import ExportError
 from dat.export.runtime import load_exported
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError, ConfigError, ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 
@@ -59,9 +59,9 @@ def write_classifier(path, backbone, img_size=64):
 )
 def test_onnx_gives_torchs_logits_of_any_batch_and_size(tmp_path, backbone):
     path = write_classifier(tmp_path / "best.pth", backbone)
-    export.main([str(path), "--out", str(tmp_path / "model.onnx")])
+    dat("classify", "export", path, "--out", tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    classifier = load_classifier(path, [], torch.device("cpu"))
+    classifier = Classifier.from_checkpoint(path, device="cpu")
     data = classifier.config.data
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     # of sizes that the command has not seen, of maps smaller than windows and neighbourhoods too
@@ -81,8 +81,8 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "pictures/noise.png")
     out = tmp_path / "model.onnx"
-    export.main([str(path), "--out", str(out), "--images", str(tmp_path / "pictures")])
-    assert "pictures, 160 pixels, the one size of the model, batch 1 and 2" in capsys.readouterr().out
+    dat("classify", "export", path, "--out", out, "--images", tmp_path / "pictures")
+    assert "pictures, 160 pixels, the only size of the model, batch 1 and 2" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(out)
     assert session.get_inputs()[0].shape == ["batch", 3, 160, 160]
     metadata = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -92,7 +92,7 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
 
 def test_a_program_of_torch_export(tmp_path):
     out = tmp_path / "model.pt2"
-    export.main([str(write_classifier(tmp_path / "best.pth", DAT)), "--out", str(out)])
+    dat("classify", "export", write_classifier(tmp_path / "best.pth", DAT), "--out", out)
     exported = load_exported(out, "classification", trust=True)
     assert exported.metadata["class_names"] == NAMES
     logits, scores, _ = exported.run(torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8))
@@ -103,18 +103,18 @@ def test_a_program_of_torch_export(tmp_path):
 def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
     path = write_classifier(tmp_path / "best.pth", DAT)
-    export.main([str(path), "--out", str(out), "--compile"])
-    assert "64 pixels, the one size of the package, batch 1 and 2" in capsys.readouterr().out
+    dat("classify", "export", path, "--out", out, "--compile")
+    assert "64 pixels, the only size of the package, batch 1 and 2" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="can run any code"):
         load_exported(out, "classification")
     exported = load_exported(out, "classification", trust=True)
     assert exported.metadata["class_names"] == NAMES
-    labeller = load_labeller(out, [], torch.device("cpu"), trust=True)
+    exported_classifier = Classifier.from_checkpoint(out, trust=True)
     pictures = [Image.new("RGB", size, "red") for size in ((70, 90), (64, 64), (200, 50))]
-    wanted = load_labeller(path, [], torch.device("cpu"))(pictures)
-    found = labeller(pictures)
-    assert [one["label"] for one in found] == [one["label"] for one in wanted]
-    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in wanted], abs=1e-4)
+    wanted = Classifier.from_checkpoint(path, device="cpu").predict(pictures)
+    found = exported_classifier.predict(pictures)
+    assert [one.label for one in found] == [one.label for one in wanted]
+    assert [one.score for one in found] == pytest.approx([one.score for one in wanted], abs=1e-4)
     with pytest.raises(CheckpointError, match=r"images are \[2, 3, 64, 66\], should be \[1 to 4096 by 1, 3, 64, 64\]"):
         exported.run(torch.zeros(2, 3, 64, 66, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match=r"images are torch\.float32, should be torch\.uint8"):
@@ -132,7 +132,7 @@ def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
     path = write_classifier(tmp_path / "best.pth", {"name": "test_resnet"})
     with pytest.raises(ConfigError, match=r"model.onnx should end in .pt2 with --compile"):
-        export.main([str(path), "--out", str(tmp_path / "model.onnx"), "--compile"])
+        dat("classify", "export", path, "--out", tmp_path / "model.onnx", "--compile")
 
     def fail(program, inputs, metadata, path):
         path.write_bytes(b"a half")
@@ -140,7 +140,7 @@ def test_what_cannot_be_compiled_is_said_and_not_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dat.export.export.write_compiled", fail)
     with pytest.raises(ExportError, match=r"AOTInductor cannot compile this model: no C\+\+ compiler in PATH"):
-        export.main([str(path), "--out", str(tmp_path / "model.pt2"), "--compile"])
+        dat("classify", "export", path, "--out", tmp_path / "model.pt2", "--compile")
     assert [file.name for file in tmp_path.iterdir()] == ["best.pth"]
 
 

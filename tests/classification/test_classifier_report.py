@@ -1,12 +1,12 @@
 """The command that writes the report of a run anew, whole or interrupted."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+from commands import dat
 
-from dat.classification import report, trainer
+from dat.classification import trainer
 from dat.classification.config import ClassificationConfig
 from dat.classification.results import Results
 from dat.classification.train import train
@@ -15,9 +15,8 @@ from dat.engine.command import main_guard
 from dat.engine.config import from_dict, save_config
 
 
-def write(folder, monkeypatch, *overrides):
-    monkeypatch.setattr(sys, "argv", ["classification.report", str(folder), *overrides])
-    main_guard(report.main)
+def write(folder, *overrides):
+    main_guard(lambda: dat("classify", "report", folder, *overrides))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -34,15 +33,15 @@ def interrupted(settings, tmp_path):
     n = 6
     labels, top = np.array([0, 0, 1, 1, 2, 2]), np.array([[0], [0], [1], [1], [2], [1]])
     scores, losses = np.full((n, 1), 0.9, np.float32), np.ones(n)
-    Results(np.arange(n), labels, top, scores, scores[:, 0], losses).save(folder / "results.npz")
+    Results(np.arange(n), labels, top, scores, losses).save(folder / "results.npz")
     return folder
 
 
-def test_the_report_of_an_interrupted_run(interrupted, pictures, monkeypatch):
+def test_the_report_of_an_interrupted_run(interrupted, pictures):
     # the folder of the class has that name too
     for split in ("train", "val"):
         (pictures / split / "red").rename(pictures / split / "<b>red")
-    page = write(interrupted, monkeypatch)
+    page = write(interrupted)
     assert "test_convnext, top-1 83.33%" in page
     for heading in ("Figures", "Training", "Confusions", "Worst mistakes", "Configuration"):
         assert f">{heading}</h2>" in page
@@ -50,13 +49,13 @@ def test_the_report_of_an_interrupted_run(interrupted, pictures, monkeypatch):
     assert "<b>" not in page
     # what the trainer told beside the metrics stays, the metrics are new
     (interrupted / "metrics.json").write_text(json.dumps({"top1": 1.0, "seconds": 77, "per_class": []}))
-    again = write(interrupted, monkeypatch)
+    again = write(interrupted)
     assert ">77<" in again
     assert "top-1 83.33%" in again
 
 
 @pytest.mark.parametrize("lacking", ["results", "half of them", "checkpoint", "pictures"])
-def test_what_there_is_is_reported(interrupted, lacking, monkeypatch, capsys):
+def test_what_there_is_is_reported(interrupted, lacking, capsys):
     results, overrides = interrupted / "results.npz", []
     said = "was not evaluated yet"
     if lacking == "results":
@@ -69,7 +68,7 @@ def test_what_there_is_is_reported(interrupted, lacking, monkeypatch, capsys):
         said = "no such checkpoint file"
     else:
         overrides, said = ["data.root=nowhere"], "does not exist"
-    page = write(interrupted, monkeypatch, *overrides)
+    page = write(interrupted, *overrides)
     assert said in capsys.readouterr().err
     assert said in page
     assert ">Training</h2>" in page

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat.classification import report
+from dat.classification import sheet
 from dat.classification.config import ClassificationConfig, TrainConfig
 from dat.classification.evaluate import open_v2, real_accuracy
 from dat.classification.readers import open_place
-from dat.classification.report import tell, write_report
-from dat.classification.results import Results, class_table, format_table
+from dat.classification.report import write_report
+from dat.classification.results import Results, class_metrics, format_table
 from dat.utils.errors import DataError
 
 
@@ -20,9 +20,7 @@ def results(labels, top, index=None):
     n, top = len(labels), np.array(top)
     scores = (0.9 - np.arange(n) / 100)[:, None] / 2.0 ** np.arange(top.shape[1])
     index = np.arange(n) if index is None else np.array(index)
-    return Results(
-        index, np.array(labels), top, scores.astype(np.float32), np.full(n, 0.1, np.float32), np.full(n, 2.0)
-    )
+    return Results(index, np.array(labels), top, scores.astype(np.float32), np.full(n, 2.0))
 
 
 @pytest.fixture
@@ -52,36 +50,42 @@ def test_saved_and_read_again(found, tmp_path):
 
 
 def test_classes_are_listed_with_what_they_are_taken_for(found):
-    rows = class_table(found.confusion(4), ["cat", "dog", "cow", "hen"])
-    assert rows == [
-        {"name": "cat", "images": 2, "top1": 50.0, "mistaken_for": "dog"},
-        {"name": "dog", "images": 1, "top1": 100.0, "mistaken_for": None},
-        {"name": "cow", "images": 2, "top1": 0.0, "mistaken_for": "cat"},
-        {"name": "hen", "images": 0, "top1": None, "mistaken_for": None},
-    ]
-    lines = format_table(rows).splitlines()
+    rows = class_metrics(found.confusion(4), ["cat", "dog", "cow", "hen"])
+    assert rows == {
+        "cat": {"images": 2, "top1": 50.0, "mistaken_for": "dog"},
+        "dog": {"images": 1, "top1": 100.0, "mistaken_for": None},
+        "cow": {"images": 2, "top1": 0.0, "mistaken_for": "cat"},
+        "hen": {"images": 0, "top1": None, "mistaken_for": None},
+    }
+    lines = format_table({"top1": 40.0, "real": {"top1": 12.5}, "per_class": rows}).splitlines()
     assert lines[1].split() == ["cat", "2", "50.0", "dog"]
     assert lines[4].split() == ["hen", "0", "-"]
-    many = [{"name": f"c{k}", "images": 9, "top1": float(k), "mistaken_for": None} for k in reversed(range(99))]
-    lines = format_table(many).splitlines()
+    assert lines[5] == "top1 40  real top1 12.5"
+    many = {f"c{k}": {"images": 9, "top1": float(k), "mistaken_for": None} for k in reversed(range(99))}
+    lines = format_table({"top1": 1.0, "per_class": many}).splitlines()[:-1]
     assert len(lines) == 41
     assert lines[1].startswith("c0 ")
+
+
+def test_classes_of_one_name_are_kept_apart(found):
+    rows = class_metrics(found.confusion(3), ["crane", "dog", "crane"])
+    assert {name: row["images"] for name, row in rows.items()} == {"crane": 2, "dog": 1, "crane (2)": 2}
 
 
 def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     split = open_place(pictures / "val", "here")
     found = results([0, 0, 1, 1, 2, 2], [[0], [0], [1], [2], [2], [1]])
-    drawn, draw = [], report.draw_grid
-    monkeypatch.setattr(report, "draw_grid", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path)))
+    drawn, draw = [], sheet.draw_grid
+    monkeypatch.setattr(sheet, "draw_grid", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path)))
     config = ClassificationConfig(train=TrainConfig(worst=1))
     names = split.class_names
-    metrics = tell(found, names, {"epoch": 3, "real": {"top1": 12.5}})
+    metrics = found.summarize(names, epoch=3, real={"top1": 12.5})
     pictures = write_report(tmp_path, config, names, found, split, metrics)
     assert {path.name for path in pictures} == {"confusion.png", "worst.png"}
     assert drawn == ["red 87%\n(is green)"]
     assert metrics["top1"] == pytest.approx(66.667, abs=0.01)
     assert metrics["epoch"] == 3
-    assert [row["top1"] for row in metrics["per_class"]] == [100.0, 50.0, 50.0]
+    assert [row["top1"] for row in metrics["per_class"].values()] == [100.0, 50.0, 50.0]
     for path in pictures:
         with Image.open(path) as image:
             assert min(image.size) > 100
@@ -91,7 +95,7 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     assert page.count('src="data:image/') == 2
     # a perfect model has no mistakes to show, and those of before are not shown again
     perfect = results([0], [[0]])
-    write_report(tmp_path, config, names, perfect, split, tell(perfect, names, {}))
+    write_report(tmp_path, config, names, perfect, split, perfect.summarize(names))
     assert not (tmp_path / "worst.png").exists()
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from kills import assert_same_run, numbers, train_killed
 
-from dat.classification import trainer
+from dat.classification import trainer as task
 from dat.classification.config import ClassificationConfig
 from dat.classification.train import train
-from dat.classification.trainer import Trainer
-from dat.engine import fsdp
+from dat.engine import trainer
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.config import from_dict
+from dat.engine.trainer import Trainer
 
 
 def run(settings, output, **changes):
@@ -30,7 +30,7 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     run(settings, tmp_path / "whole")
 
     steps = []
-    step, save, measure = Trainer.train_step, fsdp.save_checkpoint, trainer.evaluate
+    step, save, measure = Trainer.train_step, trainer.save_checkpoint, task.evaluate
 
     def train_step(*arguments):
         steps.append(None)
@@ -49,9 +49,9 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
             raise Killed
         return measure(*arguments)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(task, "evaluate", evaluate)
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    monkeypatch.setattr(fsdp, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
     with pytest.raises(Killed):
         run(settings, tmp_path / "stopped")
     monkeypatch.undo()
@@ -72,15 +72,15 @@ def test_killed_at_random_moments(settings, tmp_path, write_config):
 def test_resuming_a_finished_run_changes_nothing(settings, tmp_path):
     run(settings, tmp_path / "run", epochs=1)
     before = load_checkpoint(tmp_path / "run/last.pth")
-    assert run(settings, tmp_path / "run", epochs=1, resume=True)["step"] == 4
+    assert run(settings, tmp_path / "run", epochs=1, resume=True)["steps"] == 4
     after = load_checkpoint(tmp_path / "run/last.pth")
     assert all(torch.equal(after["state_dict"][name], value) for name, value in before["state_dict"].items())
-    assert run(settings, tmp_path / "run", epochs=2, resume=True)["epoch"] == 2
+    assert run(settings, tmp_path / "run", epochs=2, resume=True)["epochs"] == 2
 
 
 def test_a_resumed_run_follows_the_rate_of_its_configuration(settings, tmp_path):
     run(settings, tmp_path / "run", epochs=1, warmup_epochs=0)
-    run(settings, tmp_path / "run", epochs=2, warmup_epochs=0, lr=1e-4, min_lr=1e-4, resume=True)
+    run(settings, tmp_path / "run", epochs=2, warmup_epochs=0, lr=1e-4, min_lr_scale=1, resume=True)
     rates = [line["lr"] for line in numbers(tmp_path / "run") if line["kind"] == "train"]
     assert rates[0] == 2e-3
     assert rates[4:] == pytest.approx([1e-4] * 4)

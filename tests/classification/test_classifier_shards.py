@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import dat
 from kills import assert_same_run
-from odd_pictures import encode
+from odd_images import encode
 from PIL import Image
 
-from dat.classification import audit, shards
+from dat.classification import shards
 from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
 from dat.classification.readers import open_split
 from dat.classification.shards import RecordReader, Shards, index_records
@@ -98,6 +99,16 @@ def test_classes_are_numbered_as_in_training(web):
         open_split(data_of(web, "many.tar"), "train")
 
 
+def test_classes_of_one_name_keep_their_numbers(web):
+    """ImageNet has two classes named crane."""
+    names = ["crane", "dog", "crane"]
+    (web.parent / "names.txt").write_text("\n".join(names))
+    data = data_of(web, class_names="names.txt")
+    for split in (open_split(data, "train"), open_split(data, "val", names)):
+        assert contents(split) == [(i, i % 3) for i in range(24)]
+        assert split.class_names == names
+
+
 def test_classes_in_json(web):
     files = {}
     for i, name in enumerate(["red", "blue", "red"]):
@@ -152,10 +163,10 @@ def test_a_run_on_shards(web, settings, tmp_path):
     settings["train"] |= {"epochs": 2, "pictures": 2, "worst": 2, "checkpoint_steps": 0}
     for output, stages in (("whole", (2,)), ("stopped", (1, 2))):
         for epochs in stages:
-            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr": 2e-3, "warmup_epochs": 0}
+            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr_scale": 1, "warmup_epochs": 0}
             run = {**settings, "output": str(tmp_path / output), "train": {**settings["train"], **changes}}
-            progress = train(from_dict(ClassificationConfig, run, "test"))
-        assert progress["step"] == 8
+            metrics = train(from_dict(ClassificationConfig, run, "test"))
+        assert metrics["steps"] == 8
         assert (tmp_path / output / "skipped.txt").read_text() == "train-2.tar/018\n"
         assert json.loads((tmp_path / output / "metrics.json").read_text())["images"] == 7
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -163,21 +174,21 @@ def test_a_run_on_shards(web, settings, tmp_path):
 
 def test_audit_of_shards(web, tmp_path, capsys):
     shards = [f"data.{name}.{key}" for name in ("train", "val") for key in ("path=wds/web", f"split={name}")]
-    audit.main([str(tmp_path), *shards, "data.class_names=names.txt", "--out", str(tmp_path / "out")])
+    dat("classify", "audit", tmp_path, *shards, "data.class_names=names.txt", "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "24 pictures, 24 of them can be read (24 RGB)" in printed
+    assert "24 images, 24 of them can be read (24 RGB)" in printed
     assert "training can start" in printed
     rows = json.loads((tmp_path / "out/audit.json").read_text())["train"]["classes"]
-    assert rows == [{"name": name, "pictures": 8} for name in CLASSES]
+    assert rows == [{"name": name, "images": 8} for name in CLASSES]
 
 
 @pytest.mark.parametrize(
     ("path", "split", "message"),
     [
-        ("wds/none", "train", r"data.train.path: .*none should be a folder of WebDataset shards on this machine"),
+        ("wds/none", "train", r"data.train: .*none should be a folder of WebDataset shards on this machine"),
         ("wds/web", "test", r"data.train: cannot load split 'test' of wds/web: split test not found in info"),
         ("wds/web", "none-{0..3}.tar", r"cannot load split .*No such file .*none-0.tar'"),
-        ("wds/web", "names.tar", r"no sample with a picture \(jpg, .*\) and a class \(cls\); left out: names.tar: "),
+        ("wds/web", "names.tar", r"no sample with an image \(jpg, .*\) and a class \(cls\); left out: names.tar: "),
     ],
 )
 def test_shards_that_are_not_there(web, path, split, message):
@@ -220,11 +231,11 @@ def test_records(tmp_path, monkeypatch):
         return {"photo": np.bytes_(picture(int(record))), "kind": np.int64(int(record) % 2)}
 
     features = SimpleNamespace(deserialize_example_np=deserialize)
-    reader = RecordReader(found, features, "photo", "kind", classes=[4, 7])
+    reader = RecordReader(found, features, "photo", "kind")
     file, label = reader[3]
     assert (Image.open(file).getpixel((0, 0)), label, reader.filename(3)) == (
         (5, 0, 0),
-        7,
+        1,
         "record 3 of the split, in a-1",
     )
     (tmp_path / "a-1").write_bytes((tmp_path / "a-1").read_bytes()[:-20])

@@ -13,17 +13,19 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from dat.classification import sheet, trainer
+from dat.classification import sheet
 from dat.classification.config import ClassificationConfig
-from dat.classification.data import MixPairs, TrainPictures, make_transform, train_loader
+from dat.classification.data import MixPairs, TrainImages, make_transform, train_loader
 from dat.classification.readers import open_place
 from dat.classification.train import train
-from dat.classification.trainer import Trainer, make_loss
+from dat.classification.trainer import make_loss
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.command import main_guard
 from dat.engine.config import from_dict
+from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
 from dat.engine.seeds import isolated_rng
+from dat.engine.trainer import Trainer
 from dat.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 
 
@@ -36,7 +38,7 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
     settings["data"]["augment"] = {"scale": [0.7, 1.0], "color_jitter": 0.0, "auto_augment": None, "re_prob": 0.0}
     settings["model"]["backbone"] = {"name": "test_convnext"}
     result = run(settings, epochs=12, mixup=0, cutmix=0, ema_decay=0, smoothing=0)
-    assert result["best"] > 90
+    assert result["top1"] > 90
     output = tmp_path / "run"
     names = {path.name for path in output.iterdir()}
     assert names - {"worst.png"} == {
@@ -44,14 +46,14 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
         "results.npz", "metrics.json", "confusion.png", "curve.png", "report.html",
     }  # fmt: skip
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["top1"] == result["best"]
+    assert metrics == result
     assert metrics["epochs"] == 12
     assert "most often taken for" in (output / "train.log").read_text()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 48
     assert losses[-1] < 0.5 * losses[0]
-    assert max(line["top1"] for line in lines if line["kind"] == "val") == result["best"]
+    assert max(line["top1"] for line in lines if line["kind"] == "val") == result["top1"]
     assert yaml.safe_load((output / "config.yaml").read_text())["train"]["epochs"] == 12
     assert load_checkpoint(output / "best.pth")["class_names"] == ["blue", "green", "red"]
 
@@ -60,7 +62,7 @@ def test_timm_reads_the_checkpoint(settings, tmp_path):
     run(settings, epochs=1)
     path = tmp_path / "run/best.pth"
     model = timm.create_model("test_convnext", num_classes=3, checkpoint_path=str(path))
-    averaged = load_checkpoint(path)["state_dict_ema"]
+    averaged = load_checkpoint(path)["state_dict"]
     assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
 
 
@@ -70,9 +72,9 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(settings, tmp_path,
     settings["output"] = str(tmp_path / "second")
     settings["model"]["backbone"]["checkpoint_path"] = first
     seen = []
-    monkeypatch.setattr(Trainer, "run", lambda self, warnings: seen.append(self.model.state_dict()))
+    monkeypatch.setattr(Trainer, "run", lambda self: seen.append(self.model.state_dict()))
     run(settings)
-    assert torch.equal(seen[0]["stem.0.weight"], load_checkpoint(first)["state_dict_ema"]["stem.0.weight"])
+    assert torch.equal(seen[0]["stem.0.weight"], load_checkpoint(first)["state_dict"]["stem.0.weight"])
 
 
 def test_fine_tuning_takes_another_number_of_classes(settings, pictures, tmp_path):
@@ -86,7 +88,7 @@ def test_fine_tuning_takes_another_number_of_classes(settings, pictures, tmp_pat
     second = load_checkpoint(tmp_path / "second/last.pth")
     assert second["class_names"] == ["blue", "green"]
     Path(first).unlink()
-    assert run(settings, epochs=2, resume=True)["epoch"] == 2
+    assert run(settings, epochs=2, resume=True)["epochs"] == 2
 
 
 def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_path, monkeypatch):
@@ -99,7 +101,8 @@ def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_p
         draw(drawn, path)
 
     monkeypatch.setattr(sheet, "draw_grid", draw_grid)
-    run(settings, epochs=1, pictures=4)
+    # worst=0: no other sheet is drawn
+    run(settings, epochs=1, pictures=4, worst=0)
     # pictures 0, 1, 3 and 5 of 6 in order of classes, and the last cannot be read
     assert len(titles) == 3
     for title, truth in zip(titles, ("blue", "blue", "green"), strict=True):
@@ -120,12 +123,14 @@ def test_a_loss_that_is_not_finite_is_traced_without_the_other_processes(setting
             calls.append(None)
             return self.module(images)
 
-    def wrap_model(model, *rest):
+    def wrap(self, model):
         nn.init.constant_(model.stem[0].weight, 3e38)
         return Wrapped(model)
 
-    monkeypatch.setattr(trainer, "wrap_model", wrap_model)
-    with pytest.raises(NonFiniteError, match=r"step 1: first non-finite tensor is output of stem.0 "):
+    monkeypatch.setattr(Distributed, "wrap", wrap)
+    with pytest.raises(
+        NonFiniteError, match=r"step 1, images \[.*\.png'\]: first non-finite tensor is output of stem.0 "
+    ):
         run(settings)
     assert len(calls) == 1
 
@@ -152,7 +157,7 @@ def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_pat
     output = tmp_path / "run"
     assert (output / "skipped.txt").read_text().split() == ["red/0.png", "red/7.png"]
     assert (output / "skipped_val.txt").read_text().split() == ["red/0.png"]
-    assert "warning: 2 unreadable pictures were left out" in (output / "train.log").read_text()
+    assert "warning: 2 unreadable images were left out" in (output / "train.log").read_text()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert {line["images"] for line in lines if line["kind"] == "val"} == {5}
 
@@ -160,12 +165,12 @@ def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_pat
 def test_nothing_readable_is_an_error(settings, pictures, capsys):
     for path in (pictures / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"data.train: no picture can be read"):
+    with pytest.raises(DataError, match=r"data.train: no image can be read"):
         run(settings)
 
     def read_in_a_worker():
         split = open_place(pictures / "train", "data.train.path")
-        loader = train_loader(TrainPictures(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
+        loader = train_loader(TrainImages(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
         batches = iter(loader)
         try:
             next(batches)
@@ -176,7 +181,7 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
     with pytest.raises(SystemExit):
         main_guard(read_in_a_worker)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: data.train: no picture can be read: 24 in a row from ")
+    assert error.startswith("error: data.train: no image can be read: 24 in a row from ")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
@@ -191,7 +196,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(settings,
         return step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    with pytest.raises(NonFiniteError, match=r"step 6, parameters: .* stages.1.blocks.0.norm.weight .* 1 infinite"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 6, images .*, parameters: .* stages.1.blocks.0.norm.weight .* 1 infinite"
+    ):
         run(settings)
     state = load_checkpoint(tmp_path / "run/last.pth")
     assert state["step"] == 4
@@ -228,14 +235,14 @@ def test_missing_data_is_named(settings, pictures):
     with pytest.raises(DataError, match=r"data.val.path: .*pictures/test does not exist"):
         run(settings)
     (pictures / "test").mkdir()
-    with pytest.raises(DataError, match="holds no readable pictures in class folders"):
+    with pytest.raises(DataError, match="holds no readable images in class folders"):
         run(settings)
     Image.new("RGB", (8, 8)).save(pictures / "test/a.png")
-    with pytest.raises(DataError, match="holds pictures outside class folders"):
+    with pytest.raises(DataError, match="holds images outside class folders"):
         run(settings)
     (pictures / "x.tar").write_bytes(b"no tar")
     settings["data"]["val"] = {"path": "x.tar"}
-    with pytest.raises(DataError, match=r"x.tar holds no readable pictures"):
+    with pytest.raises(DataError, match=r"x.tar holds no readable images"):
         run(settings)
 
 

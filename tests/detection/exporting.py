@@ -2,9 +2,10 @@
 
 import torch
 
-from dat.detection.build import build_model, detector_state
+from dat.detection.checkpoint import detector_state
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Category
+from dat.detection.models import build_model
 from dat.engine.checkpoint import save_checkpoint
 from dat.engine.config import from_dict
 

@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 from coco_scenes import write_json
+from commands import dat
 from PIL import Image
 
-from dat.detection import audit
 from dat.engine.command import main_guard
 
 
 def run(scenes, out, *arguments):
     """Exit code and audit.json."""
     with pytest.raises(SystemExit) as ended:
-        main_guard(lambda: [audit.main([str(scenes), "--out", str(out), *arguments]), exit(0)])
+        main_guard(lambda: [dat("detect", "audit", scenes, "--out", out, *arguments), exit(0)])
     return ended.value.code, json.loads((out / "audit.json").read_text())
 
 
@@ -109,6 +109,6 @@ def test_names_and_configuration_can_be_given(scenes, tmp_path, config_file):
 
 def test_a_folder_that_is_missing_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        main_guard(lambda: audit.main([str(tmp_path / "nowhere")]))
+        main_guard(lambda: dat("detect", "audit", tmp_path / "nowhere"))
     assert ended.value.code == 1
-    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert "nowhere: no such file, nor a configuration of this name" in capsys.readouterr().err

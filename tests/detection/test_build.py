@@ -2,8 +2,10 @@ import pytest
 import timm
 import torch
 
-from dat.detection.build import build_backbone, build_model, load_detector
-from dat.detection.config import ModelConfig
+from dat.detection.checkpoint import load_detector
+from dat.detection.models import build_model
+from dat.detection.models.backbone import build_backbone
+from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.engine.checkpoint import save_checkpoint
 from dat.utils.errors import CheckpointError, ConfigError
 
@@ -72,7 +74,7 @@ def test_missing_or_broken_backbone_weights_are_named(tmp_path):
 
 
 def test_batch_norm_of_the_backbone_is_frozen_on_request():
-    config = ModelConfig(backbone={"name": "test_resnet"}, freeze_batch_norm=True, **SMALL)
+    config = DeformableDETRConfig(backbone={"name": "test_resnet"}, freeze_batch_norm=True, **SMALL)
     model = build_model(config, 3).train()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     before = {key: value.clone() for key, value in model.backbone.state_dict().items() if "running" in key}
@@ -83,9 +85,9 @@ def test_batch_norm_of_the_backbone_is_frozen_on_request():
 
 def test_numbers_that_do_not_fit_are_one_line():
     with pytest.raises(ConfigError, match=r"model: embed_dim=16 should be a multiple"):
-        build_model(ModelConfig(backbone={"name": "test_resnet"}, **SMALL | {"num_heads": 3}), 3)
+        build_model(DeformableDETRConfig(backbone={"name": "test_resnet"}, **SMALL | {"num_heads": 3}), 3)
     with pytest.raises(ConfigError, match=r"model.backbone.name: no timm model"):
-        build_model(ModelConfig(backbone={"name": "dat_nan"}, **SMALL), 3)
+        build_model(DeformableDETRConfig(backbone={"name": "dat_nan"}, **SMALL), 3)
 
 
 def test_a_classifier_is_not_a_detector(classifier):

@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
+from commands import dat
 from torch import nn
 
-from dat.detection import DETR, DeformableDETR, train
-from dat.detection.trainer import Trainer
+from dat.detection import DETR, DeformableDETR
 from dat.engine.checkpoint import load_checkpoint
+from dat.engine.trainer import Trainer
 
 SMALL = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16, "num_queries": 5}
 
@@ -45,9 +46,9 @@ def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkey
     def compile_module(module, **options):
         module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
 
-    def forward(self, model, images, mask, part):
-        sizes.add(images.shape)
-        return uncounted(self, model, images, mask, part)
+    def forward(self, model, batch, step, part):
+        sizes.add(batch[0].shape)
+        return uncounted(self, model, batch, step, part)
 
     uncounted = Trainer._forward
     monkeypatch.setattr(Trainer, "_forward", forward)
@@ -57,7 +58,7 @@ def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkey
     overrides = ["data.train.sizes=[96,112,128,144,160]", "data.train.max_size=224", "model.drop_rate=0"]
     overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3"]
     for run, compile_ in (("eager", "false"), ("compiled", "true")):
-        train.main([str(config_file), f"output={tmp_path / run}", f"train.compile={compile_}", *overrides])
+        dat("detect", "train", config_file, f"output={tmp_path / run}", f"train.compile={compile_}", *overrides)
     eager, other = (load_checkpoint(tmp_path / run / "last.pth")["state_dict"] for run in ("eager", "compiled"))
     for name, value in eager.items():
         torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from commands import dat
 from test_official_load import KINDS, config, new_model, official_names
 
 from dat.detection import convert
-from dat.detection.build import load_detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig
 from dat.engine.config import save_config
 from dat.utils.errors import CheckpointError
@@ -32,10 +33,8 @@ def test_scores_of_kept_classes_are_those_of_their_ids(kind, tmp_path, annotatio
     torch.save({"model": official_names(theirs)}, tmp_path / "official.pth")
     save_config(DetectionConfig(model=config(**KINDS[kind])), tmp_path / "config.yaml")
     out = tmp_path / "converted.pth"
-    convert.main(
-        [*map(str, (tmp_path / "config.yaml", tmp_path / "official.pth")), "--annotations", str(annotations),
-         "--out", str(out), "data.root=elsewhere"]
-    )  # fmt: skip
+    files = (tmp_path / "config.yaml", tmp_path / "official.pth")
+    dat("detect", "convert", *files, "--annotations", annotations, "--out", out, "data.root=elsewhere")
     detector = load_detector(out, torch.device("cpu"))
     assert [(c.id, c.name) for c in detector.categories] == [(i, f"class {i}") for i in IDS]
     assert detector.config.data.root == "elsewhere"

@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_inputs import fixture_targets, load_fixture, part, relative_error
+from torch.utils._pytree import tree_map
+from torchvision.ops import box_convert, generalized_box_iou
 
 from dat.detection import HungarianMatcher, SetCriterion
 from dat.detection import criterion as criterion_module
@@ -69,12 +71,87 @@ def test_layers_are_independent():
     assert len(losses) == 12
 
 
+def plain_losses(outputs, t, scores):
+    """The papers' losses, image by image and in float64."""
+    total, ce, weights, bbox, giou = max(1, sum(len(x["labels"]) for x in t)), 0, 0, 0, 0
+    for i, (query, target) in enumerate(HungarianMatcher(scores=scores)(outputs, t)):
+        logits, boxes, wanted = outputs["pred_logits"][i], outputs["pred_boxes"][i][query], t[i]["boxes"][target]
+        classes = torch.full((len(logits),), 4)
+        classes[query] = t[i]["labels"][target]
+        if scores == "sigmoid":
+            one_hot = F.one_hot(classes, 5)[:, :4].double()
+            p = logits.sigmoid()
+            right = one_hot * p + (1 - one_hot) * (1 - p)
+            ce -= ((0.25 * one_hot + 0.75 * (1 - one_hot)) * (1 - right) ** 2 * right.log()).sum()
+        else:
+            weight = torch.where(classes == 4, 0.1, 1.0).double()
+            ce -= (weight * logits.log_softmax(-1)[range(len(logits)), classes]).sum()
+            weights += weight.sum()
+        bbox += (boxes - wanted).abs().sum()
+        corners = [box_convert(x, "cxcywh", "xyxy") for x in (boxes, wanted)]
+        giou += (1 - generalized_box_iou(*corners).diagonal()).sum()
+    return {"loss_ce": ce / (weights or total), "loss_bbox": bbox / total, "loss_giou": giou / total}
+
+
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("counts", [(3, 0, 9), (0, 0, 0), (1, 2, 5)])
+def test_losses_and_gradients_are_those_of_a_plain_loop(scores, counts, double):
+    outputs, t = layer(3, classes=4 + (scores == "softmax")), targets(*counts)
+    criterion = SetCriterion(4, HungarianMatcher(scores=scores), scores)
+    found, wanted = criterion(outputs, t), plain_losses(outputs, t, scores)
+    inputs = list(outputs.values())
+    for name, loss in wanted.items():
+        torch.testing.assert_close(found[name], torch.as_tensor(loss, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        if loss.requires_grad:
+            ours, theirs = (
+                torch.autograd.grad(x, inputs, retain_graph=True, allow_unused=True) for x in (found[name], loss)
+            )
+            for a, b in zip(ours, theirs, strict=True):
+                if b is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_any_function_can_match():
+    outputs, t = {**layer(seed=2), "aux_outputs": [layer()], "enc_outputs": layer(queries=20)}, targets(2, 5)
+    matcher = HungarianMatcher()
+    for name, loss in SetCriterion(4, lambda outputs, targets: matcher(outputs, targets))(outputs, t).items():
+        assert loss == SetCriterion(4, matcher)(outputs, t)[name]
+
+
+def test_a_loss_is_a_method_and_a_weight():
+    class WithSizes(SetCriterion):
+        def loss_size(self, layers, normalizers):
+            predicted, wanted = layers.matched_boxes
+            return layers.sum((predicted - wanted)[:, 2:].abs().sum(-1)) / normalizers.boxes
+
+    outputs, t = {**layer(seed=2), "aux_outputs": [layer()], "more_outputs": torch.ones(1)}, targets(2, 5)
+    criterion = WithSizes(4, HungarianMatcher(), weights={"loss_size": 3.0})
+    losses, plain = criterion(outputs, t), SetCriterion(4, HungarianMatcher())
+    assert losses.keys() - plain(outputs, t).keys() == {"loss_size", "loss_size_0"}
+    more = 3 * (losses["loss_size"] + losses["loss_size_0"])
+    torch.testing.assert_close(criterion.total(losses), plain.total(plain(outputs, t)) + more)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a host waits for a GPU")
+def test_the_host_waits_once(recwarn):
+    outputs = {**layer(seed=2), "aux_outputs": [layer()], "enc_outputs": layer(queries=20)}
+    outputs = tree_map(lambda x: x.detach().cuda().requires_grad_(), outputs)
+    t = [{key: x.cuda() for key, x in target.items()} for target in targets(2, 5)]
+    criterion = SetCriterion(4, HungarianMatcher())
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        criterion.total(criterion(outputs, t)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchroniz" in str(w.message)]) == 1
+
+
 def test_one_transfer_brings_the_costs_of_all_layers(monkeypatch):
     calls, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: calls.append(x.numel()) or cpu(x))
     outputs = {**layer(seed=2), "aux_outputs": [layer(seed=0), layer(seed=1)], "enc_outputs": layer(queries=20)}
     SetCriterion(4, HungarianMatcher())(outputs, targets(2, 5))
-    # of 2 images with 5 targets at most: 3 decoder layers of 6 queries, 20 cells
+    # of 2 images with 5 targets at most: 3 decoder layers of 6 queries, 20 pixels of the encoder
     assert calls == [2 * 5 * (3 * 6 + 20)]
 
 

@@ -13,12 +13,14 @@ import pytest
 import timm
 import torch
 from coco_scenes import write_json
+from commands import dat
 from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
-from dat.detection import SetCriterion, evaluate, predict, train, trainer
+from dat.detection import SetCriterion
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.command import main_guard
+from dat.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +32,7 @@ def trained(module_config):
     steps = ["train.epochs=60", "train.eval_epochs=30", "train.log_steps=50", "train.workers=1"]
     rates = ["train.lr=4e-3", "train.backbone_lr_scale=1", "train.sampling_lr_scale=1", "train.clip_grad=1"]
     overrides = ["data.val.annotations=train.json", "data.val.size=64", "model.drop_rate=0", *plain, *steps, *rates]
-    train.main([str(module_config), *overrides])
+    dat("detect", "train", module_config, *overrides)
     return module_config.parent / "run"
 
 
@@ -42,7 +44,7 @@ def fails(capsys, command, *arguments):
     """Runs a command that must fail; returns the one line that it says."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
-        main_guard(lambda: command([str(argument) for argument in arguments]))
+        main_guard(lambda: dat("detect", command, *arguments))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert raised.value.code == 1
     assert len(lines) == 1
@@ -94,7 +96,7 @@ def test_evaluation_repeats_the_ap_of_training_at_any_batch_size(trained, tmp_pa
     capsys.readouterr()
     for batch_size in (1, 3):
         arguments = [str(trained / "best.pth"), f"train.eval_batch_size={batch_size}", "--out", str(tmp_path)]
-        evaluate.main([*arguments, "--device", "cpu"])
+        dat("detect", "evaluate", *arguments, "--device", "cpu")
         found = json.loads((tmp_path / "metrics.json").read_text())
         assert found["AP"] == pytest.approx(wanted["AP"], abs=1e-3)
         assert found["AP50"] == wanted["AP50"]
@@ -105,9 +107,7 @@ def test_evaluation_repeats_the_ap_of_training_at_any_batch_size(trained, tmp_pa
 
 def test_prediction_draws_and_writes_coco_results(trained, tmp_path, module_config):
     images = module_config.parent / "scenes/images"
-    predict.main(
-        [str(trained / "best.pth"), str(images), "--out", str(tmp_path), "--threshold", "0", "--device", "cpu"]
-    )
+    dat("detect", "predict", trained / "best.pth", images, "--out", tmp_path, "--threshold", "0", "--device", "cpu")
     assert {path.stem for path in tmp_path.glob("*.png")} == {path.stem for path in images.iterdir()}
     results = json.loads((tmp_path / "detections.json").read_text())
     assert {result["image_id"] for result in results} == set(range(1, 9))
@@ -135,7 +135,7 @@ def test_prediction_draws_and_writes_coco_results(trained, tmp_path, module_conf
 
 def test_prediction_of_one_image(trained, tmp_path, module_config):
     image = module_config.parent / "scenes/images/val_0.jpg"
-    predict.main([str(trained / "best.pth"), str(image), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    dat("detect", "predict", trained / "best.pth", image, "--out", tmp_path / "out", "--device", "cpu")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "detections.csv",
         "detections.json",
@@ -145,8 +145,8 @@ def test_prediction_of_one_image(trained, tmp_path, module_config):
 
 def test_prediction_never_replaces_its_input(trained, tmp_path, capsys):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
-    line = fails(capsys, predict.main, trained / "best.pth", tmp_path, "--out", tmp_path)
-    assert "a.png is an image to search" in line
+    line = fails(capsys, "predict", trained / "best.pth", tmp_path, "--out", tmp_path)
+    assert "a.png is one of the images to search" in line
     assert Image.open(tmp_path / "a.png").size == (30, 30)
 
 
@@ -160,7 +160,7 @@ def test_prediction_leaves_out_what_it_cannot_read(trained, tmp_path, capsys, ca
     (folder / "paper.pdf").write_bytes(b"%PDF")
     # twice: the second time its own pictures are there
     for _ in range(2):
-        predict.main([str(trained / "best.pth"), str(folder), "--out", str(folder / "out"), "--device", "cpu"])
+        dat("detect", "predict", trained / "best.pth", folder, "--out", folder / "out", "--device", "cpu")
         (warning,) = caplog.messages
         caplog.clear()
         assert "left out 1 of 3 files" in warning
@@ -171,7 +171,7 @@ def test_prediction_leaves_out_what_it_cannot_read(trained, tmp_path, capsys, ca
             "a/1.png",
             "b/1.png",
         ]
-    line = fails(capsys, predict.main, trained / "best.pth", folder / "b/2.jpg", "--out", tmp_path / "out")
+    line = fails(capsys, "predict", trained / "best.pth", folder / "b/2.jpg", "--out", tmp_path / "out")
     assert "2.jpg: cannot be read as an image" in line
     assert not (tmp_path / "out").exists()
 
@@ -182,9 +182,9 @@ def test_prediction_sees_what_evaluation_sees(trained, tmp_path, module_config):
     state["config"]["data"]["pad_multiple"] = 32
     save_checkpoint(tmp_path / "padded.pth", state)
     arguments = [str(tmp_path / "padded.pth"), "--device", "cpu", "--out"]
-    evaluate.main([*arguments, str(tmp_path / "evaluated"), "train.eval_batch_size=1"])
+    dat("detect", "evaluate", *arguments, tmp_path / "evaluated", "train.eval_batch_size=1")
     images = module_config.parent / "scenes/images"
-    predict.main([*arguments, str(tmp_path / "predicted"), str(images)])
+    dat("detect", "predict", *arguments, tmp_path / "predicted", images)
     evaluated, predicted = (
         json.loads((tmp_path / name / "detections.json").read_text()) for name in ("evaluated", "predicted")
     )
@@ -195,8 +195,9 @@ def test_prediction_sees_what_evaluation_sees(trained, tmp_path, module_config):
 
 
 def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
-    line = fails(capsys, predict.main, trained / "best.pth", tmp_path, "--out", tmp_path / "out", "--top-k", "-1")
-    assert "--top-k is -1, should be at least 1" in line
+    with pytest.raises(SystemExit):
+        dat("detect", "predict", trained / "best.pth", tmp_path, "--out", tmp_path / "out", "--top-k", "-1")
+    assert "argument --top-k: is -1, should be an integer of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,11 +210,11 @@ def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
         (["data.val.images=nowhere"], "nowhere: no such folder of images"),
         (["model.backbone.name=dat_nan"], "no timm model 'dat_nan'"),
         (["model.backbone.num_headz=3"], "model.backbone"),
-        (["model.num_heads=3"], "model.embed_dim is 16, should be a multiple"),
+        (["model.num_heads=3"], "embed_dim=16 should be a multiple of 4 and of num_heads=3"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, capsys, overrides, message):
-    assert message in fails(capsys, train.main, config_file, *overrides)
+    assert message in fails(capsys, "train", config_file, *overrides)
     assert not (tmp_path / "run").exists()
 
 
@@ -221,45 +222,43 @@ def test_a_validation_file_of_other_classes_is_refused(config_file, scenes, tmp_
     data = json.loads((scenes / "val.json").read_text())
     data["categories"].append({"id": 12, "name": "green"})
     write_json(scenes / "val.json", data)
-    assert "12 green; they should be those of training" in fails(capsys, train.main, config_file)
+    assert "12 green; they should be those of training" in fails(capsys, "train", config_file)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_truncated_image_stops_training_in_one_line(config_file, scenes, capsys):
     path = scenes / "images/train_1.jpg"
     path.write_bytes(path.read_bytes()[:-200])
-    line = fails(capsys, train.main, config_file, "train.workers=1")
+    line = fails(capsys, "train", config_file, "train.workers=1")
     assert f"{path}: cannot be read as an image" in line
 
 
 def test_a_finished_run_is_not_overwritten(trained, module_config, capsys):
     before = (trained / "last.pth").read_bytes()
-    assert "holds a run; go on with train.resume=true" in fails(capsys, train.main, module_config)
+    assert "holds a run; go on with train.resume=true" in fails(capsys, "train", module_config)
     assert (trained / "last.pth").read_bytes() == before
 
 
 def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_path, capsys):
-    line = fails(capsys, train.main, module_config, "train.resume=true", "model.embed_dim=32")
+    line = fails(capsys, "train", module_config, "train.resume=true", "model.embed_dim=32")
     assert "last.pth: model.embed_dim was 16, is now 32" in line
     state = load_checkpoint(trained / "best.pth")
-    state["state_dict_ema"].pop("level_embed")
+    state["state_dict"].pop("level_embed")
     save_checkpoint(tmp_path / "less.pth", state)
-    assert "less.pth: of another architecture: it lacks level_embed" in fails(
-        capsys, evaluate.main, tmp_path / "less.pth"
-    )
+    assert "less.pth: of another architecture: it lacks level_embed" in fails(capsys, "evaluate", tmp_path / "less.pth")
     (tmp_path / "cut.pth").write_bytes((trained / "best.pth").read_bytes()[:5000])
-    for command in (evaluate.main, lambda a: predict.main([*a, str(trained), "--out", str(tmp_path / "out")])):
-        assert "cut.pth: not a checkpoint, or a truncated one" in fails(capsys, command, tmp_path / "cut.pth")
+    for command, *more in (("evaluate",), ("predict", trained, "--out", tmp_path / "out")):
+        assert "cut.pth: not a checkpoint, or a truncated one" in fails(capsys, command, tmp_path / "cut.pth", *more)
     line = fails(
         capsys,
-        train.main,
+        "train",
         module_config,
         f"output={tmp_path}/new",
         f"model.backbone.checkpoint_path={trained}/best.pth",
     )
     assert "is of a detector" in line
     assert not (tmp_path / "new").exists()
-    assert "should not be overridden" in fails(capsys, evaluate.main, trained / "best.pth", "model.num_queries=3")
+    assert "should not be overridden" in fails(capsys, "evaluate", trained / "best.pth", "model.num_queries=3")
 
 
 @pytest.mark.parametrize(
@@ -273,14 +272,14 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_pat
 def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
     config_file, tmp_path, capsys, parameter, value, message
 ):
-    main_guard(lambda: train.main([str(config_file), "train.epochs=1"]))
+    main_guard(lambda: dat("detect", "train", config_file, "train.epochs=1"))
     last = tmp_path / "run/last.pth"
     state = load_checkpoint(last)
     state["state_dict"][parameter].view(-1)[0] = value
     save_checkpoint(last, state)
     before = last.read_bytes()
-    line = fails(capsys, train.main, config_file, "train.resume=true")
-    assert "step 2, images [10" in line
+    line = fails(capsys, "train", config_file, "train.resume=true")
+    assert "step 3, images [10" in line
     assert "first non-finite tensor is" in line
     assert message in line
     assert last.read_bytes() == before
@@ -289,7 +288,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
 def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
     options = ["train.grad_checkpointing=true", "data.cache=memory", "data.train.max_pixels=5000", "train.steps=3"]
     options += ["train.lr=1e-3", "train.lr_batch_size=8", "train.layer_decay=0.5", "train.backbone_lr_scale=1"]
-    train.main([str(config_file), *options])
+    dat("detect", "train", config_file, *options)
     run = tmp_path / "run"
     assert "2 images a step (2 x 1 accumulated x 1 processes), learning rate 0.0005, 0.001 for 8 images" in (
         (run / "train.log").read_text()
@@ -304,19 +303,26 @@ def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
         data = json.loads((tmp_path / f"scenes/{split}.json").read_text())
         data["categories"].append({"id": 50, "name": "green"})
         write_json(tmp_path / f"scenes/{split}.json", data)
-    train.main([str(config_file), "train.steps=1", f"model.checkpoint_path={run}/best.pth", f"output={tmp_path}/new"])
+    dat(
+        "detect",
+        "train",
+        config_file,
+        "train.steps=1",
+        f"model.checkpoint_path={run}/best.pth",
+        f"output={tmp_path}/new",
+    )
     assert f"starts from {run}/best.pth\n" in (tmp_path / "new/train.log").read_text()
     assert load_checkpoint(tmp_path / "new/last.pth")["class_names"] == ["blue", "red", "green"]
 
 
 def test_bfloat16_without_averaged_weights(config_file, tmp_path):
-    train.main([str(config_file), "train.amp=bf16", "train.epochs=1", "train.ema_decay=0"])
-    assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/best.pth")
+    dat("detect", "train", config_file, "train.amp=bf16", "train.epochs=1", "train.ema_decay=0")
+    assert "state_dict_ema" not in load_checkpoint(tmp_path / "run/last.pth")
 
 
 def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp_path):
     options = ["model.kind=detr", "model.box_refine=false", "model.two_stage=false", "model.backbone.out_indices=[3]"]
-    train.main([str(config_file), *options, "train.epochs=1"])
+    dat("detect", "train", config_file, *options, "train.epochs=1")
     checkpoint = load_checkpoint(tmp_path / "run/best.pth")
     # "no object" has a logit too
     assert len(checkpoint["state_dict"]["class_embed.bias"]) == len(checkpoint["class_names"]) + 1
@@ -324,11 +330,11 @@ def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp
     per_image = Counter(result["image_id"] for result in found)
     # one detection a query, where sigmoid scores would give one a query and class
     assert set(per_image.values()) == {10}
-    evaluate.main([str(tmp_path / "run/best.pth"), "--out", str(tmp_path), "--device", "cpu", "data.val.top_k=3"])
+    dat("detect", "evaluate", tmp_path / "run/best.pth", "--out", tmp_path, "--device", "cpu", "data.val.top_k=3")
     found = json.loads((tmp_path / "detections.json").read_text())
     assert set(Counter(result["image_id"] for result in found).values()) == {3}
     out = tmp_path / "pictures"
-    predict.main([str(tmp_path / "run/best.pth"), str(scenes / "images"), "--out", str(out), "--device", "cpu"])
+    dat("detect", "predict", tmp_path / "run/best.pth", scenes / "images", "--out", out, "--device", "cpu")
     found = json.loads((out / "detections.json").read_text())
     assert set(Counter(result["image_id"] for result in found).values()) == {10}
 
@@ -337,8 +343,8 @@ def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_process
     calls = []
     forward = SetCriterion.forward
     monkeypatch.setattr(SetCriterion, "forward", lambda *a: calls.append(1) or forward(*a))
-    line = fails(capsys, train.main, config_file, "train.loss.weight_class=3e38")
-    assert "step 0, images [10" in line
+    line = fails(capsys, "train", config_file, "train.loss.weight_class=3e38")
+    assert "step 1, images [10" in line
     # that of the step: the criterion waits for the other processes, which may have nothing to trace
     assert len(calls) == 1
 
@@ -356,8 +362,8 @@ def test_two_processes_train_and_evaluate(config_file, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run/detections.json").read_text())
-    evaluate.main(
-        [str(tmp_path / "run/best.pth"), "train.eval_batch_size=1", "--out", str(tmp_path), "--device", "cpu"]
+    dat(
+        "detect", "evaluate", tmp_path / "run/best.pth", "train.eval_batch_size=1", "--out", tmp_path, "--device", "cpu"
     )
     alone = json.loads((tmp_path / "detections.json").read_text())
     assert len(results) == 3 * 20
@@ -374,18 +380,18 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1", "train.worst=0", "train.pictures=0"]
     # steps of two batches each
     arguments += ["train.batch_size=1", "train.accumulate=2"]
-    train.main([*arguments, f"output={tmp_path}/whole"])
+    dat("detect", "train", *arguments, f"output={tmp_path}/whole")
     whole = load_checkpoint(tmp_path / "whole/last.pth")
     # kills itself with SIGKILL right after its n-th checkpoint
     script = (
-        "import os, sys, detection.train, dat.engine.fsdp as t\n"
+        "import os, sys, dat.cli, dat.engine.trainer as t\n"
         "save, count = t.save_checkpoint, [0]\n"
         "def die(path, state):\n"
         "    save(path, state)\n"
         "    count[0] += 1\n"
         "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
         "t.save_checkpoint = die\n"
-        "detection.train.main(sys.argv[2:])\n"
+        "dat.cli.main(['detect', 'train', *sys.argv[2:]])\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     # in the middle of the first epoch, before its evaluation, between best.pth and last.pth after it
@@ -397,7 +403,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
             check=False,
         )
         assert done.returncode == -9
-    train.main([*arguments, "train.resume=true"])
+    dat("detect", "train", *arguments, "train.resume=true")
     resumed = load_checkpoint(tmp_path / "run/last.pth")
     for key in ("state_dict", "state_dict_ema"):
         assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
@@ -410,13 +416,13 @@ def test_an_evaluation_that_fails_loses_no_training(config_file, scenes, tmp_pat
     path = scenes / "images/val_1.jpg"
     content = path.read_bytes()
     path.write_bytes(content[:-200])
-    assert "val_1.jpg: cannot be read as an image" in fails(capsys, train.main, config_file, "train.epochs=1")
+    assert "val_1.jpg: cannot be read as an image" in fails(capsys, "train", config_file, "train.epochs=1")
     trained = load_checkpoint(tmp_path / "run/last.pth")
     assert [trained[key] for key in ("step", "epoch", "step_in_epoch")] == [2, 0, 2]
     path.write_bytes(content)
     # all that is left to do is the evaluation
-    monkeypatch.setattr(trainer.Trainer, "train_step", None)
-    train.main([str(config_file), "train.epochs=1", "train.resume=true"])
+    monkeypatch.setattr(Trainer, "train_step", None)
+    dat("detect", "train", config_file, "train.epochs=1", "train.resume=true")
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 1
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("val", 2)]
@@ -427,37 +433,37 @@ def test_a_run_resumes_without_the_file_that_its_backbone_started_from(config_fi
     weights = tmp_path / "classifier.pth"
     save_checkpoint(weights, {"kind": "classification", "state_dict": timm.create_model("test_resnet").state_dict()})
     arguments = [str(config_file), f"model.backbone.checkpoint_path={weights}"]
-    train.main([*arguments, "train.epochs=1"])
+    dat("detect", "train", *arguments, "train.epochs=1")
     weights.unlink()
-    train.main([*arguments, "train.resume=true"])
+    dat("detect", "train", *arguments, "train.resume=true")
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 2
 
 
 def test_a_run_resumes_as_it_began_or_not_at_all(trained, module_config, tmp_path, capsys):
     changes = {
-        "train.batch_size=1": "train.batch_size was 2, is now 1",
+        "train.batch_size=1": "a step took 2 images, it is now 1 (1 x 1 accumulated x 1 processes)",
         "train.backbone_lr_scale=0.5": "train.backbone_lr_scale was 1.0, is now 0.5",
         "model.num_points=2": "model.num_points was 4, is now 2",
         "seed=1": "seed was 0, is now 1",
     }
     resume = ["train.resume=true", "model.drop_rate=0", "train.backbone_lr_scale=1", "train.sampling_lr_scale=1"]
     for change, message in changes.items():
-        assert message in fails(capsys, train.main, module_config, *resume, change)
+        assert message in fails(capsys, "train", module_config, *resume, change)
     output = tmp_path / "run"
     output.mkdir()
     (output / "last.pth").write_bytes((trained / "best.pth").read_bytes())
-    assert "last.pth: has no optimizer state" in fails(capsys, train.main, module_config, *resume, f"output={output}")
+    assert "last.pth: has no optimizer state" in fails(capsys, "train", module_config, *resume, f"output={output}")
     state = load_checkpoint(trained / "last.pth")
     state["step"] = 7
     save_checkpoint(output / "last.pth", state)
-    assert "resuming needs the same" in fails(capsys, train.main, module_config, *resume, f"output={output}")
+    assert "resuming needs the same" in fails(capsys, "train", module_config, *resume, f"output={output}")
 
 
 def test_warnings_about_the_data_reach_the_log_of_the_run(config_file, scenes, tmp_path):
     data = json.loads((scenes / "train.json").read_text())
     data["annotations"][0]["bbox"] = [1, 1, 0, 5]
     write_json(scenes / "train.json", data)
-    train.main([str(config_file), "train.epochs=1"])
+    dat("detect", "train", config_file, "train.epochs=1")
     assert (tmp_path / "run/train.log").read_text().count("warning: ") == 1
     assert "train.json: dropped 1 boxes" in (tmp_path / "run/train.log").read_text()
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from dat.detection import DETR, DeformableDETR
-from dat.detection.build import build_criterion, build_model
-from dat.detection.config import DetectionConfig, LossConfig, ModelConfig, check_config
-from dat.engine.config import apply_overrides, load_config
+from dat.detection.config import DetectionConfig, LossConfig, check_config
+from dat.detection.criterion import build_criterion
+from dat.detection.models import ModelConfig, build_model
+from dat.detection.models.deformable_detr import DeformableDETRConfig
+from dat.engine.config import apply_overrides, from_dict, load_config
 from dat.utils.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/detection").glob("*.yaml"))
@@ -106,12 +108,15 @@ def test_values_that_cannot_work_are_named(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["two_stage=true"], "model.two_stage is true, which needs model.box_refine=true"),
-        (["kind=detr", "box_refine=true"], "model.box_refine is true, which needs model.kind=deformable_detr"),
-        (["kind=detr", "two_stage=true"], "model.two_stage is true, which needs model.kind="),
-        (["pre_norm=true"], "model.pre_norm is true, which needs model.kind=detr; it is deformable_detr"),
-        (["num_heads=5"], "model.embed_dim is 256, should be a multiple of 4 and of model.num_heads, 5"),
-        (["backbone.out_indices=[1, 2, 3, 4]", "num_levels=3"], "model.num_levels is 3, fewer than the 4 maps of"),
+        (["two_stage=true"], "model: two_stage=True needs box_refine=True"),
+        (["kind=detr", "box_refine=true"], "model.box_refine is true, which needs kind=deformable_detr; it is detr"),
+        (["kind=detr", "two_stage=true"], "model.two_stage is true, which needs kind=deformable_detr; it is detr"),
+        (["pre_norm=true"], "model.pre_norm is true, which needs kind=detr; it is deformable_detr"),
+        (["num_heads=5"], "model: embed_dim=256 should be a multiple of 4 and of num_heads=5"),
+        (
+            ["backbone.out_indices=[1, 2, 3, 4]", "num_levels=3"],
+            "model: num_levels=3 is fewer than the backbone's 4",
+        ),
         (
             ["kind=detr", "backbone.out_indices=[3, 4]"],
             "model.backbone.out_indices gives 2 maps, model.kind=detr",
@@ -119,33 +124,52 @@ def test_values_that_cannot_work_are_named(override, message):
         (["backbone.name=dat_tiny", "backbone.output_stride=16"], "unexpected keyword argument 'output_stride'"),
         (["backbone.name=resnet5"], "model.backbone.name: no timm model 'resnet5'"),
         (["backbone={}"], "model.backbone: has no 'name'"),
+        (["kind=yolo"], "model.kind is 'yolo', should be one of deformable_detr, detr"),
     ],
 )
 def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, message):
     config = load_config(DetectionConfig, CONFIGS[0].with_name("deformable_detr_r50.yaml"))
-    config = apply_overrides(config, [f"model.{override}" for override in overrides])
     with pytest.raises(ConfigError) as raised:
-        check_config(config)
+        check_config(apply_overrides(config, [f"model.{override}" for override in overrides]))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr"])
+def test_keys_of_other_kinds_are_dropped_at_their_defaults(kind):
+    """Older files hold the keys of all kinds."""
+    flat = {"kind": kind, "pre_norm": False, "num_levels": 4, "num_points": 4, "box_refine": False, "two_stage": False}
+    model = from_dict(DetectionConfig, {"model": {**flat, "embed_dim": 64}}, "old.pth").model
+    assert type(model) is ModelConfig.variants[kind]
+    assert (model.kind, model.embed_dim) == (kind, 64)
+    other = {"pre_norm": True} if kind == "deformable_detr" else {"num_levels": 3}
+    with pytest.raises(ConfigError, match=r"old.pth: model.(pre_norm is true|num_levels is 3), which needs kind="):
+        from_dict(DetectionConfig, {"model": flat | other}, "old.pth")
+
+
+def test_unknown_keys_of_a_model_are_named_with_the_nearest_of_all_kinds():
+    with pytest.raises(ConfigError, match=r"unknown key 'model.nun_levels'; did you mean 'model.num_levels'"):
+        load_config(DetectionConfig, CONFIGS[0], ["model.nun_levels=3"])
+    with pytest.raises(ConfigError, match=r"unknown key 'model.variants'"):
+        load_config(DetectionConfig, CONFIGS[0], ["model.variants=3"])
+
+
 def test_a_frozen_module_that_the_backbone_lacks_is_named():
     with pytest.raises(ConfigError, match=r"model.freeze: the backbone has no module 'layer9', it has conv1, bn1, "):
-        build_model(ModelConfig(backbone={"name": "test_resnet"}, freeze=["layer1", "layer9"]), 3)
+        build_model(DeformableDETRConfig(backbone={"name": "test_resnet"}, freeze=["layer1", "layer9"]), 3)
 
 
 def test_loss_weights_are_those_of_the_models_paper():
     base = {"backbone": {"name": "test_resnet"}, "embed_dim": 32}
     for kind, scores, weight in (("deformable_detr", "sigmoid", 2.0), ("detr", "softmax", 1.0)):
-        model = build_model(ModelConfig(kind=kind, **base), 3)
+        model = build_model(ModelConfig.variants[kind](**base), 3)
         criterion = build_criterion(model, LossConfig(no_object_weight=0.3, weight_box=4.0))
         assert (criterion.scores, criterion.matcher.scores) == (scores, scores)
-        assert criterion.weights == {"loss_ce": weight, "loss_bbox": 4.0, "loss_giou": 2.0}
+        assert criterion.weight_dict == {"loss_ce": weight, "loss_bbox": 4.0, "loss_giou": 2.0}
         assert (criterion.matcher.cost_class, criterion.matcher.cost_box) == (weight, 5.0)
         assert criterion.no_object_weight == 0.3
         criterion = build_criterion(model, LossConfig(cost_class=0.0, weight_class=3.0))
-        assert (criterion.matcher.cost_class, criterion.weights["loss_ce"]) == (0.0, 3.0)
+        assert (criterion.matcher.cost_class, criterion.weight_dict["loss_ce"]) == (0.0, 3.0)
 
 
 def test_means_are_of_three_channels():

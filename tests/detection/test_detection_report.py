@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from commands import dat
 from PIL import Image
 
-from dat.detection import plots, report, train, trainer
+from dat.detection import plots, trainer
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Category, read_coco
 from dat.detection.evaluation import Evaluation, count_confusions
@@ -160,7 +161,7 @@ def interrupted(config_file, tmp_path):
 
 def test_the_report_of_an_interrupted_run(interrupted, capsys):
     (interrupted / "metrics.json").write_text(json.dumps({"AP": 0.1, "seconds": 77}))
-    report.main([str(interrupted), "train.pictures=1"])
+    dat("detect", "report", interrupted, "train.pictures=1")
     assert "report.html" in capsys.readouterr().out
     page = (interrupted / "report.html").read_text(encoding="utf-8")
     assert "AP 1.000" in page
@@ -184,7 +185,7 @@ def test_what_there_is_is_reported(interrupted, lacking, capsys):
     else:
         detections.write_text('[{"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]')
         said = "is of other images or classes than"
-    report.main([str(interrupted), *(["data.root=nowhere"] if lacking == "data" else [])])
+    dat("detect", "report", interrupted, *(["data.root=nowhere"] if lacking == "data" else []))
     assert said in capsys.readouterr().err
     page = (interrupted / "report.html").read_text(encoding="utf-8")
     assert said in page
@@ -194,7 +195,7 @@ def test_what_there_is_is_reported(interrupted, lacking, capsys):
 
 def test_no_run_at_all_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main_guard(lambda: report.main([str(tmp_path)]))
+        main_guard(lambda: dat("detect", "report", tmp_path))
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "config.yaml" in error
@@ -205,7 +206,7 @@ def test_a_run_survives_its_report(config_file, tmp_path, monkeypatch):
         raise DataError("x.jpg: cannot be read as an image")
 
     monkeypatch.setattr(trainer, "write_report", fail)
-    train.main([str(config_file), "train.epochs=1"])
+    dat("detect", "train", config_file, "train.epochs=1")
     run = tmp_path / "run"
     assert "AP" in json.loads((run / "metrics.json").read_text())
     log = (run / "train.log").read_text()

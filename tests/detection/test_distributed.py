@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 from coco_scenes import write_json, write_scenes
+from commands import dat
 from processes import run_processes
 
-from dat.detection import train
-from dat.engine import fsdp
+from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.utils.errors import ConfigError
 
@@ -53,14 +53,16 @@ class RecordingAdamW(torch.optim.AdamW):
 
     def step(self, *arguments, **named):
         if not self.path.exists():
-            torch.save(fsdp.whole([p.grad for group in self.param_groups for p in group["params"]]), self.path)
+            torch.save(
+                distributed.whole_tensors([p.grad for group in self.param_groups for p in group["params"]]), self.path
+            )
         return super().step(*arguments, **named)
 
 
 def run(config, folder, *overrides):
     RecordingAdamW.path = folder / f"gradients_{os.environ['RANK']}.pth"
     torch.optim.AdamW = RecordingAdamW
-    train.main([str(config), *PLAIN, f"output={folder}/run", *overrides])
+    dat("detect", "train", config, *PLAIN, f"output={folder}/run", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_more_processes_than_images_to_evaluate(one_size, tmp_path):
 
 def run_sharded(config, folder, *overrides):
     # the layers of the tiny model too
-    fsdp.LEAST = 1000
+    distributed.SHARD_PARAMETERS = 1000
     run(config, folder, "train.fsdp=true", *overrides)
 
 
@@ -112,7 +114,13 @@ def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoint
     for name, stages in (("copies", [(run, 5)]), ("mixed", [(run, 1), (run_sharded, 3), (run, 5)])):
         (tmp_path / name).mkdir()
         for function, steps in stages:
-            overrides = [f"train.steps={steps}", "train.batch_size=2", "train.eval_epochs=9", "train.schedule=step"]
+            overrides = [
+                "train.epochs=0",
+                f"train.steps={steps}",
+                "train.batch_size=2",
+                "train.eval_epochs=9",
+                "train.schedule=step",
+            ]
             arguments = (one_size, tmp_path / name, *overrides, "train.resume=true")
             codes, errors, _ = run_processes(2, function, tmp_path, *arguments)
             assert codes == [0, 0], errors
@@ -128,4 +136,4 @@ def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoint
 
 def test_one_process_has_nothing_to_share(one_size, capsys):
     with pytest.raises(ConfigError, match=r"train.fsdp is true, but there is only one process"):
-        train.main([str(one_size), "train.fsdp=true"])
+        dat("detect", "train", one_size, "train.fsdp=true")

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from coco_scenes import write_json
+from commands import dat
 from test_detection_commands import fails
 
-from dat.detection import train
 from dat.detection.criterion import SetCriterion
 from dat.detection.matcher import HungarianMatcher
 from dat.engine.checkpoint import load_checkpoint
@@ -75,7 +75,7 @@ def many_objects(data):
 )
 def test_unusual_data_trains_without_an_edit(config_file, scenes, tmp_path, change, splits):
     edit(scenes, change, splits)
-    train.main([str(config_file), "train.epochs=1"])
+    dat("detect", "train", config_file, "train.epochs=1")
     run = tmp_path / "run"
     state = load_checkpoint(run / "last.pth")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
@@ -115,9 +115,9 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(scores):
     targets = [{"labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) * 0.4 + 0.3} for n in (3, 0, 7, 1)]
     criterion = SetCriterion(3, HungarianMatcher(scores=scores), scores=scores)
     whole = criterion(outputs, targets)
-    shares = criterion.shares(targets, 5, torch.device("cpu"))
+    normalizers = criterion.normalizers(targets, 5, torch.device("cpu"))
     parts = [
-        criterion({name: value[part] for name, value in outputs.items()}, targets[part], shares)
+        criterion({name: value[part] for name, value in outputs.items()}, targets[part], normalizers)
         for part in (slice(0, 1), slice(1, 4))
     ]
     for name, loss in whole.items():
@@ -125,7 +125,7 @@ def test_losses_of_parts_add_up_to_that_of_the_batch(scores):
 
 
 def test_boxes_that_become_nan_name_the_step_and_keep_the_checkpoint(config_file, tmp_path, capsys, monkeypatch):
-    main_guard(lambda: train.main([str(config_file), "train.steps=2"]))
+    main_guard(lambda: dat("detect", "train", config_file, "train.steps=2"))
     last, best = tmp_path / "run/last.pth", tmp_path / "run/best.pth"
     before = last.read_bytes(), best.read_bytes()
     forward = torch.nn.Linear.forward
@@ -136,7 +136,7 @@ def test_boxes_that_become_nan_name_the_step_and_keep_the_checkpoint(config_file
         return y * math.nan if y.shape[-1] == 4 and self.out_features == 4 and self.in_features == 16 else y
 
     monkeypatch.setattr(torch.nn.Linear, "forward", broken)
-    line = fails(capsys, train.main, config_file, "train.steps=5", "train.resume=true")
-    assert "step 2, images [10" in line
+    line = fails(capsys, "train", config_file, "train.steps=5", "train.resume=true")
+    assert "step 3, images [10" in line
     assert "first non-finite tensor is output of bbox_embed" in line
     assert (last.read_bytes(), best.read_bytes()) == before

@@ -15,7 +15,7 @@ from dat.detection.data import (
     train_transform,
 )
 from dat.detection.data.cache import ImageCache
-from dat.detection.data.loader import Collate
+from dat.detection.data.loader import collate
 from dat.utils.errors import DataError
 
 TRANSFORM = {
@@ -94,7 +94,7 @@ def test_targets_are_relative_to_the_image_itself(scenes):
 
 def test_padding_is_masked():
     samples = [(torch.ones(3, 4, 6), {"image_id": 0}), (torch.ones(3, 5, 3), {"image_id": 1})]
-    images, mask, targets = Collate(4)(samples)
+    images, mask, targets = collate(samples, 4)
     assert images.shape == (2, 3, 8, 8)
     assert torch.equal(images[:, 0] == 0, mask)
     assert (~mask).sum((1, 2)).tolist() == [24, 15]
@@ -103,8 +103,8 @@ def test_padding_is_masked():
 
 def test_no_mask_without_padding():
     samples = [(torch.ones(3, 4, 8), {})] * 2
-    assert Collate(4)(samples)[1] is None
-    assert Collate(1)(samples)[1] is None
+    assert collate(samples, 4)[1] is None
+    assert collate(samples)[1] is None
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dat.detection import official
-from dat.detection.build import build_model
-from dat.detection.config import ModelConfig
+from dat.detection.models import ModelConfig, build_model
 from dat.engine.checkpoint import save_checkpoint
 from dat.utils.errors import CheckpointError, ConfigError
 
@@ -22,8 +21,8 @@ KINDS = {
 }
 
 
-def config(**changes):
-    return ModelConfig(
+def config(kind="deformable_detr", **changes):
+    return ModelConfig.variants[kind](
         **{
             "backbone": {"name": "test_resnet", "out_indices": [-1]},
             "num_queries": 5,

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from coco_scenes import write_json
+from commands import dat
 from test_detection_commands import fails
 
-from dat.detection import overfit, train
+from dat.detection import overfit
 from dat.detection.config import DetectionConfig
 from dat.detection.data import read_coco
 from dat.detection.evaluation import average_precision
@@ -40,7 +41,7 @@ def test_it_ends_when_it_is_good_enough_and_may_be_repeated(config_file, tmp_pat
     monkeypatch.setattr(overfit, "ENOUGH", 0.0)
     monkeypatch.setattr(overfit, "TARGET", 0.0)
     for _ in range(2):
-        train.main([str(config_file), "--overfit", "2", "train.pictures=0"])
+        dat("detect", "train", config_file, "--overfit", "2", "train.pictures=0")
         assert "on 2 images after" in capsys.readouterr().out
     state = load_checkpoint(tmp_path / "run/overfit/last.pth")
     # evaluated every 20th of the way
@@ -52,7 +53,7 @@ def test_it_ends_when_it_is_good_enough_and_may_be_repeated(config_file, tmp_pat
 def test_it_says_what_is_wrong(config_file, capsys, monkeypatch):
     monkeypatch.setattr(overfit, "STEPS", 4)
     with pytest.raises(SystemExit) as ended:
-        main_guard(lambda: train.main([str(config_file), "--overfit", "4", "train.lr=1e-9"]))
+        main_guard(lambda: dat("detect", "train", config_file, "--overfit", "4", "train.lr=1e-9"))
     assert ended.value.code == 1
     text = capsys.readouterr().err
     assert "on 4 images, should be at least 0.9" in text
@@ -61,10 +62,12 @@ def test_it_says_what_is_wrong(config_file, capsys, monkeypatch):
 
 
 def test_what_cannot_be_learnt_is_refused(config_file, scenes, capsys):
-    assert "--overfit is 0, should be at least 1" in fails(capsys, train.main, config_file, "--overfit", 0)
+    with pytest.raises(SystemExit):
+        dat("detect", "train", config_file, "--overfit", 0)
+    assert "argument --overfit: is 0, should be an integer of at least 1" in capsys.readouterr().err
     data = json.loads((scenes / "train.json").read_text())
     write_json(scenes / "train.json", data | {"annotations": []})
-    assert "no image shows an object" in fails(capsys, train.main, config_file, "--overfit", 2)
+    assert "no image shows an object" in fails(capsys, "train", config_file, "--overfit", 2)
 
 
 def diagnosis(config, annotations, results, **changes):

@@ -1,22 +1,21 @@
-"""Pictures, videos, tables and sampling points of detection.predict, of checkpoints and of exported models."""
+"""Images, videos, tables and sampling points of `dat detect predict`, of checkpoints and of exported models."""
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import dat
 from exporting import write_detector
 from PIL import Image
 
-from dat.detection import export, predict
+from dat.detection import Detector
 from dat.detection.points import detect_with_points
-from dat.detection.predictor import load_predictor
-from dat.utils import media
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
-CPU = torch.device("cpu")
 EVERYTHING = ["--device", "cpu", "--threshold", "0"]
 
 
@@ -40,7 +39,7 @@ def folder(tmp_path):
 
 
 def run(checkpoint, *arguments):
-    predict.main([str(checkpoint), *map(str, arguments), *EVERYTHING])
+    dat("detect", "predict", checkpoint, *arguments, *EVERYTHING)
 
 
 def read(out):
@@ -48,7 +47,7 @@ def read(out):
 
 
 def test_an_exported_model_finds_what_its_checkpoint_finds(checkpoint, folder, tmp_path):
-    export.main([str(checkpoint), "--out", str(tmp_path / "model.onnx"), "--sizes", "64", "96"])
+    dat("detect", "export", checkpoint, "--out", tmp_path / "model.onnx", "--sizes", 64, 96)
     for name, model in (("a", checkpoint), ("b", tmp_path / "model.onnx")):
         run(model, folder, "--out", tmp_path / name)
     wanted, found = (sorted(read(tmp_path / name), key=lambda r: (r["image_id"], -r["score"])) for name in "ab")
@@ -78,7 +77,7 @@ def test_the_table_says_what_the_json_says(checkpoint, folder, tmp_path):
     assert len(rows) == len(results)
     for row, result in zip(rows, results, strict=True):
         assert [float(row[name]) for name in ("x", "y", "width", "height")] == result["bbox"]
-        assert row["category"] == {3: "blue", 11: "red"}[result["category_id"]]
+        assert row["label"] == {3: "blue", 11: "red"}[result["category_id"]]
         assert (row["file_name"], row["frame"]) == (result["file_name"], "")
 
 
@@ -87,7 +86,7 @@ def test_classes_and_crops(checkpoint, folder, tmp_path, capsys):
     run(checkpoint, folder / "b", "--out", out, "--classes", "red", "--crops")
     results = read(out)
     assert {result["category_id"] for result in results} == {11}
-    assert f"{len(results)} detections of at least 0.0 in 1 images" in capsys.readouterr().out
+    assert f"{len(results)} detections with a score of at least 0.0 in 1 images" in capsys.readouterr().out
     assert [path.name for path in (out / "crops").iterdir()] == ["red"]
     for i, result in enumerate(results, 1):
         with Image.open(out / f"crops/red/3_{i}.png") as crop:
@@ -101,18 +100,24 @@ def test_patterns_and_several_sources_are_named_from_their_common_folder(checkpo
     run(checkpoint, folder / "b", f"{folder}/[12].png", folder / "1.png", "--out", tmp_path / "out")
     names = dict.fromkeys(result["file_name"] for result in read(tmp_path / "out"))
     assert list(names) == ["b/3.png", "1.png", "2.png"]
-    with pytest.raises(DataError, match="nothing has such a name"):
+    with pytest.raises(DataError, match="no file matches this pattern"):
         run(checkpoint, f"{folder}/no*.png", "--out", tmp_path / "out")
 
 
-def test_frames_of_a_video(checkpoint, folder, tmp_path, monkeypatch):
-    """Readers of videos are not installed everywhere: a stand-in gives the frames."""
+def write_video(path):
+    import av
 
-    def read_video(path, every):
-        yield from ((number, noise((96, 64), number)) for number in range(0, 5, every))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_image(noise((96, 64), number))))
+        container.mux(stream.encode())
 
-    (folder / "clip.mp4").touch()
-    monkeypatch.setattr(media, "_video_reader", lambda: read_video)
+
+def test_frames_of_a_video(checkpoint, folder, tmp_path):
+    pytest.importorskip("av", reason="the extra 'video'")
+    write_video(folder / "clip.mp4")
     out = tmp_path / "out"
     run(checkpoint, folder, "--out", out, "--every", "2")
     frames = {(r["image_id"], r["frame"]) for r in read(out) if r["file_name"] == "clip.mp4"}
@@ -124,8 +129,8 @@ def test_frames_of_a_video(checkpoint, folder, tmp_path, monkeypatch):
 
 def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_path, monkeypatch):
     (folder / "clip.mp4").touch()
-    monkeypatch.setattr(media, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs one of torchcodec, av \(PyAV\) and opencv-python"):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match=r'needs PyAV: pip install "dat-vision\[video\]"'):
         run(checkpoint, folder / "clip.mp4", "--out", tmp_path / "out")
 
 
@@ -138,26 +143,25 @@ def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
     state = load_checkpoint(path)
     state["config"]["data"]["pad_multiple"] = 32
     save_checkpoint(path, state)
-    predictor, calls = load_predictor(path, CPU), []
+    detector, calls = Detector.from_checkpoint(path, device="cpu"), []
     op = layer.ms_deform_attn
     monkeypatch.setattr(layer, "ms_deform_attn", lambda *args: calls.append(args) or op(*args))
-    picture = noise((200, 120))
-    found, points = detect_with_points(predictor, picture)
+    image = noise((200, 120))
+    found, points = detect_with_points(detector, image)
     _, shapes, reference, offsets, logits = calls[-1]
     sizes = torch.tensor([(w, h) for h, w in shapes])
-    assert predictor.input_size(picture) == (64, 107)
+    assert detector.input_size(image) == (64, 107)
     # it is the corner of an input of 64 x 128
     scale = torch.tensor([128 * 200 / 107, 64 * 120 / 64])
     locations = (reference[0, :, None, :, None] + offsets[0] / sizes[:, None]) * scale
-    torch.testing.assert_close(points.locations, locations[found["queries"]])
+    torch.testing.assert_close(points.locations, locations[found.queries])
     weights = logits[0].flatten(2).softmax(-1).view_as(logits[0])
-    torch.testing.assert_close(points.weights, weights[found["queries"]])
+    torch.testing.assert_close(points.weights, weights[found.queries])
     torch.testing.assert_close(points.weights.sum((2, 3)), torch.ones(len(points.weights), 2))
-    (alone,) = predictor([picture])
-    torch.testing.assert_close(found["boxes"], alone["boxes"])
+    torch.testing.assert_close(found.boxes, detector.predict(image, threshold=0).boxes)
 
 
-def test_show_points_draws_a_sheet_beside_each_picture(checkpoint, folder, tmp_path):
+def test_show_points_draws_a_sheet_beside_each_image(checkpoint, folder, tmp_path):
     run(checkpoint, folder / "b", "--out", tmp_path / "out", "--show-points")
     with Image.open(tmp_path / "out/3_points.png") as sheet:
         # a row for each of the twelve best, columns for all levels and for each of the four
@@ -166,16 +170,17 @@ def test_show_points_draws_a_sheet_beside_each_picture(checkpoint, folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        (["--batch-size", "0"], ConfigError, "--batch-size is 0, should be at least 1"),
-        (["--every", "0"], ConfigError, "--every is 0, should be at least 1"),
-        (["--threshold", "2"], ConfigError, "--threshold is 2.0, should be 0 to 1"),
+        (["--batch-size", "0"], "argument --batch-size: is 0, should be an integer of at least 1"),
+        (["--every", "x"], "argument --every: is x, should be an integer of at least 1"),
+        (["--threshold", "2"], "argument --threshold: is 2, should be a number from 0.0 to 1.0"),
     ],
 )
-def test_mistakes_are_named(checkpoint, folder, tmp_path, arguments, error, message):
-    with pytest.raises(error, match=message):
-        predict.main([str(checkpoint), str(folder), "--out", str(tmp_path / "out"), *arguments])
+def test_mistakes_are_named(checkpoint, folder, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        dat("detect", "predict", checkpoint, folder, "--out", tmp_path / "out", *arguments)
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -2,9 +2,11 @@ import pytest
 import timm
 import torch
 
-from dat.detection.build import build_backbone, build_model
-from dat.detection.config import ModelConfig, TrainConfig
-from dat.detection.recipe import backbone_scales, make_optimizer
+from dat.detection.config import TrainConfig
+from dat.detection.models import build_model
+from dat.detection.models.backbone import build_backbone
+from dat.detection.models.deformable_detr import DeformableDETRConfig
+from dat.detection.recipe import backbone_scales, parameter_groups
 
 SMALL = {
     "num_queries": 5,
@@ -19,7 +21,7 @@ SMALL = {
 
 def small(name="dat_nano", classes=3, **backbone):
     return build_model(
-        ModelConfig(backbone={"name": name, **backbone}, two_stage=True, box_refine=True, **SMALL), classes
+        DeformableDETRConfig(backbone={"name": name, **backbone}, two_stage=True, box_refine=True, **SMALL), classes
     )
 
 
@@ -41,14 +43,14 @@ def test_rates_of_backbone_layers_fall_towards_the_image(name):
 def test_the_optimizer_scales_layers_of_the_backbone_alone():
     model = small()
     train = TrainConfig(layer_decay=0.5, backbone_lr_scale=0.1)
-    optimizer = make_optimizer(model, train, 1.0, {"name": "dat_nano"})
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    groups = parameter_groups(model, train, 1.0, {"name": "dat_nano"})
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert scales[id(model.enc_output.weight)] == 1
     of_backbone = {scales[id(p)] for p in model.backbone.parameters()}
     assert len(of_backbone) > 3
     assert max(of_backbone) < 0.1
-    plain = make_optimizer(model, TrainConfig(backbone_lr_scale=0.1), 1.0, {"name": "dat_nano"})
-    assert {group["lr_scale"] for group in plain.param_groups} == {0.1, 1.0}
+    plain = parameter_groups(model, TrainConfig(backbone_lr_scale=0.1), 1.0, {"name": "dat_nano"})
+    assert {group["lr_scale"] for group in plain} == {0.1, 1.0}
 
 
 @pytest.mark.parametrize("name", ["dat_nano", "resnet18"])

@@ -1,9 +1,9 @@
 """The server answers what predict finds, refuses bad uploads with a reason, and lives on under load."""
 
+import copy
 import http.client
 import io
 import json
-import socket
 import struct
 import subprocess
 import sys
@@ -11,19 +11,16 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from commands import dat
 from exporting import write_detector
 from PIL import Image
 
-from dat.detection import serve
-from dat.detection.evaluation import to_results
-from dat.detection.predictor import load_predictor
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.detection import Detector
+from dat.utils.errors import CheckpointError
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 app = pytest.importorskip("dat.detection.app", reason="the extra 'serve'")
@@ -33,14 +30,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
+def detector(tmp_path_factory):
     path = write_detector(tmp_path_factory.mktemp("detector") / "best.pth", box_refine=True)
-    return load_predictor(path, torch.device("cpu"))
+    return Detector.from_checkpoint(path, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def port(predictor):
-    with serving(predictor, app.Limits(upload=200_000, pixels=500 * 500, waiting=64, seconds=1.0)) as port:
+def port(detector):
+    with serving(detector, app.Limits(upload=200_000, pixels=500 * 500, waiting=64, seconds=1.0)) as port:
         yield port
 
 
@@ -59,7 +56,7 @@ def detect(port, body, query=""):
     return status, json.loads(answer)
 
 
-def picture(seed, size=(120, 90)):
+def draw_image(seed, size=(120, 90)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size)
 
@@ -70,10 +67,17 @@ def encode(image, form="PNG"):
     return file.getvalue()
 
 
+def with_run(detector, run):
+    """The detector with another function in the place of its model."""
+    other = copy.copy(detector)
+    other.run = run
+    return other
+
+
 @pytest.mark.parametrize("form", ["PNG", "BMP", "GIF"])
-def test_the_answer_is_what_predict_finds(port, predictor, form):
-    image = picture(0).quantize(64).convert("RGB")
-    results = to_results(0, (90, 120), predictor([image])[0], predictor.categories)
+def test_the_answer_is_what_predict_finds(port, detector, form):
+    image = draw_image(0).quantize(64).convert("RGB")
+    results = detector.predict(image, threshold=0).to_coco()
     least = results[5]["score"]
     status, answer = detect(port, encode(image, form), f"?threshold={least}")
     assert status == 200
@@ -85,7 +89,7 @@ def test_the_answer_is_what_predict_finds(port, predictor, form):
 
 
 def test_points_of_each_detection(port):
-    status, answer = detect(port, encode(picture(0)), "?points=true")
+    status, answer = detect(port, encode(draw_image(0)), "?points=true")
     assert status == 200
     found = answer["detections"][0]
     # levels, heads times points, x y weight
@@ -108,11 +112,11 @@ def bomb(side):
 
 BAD = {
     "empty": (b"", 400, "the body is empty"),
-    "text": (b"hello", 415, "not a picture of a type that is read: JPEG, PNG"),
-    "tiff": (encode(picture(0), "TIFF"), 415, "not a picture of a type"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not a picture of a type"),
-    "truncated": (encode(picture(0, (200, 200)), "JPEG")[:-200], 400, "cannot be read as an image"),
-    "truncated-png": (encode(picture(0, (200, 200)))[:-100], 400, "cannot be read as an image"),
+    "text": (b"hello", 415, "not an image of a supported format: JPEG, PNG"),
+    "tiff": (encode(draw_image(0), "TIFF"), 415, "not an image of a supported format"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not an image of a supported format"),
+    "truncated": (encode(draw_image(0, (200, 200)), "JPEG")[:-200], 400, "cannot be read as an image"),
+    "truncated-png": (encode(draw_image(0, (200, 200)))[:-100], 400, "cannot be read as an image"),
     "pixels": (encode(Image.new("RGB", (501, 500))), 413, "501 x 500 pixels, more than 250000"),
     "bomb": (bomb(20_000), 413, "pixels"),
     "larger-bomb": (bomb(60_000), 413, "pixels"),
@@ -126,7 +130,7 @@ def test_bad_uploads_are_refused_and_the_server_lives_on(port, name):
     found, answer = detect(port, body)
     assert found == status
     assert reason in answer["detail"]
-    assert detect(port, encode(picture(1)))[0] == 200
+    assert detect(port, encode(draw_image(1)))[0] == 200
 
 
 def test_an_upload_without_a_length_is_cut_off(port):
@@ -151,14 +155,14 @@ def test_an_upload_that_stalls_is_given_up(port):
 
 @pytest.mark.parametrize("query", ["?threshold=2", "?threshold=x", "?points=perhaps"])
 def test_wrong_arguments_are_refused(port, query):
-    status, answer = detect(port, encode(picture(0)), query)
+    status, answer = detect(port, encode(draw_image(0)), query)
     assert status == 422
     assert answer["detail"][0]["loc"][1] == query[1:].split("=")[0]
 
 
-def test_200_concurrent_requests_are_all_answered_and_none_is_mixed_up(predictor):
-    images = [picture(seed, (120 + 10 * (seed % 3), 90)) for seed in range(6)]
-    wanted = [to_results(0, (i.height, i.width), predictor([i])[0], predictor.categories) for i in images]
+def test_200_concurrent_requests_are_all_answered_and_none_is_mixed_up(detector):
+    images = [draw_image(seed, (120 + 10 * (seed % 3), 90)) for seed in range(6)]
+    wanted = [detector.predict(image, threshold=0).to_coco() for image in images]
     bodies = [encode(image) for image in images]
     together = threading.Barrier(200)
 
@@ -166,23 +170,22 @@ def test_200_concurrent_requests_are_all_answered_and_none_is_mixed_up(predictor
         together.wait(60)
         return detect(port, bodies[i % 6])
 
-    with serving(predictor, app.Limits(waiting=200)) as port, ThreadPoolExecutor(200) as pool:
+    with serving(detector, app.Limits(waiting=200)) as port, ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(ask, range(200)))
     for i, (status, answer) in enumerate(answers):
         assert status == 200
         assert [d["bbox"] for d in answer["detections"]] == [r["bbox"] for r in wanted[i % 6]]
 
 
-def test_more_requests_than_may_wait_are_told_to_come_back(predictor):
+def test_more_requests_than_may_wait_are_told_to_come_back(detector):
     held = threading.Event()
 
     def slow(images, sizes):
         held.wait(20)
-        return predictor.run(images, sizes)
+        return detector.run(images, sizes)
 
-    waiting = replace(predictor, run=slow, detector=None)
-    with serving(waiting, app.Limits(waiting=2)) as port, ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(detect, port, encode(picture(0))) for _ in range(8)]
+    with serving(with_run(detector, slow), app.Limits(waiting=2)) as port, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(detect, port, encode(draw_image(0))) for _ in range(8)]
         while sum(answer.done() for answer in answers) < 6:
             time.sleep(0.01)
         held.set()
@@ -190,16 +193,15 @@ def test_more_requests_than_may_wait_are_told_to_come_back(predictor):
     assert found == [200, 200, *[429] * 6]
 
 
-def test_a_model_that_fails_is_said_and_the_server_lives_on(predictor):
+def test_a_model_that_fails_is_said_and_the_server_lives_on(detector):
     def fail_at_once(images, sizes):
         if images.shape[-1] > images.shape[-2]:
             raise CheckpointError("best.pth: its model cannot be used")
-        return predictor.run(images, sizes)
+        return detector.run(images, sizes)
 
-    failing = replace(predictor, run=fail_at_once, detector=None)
-    with serving(failing, app.Limits()) as port:
-        assert detect(port, encode(picture(0))) == (500, {"detail": "best.pth: its model cannot be used"})
-        assert detect(port, encode(picture(0, (80, 160))))[0] == 200
+    with serving(with_run(detector, fail_at_once), app.Limits()) as port:
+        assert detect(port, encode(draw_image(0))) == (500, {"detail": "best.pth: its model cannot be used"})
+        assert detect(port, encode(draw_image(0, (80, 160))))[0] == 200
 
 
 def test_the_page_and_the_description(port):
@@ -215,27 +217,26 @@ def test_the_page_and_the_description(port):
     assert model == {"classes": ["blue", "red"], "points": True, "max_bytes": 200_000, "max_pixels": 250_000}
 
 
-def test_the_command_listens_at_this_machine_alone(tmp_path):
+def test_the_command_prints_its_address_once_it_listens(tmp_path):
     path = write_detector(tmp_path / "best.pth")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "detection.serve", str(path), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "detection.serve", str(path), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == f"http://127.0.0.1:{port}: {path}, 2 classes\n"
-        for _ in range(500):
-            try:
-                assert request(port, "GET", "/model")[0] == 200
-                break
-            except ConnectionError:
-                time.sleep(0.02)
-        else:
-            pytest.fail("does not answer")
+        address, text = process.stdout.readline().split(": ")
+        assert text == f"{path}, 2 classes\n"
+        assert address.startswith("http://127.0.0.1:")
+        assert request(int(address.rpartition(":")[2]), "GET", "/model")[0] == 200
     finally:
         process.terminate()
         process.wait(20)
 
 
-def test_limits_are_checked(tmp_path):
-    with pytest.raises(ConfigError, match="--max-waiting is 0, should be above 0"):
-        serve.main([str(tmp_path / "best.pth"), "--max-waiting", "0"])
+def test_a_port_in_use_is_named(detector, port):
+    with pytest.raises(OSError, match="in use"):
+        app.serve(detector, "127.0.0.1", port, app.Limits())
+
+
+def test_limits_are_checked(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        dat("detect", "serve", tmp_path / "best.pth", "--max-waiting", 0)
+    assert "argument --max-waiting: is 0, should be an integer of at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page of detection.serve in a browser: what a person does with it."""
+"""The page of `dat detect serve` in a browser: what a person does with it."""
 
 import shutil
 import subprocess
@@ -8,9 +8,7 @@ import torch
 from exporting import write_detector
 from PIL import Image
 
-from dat.detection.evaluation import to_results
-from dat.detection.predictor import load_predictor
-from dat.utils.images import read_image
+from dat.detection import Detector
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
@@ -24,14 +22,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
+def detector(tmp_path_factory):
     path = write_detector(tmp_path_factory.mktemp("detector") / "best.pth", box_refine=True)
-    predictor = load_predictor(path, torch.device("cpu"))
+    detector = Detector.from_checkpoint(path, device="cpu")
     # scores all over 0..1
-    for name, parameter in predictor.detector.model.named_parameters():
+    for name, parameter in detector.model.named_parameters():
         if name.startswith("class_embed") and name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-    return predictor
+    return detector
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +46,10 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, predictor):
+def page(browser, detector):
     """The page, which may ask nothing of any other server and must not fail inside."""
     asked, failed = [], []
-    with serving(predictor, app.Limits(upload=100_000)) as port:
+    with serving(detector, app.Limits(upload=100_000)) as port:
         page = browser.new_page()
         page.set_default_timeout(30_000)
         page.on("request", lambda request: asked.append(request.url))
@@ -73,10 +71,9 @@ def picture(tmp_path):
     return path
 
 
-def expected(predictor, path):
+def expected(detector, path):
     """What the server finds in a picture file: detections in COCO's format, by falling score."""
-    upright = read_image(path)
-    return to_results(0, (upright.height, upright.width), predictor([upright])[0], predictor.categories)
+    return detector.predict(path, threshold=0).to_coco()
 
 
 def slide(page, value):
@@ -100,10 +97,10 @@ def pixels(page):
     return page.evaluate("document.querySelector('#canvas').toDataURL()")
 
 
-def test_boxes_follow_the_slider_and_a_click_shows_where_one_was_looked_for(page, predictor, picture):
+def test_boxes_follow_the_slider_and_a_click_shows_where_one_was_looked_for(page, detector, picture):
     assert page.get_by_label("Least score").is_hidden()
     upload(page, picture)
-    found = [result for result in expected(predictor, picture) if result["score"] >= 0.02]
+    found = [result for result in expected(detector, picture) if result["score"] >= 0.02]
     assert count(page, "boxes") == page.locator("#list button").count() == len(found)
     box = page.locator("#canvas").bounding_box()
     assert box["height"] / box["width"] == pytest.approx(180 / 120, rel=0.02)
@@ -152,9 +149,9 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(page, picture, tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "cut.jpg").write_bytes(picture.read_bytes()[:-100])
     (tmp_path / "large.jpg").write_bytes(b"\0" * 100_001)
-    page.get_by_text("pictures of up to 0.1 MB and 40 million pixels").wait_for()
+    page.get_by_text("images of up to 0.1 MB and 40 million pixels").wait_for()
     reasons = {
-        "notes.txt": "not a picture of a type that is read",
+        "notes.txt": "not an image of a supported format",
         "cut.jpg": "cannot be read as an image",
         "large.jpg": "more than 0.1 MB",
     }

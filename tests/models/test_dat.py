@@ -3,6 +3,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,7 +115,7 @@ def test_detection_size(name):
 
 
 def test_features_do_not_depend_on_what_is_padded_beyond_the_right_and_bottom():
-    """97 columns make 25 cells of 4; the three missing ones are zeros, whoever adds them."""
+    """97 columns make 25 patches of 4; the three missing ones are zeros, whether padded here or by the caller."""
     nano = create("dat_nano").eval()
     image = torch.randn(1, 3, 64, 97)
     padded = torch.nn.functional.pad(image, (0, 3))
@@ -372,6 +373,17 @@ def test_compiles_to_one_graph(name):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_features_by_torch_fx(nano):
+    """timm's tracer, whose graph holds the layers that shapes and dtypes decide about as leaves."""
+    graph = create_feature_extractor(nano, {"stages.1": "second", "norm": "last"})
+    image = torch.randn(2, 3, 72, 64)
+    with torch.no_grad():
+        features = nano.forward_intermediates(image, [1], norm=True, output_fmt="NHWC", intermediates_only=True)
+        traced = graph(image)
+        torch.testing.assert_close(traced["second"], features[0])
+        torch.testing.assert_close(traced["last"].permute(0, 3, 1, 2), nano.forward_features(image))
 
 
 def test_channels_last(nano):

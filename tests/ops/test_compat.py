@@ -45,8 +45,8 @@ def close(ours, exact, tolerance):
 def inputs(dtype=torch.float32, **kwargs):
     """Value, tensor of shapes, level starts, locations and weights: what the other libraries pass."""
     value, locations, weights = Sample(dtype=dtype, shapes=SHAPES, **kwargs).tensors()
-    cells = [h * w for h, w in SHAPES]
-    starts = torch.tensor([0, *cells]).cumsum(0)[:-1]
+    areas = [h * w for h, w in SHAPES]
+    starts = torch.tensor([0, *areas]).cumsum(0)[:-1]
     return value, torch.tensor(SHAPES), starts, locations, weights
 
 
@@ -87,8 +87,8 @@ class ExtensionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        by_value, by_locations, by_weights = compat.ms_deform_attn_backward(*ctx.saved_tensors, grad, 64)
-        return by_value, None, None, by_locations, by_weights, None
+        grad_value, grad_locations, grad_weights = compat.ms_deform_attn_backward(*ctx.saved_tensors, grad, 64)
+        return grad_value, None, None, grad_locations, grad_weights, None
 
 
 def as_extension(value, shapes, starts, locations, weights):
@@ -171,7 +171,7 @@ def test_backward_of_the_extension_refuses_what_does_not_fit():
     grad = torch.zeros(2, 5, 24)
     with pytest.raises(ValueError, match="locations must be"):
         compat.ms_deform_attn_backward(value, shapes, starts, locations[:1], weights, grad, 64)
-    with pytest.raises(ValueError, match="as many cells as value has rows"):
+    with pytest.raises(ValueError, match=r"as many \w+ as value has rows"):
         compat.ms_deform_attn_backward(value, shapes[:2], starts, locations, weights, grad, 64)
 
 
@@ -358,7 +358,7 @@ every_model = pytest.mark.parametrize("build", MODELS, ids=lambda build: build._
 
 
 def ready(build, dtype=torch.float32):
-    """The model with signals as after training: features that do not fade, offsets of some cells, boxes that differ."""
+    """The model as after training: features that do not vanish, offsets of some pixels, boxes that differ."""
     torch.manual_seed(0)
     model = build().eval().to(dtype)
     for name, module in model.named_modules():
@@ -371,18 +371,18 @@ def ready(build, dtype=torch.float32):
     return model
 
 
-def pictures(model):
-    """Two pictures, the second with padding on the right and below, and words for a model that reads."""
+def images(model):
+    """Two images, the second with padding on the right and below, and words for a model that reads."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 96, 128, generator=generator)
+    pixels = torch.randn(2, 3, 96, 128, generator=generator)
     mask = torch.ones(2, 96, 128, dtype=torch.long)
     mask[1, 70:], mask[1, :, 90:] = 0, 0
     words = {"input_ids": torch.tensor([[2, 7, 9, 4, 3]] * 2)} if "grounding" in model.config.model_type else {}
-    return {"pixel_values": (images * mask[:, None]).to(model.dtype), "pixel_mask": mask, **words}
+    return {"pixel_values": (pixels * mask[:, None]).to(model.dtype), "pixel_mask": mask, **words}
 
 
 def predictions(model):
-    out = model(**pictures(model))
+    out = model(**images(model))
     names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
     # Grounding DINO's logits of words that are not there are minus infinity.
     return {name: out[name].nan_to_num(neginf=0) for name in names if name in out}
@@ -482,14 +482,61 @@ def test_names_are_replaced_where_a_module_looks_them_up(switch):
     assert issubclass(MultiScaleDeformableAttnFunction, torch.autograd.Function)
 
 
+class HeadsFirst(nn.Module):
+    """A module as in RF-DETR and in exported LW-DETR: heads before channels, weights of all levels in one dimension."""
+
+    def __init__(self, given_twice):
+        super().__init__()
+        self.given_twice = given_twice
+
+    def forward(self, value, shapes, locations, weights):
+        value = value.permute(0, 2, 3, 1).contiguous()
+        extra = {"value_spatial_shapes_hw": shapes.tolist()} if self.given_twice else {}
+        return ms_deform_attn_core_pytorch(value, shapes, locations, weights.flatten(3), **extra)
+
+
+def ms_deform_attn_core_pytorch(value, shapes, locations, weights, value_spatial_shapes_hw=None):
+    raise AssertionError("the library's own function")
+
+
+@pytest.mark.parametrize("given_twice", [False, True])
+@pytest.mark.parametrize("heads", [3, 39])
+def test_heads_before_channels_are_recognised(switch, given_twice, heads):
+    """Also where there are as many heads as rows of values, so that sizes do not tell the layouts apart."""
+    value, shapes, starts, locations, weights = inputs(H=heads)
+    assert value.shape[1] == 39
+    layer = HeadsFirst(given_twice)
+    switch(layer)
+    out = layer(value, shapes, locations, weights)
+    close(out, exact(value, locations, weights)[0], TOLERANCE[torch.float32])
+    assert torch.equal(out, as_autograd_function(value, shapes, starts, locations, weights))
+
+
+class MSDeformAttnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, shapes, starts, locations, weights, im2col_step, prior):
+        raise AssertionError("the library's own function")
+
+
+class OtherArguments(nn.Module):
+    def forward(self, *args):
+        return MSDeformAttnFunction.apply(*args)
+
+
+def test_a_known_name_with_other_arguments_is_refused():
+    message = r"model must call MSDeformAttnFunction with the arguments \(value, .*\), got OtherArguments, .* prior\)"
+    with pytest.raises(ValueError, match=message):
+        compat.switch(OtherArguments())
+
+
 class Method(nn.Module):
     """A module whose own method happens to have a name that `switch` knows."""
 
-    def ms_deform_attn_core_pytorch(self, value):
+    def multi_scale_deformable_attention(self, value):
         return value
 
     def forward(self, value):
-        return self.ms_deform_attn_core_pytorch(value)
+        return self.multi_scale_deformable_attention(value)
 
 
 def test_a_model_that_cannot_be_switched_is_refused():

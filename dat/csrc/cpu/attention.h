@@ -1,4 +1,4 @@
-// What the CPU registration of deform_attn and its kernels for each instruction set have in common.
+// Arguments that the CPU registration of deform_attn passes to its kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace dat {
 constexpr int64_t kTile = 64, kBlock = 64;
 
 // Zeros around a table: `kMargin` columns left and right, `kRowMargin` rows above and below. Two of the widest registers
-// that hang out on either side, and cells one beyond the last.
+// that hang out on either side, and pixels one beyond the last.
 constexpr int64_t kMargin = 36, kRowMargin = 2;
 
 // Zeros on both sides of a row that the backward collects, and entries of `grid_x` beyond the last query.
@@ -24,7 +24,7 @@ struct Rows {
   int64_t image, head, row;
 };
 
-// Sizes and arrays of one call; all arrays are of float64 (`is_double`) or float32, and contiguous but for Rows.
+// Sizes and arrays of one call; all arrays are of float64 (`is_double`) or float32, and contiguous except for Rows.
 struct AttentionArgs {
   bool is_double;
   // C is c filled up with zeros to a multiple of 16.
@@ -48,14 +48,14 @@ struct AttentionPart {
   int64_t image, head, query_begin, query_end;
 };
 
-// What backward reads besides, `lse` [B, h, H*W], and where one part writes: rows of its queries, and sums of its own over
+// Further inputs of backward, `lse` [B, h, H*W], and where one part writes: rows of its queries, and sums of its own over
 // its queries, N rows, [N, 2] and the layout of one head's table.
-// by_positions and by_table are added to, and null without a table.
+// grad_positions and grad_table are added to, and null without a table.
 struct AttentionGrads {
   Rows<const void> grad, out;
   const void* lse;
-  Rows<void> by_query, by_key, by_value;
-  void *by_positions, *by_table;
+  Rows<void> grad_query, grad_key, grad_value;
+  void *grad_positions, *grad_table;
 };
 
 struct AttentionKernels {
@@ -74,11 +74,5 @@ inline int64_t backward_scratch(const AttentionArgs& args, int64_t queries) {
          (2 * kBlock * (kTile + 16) + tiles * kTile * (5 * args.C + 2) + 5 * kBlock * args.C + 32 * (kBlock + kTile) +
           2 * kBlock * (args.W + 2 * kRowPadding));
 }
-
-const AttentionKernels& baseline_attention();
-#if defined(__x86_64__)
-const AttentionKernels& avx2_attention();
-const AttentionKernels& avx512_attention();
-#endif
 
 }  // namespace dat

@@ -1,21 +1,17 @@
 // Look-up of the continuous position bias in its table, and its gradients: for attention_kernels.h.
+#pragma once
+
+#include "attention.h"
+#include "vector.h"
 
 namespace dat {
 namespace DAT_ISA {
+namespace attention {
 
 // Numbers between one key's row of scores and the next: a tile, and room for a register that hangs out.
 constexpr int64_t kStride = kTile + 16;
 
-template <typename Real>
-DAT_HOST_DEVICE Vec<Real, kLanes<Real>> load(const Real* p) {
-  return Load<Real, kLanes<Real>, Real>::from(p);
-}
-template <typename Real>
-DAT_HOST_DEVICE void store(Real* p, Vec<Real, kLanes<Real>> v) {
-  Store<Real, kLanes<Real>, Real>::to(p, v);
-}
-
-// Where a register of neighbouring queries looks up columns: `index` and `index + 1` from column `first` on.
+// Columns that a register of neighbouring queries looks up: `index` and `index + 1` from column `first` on.
 template <typename Real>
 struct Columns {
   int64_t first;
@@ -23,8 +19,8 @@ struct Columns {
   typename Lanes<Real>::Real fraction;
 };
 
-// Bias of all queries for a block of keys of one head. A column that all queries of a map share is found per key and row of
-// the map, so that only columns are left to interpolate for each pair.
+// Bias of all queries for a block of keys of one head. The part common to all queries of a column is computed per key and
+// row of the map, so that only columns are left to interpolate for each pair.
 template <typename Real>
 class Bias {
  public:
@@ -38,8 +34,8 @@ class Bias {
         grid_x_(static_cast<const Real*>(args.grid_x)),
         grid_y_(static_cast<const Real*>(args.grid_y)),
         stride_(args.T_w + 2 * kMargin),
-        first_cell_(kRowMargin * stride_ + kMargin),
-        table_(static_cast<const Real*>(args.table) + part.head * (args.T_h + 2 * kRowMargin) * stride_ + first_cell_),
+        first_pixel_(kRowMargin * stride_ + kMargin),
+        table_(static_cast<const Real*>(args.table) + part.head * (args.T_h + 2 * kRowMargin) * stride_ + first_pixel_),
         positions_(
             static_cast<const Real*>(args.positions) + 2 * (part.image * args.g + part.head / (args.h / args.g)) * args.N) {
     if (!args.table) return;
@@ -69,8 +65,8 @@ class Bias {
   }
 
   // Begins to collect the gradients of the keys in `rows`, two of row_size() for each key.
-  void begin_gradients(Real* rows, Real* by_table, Real* by_positions) {
-    rows_ = rows, by_table_ = by_table + first_cell_, by_positions_ = by_positions + 2 * first_;
+  void begin_gradients(Real* rows, Real* grad_table, Real* grad_positions) {
+    rows_ = rows, grad_table_ = grad_table + first_pixel_, grad_positions_ = grad_positions + 2 * first_;
     for (int64_t i = 0; i < 2 * count_ * row_size(); i++) rows[i] = 0;
     for (int64_t n = 0; n < count_; n++) open_[n] = -1 - kRowMargin;
   }
@@ -101,7 +97,7 @@ class Bias {
  private:
   const AttentionArgs& args_;
   const Real *grid_x_, *grid_y_;
-  const int64_t stride_, first_cell_;
+  const int64_t stride_, first_pixel_;
   const Real *table_, *positions_;
   bool narrow_ = false;
   int64_t first_ = 0, count_ = 0;
@@ -114,7 +110,7 @@ class Bias {
   Real row_fraction_[kBlock];
   // Gradients: the table row that a key's rows belong to, sums and sums weighted with the fraction.
   Int open_[kBlock];
-  Real *rows_ = nullptr, *by_table_ = nullptr, *by_positions_ = nullptr;
+  Real *rows_ = nullptr, *grad_table_ = nullptr, *grad_positions_ = nullptr;
 
   // Queries of one row of the map; `offset` counts from the first of all.
   struct Segment {
@@ -146,7 +142,7 @@ class Bias {
     return v;
   }
 
-  // grid_sample's own steps: a cell must not change for the rounding.
+  // grid_sample's own steps: a pixel must not change for the rounding.
   static DAT_HOST_DEVICE V pixel(V displacement, int64_t size) {
     return (displacement * Real(0.5) + 1) * Real(0.5) * Real(size - 1);
   }
@@ -218,32 +214,32 @@ class Bias {
   void close(int64_t n) {
     if (open_[n] < -kRowMargin) return;
     Real *sums = rows_ + 2 * n * row_size() + kRowPadding, *weighted = sums + row_size();
-    V by_x = {}, by_y = {};
+    V grad_x = {}, grad_y = {};
     const int64_t row = open_[n] * stride_;
-    args_.unit_step ? spread_unit(n, row, sums, weighted, by_x, by_y) : spread(n, row, sums, weighted, by_x, by_y);
-    by_positions_[2 * n] -= Sum<Real, N>::of(by_x) * (args_.T_w - 1) / 4;
-    by_positions_[2 * n + 1] -= Sum<Real, N>::of(by_y) * (args_.T_h - 1) / 4;
+    args_.unit_step ? spread_unit(n, row, sums, weighted, grad_x, grad_y) : spread(n, row, sums, weighted, grad_x, grad_y);
+    grad_positions_[2 * n] -= Sum<Real, N>::of(grad_x) * (args_.T_w - 1) / 4;
+    grad_positions_[2 * n + 1] -= Sum<Real, N>::of(grad_y) * (args_.T_h - 1) / 4;
     for (int64_t j = 0; j < args_.W; j += N) store(sums + j, V{}), store(weighted + j, V{});
   }
 
-  void spread_unit(int64_t n, int64_t row, const Real* sums, const Real* weighted, V& by_x, V& by_y) {
+  void spread_unit(int64_t n, int64_t row, const Real* sums, const Real* weighted, V& grad_x, V& grad_y) {
     const Real right = fraction_[n], left = 1 - right;
     // The last query's right-hand column is one beyond its left-hand one.
     for (int64_t j = 0; j <= args_.W; j += N) {
-      const int64_t cell = row + unit_column(n, j);
+      const int64_t pixel = row + unit_column(n, j);
       const V all = load(sums + j), low = load(weighted + j), high = all - low;
       const V low_before = load(weighted + j - 1), high_before = load(sums + j - 1) - low_before;
-      const Real *from = table_ + cell, *below = from + stride_;
+      const Real *from = table_ + pixel, *below = from + stride_;
       const V high_slope = load(from + 1) - load(from), low_slope = load(below + 1) - load(below);
-      by_x += high * high_slope + low * low_slope;
-      by_y += all * (load(below) - load(from) + right * (low_slope - high_slope));
-      Real* to = by_table_ + cell;
+      grad_x += high * high_slope + low * low_slope;
+      grad_y += all * (load(below) - load(from) + right * (low_slope - high_slope));
+      Real* to = grad_table_ + pixel;
       store(to, load(to) + left * high + right * high_before);
       store(to + stride_, load(to + stride_) + left * low + right * low_before);
     }
   }
 
-  void spread(int64_t n, int64_t row, const Real* sums, const Real* weighted, V& by_x, V& by_y) {
+  void spread(int64_t n, int64_t row, const Real* sums, const Real* weighted, V& grad_x, V& grad_y) {
     for (int64_t j = 0; j < args_.W; j += N) {
       const Columns<Real> at = columns(n, j);
       const Real *from = table_ + row + at.first, *below = from + stride_;
@@ -251,19 +247,20 @@ class Bias {
       const V left_high = pick_columns(from, at.index), left_low = pick_columns(below, at.index);
       const V high_slope = pick_columns(from, at.index + 1) - left_high;
       const V low_slope = pick_columns(below, at.index + 1) - left_low;
-      by_x += high * high_slope + low * low_slope;
-      by_y += all * (left_low - left_high + at.fraction * (low_slope - high_slope));
-      Real* to = by_table_ + row + at.first;
+      grad_x += high * high_slope + low * low_slope;
+      grad_y += all * (left_low - left_high + at.fraction * (low_slope - high_slope));
+      Real* to = grad_table_ + row + at.first;
       const V right_high = at.fraction * high, right_low = at.fraction * low;
       const int64_t lanes = args_.W - j < N ? args_.W - j : N;
       for (int64_t i = 0; i < lanes; i++) {
-        Real* cell = to + at.index[i];
-        cell[0] += high[i] - right_high[i], cell[1] += right_high[i];
-        cell[stride_] += low[i] - right_low[i], cell[stride_ + 1] += right_low[i];
+        Real* pixel = to + at.index[i];
+        pixel[0] += high[i] - right_high[i], pixel[1] += right_high[i];
+        pixel[stride_] += low[i] - right_low[i], pixel[stride_ + 1] += right_low[i];
       }
     }
   }
 };
 
+}  // namespace attention
 }  // namespace DAT_ISA
 }  // namespace dat

@@ -2,15 +2,15 @@
 //
 // Scores of a block of keys and a tile of queries, a row for each key, never leave the cache. Softmax needs no sums across
 // lanes that way, and the bias of neighbouring queries lies side by side in its table.
+#pragma once
 
 #include "attention.h"
-#include "vector.h"
-
-// After what it is made of.
 #include "attention_bias.h"
+#include "vector.h"
 
 namespace dat {
 namespace DAT_ISA {
+namespace attention {
 
 // Sums that a matrix product keeps in registers: kRows rows of two.
 constexpr int kRows = DAT_VECTOR_BYTES == 64 ? 8 : 4;
@@ -174,7 +174,7 @@ class Forward {
   const int64_t head_;
   Bias<Real> bias_;
   Real *scores_, *query_, *sums_;
-  // Of each query the largest score so far, the sum of exponentials, and what the next block makes of earlier ones.
+  // For each query: the largest score so far, the sum of exponentials, and the factor for earlier blocks' sums.
   Real *top_, *total_, *shrink_;
 
   void add_keys(int64_t n, int64_t keys, int64_t first, int64_t count) {
@@ -230,13 +230,13 @@ class Backward {
   Backward(const AttentionArgs& args, const AttentionPart& part, const AttentionGrads& grads, void* scratch)
       : args_(args), part_(part), grads_(grads), queries_(part.query_end - part.query_begin), bias_(args, part) {
     Arena<Real> arena(scratch);
-    attention_ = arena.take(kBlock * kStride), by_scores_ = arena.take(kBlock * kStride);
+    attention_ = arena.take(kBlock * kStride), grad_scores_ = arena.take(kBlock * kStride);
     const int64_t rows = (queries_ + kTile - 1) / kTile * kTile, C = args.C;
-    query_ = arena.take(rows * C), grad_ = arena.take(rows * C), by_query_ = arena.take(rows * C);
+    query_ = arena.take(rows * C), grad_ = arena.take(rows * C), grad_query_ = arena.take(rows * C);
     query_t_ = arena.take(rows * C), grad_t_ = arena.take(rows * C);
     lse_ = arena.take(rows), dots_ = arena.take(rows);
     key_ = arena.take(kBlock * C), key_t_ = arena.take(kBlock * C), value_t_ = arena.take(kBlock * C);
-    by_key_ = arena.take(kBlock * C), by_value_ = arena.take(kBlock * C);
+    grad_key_ = arena.take(kBlock * C), grad_value_ = arena.take(kBlock * C);
     rows_ = arena.take(2 * kBlock * bias_.row_size());
     clear(attention_, kBlock * kStride);
     for (int64_t q = 0; q < queries_; q += kTile) prepare(q);
@@ -244,21 +244,21 @@ class Backward {
 
   void run() {
     const int64_t C = args_.C;
-    clear(by_query_, queries_ * C);
+    clear(grad_query_, queries_ * C);
     for (int64_t n = 0; n < args_.N; n += kBlock) {
       keys_ = args_.N - n < kBlock ? args_.N - n : kBlock;
       take_keys(n);
       if (args_.table) {
         bias_.take(n, keys_);
-        bias_.begin_gradients(rows_, static_cast<Real*>(grads_.by_table), static_cast<Real*>(grads_.by_positions));
+        bias_.begin_gradients(rows_, static_cast<Real*>(grads_.grad_table), static_cast<Real*>(grads_.grad_positions));
       }
       for (int64_t q = 0; q < queries_; q += kTile) add_tile(q);
       if (args_.table) bias_.end_gradients();
-      copy(by_key_, C, keys_, C, Real(args_.scale), rows_of<Real>(grads_.by_key, part_, n), grads_.by_key.row);
-      copy(by_value_, C, keys_, C, Real(1), rows_of<Real>(grads_.by_value, part_, n), grads_.by_value.row);
+      copy(grad_key_, C, keys_, C, Real(args_.scale), rows_of<Real>(grads_.grad_key, part_, n), grads_.grad_key.row);
+      copy(grad_value_, C, keys_, C, Real(1), rows_of<Real>(grads_.grad_value, part_, n), grads_.grad_value.row);
     }
-    Real* by_query = rows_of<Real>(grads_.by_query, part_, part_.query_begin);
-    copy(by_query_, C, queries_, C, Real(args_.scale), by_query, grads_.by_query.row);
+    Real* grad_query = rows_of<Real>(grads_.grad_query, part_, part_.query_begin);
+    copy(grad_query_, C, queries_, C, Real(args_.scale), grad_query, grads_.grad_query.row);
   }
 
  private:
@@ -268,13 +268,13 @@ class Backward {
   const int64_t queries_;
   Bias<Real> bias_;
   int64_t keys_ = 0;
-  Real *attention_, *by_scores_;
-  // Of all queries of the part; transposed tile by tile, [C, kTile].
-  Real *query_, *grad_, *by_query_, *query_t_, *grad_t_;
-  // Of each query its logarithm and the product of the output with its gradient.
+  Real *attention_, *grad_scores_;
+  // Rows of all queries of the part; transposed tile by tile, [C, kTile].
+  Real *query_, *grad_, *grad_query_, *query_t_, *grad_t_;
+  // For each query: its log-sum-exp and the product of the output with its gradient.
   Real *lse_, *dots_;
-  // Of a block of keys; transposed, [C, kBlock].
-  Real *key_, *key_t_, *value_t_, *by_key_, *by_value_, *rows_;
+  // Rows of a block of keys; transposed, [C, kBlock].
+  Real *key_, *key_t_, *value_t_, *grad_key_, *grad_value_, *rows_;
 
   DAT_HOST_DEVICE int64_t count(int64_t q) const { return queries_ - q < kTile ? queries_ - q : kTile; }
 
@@ -302,7 +302,7 @@ class Backward {
     copy(key, args_.key.row, keys_, C, Real(1), key_, C);
     transpose(key_, C, keys_, C, Real(1), key_t_);
     transpose(value, args_.value.row, keys_, C, Real(1), value_t_);
-    clear(by_key_, keys_ * C), clear(by_value_, keys_ * C);
+    clear(grad_key_, keys_ * C), clear(grad_value_, keys_ * C);
   }
 
   void add_tile(int64_t q) {
@@ -314,22 +314,22 @@ class Backward {
     }
     const int64_t width = whole_registers<Real>(count(q));
     multiply<Real, true>({key_t_, kBlock}, keys_, C, query_t_ + q * C, kTile, width, attention_, kStride);
-    clear(by_scores_, keys_ * kStride);
-    multiply<Real, true>({value_t_, kBlock}, keys_, C, grad_t_ + q * C, kTile, width, by_scores_, kStride);
+    clear(grad_scores_, keys_ * kStride);
+    multiply<Real, true>({value_t_, kBlock}, keys_, C, grad_t_ + q * C, kTile, width, grad_scores_, kStride);
     for (int64_t i = 0; i < width; i += N) differentiate(i, load(lse_ + q + i), load(dots_ + q + i));
-    multiply<Real, false>({attention_, 1}, keys_, count(q), grad_ + q * C, C, C, by_value_, C);
-    multiply<Real, false>({by_scores_, 1}, keys_, count(q), query_ + q * C, C, C, by_key_, C);
-    multiply<Real, true>({by_scores_, kStride}, count(q), keys_, key_, C, C, by_query_ + q * C, C);
-    if (args_.table) bias_.add_gradients(by_scores_, first, count(q));
+    multiply<Real, false>({attention_, 1}, keys_, count(q), grad_ + q * C, C, C, grad_value_, C);
+    multiply<Real, false>({grad_scores_, 1}, keys_, count(q), query_ + q * C, C, C, grad_key_, C);
+    multiply<Real, true>({grad_scores_, kStride}, count(q), keys_, key_, C, C, grad_query_ + q * C, C);
+    if (args_.table) bias_.add_gradients(grad_scores_, first, count(q));
   }
 
   // Scores to attention, and its gradients to those of the scores.
   DAT_HOST_DEVICE void differentiate(int64_t i, V lse, V dot) {
     for (int64_t n = 0; n < keys_; n++) {
-      Real *attention = attention_ + n * kStride + i, *by_score = by_scores_ + n * kStride + i;
+      Real *attention = attention_ + n * kStride + i, *grad_score = grad_scores_ + n * kStride + i;
       const V p = Exp<Real, N>::of(load(attention) - lse);
       store(attention, p);
-      store(by_score, p * (load(by_score) - dot));
+      store(grad_score, p * (load(grad_score) - dot));
     }
   }
 };
@@ -348,7 +348,8 @@ inline void backward_any(const AttentionArgs& args, const AttentionPart& part, c
   args.is_double ? backward<double>(args, part, grads, scratch) : backward<float>(args, part, grads, scratch);
 }
 
-constexpr AttentionKernels kAttention = {forward_any, backward_any};
+constexpr AttentionKernels kKernels = {forward_any, backward_any};
 
+}  // namespace attention
 }  // namespace DAT_ISA
 }  // namespace dat

@@ -1,29 +1,19 @@
-// Registers deform_attn and its backward for CPU tensors, and shares their work out among threads.
+// Registers deform_attn and its backward for CPU tensors, and divides their work among threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "../inputs.h"
-#include "attention.h"
-#include "sampling.h"
+#include "kernels.h"
+#include "registration.h"
 #include "scratch.h"
 
 namespace dat {
 namespace {
-
-const AttentionKernels& attention_kernels() {
-#if defined(__x86_64__)
-  static const char* set = instruction_set();
-  if (!std::strcmp(set, "AVX512")) return avx512_attention();
-  if (!std::strcmp(set, "AVX2")) return avx2_attention();
-#endif
-  return baseline_attention();
-}
 
 // `count` coordinates -1..1 of a side of `length` queries, which may go on beyond the last, in the reference's own steps.
 template <typename Real>
@@ -31,6 +21,31 @@ void write_grid(Real* grid, int64_t count, int64_t length, bool align_corners) {
   const Real last = static_cast<Real>(std::max<int64_t>(length - 1, 1));
   for (int64_t i = 0; i < count; i++)
     grid[i] = (align_corners ? Real(i) / last : (Real(i) + Real(0.5)) / Real(length)) * 2 - 1;
+}
+
+constexpr const char* kOp = "deform_attn";
+
+// Raises unless the arguments of a call fit together.
+void check(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& positions, const std::optional<Tensor>& table,
+    const std::vector<int64_t>& size) {
+  value_type(kOp, query);
+  STD_TORCH_CHECK(size.size() == 2, kOp, ": size must be (H, W), got ", size.size(), " ints");
+  check_size(kOp, size[0], size[1]);
+  check_shape(kOp, query, "query", {kAny, kAny, size[0] * size[1], kAny});
+  const int64_t B = query.size(0), h = query.size(1);
+  check_shape(kOp, key, "key", {B, h, kAny, query.size(3)});
+  check_shape(kOp, value, "value", {B, h, key.size(2), query.size(3)});
+  check_dtype(kOp, key, "key", query, "query");
+  check_dtype(kOp, value, "value", query, "query");
+  check_shape(kOp, positions, "positions", {B, kAny, key.size(2), 2});
+  check_real(kOp, query, positions, "positions");
+  const int64_t groups = positions.size(1);
+  STD_TORCH_CHECK(
+      groups > 0 && h % groups == 0, kOp, ": positions must have a divisor of ", h, " heads as groups, got ", groups);
+  if (!table) return;
+  check_shape(kOp, *table, "table", {h, kAny, kAny});
+  check_real(kOp, query, *table, "table");
 }
 
 // A tensor [B, h, rows, C] with C side by side.
@@ -55,8 +70,6 @@ struct Inputs {
         key(rows(key_)),
         value(rows(value_)),
         positions(torch::stable::contiguous(positions_)) {
-    check_real("deform_attn", query_, positions_, "positions");
-    STD_TORCH_CHECK(size.size() == 2 && size[0] * size[1] == query.size(2), "deform_attn: size must be that of the queries");
     args.is_double = dtype == ScalarType::Double;
     args.B = query.size(0), args.h = query.size(1), args.g = positions.size(1), args.H = size[0], args.W = size[1];
     args.N = key.size(2), args.C = query.size(3), args.scale = scale;
@@ -84,7 +97,6 @@ struct Inputs {
 
  private:
   void set_table(const Tensor& given, bool align_corners) {
-    check_real("deform_attn", query, given, "table");
     args.T_h = given.size(1), args.T_w = given.size(2);
     table = torch::stable::contiguous(torch::stable::pad(given, {kMargin, kMargin, kRowMargin, kRowMargin}));
     args.table = table->const_data_ptr();
@@ -153,6 +165,7 @@ AttentionPart make_part(const AttentionArgs& args, int64_t head, int64_t index, 
 std::tuple<Tensor, Tensor> forward(
     Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, std::vector<int64_t> size,
     double scale, bool align_corners) {
+  check(query, key, value, positions, table, size);
   Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
   const AttentionArgs& args = inputs.args;
   const std::vector<int64_t> layout = {args.B, args.h, args.H * args.W};
@@ -172,7 +185,7 @@ std::tuple<Tensor, Tensor> forward(
     const Bytes scratch = allocate(forward_scratch(args));
     for (int64_t t = begin; t < end; t++) {
       const AttentionPart part = make_part(args, t / tiles, t % tiles, tiles);
-      attention_kernels().forward(args, part, out.part(0), lse.mutable_data_ptr(), scratch.get());
+      kernels().attention.forward(args, part, out.part(0), lse.mutable_data_ptr(), scratch.get());
     }
   });
   return {out.take(), lse};
@@ -181,15 +194,15 @@ std::tuple<Tensor, Tensor> forward(
 // Gradients, the sums among which parts of the work keep apart.
 struct Sums {
   int64_t parts;
-  Result by_query, by_key, by_value;
-  Tensor by_positions, by_table;
+  Result grad_query, grad_key, grad_value;
+  Tensor grad_positions, grad_table;
 
   Sums(const Inputs& inputs, const Tensor& query, const Tensor& key, const Tensor& value, int64_t parts)
-      : parts(parts), by_query(inputs, query), by_key(inputs, key, parts), by_value(inputs, value, parts) {
+      : parts(parts), grad_query(inputs, query), grad_key(inputs, key, parts), grad_value(inputs, value, parts) {
     const AttentionArgs& args = inputs.args;
     if (!inputs.table) return;
-    by_positions = torch::stable::new_zeros(inputs.key, {args.B, args.g, args.h / args.g, parts, args.N, 2});
-    by_table =
+    grad_positions = torch::stable::new_zeros(inputs.key, {args.B, args.g, args.h / args.g, parts, args.N, 2});
+    grad_table =
         torch::stable::new_zeros(inputs.key, {args.B, args.h, parts, args.T_h + 2 * kRowMargin, args.T_w + 2 * kMargin});
   }
 
@@ -200,19 +213,19 @@ struct Sums {
       return static_cast<char*>(tensor.mutable_data_ptr()) + unit * numbers * bytes;
     };
     AttentionGrads grads = {};
-    grads.by_query = by_query.part(0), grads.by_key = by_key.part(unit % parts),
-    grads.by_value = by_value.part(unit % parts);
+    grads.grad_query = grad_query.part(0), grads.grad_key = grad_key.part(unit % parts),
+    grads.grad_value = grad_value.part(unit % parts);
     if (args.table) {
-      grads.by_positions = at(by_positions, args.N * 2);
-      grads.by_table = at(by_table, (args.T_h + 2 * kRowMargin) * (args.T_w + 2 * kMargin));
+      grads.grad_positions = at(grad_positions, args.N * 2);
+      grads.grad_table = at(grad_table, (args.T_h + 2 * kRowMargin) * (args.T_w + 2 * kMargin));
     }
     return grads;
   }
 
-  Tensor positions() const { return torch::stable::sum(by_positions, std::vector<int64_t>{2, 3}); }
+  Tensor positions() const { return torch::stable::sum(grad_positions, std::vector<int64_t>{2, 3}); }
 
   Tensor table(const AttentionArgs& args) {
-    Tensor rows = torch::stable::narrow(by_table, 3, kRowMargin, args.T_h);
+    Tensor rows = torch::stable::narrow(grad_table, 3, kRowMargin, args.T_h);
     const Tensor inner = torch::stable::narrow(rows, 4, kMargin, args.T_w);
     return torch::stable::contiguous(torch::stable::sum(inner, std::vector<int64_t>{0, 2}));
   }
@@ -227,7 +240,7 @@ void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& out, c
       AttentionGrads of = sums.of(args, unit);
       of.grad = rows_of(grads), of.out = rows_of(outs), of.lse = lses.const_data_ptr();
       const Bytes scratch = allocate(backward_scratch(args, part.query_end - part.query_begin));
-      attention_kernels().backward(args, part, of, scratch.get());
+      kernels().attention.backward(args, part, of, scratch.get());
     }
   });
 }
@@ -238,19 +251,26 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, Tensor out,
     Tensor lse, std::vector<int64_t> size, double scale, bool align_corners, bool /*deterministic*/) {
+  check(query, key, value, positions, table, size);
+  check_shape(kOp, grad, "grad", {query.size(0), query.size(1), query.size(2), query.size(3)});
+  check_shape(kOp, out, "out", {query.size(0), query.size(1), query.size(2), query.size(3)});
+  check_shape(kOp, lse, "lse", {query.size(0), query.size(1), query.size(2)});
+  check_dtype(kOp, grad, "grad", query, "query");
+  check_dtype(kOp, out, "out", query, "query");
+  check_real(kOp, query, lse, "lse");
   const Inputs inputs(query, key, value, positions, table, size, scale, align_corners);
   const AttentionArgs& args = inputs.args;
   const auto none = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
-  Tensor by_positions = table ? none(positions) : torch::stable::new_empty(positions, {0});
-  Tensor by_table = table ? none(*table) : torch::stable::new_empty(positions, {0});
-  if (inputs.empty()) return {zeros(query), zeros(key), zeros(value), by_positions, by_table};
+  Tensor grad_positions = table ? none(positions) : torch::stable::new_empty(positions, {0});
+  Tensor grad_table = table ? none(*table) : torch::stable::new_empty(positions, {0});
+  if (inputs.empty()) return {zeros(query), zeros(key), zeros(value), grad_positions, grad_table};
   const int64_t heads = args.B * args.h, threads = torch::stable::get_num_threads();
   // Enough parts that no thread waits long for the last, where heads are few or do not come out even.
   const int64_t wanted = heads % threads ? (4 * threads + heads - 1) / heads : 1;
   Sums sums(inputs, query, key, value, std::min(wanted, count_tiles(args)));
   run_backward(inputs, grad, out, lse, sums);
-  if (args.table) by_positions = sums.positions(), by_table = sums.table(args);
-  return {sums.by_query.take(), sums.by_key.take(), sums.by_value.take(), by_positions, by_table};
+  if (args.table) grad_positions = sums.positions(), grad_table = sums.table(args);
+  return {sums.grad_query.take(), sums.grad_key.take(), sums.grad_value.take(), grad_positions, grad_table};
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Registers deform_sample and its backward for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
 #include "registration.h"
@@ -9,25 +8,41 @@
 namespace dat {
 namespace {
 
-SampleArgs make_args(
-    const Tensor& value, const Tensor& locations, const std::optional<Tensor>& weights, const std::vector<Level>& levels,
-    bool align_corners) {
-  check_real("deform_sample", value, locations, "locations");
-  if (weights) check_real("deform_sample", value, *weights, "weights");
-  SampleArgs args = make_args("deform_sample", value, levels, locations.size(1), locations.size(4));
-  args.align_corners = align_corners, args.weighted = weights.has_value();
-  args.locations = locations.const_data_ptr();
-  args.weights = weights ? weights->const_data_ptr() : nullptr;
-  return args;
-}
+constexpr const char* kOp = "deform_sample";
+
+// The tensors of a call, contiguous, and the levels that its arguments point to.
+struct Inputs {
+  std::vector<Level> levels;
+  Tensor value, locations;
+  std::optional<Tensor> weights;
+  SampleArgs args;
+
+  Inputs(
+      const Tensor& value_, const Tensor& locations_, const std::optional<Tensor>& weights_,
+      const std::vector<int64_t>& shapes, bool align_corners)
+      : levels(check_value(kOp, value_, shapes)),
+        value(torch::stable::contiguous(value_)),
+        locations(torch::stable::contiguous(locations_)),
+        weights(contiguous(weights_)) {
+    const int64_t B = value.size(0), H = value.size(2), L = static_cast<int64_t>(levels.size());
+    check_shape(kOp, locations, "locations", {B, kAny, H, L, kAny, 2});
+    check_real(kOp, value, locations, "locations");
+    const int64_t Q = locations.size(1), P = locations.size(4);
+    if (weights) {
+      check_shape(kOp, *weights, "weights", {B, Q, H, L, P});
+      check_real(kOp, value, *weights, "weights");
+    }
+    args = make_args(kOp, value, levels, Q, P);
+    args.align_corners = align_corners, args.weighted = weights.has_value();
+    args.locations = locations.const_data_ptr();
+    args.weights = weights ? weights->const_data_ptr() : nullptr;
+  }
+};
 
 Tensor forward(
     Tensor value, Tensor locations, std::optional<Tensor> weights, std::vector<int64_t> shapes, bool align_corners) {
-  value = torch::stable::contiguous(value);
-  locations = torch::stable::contiguous(locations);
-  weights = contiguous(weights);
-  const std::vector<Level> levels = make_levels("deform_sample", shapes, value.size(1));
-  const SampleArgs args = make_args(value, locations, weights, levels, align_corners);
+  const Inputs inputs(value, locations, weights, shapes, align_corners);
+  const SampleArgs& args = inputs.args;
   std::vector<int64_t> size = {args.B, args.Q, args.H};
   if (!weights) size.insert(size.end(), {args.L, args.P});
   size.push_back(args.D);
@@ -40,31 +55,27 @@ Tensor forward(
 std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor value, Tensor locations, std::optional<Tensor> weights, std::vector<int64_t> shapes,
     bool align_corners, bool /*deterministic*/) {
+  const Inputs inputs(value, locations, weights, shapes, align_corners);
+  const SampleArgs& args = inputs.args;
+  if (weights)
+    check_shape(kOp, grad, "grad", {args.B, args.Q, args.H, args.D});
+  else
+    check_shape(kOp, grad, "grad", {args.B, args.Q, args.H, args.L, args.P, args.D});
+  check_dtype(kOp, grad, "grad", value, "value");
   grad = torch::stable::contiguous(grad);
-  value = torch::stable::contiguous(value);
-  locations = torch::stable::contiguous(locations);
-  weights = contiguous(weights);
-  const std::vector<Level> levels = make_levels("deform_sample", shapes, value.size(1));
-  const SampleArgs args = make_args(value, locations, weights, levels, align_corners);
-  Tensor by_value = torch::stable::empty_like(value);
-  Tensor by_locations = torch::stable::empty_like(locations);
-  Tensor by_weights = weights ? torch::stable::empty_like(*weights) : torch::stable::new_empty(locations, {0});
+  Tensor grad_value = torch::stable::empty_like(inputs.value);
+  Tensor grad_locations = torch::stable::empty_like(inputs.locations);
+  Tensor grad_weights = weights ? torch::stable::empty_like(*inputs.weights) : torch::stable::new_empty(locations, {0});
   SampleGrads grads = {};
   grads.out = grad.const_data_ptr();
-  grads.by_locations = by_locations.mutable_data_ptr();
-  grads.by_weights = by_weights.mutable_data_ptr();
-  sample_backward(args, grads, by_value.mutable_data_ptr());
-  return {by_value, by_locations, by_weights};
+  grads.grad_locations = grad_locations.mutable_data_ptr();
+  grads.grad_weights = grad_weights.mutable_data_ptr();
+  sample_backward(args, grads, grad_value.mutable_data_ptr());
+  return {grad_value, grad_locations, grad_weights};
 }
-
-std::string cpu_capability() { return instruction_set(); }
 
 }  // namespace
 }  // namespace dat
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dat, m) { m.def("cpu_capability() -> str"); }
-
-STABLE_TORCH_LIBRARY_IMPL(dat, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&dat::cpu_capability)); }
 
 STABLE_TORCH_LIBRARY_IMPL(dat, CPU, m) {
   m.impl("deform_sample", TORCH_BOX(&dat::forward));

@@ -8,25 +8,36 @@
 namespace dat {
 namespace {
 
+constexpr const char* kOp = "ms_deform_attn";
+
 // The tensors of a call, contiguous, and the levels that its arguments point to.
 struct Inputs {
-  Tensor value, reference, offsets, logits;
   std::vector<Level> levels;
+  Tensor value, reference, offsets, logits;
   SampleArgs args;
 
   Inputs(
       const Tensor& value_, const Tensor& reference_, const Tensor& offsets_, const Tensor& logits_,
       const std::vector<int64_t>& shapes)
-      : value(torch::stable::contiguous(value_)),
+      : levels(check_value(kOp, value_, shapes)),
+        value(torch::stable::contiguous(value_)),
         reference(torch::stable::contiguous(reference_)),
         offsets(torch::stable::contiguous(offsets_)),
-        logits(torch::stable::contiguous(logits_)),
-        levels(make_levels("ms_deform_attn", shapes, value.size(1))),
-        args(make_args("ms_deform_attn", value, levels, offsets.size(1), offsets.size(4))) {
-    check_real("ms_deform_attn", value, reference, "reference");
+        logits(torch::stable::contiguous(logits_)) {
+    const int64_t B = value.size(0), H = value.size(2), L = static_cast<int64_t>(levels.size());
+    check_shape(kOp, offsets, "offsets", {B, kAny, H, L, kAny, 2});
+    const int64_t Q = offsets.size(1), P = offsets.size(4);
+    check_shape(kOp, logits, "logits", {B, Q, H, L, P});
+    check_shape(kOp, reference, "reference", {B, Q, L, kAny});
+    const int64_t coordinates = reference.size(3);
+    STD_TORCH_CHECK(
+        coordinates == 2 || coordinates == 4, kOp, ": reference must be points of 2 or boxes of 4 numbers, got ",
+        coordinates);
+    check_real(kOp, value, reference, "reference");
+    args = make_args(kOp, value, levels, Q, P);
     args.narrow = offsets.scalar_type() == value.scalar_type();
-    if (!args.narrow) check_real("ms_deform_attn", value, offsets, "offsets");
-    STD_TORCH_CHECK(logits.scalar_type() == offsets.scalar_type(), "ms_deform_attn: logits must be in the dtype of offsets");
+    if (!args.narrow) check_real(kOp, value, offsets, "offsets");
+    check_dtype(kOp, logits, "logits", offsets, "offsets");
     args.weighted = true;
     args.reference = reference.const_data_ptr(), args.reference_size = reference.size(3);
     args.offsets = offsets.const_data_ptr(), args.logits = logits.const_data_ptr();
@@ -47,22 +58,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     bool with_reference, bool /*deterministic*/) {
   const Inputs inputs(value, reference, offsets, logits, shapes);
   const SampleArgs& args = inputs.args;
+  check_shape(kOp, grad, "grad", {args.B, args.Q, args.H, args.D});
+  check_dtype(kOp, grad, "grad", value, "value");
   grad = torch::stable::contiguous(grad);
-  Tensor by_value = torch::stable::empty_like(inputs.value);
-  Tensor by_offsets = torch::stable::empty_like(inputs.offsets), by_logits = torch::stable::empty_like(inputs.logits);
-  Tensor by_reference = torch::stable::new_empty(
+  Tensor grad_value = torch::stable::empty_like(inputs.value);
+  Tensor grad_offsets = torch::stable::empty_like(inputs.offsets), grad_logits = torch::stable::empty_like(inputs.logits);
+  Tensor grad_reference = torch::stable::new_empty(
       inputs.reference,
       with_reference ? std::vector<int64_t>{args.B, args.Q, args.H, args.L, args.reference_size} : std::vector<int64_t>{0});
   SampleGrads grads = {};
   grads.out = grad.const_data_ptr();
-  grads.by_reference = with_reference ? by_reference.mutable_data_ptr() : nullptr;
-  grads.by_offsets = by_offsets.mutable_data_ptr(), grads.by_logits = by_logits.mutable_data_ptr();
-  sample_backward(args, grads, by_value.mutable_data_ptr());
+  grads.grad_reference = with_reference ? grad_reference.mutable_data_ptr() : nullptr;
+  grads.grad_offsets = grad_offsets.mutable_data_ptr(), grads.grad_logits = grad_logits.mutable_data_ptr();
+  sample_backward(args, grads, grad_value.mutable_data_ptr());
   if (with_reference) {
     const int64_t heads[] = {2};
-    by_reference = torch::stable::sum(by_reference, torch::headeronly::IntHeaderOnlyArrayRef(heads, 1));
+    grad_reference = torch::stable::sum(grad_reference, torch::headeronly::IntHeaderOnlyArrayRef(heads, 1));
   }
-  return {by_value, by_reference, by_offsets, by_logits};
+  return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 }  // namespace

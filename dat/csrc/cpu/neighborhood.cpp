@@ -1,25 +1,15 @@
-// Shares the work of neighborhood_attn out among threads, and chooses the instruction set.
-#include "neighborhood.h"
-
+// Divides the work of neighborhood_attn among threads, in bands of rows.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
 #include "scratch.h"
 
 namespace dat {
 namespace {
-
-const NeighborhoodKernels& kernels() {
-#if defined(__x86_64__)
-  static const char* set = instruction_set();
-  if (!std::strcmp(set, "AVX512")) return neighborhood_avx512();
-  if (!std::strcmp(set, "AVX2")) return neighborhood_avx2();
-#endif
-  return neighborhood_baseline();
-}
 
 int64_t value_bytes(const NeighborhoodArgs& args) {
   switch (args.type) {
@@ -61,7 +51,7 @@ struct Work {
   // Runs `function(index of part, scratch)` for every part.
   template <typename F>
   void run(bool with_backward, F function) const {
-    const int64_t bytes = kernels().scratch_bytes(args, band_rows, with_backward);
+    const int64_t bytes = kernels().neighborhood.scratch_bytes(args, band_rows, with_backward);
     torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
       const Bytes scratch = allocate(bytes);
       for (int64_t p = begin; p < end; p++) {
@@ -88,7 +78,7 @@ struct Work {
 // Adds up what the parts know of the gradient by the keys (or values), always in the same order.
 void add_windows(const Work& work, const char* sums, void* to) {
   const NeighborhoodArgs& args = work.args;
-  const int64_t cell = args.heads * args.C, real = real_bytes(args), bytes = value_bytes(args);
+  const int64_t pixel = args.heads * args.C, real = real_bytes(args), bytes = value_bytes(args);
   torch::stable::parallel_for(0, args.B * args.heads * args.H, 1, [&](int64_t begin, int64_t end) {
     std::vector<const void*> rows;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -104,10 +94,10 @@ void add_windows(const Work& work, const char* sums, void* to) {
           if (window_begin <= row && row < window_end)
             rows.push_back(sums + (p * work.window_size() + (row - window_begin) * part.columns * args.C) * real);
         }
-        const int64_t place = ((image * args.H + y) * args.W + x) * cell + head * args.C;
-        kernels().write_cells(
+        const int64_t place = ((image * args.H + y) * args.W + x) * pixel + head * args.C;
+        kernels().neighborhood.write_pixels(
             args, rows.data(), rows.size(), work.parts[first].columns, static_cast<char*>(to) + place * bytes,
-            cell * args.dilation);
+            pixel * args.dilation);
       }
     }
   });
@@ -127,29 +117,30 @@ void add_biases(const Work& work, const Real* sums, Real* to) {
 
 void neighborhood_forward(const NeighborhoodArgs& args, void* out) {
   const Work work(args);
-  work.run(false, [&](int64_t p, char* scratch) { kernels().forward(args, work.parts[p], out, scratch); });
+  work.run(false, [&](int64_t p, char* scratch) { kernels().neighborhood.forward(args, work.parts[p], out, scratch); });
 }
 
 void neighborhood_backward(
-    const NeighborhoodArgs& args, const HeadCells& out, void* by_query, void* by_key, void* by_value, void* by_bias) {
+    const NeighborhoodArgs& args, const HeadPixels& out, void* grad_query, void* grad_key, void* grad_value,
+    void* grad_bias) {
   const Work work(args);
   const int64_t count = work.parts.size(), side = 2 * args.kernel - 1;
   const int64_t window_bytes = work.window_size() * real_bytes(args), bias_bytes = side * side * real_bytes(args);
   const Bytes keys = allocate(count * window_bytes), values = allocate(count * window_bytes);
   const Bytes biases = allocate(count * bias_bytes);
   work.run(true, [&](int64_t p, char* scratch) {
-    NeighborhoodGrads grads = {out, by_query};
-    grads.by_key = keys.get() + p * window_bytes, grads.by_value = values.get() + p * window_bytes;
-    grads.by_bias = biases.get() + p * bias_bytes;
-    kernels().backward(args, work.parts[p], grads, scratch);
+    NeighborhoodGrads grads = {out, grad_query};
+    grads.grad_key = keys.get() + p * window_bytes, grads.grad_value = values.get() + p * window_bytes;
+    grads.grad_bias = biases.get() + p * bias_bytes;
+    kernels().neighborhood.backward(args, work.parts[p], grads, scratch);
   });
-  add_windows(work, keys.get(), by_key);
-  add_windows(work, values.get(), by_value);
-  if (!by_bias) return;
+  add_windows(work, keys.get(), grad_key);
+  add_windows(work, values.get(), grad_value);
+  if (!grad_bias) return;
   if (args.type == ValueType::kFloat64)
-    add_biases(work, reinterpret_cast<const double*>(biases.get()), static_cast<double*>(by_bias));
+    add_biases(work, reinterpret_cast<const double*>(biases.get()), static_cast<double*>(grad_bias));
   else
-    add_biases(work, reinterpret_cast<const float*>(biases.get()), static_cast<float*>(by_bias));
+    add_biases(work, reinterpret_cast<const float*>(biases.get()), static_cast<float*>(grad_bias));
 }
 
 }  // namespace dat

@@ -1,4 +1,4 @@
-// What the CPU registration of neighborhood_attn and its kernels for each instruction set have in common.
+// Arguments that the CPU registration of neighborhood_attn passes to its kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace dat {
 
 // A tensor [B, heads, H * W, C] whose channels lie side by side; steps in numbers.
-struct HeadCells {
+struct HeadPixels {
   const void* data;
-  int64_t image, head, cell;
+  int64_t image, head, pixel;
 };
 
 // `Real` is the dtype of the sums: float64 for float64 values, else float32.
@@ -18,14 +18,14 @@ struct NeighborhoodArgs {
   ValueType type;
   int64_t B, heads, H, W, C, kernel, dilation;
   double scale;
-  HeadCells query, key, value;
+  HeadPixels query, key, value;
   // [heads, 2 * kernel - 1, 2 * kernel - 1] in Real, or null.
   const void* bias;
 };
 
-// Some rows of queries of one head, in the map of `rows` x `columns` that the cells of the same remainders by the dilation
-// are: cell (i, j) of it is cell (first_row + i * dilation, first_column + j * dilation) of the whole. No part has more than
-// `most_rows` rows of queries, which the scratch memory is laid out for.
+// Some rows of queries of one head, in the map of `rows` x `columns` that the pixels of the same remainders by the dilation
+// are: pixel (i, j) of it is pixel (first_row + i * dilation, first_column + j * dilation) of the whole. No part has more
+// than `most_rows` rows of queries, which the scratch memory is laid out for.
 struct NeighborhoodPart {
   int64_t image, head, first_row, first_column, rows, columns, row_begin, row_end, most_rows;
 };
@@ -37,13 +37,13 @@ DAT_HOST_DEVICE int64_t window_start(int64_t index, int64_t length, int64_t kern
   return start < length - kernel ? start : length - kernel;
 }
 
-// Where a part leaves its gradients. by_query is [B, H * W, heads, C] in the dtype of the query; the others are sums over
-// this part alone, in Real: by_key and by_value [window rows of the part, columns, C], by_bias of the shape of a head's
-// bias.
+// Outputs of a part's backward. grad_query is [B, H * W, heads, C] in the dtype of the query; the others are sums over
+// this part alone, in Real: grad_key and grad_value [window rows of the part, columns, C], grad_bias of the shape of a
+// head's bias.
 struct NeighborhoodGrads {
-  HeadCells out;
-  void* by_query;
-  void *by_key, *by_value, *by_bias;
+  HeadPixels out;
+  void* grad_query;
+  void *grad_key, *grad_value, *grad_bias;
 };
 
 struct NeighborhoodKernels {
@@ -54,21 +54,16 @@ struct NeighborhoodKernels {
   void (*forward)(const NeighborhoodArgs& args, const NeighborhoodPart& part, void* out, void* scratch);
   void (*backward)(
       const NeighborhoodArgs& args, const NeighborhoodPart& part, const NeighborhoodGrads& grads, void* scratch);
-  // Writes sums over `copies` arrays of `cells` x C numbers in Real to cells that are `step` numbers apart.
-  void (*write_cells)(
-      const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t cells, void* to, int64_t step);
+  // Writes sums over `copies` arrays of `pixels` x C numbers in Real to pixels that are `step` numbers apart.
+  void (*write_pixels)(
+      const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t pixels, void* to, int64_t step);
 };
 
-const NeighborhoodKernels& neighborhood_baseline();
-#if defined(__x86_64__)
-const NeighborhoodKernels& neighborhood_avx2();
-const NeighborhoodKernels& neighborhood_avx512();
-#endif
-
 // Run the kernels in parallel; results do not depend on the number of threads. Gradients of query, key and value are
-// [B, H * W, heads, C] in their dtype; by_bias is in Real, or null.
+// [B, H * W, heads, C] in their dtype; grad_bias is in Real, or null.
 void neighborhood_forward(const NeighborhoodArgs& args, void* out);
 void neighborhood_backward(
-    const NeighborhoodArgs& args, const HeadCells& out, void* by_query, void* by_key, void* by_value, void* by_bias);
+    const NeighborhoodArgs& args, const HeadPixels& out, void* grad_query, void* grad_key, void* grad_value,
+    void* grad_bias);
 
 }  // namespace dat

@@ -14,13 +14,37 @@ Tensor with_channels_side_by_side(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) < 2 ? tensor : torch::stable::contiguous(tensor);
 }
 
-HeadCells cells_of(const Tensor& tensor) {
+HeadPixels pixels_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// Of the shape of `tensor` [B, heads, cells, C], heads of a cell side by side in memory: [B, cells, heads, C].
-Tensor new_cells(const Tensor& tensor) {
+// A new tensor for `tensor`'s [B, heads, pixels, C] with the heads of a pixel side by side: [B, pixels, heads, C].
+Tensor new_pixels(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(2), tensor.size(1), tensor.size(3)});
+}
+
+constexpr const char* kOp = "neighborhood_attn";
+
+// Raises unless the arguments of a call fit together.
+void check(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, int64_t height,
+    int64_t width, int64_t kernel, int64_t dilation) {
+  STD_TORCH_CHECK(kernel > 0 && kernel % 2 == 1, kOp, ": kernel_size must be odd and positive, got ", kernel);
+  STD_TORCH_CHECK(dilation > 0, kOp, ": dilation must be at least 1, got ", dilation);
+  check_size(kOp, height, width);
+  STD_TORCH_CHECK(
+      kernel <= height / dilation && kernel <= width / dilation, kOp,
+      ": height and width must be at least kernel_size * dilation, got ", height, " x ", width, " for ", kernel, " * ",
+      dilation);
+  check_shape(kOp, query, "query", {kAny, kAny, height * width, kAny});
+  const int64_t heads = query.size(1), side = 2 * kernel - 1;
+  check_shape(kOp, key, "key", {query.size(0), heads, query.size(2), query.size(3)});
+  check_shape(kOp, value, "value", {query.size(0), heads, query.size(2), query.size(3)});
+  check_dtype(kOp, key, "key", query, "query");
+  check_dtype(kOp, value, "value", query, "query");
+  if (!bias) return;
+  check_shape(kOp, *bias, "bias", {heads, side, side});
+  check_real(kOp, query, *bias, "bias");
 }
 
 // The tensors of a call and the arguments that point to them.
@@ -36,36 +60,20 @@ struct Inputs {
         key(with_channels_side_by_side(key_)),
         value(with_channels_side_by_side(value_)),
         bias(contiguous(bias_)) {
-    constexpr const char* kOp = "neighborhood_attn";
-    const int64_t window = kernel * dilation;
-    STD_TORCH_CHECK(
-        height >= window && width >= window, kOp, ": height and width must be at least kernel_size * dilation = ", window);
-    STD_TORCH_CHECK(query.dim() == 4 && query.size(2) == height * width, kOp, ": query must be [B, h, height * width, c]");
-    for (const Tensor* other : {&key, &value}) {
-      bool fits = other->dim() == 4 && other->scalar_type() == query.scalar_type();
-      for (int64_t d = 0; fits && d < 4; d++) fits = other->size(d) == query.size(d);
-      STD_TORCH_CHECK(fits, kOp, ": key and value must have the shape and dtype of query");
-    }
     args.type = value_type(kOp, query);
     args.B = query.size(0), args.heads = query.size(1), args.H = height, args.W = width, args.C = query.size(3);
     args.kernel = kernel, args.dilation = dilation, args.scale = scale;
-    args.query = cells_of(query), args.key = cells_of(key), args.value = cells_of(value);
-    if (bias) {
-      check_real(kOp, query, *bias, "bias");
-      const int64_t side = 2 * kernel - 1;
-      STD_TORCH_CHECK(
-          bias->dim() == 3 && bias->size(0) == args.heads && bias->size(1) == side && bias->size(2) == side, kOp,
-          ": bias must be [h, 2 * kernel_size - 1, 2 * kernel_size - 1]");
-      args.bias = bias->const_data_ptr();
-    }
+    args.query = pixels_of(query), args.key = pixels_of(key), args.value = pixels_of(value);
+    args.bias = bias ? bias->const_data_ptr() : nullptr;
   }
 };
 
 Tensor forward(
     Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, int64_t height, int64_t width, int64_t kernel,
     int64_t dilation, double scale) {
+  check(query, key, value, bias, height, width, kernel, dilation);
   const Inputs inputs(query, key, value, bias, height, width, kernel, dilation, scale);
-  Tensor out = new_cells(inputs.query);
+  Tensor out = new_pixels(inputs.query);
   neighborhood_forward(inputs.args, out.mutable_data_ptr());
   return torch::stable::transpose(out, 1, 2);
 }
@@ -74,18 +82,21 @@ Tensor forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, int64_t height, int64_t width,
     int64_t kernel, int64_t dilation, double scale, bool /*deterministic*/) {
+  check(query, key, value, bias, height, width, kernel, dilation);
   const Inputs inputs(query, key, value, bias, height, width, kernel, dilation, scale);
+  check_shape(kOp, grad, "grad", {query.size(0), query.size(1), query.size(2), query.size(3)});
+  check_dtype(kOp, grad, "grad", query, "query");
   grad = with_channels_side_by_side(grad);
-  Tensor by_query = new_cells(inputs.query), by_key = new_cells(inputs.key), by_value = new_cells(inputs.value);
+  Tensor grad_query = new_pixels(inputs.query), grad_key = new_pixels(inputs.key), grad_value = new_pixels(inputs.value);
   // Where there is no bias the dtype is still that of the sums.
   const std::vector<int64_t> bias_size =
       bias ? std::vector<int64_t>{bias->size(0), bias->size(1), bias->size(2)} : std::vector<int64_t>{0};
-  Tensor by_bias = torch::stable::new_empty(inputs.query, bias_size, real_type(inputs.query));
+  Tensor grad_bias = torch::stable::new_empty(inputs.query, bias_size, real_type(inputs.query));
   neighborhood_backward(
-      inputs.args, cells_of(grad), by_query.mutable_data_ptr(), by_key.mutable_data_ptr(), by_value.mutable_data_ptr(),
-      bias ? by_bias.mutable_data_ptr() : nullptr);
-  const auto heads_first = [](const Tensor& cells) { return torch::stable::transpose(cells, 1, 2); };
-  return {heads_first(by_query), heads_first(by_key), heads_first(by_value), by_bias};
+      inputs.args, pixels_of(grad), grad_query.mutable_data_ptr(), grad_key.mutable_data_ptr(),
+      grad_value.mutable_data_ptr(), bias ? grad_bias.mutable_data_ptr() : nullptr);
+  const auto heads_first = [](const Tensor& pixels) { return torch::stable::transpose(pixels, 1, 2); };
+  return {heads_first(grad_query), heads_first(grad_key), heads_first(grad_value), grad_bias};
 }
 
 }  // namespace

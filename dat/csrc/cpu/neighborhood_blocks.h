@@ -1,12 +1,14 @@
-// What the kernels of neighborhood_attn are made of: registers turned between cells and channels, products of cells with
+// Building blocks of neighborhood_attn's kernels: registers turned between pixels and channels, products of pixels with
 // their neighbours, and sums of neighbours. No standard library here.
+#pragma once
 
 #include "vector.h"
 
 namespace dat {
 namespace DAT_ISA {
+namespace neighborhood {
 
-// Rows of queries (or of keys) that are worked on together share what they load.
+// Rows of queries (or of keys) processed together, so that each load serves all of them.
 constexpr int kRows = 3;
 // Shifts, and channels, whose sums for kRows rows fit into the registers.
 constexpr int kTaps = DAT_VECTOR_BYTES == 64 ? 7 : 4;
@@ -17,16 +19,6 @@ constexpr int64_t kLineBytes = 64;
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 inline int64_t at_most(int64_t count, int64_t limit) { return count < limit ? count : limit; }
 inline int64_t at_least(int64_t count, int64_t limit) { return count > limit ? count : limit; }
-
-template <typename Real>
-DAT_HOST_DEVICE Vec<Real, kLanes<Real>> load(const Real* from) {
-  return Load<Real, kLanes<Real>, Real>::from(from);
-}
-
-template <typename Real>
-DAT_HOST_DEVICE void store(Real* to, Vec<Real, kLanes<Real>> v) {
-  Store<Real, kLanes<Real>, Real>::to(to, v);
-}
 
 // Loads a register for several uses. Compilers would rather read memory again for every use, and reading a register from
 // between two cache lines takes twice as long as multiplying it.
@@ -75,18 +67,18 @@ DAT_HOST_DEVICE void store_some(T* to, Vec<Real, N> v, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = some[i];
 }
 
-// Turns `cells` cells of C channels, `step` numbers apart, into rows of channels `stride` numbers apart, times `factor`.
-// Cells are filled up to whole registers, and channels to `channels`, with zeros.
+// Turns `pixels` pixels of C channels, `step` numbers apart, into rows of channels `stride` numbers apart, times `factor`.
+// Pixels are filled up to whole registers, and channels to `channels`, with zeros.
 template <typename T, typename Real>
-void load_cells(
-    const T* from, int64_t step, int64_t cells, int64_t C, Real factor, Real* to, int64_t stride, int64_t channels) {
+void load_pixels(
+    const T* from, int64_t step, int64_t pixels, int64_t C, Real factor, Real* to, int64_t stride, int64_t channels) {
   constexpr int N = kLanes<Real>;
-  for (int64_t x = 0; x < cells; x += N) {
+  for (int64_t x = 0; x < pixels; x += N) {
     for (int64_t c = 0; c < channels; c += N) {
       Numbers<Real, N> tile[N];
-      for (int i = 0; i < N && x + N + i < cells; i++) __builtin_prefetch(from + (x + N + i) * step + c);
+      for (int i = 0; i < N && x + N + i < pixels; i++) __builtin_prefetch(from + (x + N + i) * step + c);
       for (int i = 0; i < N; i++)
-        tile[i].v = x + i < cells ? load_some<T, Real, N>(from + (x + i) * step + c, C - c) * factor : Vec<Real, N>{};
+        tile[i].v = x + i < pixels ? load_some<T, Real, N>(from + (x + i) * step + c, C - c) * factor : Vec<Real, N>{};
       transpose(tile);
       const int64_t rows = at_most(N, channels - c);
       for (int64_t i = 0; i < rows; i++) store(to + (c + i) * stride + x, tile[i].v);
@@ -96,34 +88,35 @@ void load_cells(
 
 // The other way round.
 template <typename T, typename Real>
-void store_cells(const Real* from, int64_t stride, int64_t cells, int64_t C, Real factor, T* to, int64_t step) {
+void store_pixels(const Real* from, int64_t stride, int64_t pixels, int64_t C, Real factor, T* to, int64_t step) {
   constexpr int N = kLanes<Real>;
-  for (int64_t x = 0; x < cells; x += N) {
+  for (int64_t x = 0; x < pixels; x += N) {
     for (int64_t c = 0; c < C; c += N) {
       Numbers<Real, N> tile[N];
       for (int i = 0; i < N; i++) tile[i].v = c + i < C ? load(from + (c + i) * stride + x) * factor : Vec<Real, N>{};
       transpose(tile);
-      const int64_t count = at_most(N, cells - x);
+      const int64_t count = at_most(N, pixels - x);
       for (int64_t i = 0; i < count; i++) store_some<T, Real, N>(to + (x + i) * step + c, tile[i].v, C - c);
     }
   }
 }
 
-// Products of M rows of a register of cells with T registers of the row `others`, each a cell further than the one before:
+// Products of M rows of a register of pixels with T registers of the row `others`, each a pixel further than the one before:
 // to[m] gets them `to_step` numbers apart.
 template <typename Real, int M, int T>
 void multiply(
-    const Real* cells, int64_t row, const Real* others, int64_t stride, int64_t channels, Real* const* to, int64_t to_step) {
+    const Real* pixels, int64_t row, const Real* others, int64_t stride, int64_t channels, Real* const* to,
+    int64_t to_step) {
   Vec<Real, kLanes<Real>> sums[M][T] = {};
   for (int64_t c = 0; c < channels; c++) {
-    Vec<Real, kLanes<Real>> cell[M];
+    Vec<Real, kLanes<Real>> pixel[M];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) cell[m] = load_once(cells + m * row + c * stride);
+    for (int m = 0; m < M; m++) pixel[m] = load_once(pixels + m * row + c * stride);
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
       const Vec<Real, kLanes<Real>> other = load_once(others + c * stride + t);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sums[m][t] += cell[m] * other;
+      for (int m = 0; m < M; m++) sums[m][t] += pixel[m] * other;
     }
   }
 #pragma GCC unroll 8
@@ -152,10 +145,10 @@ Multiply<Real> choose_multiply(int64_t rows, int64_t taps) {
   }
 }
 
-// A row of cells that goes into rows [begin, end) of sums, each with factors of its own.
+// A row of pixels that goes into rows [begin, end) of sums, each with factors of its own.
 template <typename Real>
 struct Source {
-  const Real* cells;
+  const Real* pixels;
   const Real* factors[kRows];
   int64_t begin, end;
 };
@@ -163,10 +156,10 @@ struct Source {
 template <typename Real>
 using Sums = Vec<Real, kLanes<Real>>[kRows][kChannels];
 
-// Adds `taps` registers of each channel of a source, each `cell_step` after the one before, times their factors.
+// Adds `taps` registers of each channel of a source, each `pixel_step` after the one before, times their factors.
 template <int kBegin, int kEnd, typename Real>
 DAT_HOST_DEVICE void add_source(
-    Sums<Real>& sums, const Source<Real>& source, const Real* cells, int64_t taps, int64_t factor_step, int64_t cell_step,
+    Sums<Real>& sums, const Source<Real>& source, const Real* pixels, int64_t taps, int64_t factor_step, int64_t pixel_step,
     int64_t stride) {
   for (int64_t t = 0; t < taps; t++) {
     Vec<Real, kLanes<Real>> factor[kEnd];
@@ -174,17 +167,17 @@ DAT_HOST_DEVICE void add_source(
     for (int m = kBegin; m < kEnd; m++) factor[m] = load_once(source.factors[m] + t * factor_step);
 #pragma GCC unroll 8
     for (int c = 0; c < kChannels; c++) {
-      const Vec<Real, kLanes<Real>> cell = load_once(cells + t * cell_step + c * stride);
+      const Vec<Real, kLanes<Real>> pixel = load_once(pixels + t * pixel_step + c * stride);
 #pragma GCC unroll 8
-      for (int m = kBegin; m < kEnd; m++) sums[m][c] += factor[m] * cell;
+      for (int m = kBegin; m < kEnd; m++) sums[m][c] += factor[m] * pixel;
     }
   }
 }
 
-// Adds sources to kRows rows of a register of cells, `row` numbers apart (or writes them, where nothing is there yet).
+// Adds sources to kRows rows of a register of pixels, `row` numbers apart (or writes them, where nothing is there yet).
 template <typename Real>
 void add_sources(
-    const Source<Real>* sources, int64_t count, int64_t taps, int64_t factor_step, int64_t cell_step, int64_t stride,
+    const Source<Real>* sources, int64_t count, int64_t taps, int64_t factor_step, int64_t pixel_step, int64_t stride,
     int64_t channels, bool fresh, Real* to, int64_t row) {
   for (int64_t first = 0; first < channels; first += kChannels) {
     Sums<Real> sums;
@@ -196,15 +189,15 @@ void add_sources(
         sums[m][c] = fresh ? Vec<Real, kLanes<Real>>{} : load(place + m * row + c * stride);
     for (int64_t s = 0; s < count; s++) {
       const Source<Real>& source = sources[s];
-      const Real* cells = source.cells + first * stride;
+      const Real* pixels = source.pixels + first * stride;
       static_assert(kRows == 3);
       switch (source.begin * 4 + source.end) {
-        case 1: add_source<0, 1>(sums, source, cells, taps, factor_step, cell_step, stride); break;
-        case 2: add_source<0, 2>(sums, source, cells, taps, factor_step, cell_step, stride); break;
-        case 3: add_source<0, 3>(sums, source, cells, taps, factor_step, cell_step, stride); break;
-        case 6: add_source<1, 2>(sums, source, cells, taps, factor_step, cell_step, stride); break;
-        case 7: add_source<1, 3>(sums, source, cells, taps, factor_step, cell_step, stride); break;
-        case 11: add_source<2, 3>(sums, source, cells, taps, factor_step, cell_step, stride); break;
+        case 1: add_source<0, 1>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 2: add_source<0, 2>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 3: add_source<0, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 6: add_source<1, 2>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 7: add_source<1, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 11: add_source<2, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
       }
     }
 #pragma GCC unroll 8
@@ -214,5 +207,6 @@ void add_sources(
   }
 }
 
+}  // namespace neighborhood
 }  // namespace DAT_ISA
 }  // namespace dat

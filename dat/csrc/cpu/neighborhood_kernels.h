@@ -1,14 +1,16 @@
 // The kernels of neighborhood_attn, compiled once for each instruction set: see vector.h. No standard library here.
 //
-// Rows of cells are turned so that a register holds a channel of neighbouring cells: what query x and key x + shift have to
-// do with each other is then one multiplication for as many x. Windows that a border moves have other shifts than the rest:
-// registers that meet them go through all their shifts, and mask.
+// Rows of pixels are turned so that a register holds a channel of neighbouring pixels: what query x and key x + shift have
+// to do with each other is then one multiplication for as many x. Windows that a border moves have other shifts than the
+// rest: registers that meet them go through all their shifts, and mask.
+#pragma once
 
 #include "neighborhood.h"
 #include "neighborhood_blocks.h"
 
 namespace dat {
 namespace DAT_ISA {
+namespace neighborhood {
 
 // Scratch memory and the steps of one thread.
 template <typename T, typename Real>
@@ -32,17 +34,17 @@ class Neighborhood {
     const int64_t window_rows = most_rows + K - 1;
     query_ = take(kRows * row_size), out_ = take(kRows * row_size);
     key_ = take(window_rows * row_size), value_ = take(window_rows * row_size);
-    // A register of cells at a time; in backward, whole rows, with zeros where there are no neighbours.
+    // A register of pixels at a time; in backward, whole rows, with zeros where there are no neighbours.
     tap_step = with_backward ? stride : N;
     window_step = side * tap_step;
     attention_ = take(kRows * K * window_step + 2 * pad);
     sources_ = reinterpret_cast<Source<Real>*>(take((K + kRows) * int64_t(sizeof(Source<Real>) / sizeof(Real))));
     if (with_backward) {
       grad_ = take(kRows * row_size);
-      by_attention_ = take(kRows * K * window_step + 2 * pad);
-      by_bias_ = take(side * side * N);
+      grad_attention_ = take(kRows * K * window_step + 2 * pad);
+      grad_bias_ = take(side * side * N);
       // Sums are taken kRows rows at a time, the last of which may lie below the window.
-      by_key_ = take((window_rows + kRows) * row_size), by_value_ = take((window_rows + kRows) * row_size);
+      grad_key_ = take((window_rows + kRows) * row_size), grad_value_ = take((window_rows + kRows) * row_size);
     }
   }
 
@@ -70,9 +72,9 @@ class Neighborhood {
   void backward(const NeighborhoodPart& part, const NeighborhoodGrads& grads) {
     begin(part);
     const int64_t window_rows = window(part.row_end - 1) + K - window_begin_;
-    __builtin_memset(by_key_, 0, window_rows * row_size * sizeof(Real));
-    __builtin_memset(by_value_, 0, window_rows * row_size * sizeof(Real));
-    __builtin_memset(by_bias_, 0, side * side * N * sizeof(Real));
+    __builtin_memset(grad_key_, 0, window_rows * row_size * sizeof(Real));
+    __builtin_memset(grad_value_, 0, window_rows * row_size * sizeof(Real));
+    __builtin_memset(grad_bias_, 0, side * side * N * sizeof(Real));
     for (int64_t i = part.row_begin; i < part.row_end; i += kRows) {
       const int64_t count = at_most(kRows, part.row_end - i);
       load_rows(args.query, i, i + count, Real(args.scale), query_);
@@ -85,20 +87,21 @@ class Neighborhood {
         prefetch(args.key, window_end_, window_end_ + kRows, x);
         prefetch(args.value, window_end_, window_end_ + kRows, x);
       }
-      store_rows(out_, i, count, Real(args.scale), static_cast<T*>(grads.by_query));
-      for (int64_t m = 0; m < count; m++) add_bias(i + m, by_attention_ + m * K * window_step);
+      store_rows(out_, i, count, Real(args.scale), static_cast<T*>(grads.grad_query));
+      for (int64_t m = 0; m < count; m++) add_bias(i + m, grad_attention_ + m * K * window_step);
       add_queries(i, count);
     }
     const int64_t C = args.C;
     for (int64_t r = 0; r < window_rows; r++) {
       const int64_t place = r * part.columns * C;
-      store_cells(
-          by_key_ + r * row_size + pad, stride, part.columns, C, Real(1), static_cast<Real*>(grads.by_key) + place, C);
-      store_cells(
-          by_value_ + r * row_size + pad, stride, part.columns, C, Real(1), static_cast<Real*>(grads.by_value) + place, C);
+      store_pixels(
+          grad_key_ + r * row_size + pad, stride, part.columns, C, Real(1), static_cast<Real*>(grads.grad_key) + place, C);
+      store_pixels(
+          grad_value_ + r * row_size + pad, stride, part.columns, C, Real(1), static_cast<Real*>(grads.grad_value) + place,
+          C);
     }
     for (int64_t k = 0; k < side * side; k++)
-      static_cast<Real*>(grads.by_bias)[k] = Sum<Real, N>::of(load(by_bias_ + k * N));
+      static_cast<Real*>(grads.grad_bias)[k] = Sum<Real, N>::of(load(grad_bias_ + k * N));
   }
 
  private:
@@ -108,7 +111,7 @@ class Neighborhood {
     int64_t x, place, first, taps;
     // Whether a border moves some of the windows.
     bool masked;
-    // Of queries: how far their windows begin before them.
+    // For queries: how far their windows begin before them.
     I reach;
   };
 
@@ -122,7 +125,7 @@ class Neighborhood {
   int64_t window_begin_, window_end_;
   Real *query_, *out_, *key_, *value_, *attention_;
   Source<Real>* sources_;
-  Real *grad_, *by_attention_, *by_bias_, *by_key_, *by_value_;
+  Real *grad_, *grad_attention_, *grad_bias_, *grad_key_, *grad_value_;
 
   Real* take(int64_t count) {
     Real* taken = reinterpret_cast<Real*>(scratch_) + used_;
@@ -145,39 +148,39 @@ class Neighborhood {
     load_rows(args.value, begin, window_end_, 1, value_ + place);
   }
 
-  // The cell that a row of the part's map begins with, counted in the whole map.
-  int64_t first_cell(int64_t row) const { return (part_->first_row + row * args.dilation) * args.W + part_->first_column; }
+  // The pixel that a row of the part's map begins with, counted in the whole map.
+  int64_t first_pixel(int64_t row) const { return (part_->first_row + row * args.dilation) * args.W + part_->first_column; }
 
-  const T* head_of(const HeadCells& cells) const {
-    return static_cast<const T*>(cells.data) + part_->image * cells.image + part_->head * cells.head;
+  const T* head_of(const HeadPixels& pixels) const {
+    return static_cast<const T*>(pixels.data) + part_->image * pixels.image + part_->head * pixels.head;
   }
 
-  // Asks for a register of cells of rows [begin, end), as far as the map has them, while there is other work to do: heads
+  // Asks for a register of pixels of rows [begin, end), as far as the map has them, while there is other work to do: heads
   // lie far apart in memory, where the processor expects nothing.
-  void prefetch(const HeadCells& from, int64_t begin, int64_t end, int64_t x) {
+  void prefetch(const HeadPixels& from, int64_t begin, int64_t end, int64_t x) {
     const T* head = head_of(from);
-    const int64_t cells = at_most(N, part_->columns - x), step = from.cell * args.dilation;
+    const int64_t pixels = at_most(N, part_->columns - x), step = from.pixel * args.dilation;
     for (int64_t r = begin; r < at_most(end, part_->rows); r++) {
-      const T* cell = head + first_cell(r) * from.cell + x * step;
-      for (int64_t i = 0; i < cells; i++, cell += step)
-        for (int64_t c = 0; c < args.C; c += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(cell + c);
+      const T* pixel = head + first_pixel(r) * from.pixel + x * step;
+      for (int64_t i = 0; i < pixels; i++, pixel += step)
+        for (int64_t c = 0; c < args.C; c += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(pixel + c);
     }
   }
 
-  void load_rows(const HeadCells& from, int64_t begin, int64_t end, Real factor, Real* to) {
+  void load_rows(const HeadPixels& from, int64_t begin, int64_t end, Real factor, Real* to) {
     const T* head = head_of(from);
     for (int64_t r = begin; r < end; r++, to += row_size) {
-      const T* cells = head + first_cell(r) * from.cell;
-      load_cells(cells, from.cell * args.dilation, part_->columns, args.C, factor, to + pad, stride, channels);
+      const T* pixels = head + first_pixel(r) * from.pixel;
+      load_pixels(pixels, from.pixel * args.dilation, part_->columns, args.C, factor, to + pad, stride, channels);
     }
   }
 
   void store_rows(const Real* from, int64_t first, int64_t count, Real factor, T* to) {
-    const int64_t cell = args.heads * args.C;
-    T* head = to + part_->image * args.H * args.W * cell + part_->head * args.C;
+    const int64_t pixel = args.heads * args.C;
+    T* head = to + part_->image * args.H * args.W * pixel + part_->head * args.C;
     for (int64_t m = 0; m < count; m++, from += row_size) {
-      T* cells = head + first_cell(first + m) * cell;
-      store_cells(from + pad, stride, part_->columns, args.C, factor, cells, cell * args.dilation);
+      T* pixels = head + first_pixel(first + m) * pixel;
+      store_pixels(from + pad, stride, part_->columns, args.C, factor, pixels, pixel * args.dilation);
     }
   }
 
@@ -210,7 +213,7 @@ class Neighborhood {
   }
 
   // Products of queries with their keys, or of anything that has their places.
-  void multiply_rows(int64_t first, int64_t count, const Block& block, const Real* cells, const Real* others, Real* to) {
+  void multiply_rows(int64_t first, int64_t count, const Block& block, const Real* pixels, const Real* others, Real* to) {
     for (int64_t r = window(first); r < window(first + count - 1) + K; r++) {
       int64_t begin, end;
       rows_with(r, first, count, begin, end);
@@ -221,7 +224,7 @@ class Neighborhood {
         Real* places[kRows];
         for (int64_t m = begin; m < end; m++) places[m - begin] = to + score(first, m, r, block.first + tap) + block.place;
         choose_multiply<Real>(end - begin, taps)(
-            cells + begin * row_size + pad + block.x, row_size, row + tap, stride, channels, places, tap_step);
+            pixels + begin * row_size + pad + block.x, row_size, row + tap, stride, channels, places, tap_step);
       }
     }
   }
@@ -270,13 +273,13 @@ class Neighborhood {
     }
   }
 
-  // Sums of the rows of `cells` that are in the windows of a block of queries, times their factors.
-  void add_keys(int64_t first, int64_t count, const Block& block, const Real* factors, const Real* cells, Real* to) {
+  // Sums of the rows of `pixels` that are in the windows of a block of queries, times their factors.
+  void add_keys(int64_t first, int64_t count, const Block& block, const Real* factors, const Real* pixels, Real* to) {
     int64_t sources = 0;
     for (int64_t r = window(first); r < window(first + count - 1) + K; r++) {
       Source<Real>& source = sources_[sources++];
       rows_with(r, first, count, source.begin, source.end);
-      source.cells = cells + (r - window_begin_) * row_size + pad + block.x + block.first;
+      source.pixels = pixels + (r - window_begin_) * row_size + pad + block.x + block.first;
       for (int64_t m = source.begin; m < source.end; m++)
         source.factors[m] = factors + score(first, m, r, block.first) + block.place;
     }
@@ -286,30 +289,30 @@ class Neighborhood {
   // Attention, its gradient by the scores, and the gradient by the queries of a block.
   void differentiate(int64_t first, int64_t count, const Block& block) {
     multiply_rows(first, count, block, query_, key_, attention_);
-    multiply_rows(first, count, block, grad_, value_, by_attention_);
+    multiply_rows(first, count, block, grad_, value_, grad_attention_);
     for (int64_t m = 0; m < count; m++) {
       const int64_t place = m * K * window_step;
       softmax(first + m, block, attention_ + place);
       const int64_t start = place + (block.first + K - 1) * tap_step + block.place;
       const Real* attention = attention_ + start;
       V mean = {};
-      for_scores(block, by_attention_ + start, [&](V by, int64_t k) {
+      for_scores(block, grad_attention_ + start, [&](V by, int64_t k) {
         mean += by * load(attention + k);
         return by;
       });
-      for_scores(block, by_attention_ + start, [&](V by, int64_t k) { return (by - mean) * load(attention + k); });
+      for_scores(block, grad_attention_ + start, [&](V by, int64_t k) { return (by - mean) * load(attention + k); });
     }
-    add_keys(first, count, block, by_attention_, key_, out_);
+    add_keys(first, count, block, grad_attention_, key_, out_);
   }
 
-  void add_bias(int64_t row, const Real* by_scores) {
+  void add_bias(int64_t row, const Real* grad_scores) {
     const int64_t first = window(row) - row + K - 1;
     for (int64_t a = 0; a < K; a++) {
       for (int64_t t = 0; t < side; t++) {
-        const Real* place = by_scores + a * window_step + t * tap_step + pad;
-        V sum = load(by_bias_ + ((first + a) * side + t) * N);
+        const Real* place = grad_scores + a * window_step + t * tap_step + pad;
+        V sum = load(grad_bias_ + ((first + a) * side + t) * N);
         for (int64_t x = 0; x < part_->columns; x += N) sum += load(place + x);
-        store(by_bias_ + ((first + a) * side + t) * N, sum);
+        store(grad_bias_ + ((first + a) * side + t) * N, sum);
       }
     }
   }
@@ -321,14 +324,14 @@ class Neighborhood {
       for (int64_t x = 0; x < part_->columns; x += N) {
         const Block block = key_block(x);
         const int64_t place = (r - window_begin_) * row_size + pad + x;
-        add_rows(first, count, r, at_most(r + kRows, end), block, attention_, grad_, by_value_ + place);
-        add_rows(first, count, r, at_most(r + kRows, end), block, by_attention_, query_, by_key_ + place);
+        add_rows(first, count, r, at_most(r + kRows, end), block, attention_, grad_, grad_value_ + place);
+        add_rows(first, count, r, at_most(r + kRows, end), block, grad_attention_, query_, grad_key_ + place);
       }
     }
   }
 
   void add_rows(
-      int64_t first, int64_t count, int64_t r, int64_t end, const Block& block, const Real* factors, const Real* cells,
+      int64_t first, int64_t count, int64_t r, int64_t end, const Block& block, const Real* factors, const Real* pixels,
       Real* to) {
     int64_t sources = 0;
     const int64_t column = pad + block.x - block.first;
@@ -338,7 +341,7 @@ class Neighborhood {
       source.end = at_most(window(first + m) + K, end) - r;
       if (source.begin >= source.end) continue;
       sources++;
-      source.cells = cells + m * row_size + column;
+      source.pixels = pixels + m * row_size + column;
       for (int64_t k = source.begin; k < source.end; k++)
         source.factors[k] = factors + score(first, m, r + k, block.first) + column;
     }
@@ -362,10 +365,10 @@ void backward(const NeighborhoodArgs& args, const NeighborhoodPart& part, const 
 }
 
 template <typename T, typename Real>
-void write_cells(
-    const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t cells, void* to, int64_t step) {
+void write_pixels(
+    const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t pixels, void* to, int64_t step) {
   constexpr int N = kLanes<Real>;
-  for (int64_t x = 0; x < cells; x++) {
+  for (int64_t x = 0; x < pixels; x++) {
     for (int64_t c = 0; c < args.C; c += N) {
       const int64_t place = x * args.C + c, count = args.C - c;
       Vec<Real, N> sum = load_some<Real, Real, N>(static_cast<const Real*>(sums[0]) + place, count);
@@ -375,36 +378,26 @@ void write_cells(
   }
 }
 
-// Calls one of the templates above for the dtype of the values.
-#define DAT_FOR_VALUE_TYPE(function, ...)                                     \
-  switch (args.type) {                                                        \
-    case ValueType::kFloat64: return function<double, double>(__VA_ARGS__);   \
-    case ValueType::kBFloat16: return function<BFloat16, float>(__VA_ARGS__); \
-    case ValueType::kFloat16: return function<Float16, float>(__VA_ARGS__);   \
-    default: return function<float, float>(__VA_ARGS__);                      \
-  }
-
 inline int64_t scratch_bytes_any(const NeighborhoodArgs& args, int64_t most_rows, bool with_backward) {
-  DAT_FOR_VALUE_TYPE(scratch_bytes, args, most_rows, with_backward)
+  DAT_FOR_VALUE_TYPE(args.type, scratch_bytes, args, most_rows, with_backward);
 }
 
 inline void forward_any(const NeighborhoodArgs& args, const NeighborhoodPart& part, void* out, void* scratch) {
-  DAT_FOR_VALUE_TYPE(forward, args, part, out, scratch)
+  DAT_FOR_VALUE_TYPE(args.type, forward, args, part, out, scratch);
 }
 
 inline void backward_any(
     const NeighborhoodArgs& args, const NeighborhoodPart& part, const NeighborhoodGrads& grads, void* scratch) {
-  DAT_FOR_VALUE_TYPE(backward, args, part, grads, scratch)
+  DAT_FOR_VALUE_TYPE(args.type, backward, args, part, grads, scratch);
 }
 
-inline void write_cells_any(
-    const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t cells, void* to, int64_t step) {
-  DAT_FOR_VALUE_TYPE(write_cells, args, sums, copies, cells, to, step)
+inline void write_pixels_any(
+    const NeighborhoodArgs& args, const void* const* sums, int64_t copies, int64_t pixels, void* to, int64_t step) {
+  DAT_FOR_VALUE_TYPE(args.type, write_pixels, args, sums, copies, pixels, to, step);
 }
 
-#undef DAT_FOR_VALUE_TYPE
+constexpr NeighborhoodKernels kKernels = {scratch_bytes_any, forward_any, backward_any, write_pixels_any};
 
-constexpr NeighborhoodKernels kNeighborhood = {scratch_bytes_any, forward_any, backward_any, write_cells_any};
-
+}  // namespace neighborhood
 }  // namespace DAT_ISA
 }  // namespace dat

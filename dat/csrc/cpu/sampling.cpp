@@ -1,15 +1,11 @@
-// Shares the work of the sampling ops out among threads, and chooses the instruction set.
-#include "sampling.h"
-
+// Divides the work of the sampling ops among threads.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <vector>
 
+#include "kernels.h"
 #include "scratch.h"
 
 namespace dat {
@@ -45,7 +41,7 @@ struct Tile {
   int64_t image, first, rows, columns, width;
 };
 
-// Where every cell asks, queries of a tile find each other's cells still in the cache, which those of a long row do not.
+// If every pixel is a query, queries of a tile find each other's pixels in the cache, which queries of a long row do not.
 std::vector<Tile> make_tiles(const SampleArgs& args) {
   constexpr int kSide = 16;
   std::vector<Tile> tiles;
@@ -71,7 +67,7 @@ void forward_tiles(const SampleArgs& args, void* out) {
       for (int64_t y = 0; y < tiles[t].rows; y++) {
         const int64_t first = tiles[t].first + y * tiles[t].width;
         const Part part = make_part(args, tiles[t].image, 0, args.H, first, first + tiles[t].columns);
-        sample_kernels().forward(args, part, out, scratch.get());
+        kernels().sampling.forward(args, part, out, scratch.get());
       }
     }
   });
@@ -86,7 +82,7 @@ void forward_queries(const SampleArgs& args, void* out) {
     while (begin < end) {
       const int64_t first = begin % args.Q, last = std::min(args.Q, first + end - begin);
       const Part part = make_part(args, begin / args.Q, 0, args.H, first, last);
-      sample_kernels().forward(args, part, out, scratch.get());
+      kernels().sampling.forward(args, part, out, scratch.get());
       begin += last - first;
     }
   });
@@ -101,20 +97,20 @@ int64_t parts_per_head(int64_t heads, int64_t queries, int64_t threads) {
 }
 
 // Row 0 of a head in the gradient of `value`.
-char* head_rows(const SampleArgs& args, void* by_value, int64_t head) {
+char* head_rows(const SampleArgs& args, void* grad_value, int64_t head) {
   const int64_t number = (head / args.H * args.S * args.H + head % args.H) * args.D;
-  return static_cast<char*>(by_value) + number * value_bytes(args);
+  return static_cast<char*>(grad_value) + number * value_bytes(args);
 }
 
 // Adds up the sums that the parts of each head took, always in the same order.
-void add_parts(const SampleArgs& args, const char* sums, int64_t parts, void* by_value) {
+void add_parts(const SampleArgs& args, const char* sums, int64_t parts, void* grad_value) {
   const int64_t stride = args.H * args.D, row = args.D * real_bytes(args);
   torch::stable::parallel_for(0, args.B * args.H * args.S, 1024, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t head = begin / args.S, first = begin % args.S, count = std::min(args.S - first, end - begin);
       const char* from = sums + (head * parts * args.S + first) * row;
-      char* to = head_rows(args, by_value, head) + first * stride * value_bytes(args);
-      sample_kernels().write_rows(args, from, parts, args.S * args.D, to, stride, count);
+      char* to = head_rows(args, grad_value, head) + first * stride * value_bytes(args);
+      kernels().sampling.write_rows(args, from, parts, args.S * args.D, to, stride, count);
       begin += count;
     }
   });
@@ -122,7 +118,7 @@ void add_parts(const SampleArgs& args, const char* sums, int64_t parts, void* by
 
 // Every part adds to sums of its own, with a head's rows side by side: H * D numbers apart, often a power of two, they would
 // fall into few sets of the cache.
-void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t parts, void* by_value) {
+void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t parts, void* grad_value) {
   const int64_t heads = args.B * args.H, head_bytes = args.S * args.D * real_bytes(args);
   const Bytes shared = parts > 1 ? allocate(heads * parts * head_bytes) : nullptr;
   torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
@@ -131,66 +127,40 @@ void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t pa
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t head = unit / parts, index = unit % parts;
       Part part = make_part(args, head / args.H, head % args.H, 1, args.Q * index / parts, args.Q * (index + 1) / parts);
-      part.by_value = parts > 1 ? shared.get() + unit * head_bytes : own.get();
+      part.grad_value = parts > 1 ? shared.get() + unit * head_bytes : own.get();
       part.grad_stride = args.D;
-      zero(part.by_value, head_bytes);
-      sample_kernels().backward(args, part, grads, scratch.get());
+      zero(part.grad_value, head_bytes);
+      kernels().sampling.backward(args, part, grads, scratch.get());
       if (parts == 1)
-        sample_kernels().write_rows(args, part.by_value, 1, 0, head_rows(args, by_value, head), args.H * args.D, args.S);
+        kernels().sampling.write_rows(
+            args, part.grad_value, 1, 0, head_rows(args, grad_value, head), args.H * args.D, args.S);
     }
   });
-  if (parts > 1) add_parts(args, shared.get(), parts, by_value);
+  if (parts > 1) add_parts(args, shared.get(), parts, grad_value);
 }
 
 // For few samples: sums apart would take longer to copy than to add to.
-void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
+void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* grad_value) {
   const int64_t row = args.H * args.D, bytes = row * value_bytes(args);
   torch::stable::parallel_for(0, args.B * args.S, 1024, [&](int64_t begin, int64_t end) {
-    zero(static_cast<char*>(by_value) + begin * bytes, (end - begin) * bytes);
+    zero(static_cast<char*>(grad_value) + begin * bytes, (end - begin) * bytes);
   });
   torch::stable::parallel_for(0, args.B * args.H, 1, [&](int64_t begin, int64_t end) {
     const Bytes scratch = allocate(scratch_bytes(args));
     for (int64_t head = begin; head < end; head++) {
       Part part = make_part(args, head / args.H, head % args.H, 1, 0, args.Q);
-      part.by_value = head_rows(args, by_value, head);
+      part.grad_value = head_rows(args, grad_value, head);
       part.grad_stride = row;
-      sample_kernels().backward(args, part, grads, scratch.get());
+      kernels().sampling.backward(args, part, grads, scratch.get());
     }
   });
 }
 
 }  // namespace
 
-const char* instruction_set() {
-#if defined(__x86_64__)
-  // Tests run the kernels of every instruction set on one machine.
-  const char* asked = std::getenv("DAT_CPU_CAPABILITY");
-  const std::string wanted = asked && *asked ? asked : "AVX512";
-  STD_TORCH_CHECK(
-      wanted == "DEFAULT" || wanted == "AVX2" || wanted == "AVX512",
-      "DAT_CPU_CAPABILITY must be DEFAULT, AVX2 or AVX512, got ", wanted);
-  if (wanted == "AVX512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return "AVX512";
-  if (wanted != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return "AVX2";
-#endif
-  return "DEFAULT";
-}
-
-const SampleKernels& sample_kernels() {
-#if defined(__x86_64__)
-  static const char* set = instruction_set();
-  if (!std::strcmp(set, "AVX512")) return avx512_kernels();
-  if (!std::strcmp(set, "AVX2")) return avx2_kernels();
-#endif
-  return baseline_kernels();
-}
-
 void sample_forward(const SampleArgs& args, void* out) {
-  // What it has against DAT_CPU_CAPABILITY is better said before there are threads.
-  sample_kernels();
+  // An error in DAT_CPU_CAPABILITY is raised here, before there are threads.
+  kernels();
   if (args.L * args.P == 0) {
     // The sum of no samples is zero; where samples are not summed, none are returned.
     if (args.weighted) zero(out, args.B * args.Q * args.H * args.D * value_bytes(args));
@@ -200,21 +170,21 @@ void sample_forward(const SampleArgs& args, void* out) {
   return args.Q == args.S ? forward_tiles(args, out) : forward_queries(args, out);
 }
 
-void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_value) {
+void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* grad_value) {
   if (args.L * args.P == 0) {
-    zero(by_value, args.B * args.S * args.H * args.D * value_bytes(args));
+    zero(grad_value, args.B * args.S * args.H * args.D * value_bytes(args));
     // Points and boxes that nothing is sampled around still have gradients.
-    if (grads.by_reference)
-      zero(grads.by_reference, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
+    if (grads.grad_reference)
+      zero(grads.grad_reference, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
     return;
   }
-  // What few samples add takes less time than sums of their own, so that these need not be shared out or converted.
+  // Few samples take less time than separate sums, which would have to be divided among threads and converted.
   const bool few = args.Q * args.L * args.P < args.S;
   const int64_t parts = few ? 1 : parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
   if (few && value_bytes(args) == real_bytes(args))
-    backward_in_place(args, grads, by_value);
+    backward_in_place(args, grads, grad_value);
   else
-    backward_apart(args, grads, parts, by_value);
+    backward_apart(args, grads, parts, grad_value);
 }
 
 }  // namespace dat

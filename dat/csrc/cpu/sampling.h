@@ -1,4 +1,4 @@
-// What the CPU registrations of the sampling ops and their kernels for each instruction set have in common.
+// Arguments that the CPU registrations of the sampling ops pass to their kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -30,24 +30,24 @@ struct SampleArgs {
   bool narrow;
 };
 
-// Gradients: `out` is given, the others are written, each in the dtype of what it is the gradient of. by_reference [B, Q, H,
-// L, 2 or 4] is each head's share of it, in Real, or null where nobody asks for it.
+// Gradients: `out` is given, the others are written, each in the dtype of what it is the gradient of. grad_reference [B, Q,
+// H, L, 2 or 4] holds each head's contribution, in Real, or is null if not needed.
 struct SampleGrads {
   const void* out;
-  void* by_locations;
-  void* by_weights;
-  void* by_reference;
-  void* by_offsets;
-  void* by_logits;
+  void* grad_locations;
+  void* grad_weights;
+  void* grad_reference;
+  void* grad_offsets;
+  void* grad_logits;
 };
 
-// What one thread does at a time: some queries of some heads of an image. `value` is row 0 of the first of the heads,
-// `by_value` its gradient in Real; rows are `stride` and `grad_stride` numbers apart, heads D.
+// The unit of work of a thread: some queries of some heads of an image. `value` is row 0 of the first of the heads,
+// `grad_value` its gradient in Real; rows are `stride` and `grad_stride` numbers apart, heads D.
 struct Part {
   int64_t image, head_begin, head_end, query_begin, query_end;
   const void* value;
   int64_t stride;
-  void* by_value;
+  void* grad_value;
   int64_t grad_stride;
 };
 
@@ -62,7 +62,7 @@ inline int64_t scratch_bytes(const SampleArgs& args) {
 
 struct SampleKernels {
   void (*forward)(const SampleArgs& args, const Part& part, void* out, void* scratch);
-  // Adds to by_value: parts that run at the same time must not share rows and channels of it.
+  // Adds to grad_value: parts that run concurrently must not write the same rows and channels.
   void (*backward)(const SampleArgs& args, const Part& part, const SampleGrads& grads, void* scratch);
   // Writes the sum over `copies` of `count` rows of D numbers in Real, `copy_stride` numbers apart, as rows of values that
   // are `stride` numbers apart.
@@ -71,19 +71,9 @@ struct SampleKernels {
       int64_t count);
 };
 
-const SampleKernels& baseline_kernels();
-#if defined(__x86_64__)
-const SampleKernels& avx2_kernels();
-const SampleKernels& avx512_kernels();
-#endif
-
-// The kernels of the best instruction set of this machine, and its name.
-const SampleKernels& sample_kernels();
-const char* instruction_set();
-
-// Run the kernels in parallel. Outputs and gradients are [B, Q, H, ...] as their ops describe; by_value is written, not
+// Run the kernels in parallel. Outputs and gradients are [B, Q, H, ...] as their ops describe; grad_value is written, not
 // added to, in the dtype of value.
 void sample_forward(const SampleArgs& args, void* out);
-void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* by_value);
+void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* grad_value);
 
 }  // namespace dat

@@ -1,10 +1,12 @@
 // The kernels of the sampling ops, compiled once for each instruction set: see vector.h. No standard library here.
+#pragma once
 
 #include "sampling.h"
 #include "vector.h"
 
 namespace dat {
 namespace DAT_ISA {
+namespace sampling {
 
 template <typename T, typename Real>
 DAT_HOST_DEVICE void read(const T* from, int64_t count, Real* to) {
@@ -67,8 +69,8 @@ class Batch {
   Real* corner_weights[4];
   Int* inside;
   Real *locations, *weights;
-  // Of backward: products of the corner rows with the output's gradient, and the gradients that follow from them.
-  Real *dots, *by_locations, *by_weights;
+  // For backward: products of the corner rows with the output's gradient, and the gradients that follow from them.
+  Real *dots, *grad_locations, *grad_weights;
 
   Batch(const SampleArgs& args, const Part& part, void* scratch)
       : args(args),
@@ -82,7 +84,7 @@ class Batch {
     for (int c = 0; c < 4; c++) corner_rows[c] = take<Int>(1), corner_weights[c] = take<Real>(1);
     inside = take<Int>(1), height_ = take<Int>(1), width_ = take<Int>(1), start_ = take<Int>(1);
     locations = take<Real>(2), weights = take<Real>(1), centers_ = take<Real>(2), units_ = take<Real>(2);
-    dots = take<Real>(4), by_locations = take<Real>(2), by_weights = take<Real>(1);
+    dots = take<Real>(4), grad_locations = take<Real>(2), grad_weights = take<Real>(1);
     for (int i = 0; i < 4; i++) x_[i] = take<Real>(1), y_[i] = take<Real>(1);
     for (int64_t k = 0; k < padded; k++) {
       const Level level = k < capacity * count ? args.levels[k / args.P % args.L] : Level{0, 0, 0};
@@ -125,10 +127,10 @@ class Batch {
           odd(low_columns[0], low_columns[1]).v, odd(high_columns[0], high_columns[1]).v};
       const SampleGrad<RealVec> grad = sample_grad(x, y, dot);
       const RealVec weight = args.weighted ? load(weights + k) : RealVec{} + 1;
-      const Numbers<Real, N> by_x = {weight * grad.x}, by_y = {weight * grad.y};
-      store(by_locations + 2 * k, zip<0>(by_x, by_y, Indices<N>()));
-      store(by_locations + 2 * k + N, zip<N / 2>(by_x, by_y, Indices<N>()));
-      store(by_weights + k, grad.weight);
+      const Numbers<Real, N> grad_x = {weight * grad.x}, grad_y = {weight * grad.y};
+      store(grad_locations + 2 * k, zip<0>(grad_x, grad_y, Indices<N>()));
+      store(grad_locations + 2 * k + N, zip<N / 2>(grad_x, grad_y, Indices<N>()));
+      store(grad_weights + k, grad.weight);
     }
   }
 
@@ -136,17 +138,17 @@ class Batch {
   template <typename U>
   DAT_HOST_DEVICE void write_points_gradients(const SampleGrads& grads) {
     RealVec sum = {};
-    for (int64_t k = 0; k < padded; k += N) sum += load(weights + k) * load(by_weights + k);
+    for (int64_t k = 0; k < padded; k += N) sum += load(weights + k) * load(grad_weights + k);
     const RealVec mean = RealVec{} + Sum<Real, N>::of(sum);
-    for (int64_t k = 0; k < padded; k += N) store(by_weights + k, load(weights + k) * (load(by_weights + k) - mean));
-    write(by_weights, count, static_cast<U*>(grads.by_logits) + row[0] * count);
-    if (grads.by_reference) write_reference_gradients<U>(grads);
+    for (int64_t k = 0; k < padded; k += N) store(grad_weights + k, load(weights + k) * (load(grad_weights + k) - mean));
+    write(grad_weights, count, static_cast<U*>(grads.grad_logits) + row[0] * count);
+    if (grads.grad_reference) write_reference_gradients<U>(grads);
     for (int64_t i = 0; i < 2 * padded; i += N) {
       // The unit of an infinite box is infinite, and its samples are outside: their gradient stays zero.
-      const RealVec by = load(by_locations + i);
-      store(by_locations + i, by == 0 ? RealVec{} : by * load(units_ + i));
+      const RealVec by = load(grad_locations + i);
+      store(grad_locations + i, by == 0 ? RealVec{} : by * load(units_ + i));
     }
-    write(by_locations, 2 * count, static_cast<U*>(grads.by_offsets) + 2 * row[0] * count);
+    write(grad_locations, 2 * count, static_cast<U*>(grads.grad_offsets) + 2 * row[0] * count);
   }
 
  private:
@@ -182,7 +184,7 @@ class Batch {
     return {pick<1, 2>(a, b, Indices<N>())};
   }
 
-  // Of what a head reads, rows lie a whole query apart, too far for the hardware to fetch them ahead.
+  // Rows that a head reads lie a whole query apart, too far for the hardware to prefetch them.
   static DAT_HOST_DEVICE void prefetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
   }
@@ -231,16 +233,16 @@ class Batch {
 
   template <typename U>
   DAT_HOST_DEVICE void write_reference_gradients(const SampleGrads& grads) {
-    Real* by_reference = static_cast<Real*>(grads.by_reference) + row[0] * args.L * args.reference_size;
+    Real* grad_reference = static_cast<Real*>(grads.grad_reference) + row[0] * args.L * args.reference_size;
     const U* offsets = static_cast<const U*>(args.offsets) + 2 * row[0] * count;
-    const Real* by = by_locations;
-    for (int64_t l = 0; l < args.L; l++, by_reference += args.reference_size) {
-      for (int64_t i = 0; i < args.reference_size; i++) by_reference[i] = 0;
+    const Real* by = grad_locations;
+    for (int64_t l = 0; l < args.L; l++, grad_reference += args.reference_size) {
+      for (int64_t i = 0; i < args.reference_size; i++) grad_reference[i] = 0;
       for (int64_t p = 0; p < args.P; p++, by += 2, offsets += 2) {
-        by_reference[0] += by[0], by_reference[1] += by[1];
+        grad_reference[0] += by[0], grad_reference[1] += by[1];
         // An infinite offset is outside: its gradient of zero must not become NaN.
         for (int i = 0; i < 2 && args.reference_size == 4; i++)
-          if (by[i] != 0) by_reference[2 + i] += by[i] * Load<Real, 1, U>::from(offsets + i)[0] / Real(2 * args.P);
+          if (by[i] != 0) grad_reference[2 + i] += by[i] * Load<Real, 1, U>::from(offsets + i)[0] / Real(2 * args.P);
       }
     }
   }
@@ -365,7 +367,7 @@ void forward(const SampleArgs& args, const Part& part, void* out, void* scratch)
   }
 }
 
-// Adds the shares of samples begin..end to the gradients of their corner rows, and the corner rows' products with the
+// Adds the contributions of samples begin..end to the gradients of their corner rows, and the corner rows' products with the
 // output's gradient to `dots`.
 template <typename T, typename Real>
 struct Scatter {
@@ -373,7 +375,7 @@ struct Scatter {
   const Batch<T, Real, true>& batch;
   const T* value;
   int64_t stride;
-  Real* by_value;
+  Real* grad_value;
   int64_t grad_stride, begin, end;
   const T* out;
 
@@ -388,11 +390,11 @@ struct Scatter {
       Vec<Real, N> products[4] = {};
       for (int c = 0; c < 4; c++) {
         const T* row = value + corners.rows[c][k] * stride + d;
-        Real* to = by_value + corners.rows[c][k] * grad_stride + d;
+        Real* to = grad_value + corners.rows[c][k] * grad_stride + d;
         const Real weight = corners.weights[c][k];
         for (int i = 0; i < K; i++) {
           products[c] += grad[i] * Load<Real, N, T>::from(row + i * N);
-          // Corners that were clamped into the map share a row: one is written before the next is read.
+          // Corners clamped into the map may be the same row: one is written before the next is read.
           add_to<Real, N>(to + i * N, weight * grad[i]);
         }
       }
@@ -407,11 +409,11 @@ void backward(const SampleArgs& args, const Part& part, const SampleGrads& grads
   while (batch.next()) {
     for (int64_t i = 0; i < batch.rows; i++) {
       const T* value = static_cast<const T*>(part.value) + batch.head[i] * args.D;
-      Real* by_value = static_cast<Real*>(part.by_value) + batch.head[i] * args.D;
+      Real* grad_value = static_cast<Real*>(part.grad_value) + batch.head[i] * args.D;
       const int64_t samples = args.weighted ? batch.count : 1, first = i * batch.count;
       const T* out = static_cast<const T*>(grads.out) + batch.row[i] * (batch.count / samples) * args.D;
       for (int64_t k = first; k < first + batch.count; k += samples, out += args.D) {
-        const Scatter<T, Real> scatter = {batch, value, part.stride, by_value, part.grad_stride, k, k + samples, out};
+        const Scatter<T, Real> scatter = {batch, value, part.stride, grad_value, part.grad_stride, k, k + samples, out};
         for_channels<kLanes<Real>>(scatter, 0, args.D);
       }
     }
@@ -422,9 +424,10 @@ void backward(const SampleArgs& args, const Part& part, const SampleGrads& grads
     }
     for (int64_t i = 0; i < batch.rows; i++) {
       const int64_t first = batch.row[i] * batch.count;
-      write(batch.by_locations + 2 * i * batch.count, 2 * batch.count, static_cast<Real*>(grads.by_locations) + 2 * first);
+      write(
+          batch.grad_locations + 2 * i * batch.count, 2 * batch.count, static_cast<Real*>(grads.grad_locations) + 2 * first);
       if (args.weighted)
-        write(batch.by_weights + i * batch.count, batch.count, static_cast<Real*>(grads.by_weights) + first);
+        write(batch.grad_weights + i * batch.count, batch.count, static_cast<Real*>(grads.grad_weights) + first);
     }
   }
 }
@@ -457,32 +460,22 @@ void write_rows(
   }
 }
 
-// Calls one of the templates above for the dtype of the values.
-#define DAT_FOR_VALUE_TYPE(function, ...)                                     \
-  switch (args.type) {                                                        \
-    case ValueType::kFloat32: return function<float, float>(__VA_ARGS__);     \
-    case ValueType::kFloat64: return function<double, double>(__VA_ARGS__);   \
-    case ValueType::kBFloat16: return function<BFloat16, float>(__VA_ARGS__); \
-    case ValueType::kFloat16: return function<Float16, float>(__VA_ARGS__);   \
-  }
-
 inline void forward_any(const SampleArgs& args, const Part& part, void* out, void* scratch) {
-  DAT_FOR_VALUE_TYPE(forward, args, part, out, scratch)
+  DAT_FOR_VALUE_TYPE(args.type, forward, args, part, out, scratch);
 }
 
 inline void backward_any(const SampleArgs& args, const Part& part, const SampleGrads& grads, void* scratch) {
-  DAT_FOR_VALUE_TYPE(backward, args, part, grads, scratch)
+  DAT_FOR_VALUE_TYPE(args.type, backward, args, part, grads, scratch);
 }
 
 inline void write_rows_any(
     const SampleArgs& args, const void* sums, int64_t copies, int64_t copy_stride, void* rows, int64_t stride,
     int64_t count) {
-  DAT_FOR_VALUE_TYPE(write_rows, args, sums, copies, copy_stride, rows, stride, count)
+  DAT_FOR_VALUE_TYPE(args.type, write_rows, args, sums, copies, copy_stride, rows, stride, count);
 }
-
-#undef DAT_FOR_VALUE_TYPE
 
 constexpr SampleKernels kKernels = {forward_any, backward_any, write_rows_any};
 
+}  // namespace sampling
 }  // namespace DAT_ISA
 }  // namespace dat

@@ -1,20 +1,31 @@
 // Fixed-width vectors on GCC's and Clang's vector extensions, included once for each instruction set.
 // DAT_ISA names the namespace and DAT_VECTOR_BYTES is the width of a register.
 // No standard library here: an inline function of it that is compiled for AVX-512 could be the one that the linker keeps.
+#pragma once
 
-#ifndef DAT_CPU_FLOAT_TYPES
-#define DAT_CPU_FLOAT_TYPES
+#include <cstdint>
+
+#include "../bilinear.h"
+
 namespace dat {
+
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
 };
-}  // namespace dat
-#endif
 
-namespace dat {
+// Calls a template <T, Real> for values of a `ValueType`.
+#define DAT_FOR_VALUE_TYPE(type, function, ...)                               \
+  switch (type) {                                                             \
+    case ValueType::kFloat32: return function<float, float>(__VA_ARGS__);     \
+    case ValueType::kFloat64: return function<double, double>(__VA_ARGS__);   \
+    case ValueType::kBFloat16: return function<BFloat16, float>(__VA_ARGS__); \
+    case ValueType::kFloat16: return function<Float16, float>(__VA_ARGS__);   \
+  }                                                                           \
+  __builtin_unreachable()
+
 namespace DAT_ISA {
 
 template <typename Real, int N>
@@ -163,6 +174,16 @@ struct Store<float, N, Float16> {
     return half | sign >> 16;
   }
 };
+
+template <typename Real>
+DAT_HOST_DEVICE Vec<Real, kLanes<Real>> load(const Real* from) {
+  return Load<Real, kLanes<Real>, Real>::from(from);
+}
+
+template <typename Real>
+DAT_HOST_DEVICE void store(Real* to, Vec<Real, kLanes<Real>> v) {
+  Store<Real, kLanes<Real>, Real>::to(to, v);
+}
 
 // The sum of all lanes. Halves stay in registers: through memory they would cost a store and a load at every step.
 template <typename Real, int N>

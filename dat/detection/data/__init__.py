@@ -1,37 +1,39 @@
-"""COCO-JSON detection data: annotations, augmentation, loaders."""
+"""Detection data: readers of formats, augmentation, loaders."""
 
-from dat.detection.data.coco import (
-    Category,
-    CocoAnnotations,
-    ImageRecord,
-    load_image,
-    read_categories,
-    read_coco,
-    read_sample,
-)
+import dat.detection.data.formats  # noqa: F401  registers the readers
+from dat.detection.data.formats.coco import read_categories, read_coco
 from dat.detection.data.loader import (
     AspectRatioBatchSampler,
     Batch,
     DetectionDataset,
     SameSizeBatchSampler,
     make_loader,
+    train_loader,
+    val_loader,
 )
+from dat.detection.data.readers import read_dataset, register_reader
+from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, read_sample
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
 __all__ = [
+    "Annotations",
     "AspectRatioBatchSampler",
     "Batch",
     "Category",
-    "CocoAnnotations",
     "DetectionDataset",
     "ImageRecord",
     "SameSizeBatchSampler",
+    "Sample",
     "load_image",
     "make_loader",
     "read_categories",
     "read_coco",
+    "read_dataset",
     "read_sample",
+    "register_reader",
     "resized_size",
+    "train_loader",
     "train_transform",
+    "val_loader",
     "val_transform",
 ]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dat.detection.data.coco import ImageRecord, load_image
+from dat.detection.data.records import ImageRecord, load_image
 
 
 class ImageCache:
-    """Images as load_image gives them, by path; filled before loaders start, whose forked workers share the memory.
+    """Images as load_image gives them, by path; filled before loaders start, whose forked workers use the same memory.
 
     Args:
         gib: most memory to use, in GiB.
@@ -37,5 +37,5 @@ class ImageCache:
             self._images.update(zip((record.path for record in chosen), images, strict=True))
 
     def get(self, path: Path) -> Tensor | None:
-        """The image, which nobody may change in place; None where it is not kept."""
+        """The image, not to be changed in place; None where it is not in memory."""
         return self._images.get(path)

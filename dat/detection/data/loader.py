@@ -7,29 +7,38 @@ the number of workers nor an interruption changes them.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert
 
+from dat.detection.config import DetectionConfig
 from dat.detection.data.cache import ImageCache
-from dat.detection.data.coco import ImageRecord, read_sample
-from dat.detection.data.transforms import Canvas, resized_size
-from dat.engine.loaders import loader_options
+from dat.detection.data.records import Annotations, ImageRecord, Sample, read_sample
+from dat.detection.data.transforms import Canvas, resized_size, train_transform, val_transform
+from dat.engine.distributed import Distributed
+from dat.engine.loaders import EpochBatchSampler, loader_options
 from dat.engine.seeds import isolated_rng
 
-Sample = tuple[Tensor, dict[str, Any]]
-Batch = tuple[Tensor, Tensor | None, list[dict[str, Any]]]
+
+class Batch(NamedTuple):
+    """Images [B, 3, H, W], mask [B, H, W] bool, True on padding (None where there is none), and B targets."""
+
+    images: Tensor
+    mask: Tensor | None
+    targets: list[dict[str, Any]]
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Items are asked for as (epoch, index) or (epoch, index, most rows, most columns): an image [3, H, W], its target.
+    """Items are asked for as (epoch, index) or (epoch, index, most rows, most columns).
 
-    A target has "boxes" [n, 4] cxcywh in 0..1 of the image, "labels" [n], "image_id", and "size" (height, width) in
-    pixels of the image file.
+    A target has "boxes" [n, 4] cxcywh in 0..1 of the image, "labels" [n], "image_id", "size" (height, width) in pixels
+    of the image file, and whatever else the reader and the transform put in.
     """
 
     def __init__(
@@ -39,10 +48,7 @@ class DetectionDataset(Dataset[Sample]):
         seed: int,
         cache: ImageCache | None = None,
     ):
-        self.records = records
-        self.transform = transform
-        self.seed = seed
-        self.cache = cache
+        self.records, self.transform, self.seed, self.cache = records, transform, seed, cache
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,35 +59,30 @@ class DetectionDataset(Dataset[Sample]):
         image, target = read_sample(record, None if self.cache is None else self.cache.get(record.path))
         if canvas:
             target["canvas"] = Canvas(*canvas)
-        # without workers this runs in the training process, whose own generator must not move
+        # Without workers this runs in the training process, whose own generator must not move.
         with isolated_rng(self.seed, epoch, index):
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
         boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
-        return image.as_subclass(Tensor), {
-            "boxes": boxes / torch.tensor([width, height, width, height], dtype=boxes.dtype),
-            "labels": target["labels"],
-            "image_id": record.id,
-            "size": (record.height, record.width),
-        }
+        target["boxes"] = boxes / torch.tensor([width, height, width, height], dtype=boxes.dtype)
+        target.pop("canvas", None)
+        return Sample(
+            image.as_subclass(Tensor), {**target, "image_id": record.id, "size": (record.height, record.width)}
+        )
 
 
-class AspectRatioBatchSampler(Sampler[list[tuple[int, ...]]]):
+class AspectRatioBatchSampler(EpochBatchSampler):
     """Batches of the keys of a DetectionDataset whose images have similar aspect ratios, so that little is padding.
 
-    An optimizer step takes `batch_size` images for each of its `accumulate` batches and each rank. The steps of an
-    epoch, which images they take and in which order, depend on the product of the three alone. Steps are all upright
-    or all wide but for the images left over from both kinds; what fills no step is left out of that epoch. Every rank
-    gets equally many batches; all have `batch_size` images, unless all images together are fewer than a step takes:
-    then they are dealt evenly, and repeated where that is needed.
+    The steps of an epoch, which images they take and in which order, depend on seed, epoch and the number of images of
+    a step alone. Steps are all upright or all wide except for the images left over from both kinds; a remainder that
+    fills no step is left out of that epoch. All batches have `batch_size` images, unless the data set is smaller than a
+    step: then its images are dealt evenly, and repeated where that is needed.
 
     Args:
         records: of the data set.
-        batch_size: images of a batch of one rank.
-        seed: of the run.
-        rank, world_size: this process and their number.
-        accumulate: batches of a step.
-        max_pixels: of a batch with its padding, 0: no limit. Each image is then limited to an equal share of them, of
+        batch_size, seed, rank, world_size, accumulate: see EpochBatchSampler.
+        max_pixels: of a batch with its padding, 0: no limit. Each image is then limited to an equal part of them, of
             the mean shape of its batch.
         pad_multiple: of the sides of a batch, in pixels.
     """
@@ -97,38 +98,12 @@ class AspectRatioBatchSampler(Sampler[list[tuple[int, ...]]]):
         max_pixels: int = 0,
         pad_multiple: int = 1,
     ):
+        super().__init__(len(records), batch_size, seed, rank, world_size, accumulate)
         self.aspect = np.array([record.width / record.height for record in records])
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
-        self.max_pixels = max_pixels
-        self.pad_multiple = pad_multiple
-        self.epoch = 0
-        self.start = 0
-
-    def set_position(self, epoch: int, start: int = 0) -> None:
-        """The next iteration gives the batches of `epoch`, but for those of the first `start` steps."""
-        self.epoch = epoch
-        self.start = start
-
-    @property
-    def images(self) -> int:
-        """Images of a step, over all its batches and ranks."""
-        return self.batch_size * self.accumulate * self.world_size
-
-    @property
-    def steps(self) -> int:
-        """Steps of a whole epoch, whatever `start` is."""
-        return max(1, len(self.aspect) // self.images)
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch, whatever `start` is."""
-        return self.steps * self.accumulate
+        self.max_pixels, self.pad_multiple = max_pixels, pad_multiple
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        for step in self._steps()[self.start :]:
+        for step in self._steps()[self.first_step :]:
             batches = step.reshape(self.accumulate, self.world_size, -1)
             for batch in batches[:, self.rank]:
                 canvas = self._canvas(batch)
@@ -140,8 +115,7 @@ class AspectRatioBatchSampler(Sampler[list[tuple[int, ...]]]):
         order = generator.permutation(len(self.aspect))
         size, parts = self.images, self.accumulate * self.world_size
         if len(order) < size:
-            share = -(-len(order) // parts)
-            return [np.resize(order, share * parts)]
+            return [np.resize(order, -(-len(order) // parts) * parts)]
         wide = self.aspect[order] > 1
         steps, rest = [], []
         for kind in (order[wide], order[~wide]):
@@ -156,9 +130,9 @@ class AspectRatioBatchSampler(Sampler[list[tuple[int, ...]]]):
         """Splits images, a multiple of a step's, into steps of similar aspect ratio: sorted among ten steps' images."""
         steps: list[np.ndarray] = []
         for start in range(0, len(order), 10 * self.images):
-            some = order[start : start + 10 * self.images]
-            some = some[np.argsort(self.aspect[some], kind="stable")]
-            steps += np.split(some, len(some) // self.images)
+            chunk = order[start : start + 10 * self.images]
+            chunk = chunk[np.argsort(self.aspect[chunk], kind="stable")]
+            steps += np.split(chunk, len(chunk) // self.images)
         return steps
 
     def _canvas(self, batch: np.ndarray) -> tuple[int, ...]:
@@ -166,16 +140,16 @@ class AspectRatioBatchSampler(Sampler[list[tuple[int, ...]]]):
         if not self.max_pixels:
             return ()
         multiple = self.pad_multiple
-        share = self.max_pixels / len(batch)
+        pixels = self.max_pixels / len(batch)
         aspect = math.sqrt(self.aspect[batch].min() * self.aspect[batch].max())
-        rows = max(1, math.floor(math.sqrt(share / aspect) / multiple)) * multiple
-        return rows, max(1, math.floor(share / rows / multiple)) * multiple
+        rows = max(1, math.floor(math.sqrt(pixels / aspect) / multiple)) * multiple
+        return rows, max(1, math.floor(pixels / rows / multiple)) * multiple
 
 
 class SameSizeBatchSampler(Sampler[list[tuple[int, ...]]]):
     """Batches, for evaluation, of images that are resized to the same size, so that AP is the same at any batch size.
 
-    Each rank gets every `world_size`-th batch; ranks may differ in how many they get.
+    Each rank gets every `world_size`-th batch; some ranks may get one more than others.
     """
 
     def __init__(
@@ -187,7 +161,7 @@ class SameSizeBatchSampler(Sampler[list[tuple[int, ...]]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        by_size = defaultdict(list)
+        by_size: dict[tuple[int, int], list[tuple[int, ...]]] = defaultdict(list)
         for index, record in enumerate(records):
             by_size[resized_size(record.height, record.width, size, max_size)].append((0, index))
         batches = [
@@ -202,42 +176,69 @@ class SameSizeBatchSampler(Sampler[list[tuple[int, ...]]]):
         return iter(self.batches)
 
 
-class Collate:
-    """Pads the images of a batch, with zeros at the right and below, to the largest and a multiple of `pad_multiple`.
-
-    Gives images [B, 3, H, W], mask [B, H, W] bool, True on padding (None where there is none), and a list of targets.
-    """
-
-    def __init__(self, pad_multiple: int = 1):
-        self.pad_multiple = pad_multiple
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        images = [image for image, _ in samples]
-        height, width = (
-            -(-max(image.shape[axis] for image in images) // self.pad_multiple) * self.pad_multiple for axis in (1, 2)
-        )
-        targets = [target for _, target in samples]
-        if all(image.shape[1:] == (height, width) for image in images):
-            return torch.stack(images), None, targets
-        batch = images[0].new_zeros(len(images), 3, height, width)
-        mask = torch.ones(len(images), height, width, dtype=torch.bool)
-        for i, image in enumerate(images):
-            h, w = image.shape[1:]
-            batch[i, :, :h, :w] = image
-            mask[i, :h, :w] = False
-        return batch, mask, targets
+def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
+    """Pads images at the right and below, with zeros, to the largest sides rounded up to a multiple."""
+    sizes = [image.shape[-2:] for image, _ in samples]
+    height, width = (-(-max(sides) // pad_multiple) * pad_multiple for sides in zip(*sizes, strict=True))
+    paddings = [(0, width - w, 0, height - h) for h, w in sizes]
+    images, targets = zip(*samples, strict=True)
+    if not any(map(any, paddings)):
+        return Batch(torch.stack(images), None, list(targets))
+    masks = [F.pad(torch.zeros(size, dtype=torch.bool), p, value=True) for size, p in zip(sizes, paddings, strict=True)]
+    padded = [F.pad(image, p) for image, p in zip(images, paddings, strict=True)]
+    return Batch(torch.stack(padded), torch.stack(masks), list(targets))
 
 
 def make_loader(
-    dataset: DetectionDataset,
-    sampler: Sampler[list[tuple[int, ...]]],
-    pad_multiple: int,
-    workers: int,
-    pin_memory: bool,
+    dataset: Dataset[Any], sampler: Sampler[Any], pad_multiple: int, workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collate(pad_multiple),
+        collate_fn=partial(collate, pad_multiple=pad_multiple),
         **loader_options(workers, pin_memory),
     )
+
+
+def train_loader(
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
+    """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
+    data, split, train = config.data, config.data.train, config.train
+    transform = train_transform(
+        sizes=split.sizes,
+        max_size=split.max_size,
+        horizontal_flip=split.horizontal_flip,
+        vertical_flip=split.vertical_flip,
+        crop=split.crop,
+        crop_resize=split.crop_resize,
+        crop_min=split.crop_min,
+        crop_max=split.crop_max,
+        photometric=split.photometric,
+        mean=data.mean,
+        std=data.std,
+    )
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
+    sampler = AspectRatioBatchSampler(
+        annotations.records,
+        train.batch_size,
+        config.seed,
+        distributed.rank,
+        distributed.world_size,
+        train.accumulate,
+        split.max_pixels,
+        data.pad_multiple,
+    )
+    return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda"), sampler
+
+
+def val_loader(
+    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+) -> DataLoader[Batch]:
+    """The loader of this process's batches, resized as `data.val` says."""
+    data, split, train = config.data, config.data.val, config.train
+    transform = val_transform(size=split.size, max_size=split.max_size, mean=data.mean, std=data.std)
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
+    ranks = (distributed.rank, distributed.world_size)
+    sampler = SameSizeBatchSampler(annotations.records, train.eval_batch_size, split.size, split.max_size, *ranks)
+    return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda")

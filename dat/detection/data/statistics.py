@@ -1,200 +1,120 @@
-"""All that is wrong with a COCO annotation file and its images, where read_coco stops at the first problem."""
+"""What a split of a data set holds, and all that is wrong with it, where training stops at the first problem."""
 
 import hashlib
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from dat.detection.data.coco import (
-    Category,
-    clip_box,
-    load_image,
-    parse_annotation,
-    parse_category,
-    parse_crowd_and_area,
-    parse_image,
-    read_json,
-)
+from dat.detection.data.readers import Split, collecting, find_reader
+from dat.detection.data.records import Annotations, ImageRecord, load_image
+from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
 
 @dataclass
-class Survey(Findings):
-    """What a split holds. `boxes` [n, 4] float64 are (x, y, w, h) in pixels, clipped to their image; crowds included.
+class SplitAudit(Findings):
+    """A split: what could be read of it, its readable images by the digest of the file, and files that it lacks."""
 
-    `image_of` and `category_of` give the image and category id of each box, `hashes` the image ids by the digest of
-    the file; `files` are those listed, `unlisted` others in the folder of the images.
-    """
-
-    path: Path
-    categories: list[Category] = field(default_factory=list)
-    images: dict[int, dict[str, Any]] = field(default_factory=dict)
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    image_of: list[int] = field(default_factory=list)
-    category_of: list[int] = field(default_factory=list)
-    crowds: int = 0
-    hashes: dict[str, list[int]] = field(default_factory=dict)
-    files: set[Path] = field(default_factory=set)
+    annotations: Annotations
+    hashes: dict[str, list[ImageRecord]] = field(default_factory=lambda: defaultdict(list))
     unlisted: set[Path] = field(default_factory=set)
 
     def add(self, kind: str, example: str, stops: bool = False, count: int = 1) -> None:
-        """Counts a problem of a kind; what each message about this file opens with is left out."""
-        super().add(kind, example.removeprefix(f"{self.path}: ").removeprefix("is not COCO: "), stops, count)
+        """Counts a problem; its example need not repeat the file of the annotations."""
+        example = example.removeprefix(f"{self.annotations.path}: ").removeprefix("is not COCO: ")
+        super().add(kind, example, stops, count)
 
-    def objects(self) -> dict[int, int]:
-        """Number of boxes by category id, 0 for categories without."""
-        return {category.id: 0 for category in self.categories} | Counter(self.category_of)
+    @property
+    def sizes(self) -> np.ndarray:
+        """(width, height) [n, 2] float64 of all boxes in pixels, clipped to their images; crowds included."""
+        boxes = [record.boxes.astype(np.float64) for record in self.annotations.records]
+        joined = np.concatenate([np.zeros((0, 4)), *boxes])
+        return joined[:, 2:] - joined[:, :2]
 
-    def per_image(self) -> dict[int, int]:
-        """Number of boxes by image id, 0 for images without."""
-        return dict.fromkeys(self.images, 0) | Counter(self.image_of)
+    def resized_sides(self, size: int, max_size: int) -> np.ndarray:
+        """The shorter side [n] of every box when images are resized to a shortest edge of `size`, in pixels."""
+        records = self.annotations.records
+        scales = [resized_size(r.height, r.width, size, max_size)[0] / r.height for r in records]
+        return self.sizes.min(1, initial=np.inf) * np.repeat(scales, [len(r.boxes) for r in records])
+
+    def objects(self) -> np.ndarray:
+        """Number of boxes of each category."""
+        labels = [np.zeros(0, np.int64), *(record.labels for record in self.annotations.records)]
+        return np.bincount(np.concatenate(labels), minlength=len(self.annotations.categories))
 
 
-def survey(
-    path: Path, folder: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items
-) -> Survey:
-    """Reads the annotation file `path` and every image that it lists in `folder`, and collects the problems.
-
-    `progress`: wraps the iteration over the images, whose number it is given.
-    """
-    found = Survey(path)
-    try:
-        data = read_json(path)
-    except DataError as error:
-        found.add("annotation file", str(error), stops=True)
-        return found
-    _survey_categories(found, data["categories"])
-    _survey_images(found, data["images"])
-    _survey_annotations(found, data["annotations"])
+def audit_split(root: Path, split: Split, show_progress: bool = False) -> SplitAudit:
+    """Reads a split of the data set in `root` and every image of it, and collects the problems."""
+    found = SplitAudit(Annotations(root / split.annotations, (), ()))
+    with collecting(found, "annotation file"):
+        found.annotations = find_reader(root, split).read(root, split, found)
+    _check_objects(found)
+    records, folder = found.annotations.records, root / split.images
     if not folder.is_dir():
-        found.add("missing image file", f"{folder}: no such folder of images", stops=True, count=len(found.images))
-    else:
-        _survey_files(found, folder, progress)
-    return found
-
-
-def compare(train: Survey, val: Survey) -> None:
-    """Adds to `val` what only the two splits together show: other categories, and images of training.
-
-    What the other split lists is no longer among the unlisted files.
-    """
-    train.unlisted, val.unlisted = train.unlisted - val.files, val.unlisted - train.files
-    if sorted(train.categories, key=lambda c: c.id) != sorted(val.categories, key=lambda c: c.id):
-        only = set(train.categories) ^ set(val.categories)
-        names = ", ".join(f"{c.id} {c.name}" for c in sorted(only, key=lambda c: c.id)[:5])
-        val.add("categories differ from training's", f"in one file only: {names}", stops=True)
-    for digest in val.hashes.keys() & train.hashes.keys():
-        name = val.images[val.hashes[digest][0]]["file_name"]
-        other = train.images[train.hashes[digest][0]]["file_name"]
-        val.add("image of training in validation", f"{name} is {other} of training", count=len(val.hashes[digest]))
-
-
-def _survey_categories(found: Survey, entries: list[Any]) -> None:
-    for i, entry in enumerate(entries):
-        try:
-            category = parse_category(found.path, entry, f"categories[{i}]")
-        except DataError as error:
-            found.add("malformed category", str(error), stops=True)
-            continue
-        for key in ("id", "name"):
-            if getattr(category, key) in {getattr(other, key) for other in found.categories}:
-                found.add(f"category {key} used twice", f"{getattr(category, key)!r}", stops=True)
-        if category.id not in {other.id for other in found.categories}:
-            found.categories.append(category)
-    if not found.categories:
-        found.add("malformed category", "'categories' lists no category", stops=True)
-    found.categories.sort(key=lambda category: category.id)
-
-
-def _survey_images(found: Survey, entries: list[Any]) -> None:
-    names: Counter[str] = Counter()
-    for i, entry in enumerate(entries):
-        try:
-            image = parse_image(found.path, entry, f"images[{i}]")
-        except DataError as error:
-            found.add("malformed image entry", str(error), stops=True)
-            continue
-        if image["id"] in found.images:
-            found.add("image id used twice", f"images[{i}] has 'id' {image['id']}", stops=True)
-            continue
-        found.images[image["id"]] = image
-        names[image["file_name"]] += 1
-    for name, count in names.items():
-        if count > 1:
-            found.add("file listed more than once", f"{name}: {count} times")
-    if not found.images:
-        found.add("malformed image entry", "'images' lists no image", stops=True)
-
-
-def _survey_annotations(found: Survey, entries: list[Any]) -> None:
-    known = {category.id for category in found.categories}
-    seen: Counter[tuple[Any, ...]] = Counter()
-    boxes = []
-    for i, entry in enumerate(entries):
-        where = f"annotations[{i}]"
-        try:
-            image_id, category_id, bbox = parse_annotation(found.path, entry, where, known, found.images)
-            crowd, _ = parse_crowd_and_area(found.path, entry, where)
-        except DataError as error:
-            found.add("malformed annotation", str(error), stops=True)
-            continue
-        image = found.images[image_id]
-        box, outside = clip_box(bbox, image["width"], image["height"])
-        text = f"{where}: {bbox} in {image['file_name']}, {image['width']}x{image['height']}"
-        if box is None:
-            empty = not (bbox[2] > 0 and bbox[3] > 0) or not all(map(math.isfinite, bbox))
-            found.add("empty box, dropped" if empty else "box outside its image, dropped", text)
-            continue
-        if outside:
-            found.add("box reaches outside its image, clipped", text)
-        key = (image_id, category_id, *bbox)
-        seen[key] += 1
-        if seen[key] == 2:
-            found.add("same annotation twice", text)
-        found.crowds += crowd
-        boxes.append((box[0], box[1], box[2] - box[0], box[3] - box[1]))
-        found.image_of.append(image_id)
-        found.category_of.append(category_id)
-    found.boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    for category in found.categories:
-        if not found.objects()[category.id]:
-            found.add("class without objects", f"{category.id} {category.name}")
-
-
-def _survey_files(found: Survey, folder: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]]) -> None:
-    """Reads every image file, on as many threads as there are cores."""
-
-    def check(image: dict[str, Any]) -> tuple[dict[str, Any], str, str, str]:
-        """The image, and its digest or what is wrong: the kind of problem and an example."""
-        path = folder / image["file_name"]
-        if not path.is_file():
-            return image, "", "missing image file", f"{path}"
-        try:
-            digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            load_image(path, (image["width"], image["height"]))
-        except (DataError, OSError) as error:
-            kind = "image of another size" if "its annotations say" in str(error) else "unreadable image file"
-            return image, "", kind, str(error)
-        return image, digest, "", ""
-
-    same: dict[str, list[int]] = defaultdict(list)
+        found.add("missing image file", f"{folder}: no such folder of images", stops=True, count=len(records))
+        return found
     with ThreadPoolExecutor() as pool:
-        for image, digest, kind, example in progress(pool.map(check, found.images.values()), len(found.images)):
+        results = pool.map(_check_file, records)
+        hidden = None if show_progress else True
+        for record, digest, kind, example in tqdm(
+            results, total=len(records), desc="images", leave=False, disable=hidden
+        ):
             if kind:
                 found.add(kind, example, stops=True)
             else:
-                same[digest].append(image["id"])
-    for ids in same.values():
-        names = sorted({found.images[image_id]["file_name"] for image_id in ids})
+                found.hashes[digest].append(record)
+    for same in found.hashes.values():
+        names = sorted({record.path.name for record in same})
         if len(names) > 1:
-            found.add("same picture under two names", ", ".join(names[:3]), count=len(names) - 1)
-    found.hashes = dict(same)
-    found.files = {folder / image["file_name"] for image in found.images.values()}
-    found.unlisted = {path for path in folder.rglob("*") if path.is_file()} - found.files
+            found.add("same image under two names", ", ".join(names[:3]), count=len(names) - 1)
+    found.unlisted = {path for path in folder.rglob("*") if path.is_file()} - {record.path for record in records}
+    return found
+
+
+def compare(train: SplitAudit, val: SplitAudit) -> None:
+    """Adds to `val` what only both splits show: other categories, and images of training.
+
+    Files that the other split lists are no longer among the unlisted ones.
+    """
+    listed = {record.path for split in (train, val) for record in split.annotations.records}
+    train.unlisted, val.unlisted = train.unlisted - listed, val.unlisted - listed
+    only = set(train.annotations.categories) ^ set(val.annotations.categories)
+    if only:
+        names = ", ".join(f"{c.id} {c.name}" for c in sorted(only, key=lambda c: c.id)[:5])
+        val.add("categories differ from training's", f"in one file only: {names}", stops=True)
+    for digest in val.hashes.keys() & train.hashes.keys():
+        name, other = (split.hashes[digest][0].path.name for split in (val, train))
+        val.add("image of training in validation", f"{name} is {other} of training", count=len(val.hashes[digest]))
+
+
+def _check_objects(found: SplitAudit) -> None:
+    categories, records = found.annotations.categories, found.annotations.records
+    for path, count in Counter(record.path for record in records).items():
+        if count > 1:
+            found.add("file listed more than once", f"{path.name}: {count} times")
+    for record in records:
+        boxes = Counter(zip(record.labels.tolist(), map(tuple, record.boxes.tolist()), strict=True))
+        for (label, box), count in boxes.items():
+            if count > 1:
+                found.add("same annotation twice", f"{categories[label].name} {box} in {record.path.name}")
+    for category, count in zip(categories, found.objects(), strict=True):
+        if not count:
+            found.add("class without objects", f"{category.id} {category.name}")
+
+
+def _check_file(record: ImageRecord) -> tuple[ImageRecord, str, str, str]:
+    """The record, the digest of its file, or the kind of problem and an example."""
+    if not record.path.is_file():
+        return record, "", "missing image file", f"{record.path}"
+    try:
+        digest = hashlib.blake2b(record.path.read_bytes(), digest_size=16).hexdigest()
+        load_image(record.path, (record.width, record.height))
+    except (DataError, OSError) as error:
+        kind = "image of another size" if "its annotations say" in str(error) else "unreadable image file"
+        return record, "", kind, str(error)
+    return record, digest, "", ""

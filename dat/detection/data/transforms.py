@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -40,9 +41,7 @@ class ResizeShortestEdge(nn.Module):
 
     def __init__(self, sizes: Sequence[int], max_size: int, fit: bool = True):
         super().__init__()
-        self.sizes = list(sizes)
-        self.max_size = max_size
-        self.fit = fit
+        self.sizes, self.max_size, self.fit = list(sizes), max_size, fit
 
     def forward(self, image: Any, target: dict[str, Any] | None = None) -> Any:
         """The image, or image and target."""
@@ -58,8 +57,7 @@ class RandomSizeCrop(v2.Transform):
 
     def __init__(self, min_size: int, max_size: int):
         super().__init__()
-        self.min_size = min_size
-        self.max_size = max_size
+        self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         canvas = v2.query_size(flat_inputs)
@@ -78,6 +76,12 @@ def _normalize(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
+def _per_object(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
+    """Plain tensors of a target: they have a row for each box, which is dropped with it. Masks follow by themselves."""
+    values = inputs[1].values()
+    return tuple(x for x in values if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor))
+
+
 def train_transform(
     *,
     sizes: Sequence[int],
@@ -94,8 +98,8 @@ def train_transform(
 ) -> v2.Compose:
     """Flips, colour distortion, and a resize or (probability `crop`) resize, crop, resize; then normalises.
 
-    Maps (image uint8, {"boxes", "labels"}) to float32; all randomness is torch's. Boxes smaller than a pixel are
-    dropped in the end.
+    Maps (image uint8, {"boxes", "labels", ...}) to float32; all randomness is torch's. Boxes smaller than a pixel are
+    dropped in the end, with their rows of the target's other tensors.
     """
     steps: list[nn.Module] = []
     if horizontal_flip:
@@ -110,10 +114,12 @@ def train_transform(
         steps.append(v2.RandomChoice([resize, cropped], p=[1 - crop, crop]))
     else:
         steps.append(resize)
-    # after the resize, which makes the image smaller as a rule
+    # After the resize, because it mostly makes the image smaller.
     if photometric:
         steps.append(v2.RandomApply([v2.RandomPhotometricDistort()], p=photometric))
-    return v2.Compose([*steps, *_normalize(mean, std), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+    return v2.Compose(
+        [*steps, *_normalize(mean, std), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_per_object)]
+    )
 
 
 def val_transform(*, size: int, max_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:

@@ -1,6 +1,8 @@
-"""What the detectors of the family share: how they are called, the backbone's maps, padding masks and heads."""
+"""Common ground of the detectors: configuration, call, the backbone's maps, padding masks and heads."""
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -9,24 +11,64 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dat.detection.matcher import Scores
+from dat.engine.config import check_range
+from dat.utils.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    """The keys that every detector has; the dataclass of a `kind`, beside its model, adds those of that kind.
+
+    `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
+    makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
+    `num_levels`, at most three, for deformable_detr.
+    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
+    new where its number of classes is another.
+    `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
+    """
+
+    # The dataclass of each kind: a configuration is read as the one that its key `kind` names.
+    variants: ClassVar[dict[str, type["ModelConfig"]]] = {}
+
+    kind: str = "deformable_detr"
+    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "dat_tiny"})
+    checkpoint_path: str | None = None
+    num_queries: int = 300
+    embed_dim: int = 256
+    num_heads: int = 8
+    encoder_depth: int = 6
+    decoder_depth: int = 6
+    mlp_dim: int = 1024
+    drop_rate: float = 0.1
+    # Sensible only for a backbone that starts from trained weights.
+    freeze_batch_norm: bool = True
+    freeze: list[str] = field(default_factory=list)
+
+    @property
+    def num_maps(self) -> int:
+        """How many maps the backbone gives where `backbone` has no out_indices."""
+        return 1
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the detector's constructor beside the backbone and the number of classes."""
+        others = ("kind", "backbone", "checkpoint_path", "freeze_batch_norm", "freeze")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
+
+    def check(self) -> None:
+        """Raises ConfigError on values out of their range: integers are at least 1, except encoder_depth."""
+        if "name" not in self.backbone:
+            raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
+        integers = [name for name, value in self.arguments().items() if type(value) is int]
+        check_range({"model": self}, [f"model.{name}" for name in integers if name != "encoder_depth"], 1)
+        check_range({"model": self}, ["model.encoder_depth"], 0)
+        check_range({"model": self}, ["model.drop_rate"], 0, 1)
 
 
 class BaseDETR(nn.Module):
-    """A backbone and, in `detect` of the subclass, what turns its maps into boxes.
+    """A backbone; `features` and `detect` of the subclass, which documents the arguments, turn its maps into boxes."""
 
-    Args:
-        backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
-            says so), coarsest last, and has `feature_info.channels()`.
-        num_classes, num_queries, decoder_depth: at least 1.
-        embed_dim: width, a multiple of 4 and of num_heads.
-        num_heads: attention heads.
-        aux_loss: return the predictions of every decoder layer, for the auxiliary losses.
-
-    Raises:
-        ValueError: for arguments that do not fit together.
-    """
-
-    # how logits become probabilities: the matcher, the losses and post_process have to know
+    # Name in the registry; how the matcher, the losses and post_process turn logits into probabilities.
+    kind: ClassVar[str]
     scores: ClassVar[Scores]
 
     def __init__(
@@ -38,13 +80,10 @@ class BaseDETR(nn.Module):
         num_heads: int,
         decoder_depth: int,
         aux_loss: bool,
-    ):
+    ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_classes", num_classes),
-            ("num_queries", num_queries),
-            ("decoder_depth", decoder_depth),
-        ):
+        counts = {"num_classes": num_classes, "num_queries": num_queries, "decoder_depth": decoder_depth}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name}={value} should be at least 1")
         if embed_dim % 4 or embed_dim % num_heads:
@@ -53,16 +92,19 @@ class BaseDETR(nn.Module):
         self.grad_checkpointing = False
         self.backbone = backbone
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, targets: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """Detects objects.
 
         Args:
             images: [B, 3, H, W].
             mask: [B, H, W] bool, True on padding, which lies to the right and below; None where nothing is padded.
+            targets: as SetCriterion takes them, for detectors that train on them (denoising); others ignore them.
 
         Returns:
             "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image; with aux_loss
-            "aux_outputs", a list of the same of every decoder layer but the last; what else the subclass says.
+            "aux_outputs", a list of the same for every decoder layer except the last; subclasses may add more.
         """
         expected = (images.shape[0], *images.shape[-2:])
         if mask is not None and mask.shape != expected:
@@ -78,15 +120,15 @@ class BaseDETR(nn.Module):
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trains with less memory and more time: layers, and the backbone where it can, are computed twice."""
+        """Recomputes layers, and the backbone where it can, in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
-        # some of timm's feature extractors hold the model that can
+        # Some of timm's feature extractors hold the model that can.
         for part in (self.backbone, getattr(self.backbone, "model", None)):
             if callable(getattr(part, "set_grad_checkpointing", None)):
                 part.set_grad_checkpointing(enable)
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        """layer(*inputs), whose insides are not kept for the backward pass under gradient checkpointing."""
+        """layer(*inputs), recomputed in the backward pass under gradient checkpointing."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -112,6 +154,6 @@ def resize_masks(mask: Tensor | None, levels: list[Tensor]) -> list[Tensor] | No
 
 
 def box_head(embed_dim: int) -> nn.Sequential:
-    """The MLP of three layers that gives a box, four numbers before the sigmoid."""
+    """The MLP of three layers that predicts a box: four numbers before the sigmoid."""
     hidden = (nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim), nn.ReLU())
     return nn.Sequential(*hidden, nn.Linear(embed_dim, 4))

@@ -5,6 +5,7 @@ Semantics, initialisation and defaults are those of the official implementation,
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
-from dat.detection.models.base import BaseDETR, box_head, resize_masks
+from dat.detection.models.base import BaseDETR, ModelConfig, box_head, resize_masks
 from dat.detection.models.position_encoding import sine_encoding, sine_position
+from dat.detection.models.registry import register
 from dat.detection.models.transformer import (
     DeformableDecoderLayer,
     DeformableEncoderLayer,
     Shapes,
-    cell_centres,
     encoder_proposals,
     inverse_sigmoid,
+    reference_grid,
 )
 from dat.ops.sizes import shorter
+
+
+@dataclass
+class DeformableDETRConfig(ModelConfig):
+    """The arguments of DeformableDETR."""
+
+    num_levels: int = 4
+    num_points: int = 4
+    box_refine: bool = False
+    two_stage: bool = False
+
+    @property
+    def num_maps(self) -> int:
+        return min(3, self.num_levels)
 
 
 def _class_head(embed_dim: int, num_classes: int) -> nn.Linear:
@@ -52,6 +68,7 @@ def _projections(channels: list[int], embed_dim: int, num_levels: int) -> nn.Mod
     return projections
 
 
+@register("deformable_detr", DeformableDETRConfig)
 class DeformableDETR(BaseDETR):
     """Detects objects by deformable attention from a set of queries to the levels of a backbone.
 
@@ -59,7 +76,7 @@ class DeformableDETR(BaseDETR):
         backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
             says so), coarsest last, and has `feature_info.channels()`.
         num_classes: number of classes; class k is logit k, there is no "no object" class.
-        num_queries: number of boxes predicted per image (with two_stage at most one per cell of the levels).
+        num_queries: number of boxes predicted per image (with two_stage at most one per position of the levels).
         embed_dim: width C, a multiple of 4 and of num_heads.
         num_heads: attention heads.
         encoder_depth, decoder_depth: numbers of layers.
@@ -144,7 +161,7 @@ class DeformableDETR(BaseDETR):
         return levels, resize_masks(mask, levels)
 
     def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
-        """As in BaseDETR; with two_stage also "enc_outputs", the predictions of every cell of the levels."""
+        """As in BaseDETR; with two_stage also "enc_outputs", the predictions of every position of the levels."""
         B = levels[0].shape[0]
         shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
@@ -154,7 +171,7 @@ class DeformableDETR(BaseDETR):
             for i in range(len(levels))
         ]
         pos = torch.cat(positions, 1)
-        centres, ratios = cell_centres(shapes, masks, x.device)
+        centres, ratios = reference_grid(shapes, masks, x.device)
         reference = (centres[:, :, None] * ratios[:, None]).expand(B, -1, -1, -1)
         memory = x
         for layer in self.encoder:

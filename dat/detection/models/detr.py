@@ -5,15 +5,32 @@ same model on a backbone made with output_stride=16: timm, as torchvision, gives
 dilation of the stage before it and dilates the others, so official weights mean the same.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
-from dat.detection.models.base import BaseDETR, box_head, resize_masks
+from dat.detection.models.base import BaseDETR, ModelConfig, box_head, resize_masks
 from dat.detection.models.position_encoding import sine_position
+from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
+from dat.utils.errors import ConfigError
+
+
+@dataclass
+class DETRConfig(ModelConfig):
+    """`pre_norm`: normalise before attention instead of after."""
+
+    kind: str = "detr"
+    pre_norm: bool = False
+
+    def check(self) -> None:
+        super().check()
+        maps = len(self.backbone.get("out_indices", [-1]))
+        if maps != 1:
+            raise ConfigError(f"model.backbone.out_indices gives {maps} maps, model.kind=detr takes one, such as [-1]")
 
 
 class EncoderLayer(TransformerLayer):
@@ -74,11 +91,14 @@ class DecoderLayer(TransformerLayer):
         return self.drop(attended)
 
 
+@register("detr", DETRConfig)
 class DETR(BaseDETR):
     """Detects objects by attention from a set of learned queries to the backbone's last map.
 
     Args:
-        backbone: as in BaseDETR; only its last map is used. DETR-DC5: made with output_stride=16.
+        backbone: any model made by timm with features_only=True: returns a list of NCHW maps (NHWC if its `output_fmt`
+            says so), coarsest last, and has `feature_info.channels()`. Only its last map is used. DETR-DC5: made with
+            output_stride=16.
         num_classes: number of classes; class k is logit k, and the logit after the last is "no object".
         num_queries: number of boxes predicted per image.
         embed_dim: width C, a multiple of 4 and of num_heads.
@@ -149,8 +169,8 @@ class DETR(BaseDETR):
 
 
 def _attended(padding_mask: Tensor) -> Tensor:
-    """The mask [B, S] without that of images that are padding alone.
+    """The mask [B, S], cleared for images that are all padding.
 
-    Attention to nothing at all is 0 / 0, to which not every version and kernel of the attention has an answer.
+    Attention to no position at all is 0 / 0, which some kernels return as NaN.
     """
     return padding_mask & ~padding_mask.all(1, keepdim=True)

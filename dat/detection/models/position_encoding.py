@@ -25,7 +25,7 @@ def sine_encoding(coordinates: Tensor, num_feats: int, temperature: float = 1000
 def sine_position(
     mask: Tensor | None, size: tuple[int, int], embed_dim: int, like: Tensor, anchor: float = 0.5
 ) -> Tensor:
-    """Position encoding of every cell of a map: half of the channels for y, half for x.
+    """Position encoding of every pixel of a map: half of the channels for y, half for x.
 
     Coordinates are fractions of the unpadded part, so padding does not change them.
 
@@ -34,8 +34,7 @@ def sine_position(
         size: (h, w).
         embed_dim: channels, a multiple of 4.
         like: gives the device and the result's dtype; computed in float32, as the official implementation does.
-        anchor: the point of the cell that its coordinates are of: 0.5, the centre (Deformable DETR), or 1, the far edge
-            (DETR).
+        anchor: the point of a pixel that is encoded: 0.5, its centre (Deformable DETR), or 1, its far edge (DETR).
 
     Returns:
         [B, h * w, embed_dim], or [1, h * w, embed_dim] without a mask.
@@ -47,7 +46,7 @@ def sine_position(
         x = torch.arange(1, w + 1, dtype=torch.float32, device=device)[None, None, :]
     else:
         y, x = (~mask).cumsum(1, dtype=torch.float32), (~mask).cumsum(2, dtype=torch.float32)
-    # A wholly padded row or column counts 0 cells: the small term keeps it finite.
+    # A wholly padded row or column has 0 valid pixels: the small term keeps the quotient finite.
     y = (y - 1 + anchor) / (y[:, -1, None] + 1e-6)
     x = (x - 1 + anchor) / (x[:, :, -1, None] + 1e-6)
     halves = (sine_encoding(c[..., None], embed_dim // 2).expand(-1, h, w, -1) for c in (y, x))

@@ -1,4 +1,4 @@
-"""Encoder and decoder layers of Deformable DETR (arXiv:2010.04159, section 4), their geometry, and what DETR shares."""
+"""Layers of Deformable DETR (arXiv:2010.04159, section 4), their geometry, and the MLP and attention of DETR too."""
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +79,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-def cell_centres(shapes: Shapes, masks: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the cells of every level lie in the unpadded image, and how much of each level is unpadded.
+def reference_grid(shapes: Shapes, masks: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Centres of the pixels of every level in the unpadded image, and the part of each level that is unpadded.
 
     Args:
-        shapes: (h, w) of each of the L levels, S cells in all.
+        shapes: (h, w) of each of the L levels, S pixels in all.
         masks: for each level [B, h, w], True on padding (to the right and below), or None where nothing is padded.
         device: of the results.
 
@@ -107,7 +107,7 @@ def cell_centres(shapes: Shapes, masks: list[Tensor] | None, device: torch.devic
 
 
 def encoder_proposals(centres: Tensor, shapes: Shapes, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One anchor box per cell, 0.05 * 2**level of the image wide and high (the paper's appendix A.4).
+    """One anchor box per pixel of the levels, 0.05 * 2**level of the image wide and high (the paper's appendix A.4).
 
     Args:
         centres: [B or 1, S, 2], (x, y).
@@ -115,8 +115,8 @@ def encoder_proposals(centres: Tensor, shapes: Shapes, padding_mask: Tensor | No
         padding_mask: [B, S], True on padding, or None.
 
     Returns:
-        inverse sigmoids of the boxes [B or 1, S, 4] cxcywh, infinite where the cell may not propose
-        (padding, or a box coordinate outside 0.01..0.99), and those cells [B or 1, S, 1].
+        inverse sigmoids of the boxes [B or 1, S, 4] cxcywh, infinite where a pixel may not propose
+        (padding, or a box coordinate outside 0.01..0.99), and True for those pixels [B or 1, S, 1].
     """
     sizes = [torch.full_like(centres[:1, : h * w], 0.05 * 2.0**level) for level, (h, w) in enumerate(shapes)]
     boxes = torch.cat((centres, torch.cat(sizes, 1).expand_as(centres)), -1)

@@ -1,0 +1,94 @@
+"""The commands `dat classify ...`: each takes the options that `dat.cli` parsed."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dat.classification.classifier import Classifier
+from dat.classification.config import ClassificationConfig, check_config
+from dat.engine.config import load_config
+from dat.utils.errors import CheckpointError, DataError
+from dat.utils.files import write_json
+
+
+def train(options: argparse.Namespace) -> None:
+    from dat.classification.train import train
+
+    train(load_config(ClassificationConfig, options.config, options.overrides))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from dat.classification.results import format_table
+
+    classifier = Classifier.from_checkpoint(options.checkpoint, options.overrides, options.device)
+    out = options.out or Path(str(classifier.path)).parent / "evaluation"
+    metrics = classifier.evaluate(out=out, real=options.real, v2=options.v2)
+    if metrics:
+        print(f"{format_table(metrics)}\nwritten to {out}")
+
+
+def predict(options: argparse.Namespace) -> None:
+    from dat.classification.predict import predict
+    from dat.cli import split_overrides
+    from dat.utils.media import Frames, find_media
+
+    overrides, sources = split_overrides(options.sources)
+    # Without the results of an earlier call.
+    frames = Frames(find_media(sources, exclude=options.out), options.every)
+    classifier = Classifier.from_checkpoint(options.model, overrides, options.device, options.trust)
+    names = ("out", "threshold", "classes", "crops", "sheet", "batch_size")
+    count = predict(classifier, frames, **{name: getattr(options, name) for name in names})
+    frames.warn()
+    print(f"{count} images labelled: {options.out}")
+
+
+def export(options: argparse.Namespace) -> None:
+    from dat.export.export import check_path
+
+    check_path(options.out, options.compile)
+    classifier = Classifier.from_checkpoint(options.checkpoint, device="cpu")
+    print(classifier.export(options.out, compiled=options.compile, images=options.images, sizes=options.sizes))
+
+
+def audit(options: argparse.Namespace) -> None:
+    from dat.classification.audit import audit, draw_samples, format_summaries, read_source, summarize
+
+    config = read_source(Path(options.data), options.overrides)
+    found = audit(config.data)
+    class_names = next((part.split.class_names for part in found.values() if part.split is not None), [])
+    summaries = {name: summarize(part, class_names, config.data.img_size) for name, part in found.items()}
+    print(format_summaries(summaries, config.data.img_size))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "audit.json", summaries)
+    for name, part in found.items():
+        draw_samples(part, class_names, options.out / f"samples_{name}.png", options.samples)
+    stops = any(part.stops for part in found.values())
+    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
+    if stops:
+        sys.exit(1)
+
+
+def report(options: argparse.Namespace) -> None:
+    from dat.classification.readers import open_split
+    from dat.classification.report import read_results, write_report
+    from dat.engine.report import read_metrics
+
+    folder = options.run
+    config = load_config(ClassificationConfig, folder / "config.yaml", options.overrides)
+    check_config(config)
+    results, split, text = None, None, ""
+    names: list[str] = []
+    metrics: dict[str, Any] = {}
+    try:
+        results, names = read_results(folder)
+        metrics = read_metrics(folder) | results.summarize(names)
+        opened = open_split(config.data, "val", names)
+        if len(opened) <= results.index.max():
+            raise DataError(f"data.val has {len(opened)} images, fewer than the results")
+        split = opened
+    except (DataError, CheckpointError) as error:
+        text = f"Not complete: {error}"
+        print(f"warning: {text}", file=sys.stderr)
+    write_report(folder, config, names, results, split, metrics, text)
+    print(f"written to {folder / 'report.html'}")

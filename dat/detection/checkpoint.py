@@ -1,0 +1,56 @@
+"""Detectors in checkpoints, which carry configuration and classes beside the weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.data import Category
+from dat.detection.models import BaseDETR, build_model
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained
+from dat.engine.config import from_dict, to_dict
+from dat.utils.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Detector:
+    """The content of a checkpoint: model in evaluation mode, configuration, and classes (label i is the i-th)."""
+
+    model: BaseDETR
+    config: DetectionConfig
+    categories: tuple[Category, ...]
+
+
+def detector_state(config: DetectionConfig, categories: Sequence[Category]) -> dict[str, Any]:
+    """Entries of a checkpoint beside the weights, from which `load_detector` builds the detector."""
+    return {
+        "kind": "detection",
+        "config": to_dict(config),
+        "class_names": [category.name for category in categories],
+        "category_ids": [category.id for category in categories],
+    }
+
+
+def load_detector(path: Path, device: torch.device) -> Detector:
+    """The detector of a checkpoint, with its averaged weights where it has them.
+
+    Raises CheckpointError for anything but a detection checkpoint whose weights fit its configuration.
+    """
+    trained = read_trained(path, "detection")
+    categories = check_categories(trained.state.get("category_ids"), trained.class_names, path)
+    with checkpoint_errors(path), limit_parameters(trained.weights, path):
+        config = from_dict(DetectionConfig, trained.config, str(path))
+        check_config(config)
+    model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
+    return Detector(model.to(device).eval(), config, categories)
+
+
+def check_categories(ids: Any, names: Sequence[str], path: Path) -> tuple[Category, ...]:
+    """The classes of a file. Raises CheckpointError unless there is one integer of its own for each name."""
+    integers = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+    if not integers or len(ids) != len(names) or len(set(ids)) < len(ids):
+        raise CheckpointError(f"{path}: its category_ids should be {len(names)} different integers, one for each class")
+    return tuple(Category(*pair) for pair in zip(ids, names, strict=True))

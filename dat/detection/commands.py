@@ -1,0 +1,131 @@
+"""The commands `dat detect ...`: each takes the options that `dat.cli` parsed."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.detector import Detector
+from dat.engine.config import load_config
+from dat.utils.errors import ConfigError, DataError
+from dat.utils.files import write_json
+
+
+def train(options: argparse.Namespace) -> None:
+    from dat.detection.overfit import overfit
+    from dat.detection.train import train
+
+    config = load_config(DetectionConfig, options.config, options.overrides)
+    if options.overfit is None:
+        train(config)
+    else:
+        overfit(config, options.overfit)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from dat.detection.evaluation import format_table
+
+    detector = Detector.from_checkpoint(options.checkpoint, options.overrides, options.device)
+    out = options.out or Path(str(detector.path)).parent / "evaluation"
+    metrics = detector.evaluate(out=out)
+    if metrics:
+        print(f"{format_table(metrics)}\nwritten to {out}")
+
+
+def predict(options: argparse.Namespace) -> None:
+    from dat.cli import split_overrides
+    from dat.detection.points import check_points
+    from dat.detection.predict import Output, choose_targets, predict
+    from dat.utils.media import Frames, find_media
+
+    overrides, sources = split_overrides(options.sources)
+    # Without the results of an earlier call.
+    media = find_media(sources, exclude=options.out)
+    targets = choose_targets(media, options.out)
+    detector = Detector.from_checkpoint(options.model, overrides, options.device, options.trust, options.top_k)
+    if options.show_points:
+        check_points(detector)
+    frames = Frames(media, options.every)
+    output = Output(options.out, targets, options.threshold, options.crops, options.show_points)
+    images, drawn = predict(detector, frames, output, options.classes, options.batch_size)
+    frames.warn()
+    print(f"{drawn} detections with a score of at least {options.threshold} in {images} images: {options.out}")
+
+
+def export(options: argparse.Namespace) -> None:
+    from dat.export.export import check_path
+
+    check_path(options.out, options.compile)
+    detector = Detector.from_checkpoint(options.checkpoint, device="cpu")
+    line = detector.export(
+        options.out, compiled=options.compile, images=options.images, sizes=options.sizes, top_k=options.top_k
+    )
+    print(line)
+
+
+def serve(options: argparse.Namespace) -> None:
+    try:
+        from dat.detection.app import Limits, serve
+    except ImportError as error:
+        raise ConfigError(f'serving needs {error.name}: pip install "dat-vision[serve]"') from error
+    detector = Detector.from_checkpoint(options.model, (), options.device, options.trust, options.top_k)
+    limits = Limits(round(options.max_megabytes * 2**20), round(options.max_megapixels * 10**6), options.max_waiting)
+    serve(detector, options.host, options.port, limits)
+
+
+def audit(options: argparse.Namespace) -> None:
+    from dat.detection.audit import audit, draw_samples, draw_sizes, format_summary, summarize
+
+    folder = Path(options.data).is_dir()
+    source, root = (options.config, [f"data.root={options.data}"]) if folder else (options.data, [])
+    config = load_config(DetectionConfig, source, [*root, *options.overrides])
+    check_config(config)
+    found = audit(config, show_progress=True)
+    val = config.data.val
+    summaries = {name: summarize(split, val.size, val.max_size) for name, split in found.items()}
+    for name, summary in summaries.items():
+        print(format_summary(name, summary, val.size))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "audit.json", summaries)
+    for name, split in found.items():
+        draw_samples(split, options.out / f"samples_{name}.png", options.samples)
+    draw_sizes(found, config, options.out / "boxes.png")
+    stops = any(split.stops for split in found.values())
+    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
+    if stops:
+        sys.exit(1)
+
+
+def report(options: argparse.Namespace) -> None:
+    from dat.detection.report import read_evaluation, write_report
+    from dat.engine.report import read_metrics
+
+    config = load_config(DetectionConfig, options.run / "config.yaml", options.overrides)
+    check_config(config)
+    metrics: dict[str, Any] = {}
+    evaluation, text = None, ""
+    try:
+        evaluation = read_evaluation(options.run, config)
+        metrics = read_metrics(options.run) | evaluation.metrics()
+    except DataError as error:
+        text = f"Without an evaluation: {error}"
+        print(f"warning: {text}", file=sys.stderr)
+    write_report(options.run, config, evaluation, metrics, text)
+    print(f"written to {options.run / 'report.html'}")
+
+
+def convert(options: argparse.Namespace) -> None:
+    from dat.detection.checkpoint import detector_state
+    from dat.detection.convert import convert
+    from dat.detection.data import read_categories
+    from dat.engine.checkpoint import save_checkpoint
+
+    config = load_config(DetectionConfig, options.config, options.overrides)
+    check_config(config)
+    categories = read_categories(options.annotations)
+    state = convert(config, options.weights, categories)
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out: {options.out.parent} should be a folder")
+    save_checkpoint(options.out, {**detector_state(config, categories), "state_dict": state})
+    print(f"{options.out}: {len(categories)} classes of {options.annotations}")

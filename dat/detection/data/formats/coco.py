@@ -1,0 +1,203 @@
+"""COCO's JSON format: one file of annotations and a folder of images for each split."""
+
+import json
+import math
+from collections.abc import Container, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dat.detection.data.readers import Split, collecting, read_strictly, register_reader
+from dat.detection.data.records import Annotations, Category, ImageRecord
+from dat.engine.audit import Findings
+from dat.utils.errors import DataError
+
+
+def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None = None) -> Annotations:
+    """Reads and checks the annotation file `path`, whose images are in the folder `images`; see read_dataset.
+
+    Boxes are clipped to their images; empty ones are dropped. `warning` of the result counts them.
+    """
+    return read_strictly(partial(parse_coco, path, images), categories)
+
+
+def read_categories(path: Path) -> tuple[Category, ...]:
+    """The categories of an annotation file alone, in the order of their ids. Raises DataError as read_coco does."""
+    return read_strictly(
+        lambda problems: Annotations(path, _categories(path, _read_json(path), problems), ())
+    ).categories
+
+
+def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
+    """The annotations that could be read; whatever is wrong goes to `problems`."""
+    data: dict[str, Any] = {}
+    with collecting(problems, "annotation file"):
+        data = _read_json(path)
+    if not data:
+        return Annotations(path, (), ())
+    categories = _categories(path, data, problems)
+    entries = _images(path, data, problems)
+    objects = _objects(path, data, categories, entries, problems)
+    records = [
+        ImageRecord(image_id, images / entry["file_name"], entry["width"], entry["height"], *_arrays(objects[image_id]))
+        for image_id, entry in entries.items()
+    ]
+    return Annotations(path, categories, tuple(records))
+
+
+def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[float, float, float, float] | None, bool]:
+    """A bbox (x, y, w, h) in an image of width x height pixels as (x0, y0, x1, y1), and whether it reached outside.
+
+    None where nothing of it is left, or it was empty or not a number.
+    """
+    x, y, w, h = bbox
+    box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
+    # The negation also drops NaN.
+    if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
+        return None, False
+    # Less than half a pixel is rounding.
+    return box, max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The contents of an annotation file. Raises DataError unless 'images', 'annotations', 'categories' are lists."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = json.load(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such annotation file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data.get(key), list):
+            problem = "is not a list" if key in data else "is absent"
+            raise DataError(f"{path}: is not COCO: '{key}' {problem}")
+    return data
+
+
+def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
+    """The values of these keys of an entry. Raises DataError for one that is absent or of another type."""
+    for key, kind in kinds.items():
+        if not isinstance(entry, dict) or key not in entry:
+            raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            name = {str: "a string", list: "a list", int: "an integer"}[kind]
+            raise DataError(f"{path}: is not COCO: {where} has '{key}' {entry[key]!r}; it should be {name}")
+    return [entry[key] for key in kinds]
+
+
+def _categories(path: Path, data: dict[str, Any], problems: Findings) -> tuple[Category, ...]:
+    found: dict[int, Category] = {}
+    for i, entry in enumerate(data["categories"]):
+        with collecting(problems, "malformed category"):
+            category = Category(*_get(path, entry, f"categories[{i}]", id=int, name=str))
+            for key in ("id", "name"):
+                value = getattr(category, key)
+                if value in [getattr(other, key) for other in found.values()]:
+                    text = f"{path}: category {key} {value!r} is used more than once"
+                    problems.add(f"category {key} used twice", text, stops=True)
+            found.setdefault(category.id, category)
+    if not found:
+        text = f"{path}: 'categories' is empty; it should list at least one category"
+        problems.add("malformed category", text, stops=True)
+    return tuple(found[category_id] for category_id in sorted(found))
+
+
+def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, dict[str, Any]]:
+    """Entries with "file_name", "width" and "height" by image id."""
+    found: dict[int, dict[str, Any]] = {}
+    for i, entry in enumerate(data["images"]):
+        with collecting(problems, "malformed image entry"):
+            image_id, *_ = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
+            for key in ("width", "height"):
+                if entry[key] < 1:
+                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be at least 1")
+            if image_id in found:
+                text = f"{path}: image id {image_id} is used more than once"
+                problems.add("image id used twice", text, stops=True)
+            found.setdefault(image_id, entry)
+    if not found:
+        text = f"{path}: 'images' is empty; it should list at least one image"
+        problems.add("malformed image entry", text, stops=True)
+    return found
+
+
+def _objects(
+    path: Path,
+    data: dict[str, Any],
+    categories: tuple[Category, ...],
+    images: dict[int, dict[str, Any]],
+    problems: Findings,
+) -> dict[int, list[tuple[Any, ...]]]:
+    """For each image id: box (x0, y0, x1, y1), label, crowd flag and area of its objects."""
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    found: dict[int, list[tuple[Any, ...]]] = {image_id: [] for image_id in images}
+    for i, entry in enumerate(data["annotations"]):
+        with collecting(problems, "malformed annotation"):
+            where = f"annotations[{i}]"
+            image_id, category_id, bbox = _ids_and_bbox(path, entry, where, label_of, images)
+            crowd, area = _crowd_and_area(path, entry, where)
+            image = images[image_id]
+            box, outside = clip_box(bbox, image["width"], image["height"])
+            text = f"{where}: {bbox} in {image['file_name']}, {image['width']}x{image['height']}"
+            if box is None:
+                empty = not (bbox[2] > 0 and bbox[3] > 0) or not all(map(math.isfinite, bbox))
+                problems.add("empty box, dropped" if empty else "box outside its image, dropped", text)
+                continue
+            if outside:
+                problems.add("box reaches outside its image, clipped", text)
+            area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
+            found[image_id].append((box, label_of[category_id], crowd, area))
+    return found
+
+
+def _ids_and_bbox(
+    path: Path, entry: Any, where: str, categories: Container[int], images: Container[int]
+) -> tuple[int, int, list[float]]:
+    """Image id, category id and bbox of an annotation; both ids should be known. Raises DataError."""
+    image_id, category_id, bbox = _get(path, entry, where, image_id=int, category_id=int, bbox=list)
+    if image_id not in images:
+        raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
+    if category_id not in categories:
+        raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
+    if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+        raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
+    return image_id, category_id, bbox
+
+
+def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
+    """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null. Raises DataError."""
+    crowd, area = entry.get("iscrowd", 0), entry.get("area")
+    if not isinstance(crowd, int) or crowd not in (0, 1):
+        raise DataError(f"{path}: {where} has 'iscrowd' {crowd!r}; it should be 0 or 1")
+    # Python's JSON reads NaN and infinity too.
+    number = isinstance(area, (int, float)) and not isinstance(area, bool)
+    if area is not None and not (number and 0 <= area < math.inf):
+        raise DataError(f"{path}: {where} has 'area' {area!r}; it should be a number of at least 0")
+    return bool(crowd), area
+
+
+def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]:
+    """Boxes [n, 4], labels, crowd and areas [n] of an image."""
+    boxes, labels, crowd, areas = zip(*objects, strict=True) if objects else ((),) * 4
+    return (
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(crowd, dtype=bool),
+        np.array(areas, dtype=np.float32),
+    )
+
+
+def _recognises(root: Path, split: Split) -> bool:
+    return (root / split.annotations).is_file()
+
+
+def _read(root: Path, split: Split, problems: Findings) -> Annotations:
+    return parse_coco(root / split.annotations, root / split.images, problems)
+
+
+register_reader("coco", _recognises, _read)

@@ -1,0 +1,112 @@
+"""Readers of data sets by name. A format is one file in `formats`, which registers its reader here."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from dat.detection.data.records import Annotations, Category
+from dat.engine.audit import Findings
+from dat.utils.errors import DataError
+
+
+class Split(Protocol):
+    """`data.train` or `data.val` of a configuration; paths are relative to `data.root`."""
+
+    annotations: str
+    images: str
+
+
+class Reader(NamedTuple):
+    """A format.
+
+    `recognises(root, split)` tells by the look of a folder whether it is of this format. `read(root, split, problems)`
+    reads a split and adds its problems to `problems`, which may raise at the first that would stop training.
+    """
+
+    name: str
+    recognises: Callable[[Path, Split], bool]
+    read: Callable[[Path, Split, Findings], Annotations]
+
+
+READERS: dict[str, Reader] = {}
+
+
+def register_reader(
+    name: str,
+    recognises: Callable[[Path, Split], bool],
+    read: Callable[[Path, Split, Findings], Annotations],
+) -> None:
+    """Adds a format; see Reader."""
+    READERS[name] = Reader(name, recognises, read)
+
+
+def find_reader(root: Path, split: Split) -> Reader:
+    """The first reader that recognises a folder. Raises DataError where none does."""
+    for reader in READERS.values():
+        if reader.recognises(root, split):
+            return reader
+    raise DataError(
+        f"{root / split.annotations}: no such annotation file, and {root} is of no known format ({', '.join(READERS)})"
+    )
+
+
+def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | None = None) -> Annotations:
+    """Reads and checks a split of the data set in the folder `root`, in whichever format it is.
+
+    Args:
+        root: folder of the data set.
+        split: where in it the annotations and the images are.
+        categories: those that the split must have (a validation split: those of training); None: any.
+
+    Raises:
+        DataError: a folder of no known format, malformed annotations, absent images, other categories.
+    """
+    return read_strictly(lambda problems: find_reader(root, split).read(root, split, problems), categories)
+
+
+def read_strictly(
+    read: Callable[[Findings], Annotations], categories: tuple[Category, ...] | None = None
+) -> Annotations:
+    """What `read` gives; raises DataError at the first problem. Arguments as in Reader and read_dataset."""
+    problems = FirstProblem()
+    found = read(problems)
+    if categories is not None and found.categories != categories:
+        raise DataError(
+            f"{found.path}: categories are {_names(found.categories)}; "
+            f"they should be those of training, {_names(categories)}"
+        )
+    absent = [record.path for record in found.records if not record.path.is_file()]
+    if absent:
+        if not absent[0].parent.is_dir():
+            raise DataError(f"{absent[0].parent}: no such folder of images")
+        more = f" (and {len(absent) - 1} more of {len(found.records)})" if len(absent) > 1 else ""
+        raise DataError(
+            f"{found.path}: lists the image {absent[0].name}, which is absent from {absent[0].parent}{more}"
+        )
+    counts = "; ".join(f"{problem.kind} ({problem.count})" for problem in problems.problems.values())
+    return replace(found, warning=f"{found.path}: {counts}" if counts else "")
+
+
+class FirstProblem(Findings):
+    """Raises DataError for the first problem that would stop training, and counts the others."""
+
+    def add(self, kind: str, example: str, stops: bool = False, count: int = 1) -> None:
+        if stops:
+            raise DataError(example)
+        super().add(kind, example, stops, count)
+
+
+@contextmanager
+def collecting(problems: Findings, kind: str) -> Iterator[None]:
+    """Inside it a DataError becomes a problem of this kind that stops training."""
+    try:
+        yield
+    except DataError as error:
+        problems.add(kind, str(error), stops=True)
+
+
+def _names(categories: tuple[Category, ...]) -> str:
+    shown = ", ".join(f"{c.id} {c.name}" for c in categories[:10])
+    return shown + (f" and {len(categories) - 10} more" if len(categories) > 10 else "")

@@ -1,0 +1,287 @@
+"""The public class: a detector from a checkpoint, an exported file or a configuration."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from dat.detection.checkpoint import check_categories, load_detector
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.data import Category, read_dataset, resized_size, val_loader
+from dat.detection.detections import Detections
+from dat.detection.evaluation import Evaluation, detect, gather_results
+from dat.detection.graph import DetectorGraph, pad_images
+from dat.detection.models.base import BaseDETR
+from dat.engine.checkpoint import checkpoint_errors
+from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
+from dat.engine.distributed import Distributed, setup_distributed
+from dat.engine.optim import amp_context
+from dat.export.runtime import check_predictions, is_exported, load_exported
+from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.files import write_json
+from dat.utils.hub import find_checkpoint
+from dat.utils.images import to_image
+
+# Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
+Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+logger = logging.getLogger(__name__)
+
+
+class Detector:
+    """Detects objects in images; trains, evaluates and exports the model that does.
+
+    Attributes:
+        path: of the checkpoint or exported file; None before training.
+        categories: the classes; label i is the i-th.
+        config: configuration; None for an exported file.
+        model: in evaluation mode; None for an exported file and before training.
+        size, max_size: pixels of the shortest and longest edge of the model's input.
+        run: the model with its pre- and post-processing; see Run.
+    """
+
+    path: Path | None = None
+    categories: tuple[Category, ...] = ()
+    config: DetectionConfig | None = None
+    model: BaseDETR | None = None
+    size = max_size = 0
+    run: Run | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        device: str = "auto",
+        trust: bool = False,
+        top_k: int | None = None,
+    ) -> "Detector":
+        """A trained detector.
+
+        Args:
+            path: best.pth or last.pth of a run, an exported .onnx or .pt2, or "hf-hub:OWNER/NAME".
+            overrides: "key.path=value" for the configuration in a checkpoint, not for its model.
+            device: "auto", "cpu", "cuda" or "mps"; exported files run on the CPU.
+            trust: load a .pt2, which can run any code.
+            top_k: most detections of an image; None: as configured.
+
+        Raises:
+            CheckpointError, ConfigError: a file that cannot be used, or wrong arguments.
+        """
+        detector = cls()
+        detector.path = find_checkpoint(path)
+        if is_exported(detector.path):
+            if overrides:
+                raise ConfigError(f"{overrides[0]}: the configuration of an exported model cannot be overridden")
+            detector._load_exported(detector.path, top_k, trust)
+        else:
+            detector._load_checkpoint(detector.path, setup_distributed(device), top_k, overrides)
+        return detector
+
+    @classmethod
+    def from_config(cls, name_or_path: str | Path, **overrides: Any) -> "Detector":
+        """A detector to train; its number of classes comes from the data.
+
+        Args:
+            name_or_path: a YAML file, or the name of an installed one, such as "finetune".
+            overrides: keys of the configuration: output="runs/mine", epochs=10 (those of train need no prefix),
+                data__val__size=640, or **{"data.val.size": 640}.
+        """
+        detector = cls()
+        detector.config = load_config(DetectionConfig, name_or_path, keyword_overrides(DetectionConfig, overrides))
+        check_config(detector.config)
+        return detector
+
+    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8) -> Any:
+        """Detects objects.
+
+        Args:
+            images: an image or a list of images, as `dat.utils.images.to_image` takes them: a path, a PIL image, an
+                array [H, W, 3] of uint8, or a tensor [3, H, W].
+            threshold: lowest score of a detection, 0 to 1.
+            batch_size: images in memory; those of equal input size run together.
+
+        Returns:
+            Detections of the image, or a list of them.
+
+        Raises:
+            DataError: an image that cannot be used.
+            CheckpointError: the model fails.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self.predict([images], threshold, batch_size)[0]
+        found: list[Detections] = []
+        for start in range(0, len(images), batch_size):
+            found += self._detect([to_image(image) for image in images[start : start + batch_size]])
+        return [one.select(one.scores >= threshold) for one in found]
+
+    def train(self, data: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+        """Trains in the folder `output` of the configuration; afterwards this is the detector of the best epoch.
+
+        A detector from a checkpoint starts from its weights; give another `output`.
+
+        Args:
+            data: folder of the data (`data.root`); None: that of the configuration.
+            overrides: as for from_config.
+
+        Returns:
+            Metrics of the best epoch, as in metrics.json.
+        """
+        from dat.detection.train import train
+
+        config = self._configure(data, overrides)
+        if self.path is not None:
+            config = replace(config, model=replace(config.model, checkpoint_path=str(self.path)))
+        metrics = train(config)
+        self.path = Path(config.output) / "best.pth"
+        self._load_checkpoint(self.path, setup_distributed(config.train.device))
+        return metrics
+
+    def evaluate(
+        self, data: str | Path | None = None, out: str | Path | None = None, **overrides: Any
+    ) -> dict[str, Any]:
+        """Average precision on the validation data.
+
+        Args:
+            data: folder of the data (`data.root`); None: that of the configuration.
+            out: folder for metrics.json, detections.json, plots and report.html; None: nothing is written.
+            overrides: as for from_config; not of the model.
+
+        Returns:
+            AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary.
+        """
+        model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
+        val = config.data.val
+        annotations = read_dataset(Path(config.data.root), val, self.categories)
+        with checkpoint_errors(str(self.path)):
+            results = detect(
+                model,
+                val_loader(annotations, config, distributed),
+                self.categories,
+                distributed.device,
+                config.train.amp,
+                val.top_k,
+            )
+        results = gather_results(results)
+        if not distributed.main:
+            return {}
+        evaluation = Evaluation.of(annotations, results)
+        metrics = evaluation.metrics()
+        if annotations.warning:
+            logger.warning(f"warning: {annotations.warning}")
+        if out is not None:
+            from dat.detection.report import write_report
+
+            out = Path(out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "metrics.json", metrics)
+            write_json(out / "detections.json", results)
+            # Last, since drawing takes its time and may fail.
+            write_report(out, config, evaluation, metrics, f"{self.path} on {annotations.path}")
+        return metrics
+
+    def export(self, path: str | Path, **options: Any) -> str:
+        """Writes .onnx, or .pt2 of torch.export or AOTInductor; options and errors as in `export_detector`.
+
+        Returns:
+            A line that says how closely the file gives torch's results.
+        """
+        from dat.detection.export import export_detector
+
+        return export_detector(self._trained(), self._configure(None, {}), self.categories, Path(path), **options)
+
+    def input_size(self, image: Image.Image) -> tuple[int, int]:
+        """(height, width) to which an image is resized for the model."""
+        return resized_size(image.height, image.width, self.size, self.max_size)
+
+    def _trained(self) -> BaseDETR:
+        if self.model is None:
+            state = "an exported file, which only predicts" if self.config is None else "not trained yet"
+            raise ConfigError(f"this detector is {state}; load a checkpoint with Detector.from_checkpoint")
+        return self.model
+
+    def _configure(self, data: str | Path | None, overrides: dict[str, Any]) -> DetectionConfig:
+        if self.config is None:
+            raise ConfigError(f"{self.path}: an exported file has no configuration; this needs a checkpoint")
+        root = {} if data is None else {"data.root": str(data)}
+        config = apply_overrides(self.config, keyword_overrides(DetectionConfig, root | overrides))
+        check_config(config)
+        if self.model is not None and config.model != self.config.model:
+            raise ConfigError(f"model.* is decided by {self.path}, should not be overridden")
+        return config
+
+    def _load_checkpoint(
+        self, path: Path, distributed: Distributed, top_k: int | None = None, overrides: Sequence[str] = ()
+    ) -> None:
+        self.distributed = distributed
+        loaded, device = load_detector(path, distributed.device), distributed.device
+        self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
+        self.config = self._configure(None, dict(text.split("=", 1) for text in overrides))
+        data, amp = self.config.data, self.config.train.amp
+        self.size, self.max_size = data.val.size, data.val.max_size
+        graph = DetectorGraph(loaded.model, data, top_k or data.val.top_k).to(device).eval()
+
+        @torch.inference_mode()
+        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+            with checkpoint_errors(path), amp_context(device, amp):
+                return graph(images.to(device), sizes.to(device))
+
+        self.run = run
+
+    def _load_exported(self, path: Path, top_k: int | None, trust: bool) -> None:
+        exported = load_exported(path, "detection", trust)
+        metadata = exported.metadata
+        self.size, self.max_size, multiple = (
+            self._pixels(metadata, name) for name in ("size", "max_size", "padded_to")
+        )
+        self.categories = check_categories(metadata.get("category_ids"), metadata["class_names"], path)
+
+        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+            # A compiled model does not pad its inputs itself.
+            padded = "padded_to" in metadata
+            found = exported.run(*(pad_images(images, sizes, multiple) if padded else (images, sizes)))
+            return tuple(output[:, :top_k] if output.ndim > 1 else output for output in found)
+
+        self.run = run
+
+    def _pixels(self, metadata: dict[str, Any], name: str) -> int:
+        value = metadata.get(name, 1 if name == "padded_to" else None)
+        if not isinstance(value, int) or not 1 <= value <= LARGEST_SIDE:
+            raise CheckpointError(f"{self.path}: its metadata has {name} {value!r}, should be 1 to {LARGEST_SIDE}")
+        return value
+
+    def _detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+        """Detections of any score; images that are resized to equal sizes run together."""
+        if self.run is None:
+            raise ConfigError("this detector is not trained yet; call train, or use Detector.from_checkpoint")
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[self.input_size(image)].append(i)
+        found: dict[int, Detections] = {}
+        for size, members in groups.items():
+            batch = torch.stack([F.resize(F.pil_to_tensor(images[i]), list(size)) for i in members])
+            sizes = torch.tensor([(images[i].height, images[i].width) for i in members])
+            outputs = [output.cpu() for output in self.run(batch, sizes)]
+            self._check(outputs, len(batch))
+            for i, scores, labels, boxes, queries in zip(members, *outputs, strict=True):
+                limits = torch.tensor([images[i].width, images[i].height] * 2)
+                clipped = boxes.float().clamp(min=0).minimum(limits)
+                found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)
+        return [found[i] for i in range(len(images))]
+
+    def _check(self, outputs: Sequence[Tensor], batch: int) -> None:
+        """Raises CheckpointError unless these are detections of so many images."""
+        shape = (batch, *outputs[0].shape[1:2]) if outputs else ()
+        expected = [shape, shape, (*shape, 4), shape]
+        if len(shape) < 2 or [tuple(output.shape) for output in outputs] != expected:
+            shapes = ", ".join(str(list(output.shape)) for output in outputs)
+            raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
+        scores, labels, boxes, _ = outputs
+        check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))

@@ -1,0 +1,141 @@
+"""Data whose splits the configuration does not name: class folders, and tars."""
+
+import io
+import tarfile
+
+import pytest
+from odd_images import encode
+from PIL import Image
+
+from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
+from dat.classification.readers import READERS, open_split, register_reader
+from dat.classification.train import train
+from dat.engine.config import from_dict
+from dat.utils.errors import DataError
+
+PNG = encode(Image.new("RGB", (8, 8)), "PNG")
+
+
+def write_files(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PNG)
+
+
+def write_tar(path, names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(PNG)
+            tar.addfile(member, io.BytesIO(PNG))
+
+
+def names(split):
+    return [split.name(i) for i in range(len(split))]
+
+
+# "few" has too few images for one to be held out
+CLASSES = [f"{name}/{i}.png" for name, images in (("cat", 12), ("dog", 5), ("few", 4)) for i in range(images)]
+HELD_OUT = ["cat/4.png", "cat/9.png", "dog/4.png"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "root is a tar", "tar in the root"])
+def test_every_fifth_image_of_each_class_is_for_validation(tmp_path, kind):
+    root = tmp_path / "data"
+    if kind == "folder":
+        write_files(root, CLASSES)
+    else:
+        root = root / "all.tar" if kind == "root is a tar" else root
+        write_tar(root if kind == "root is a tar" else root / "all.tar", CLASSES)
+    data = DataConfig(root=str(root))
+    train = open_split(data, "train")
+    val = open_split(data, "val", train.class_names)
+    assert names(val) == HELD_OUT
+    assert sorted(names(train) + HELD_OUT) == sorted(CLASSES)
+    assert (train.class_names, val.class_names) == (["cat", "dog", "few"], ["cat", "dog"])
+    assert [val.read(i)[1] for i in range(3)] == [0, 0, 1]
+    assert train.read(len(train) - 1)[1] == 2
+    assert "of each class every 5th image, by name, is for validation (3 of 21 images)" in val.note
+    # classes of a model that has others
+    assert open_split(data, "val", ["few", "x", "dog", "cat"]).read(0)[1] == 3
+
+
+def test_a_run_on_class_folders_says_what_it_validates_on(settings, pictures, tmp_path):
+    settings["data"]["root"] = str(pictures / "train")
+    settings["train"]["epochs"] = 1
+    train(from_dict(ClassificationConfig, settings, "test"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert "every 5th image, by name, is for validation (3 of 24 images)" in "\n".join(log.splitlines()[:4])
+    assert "21 training and 3 validation images, 3 classes" in log
+
+
+@pytest.mark.parametrize("prefix", ["", "pets_"])
+def test_two_tars_are_found(tmp_path, prefix):
+    write_tar(tmp_path / f"{prefix}train.tar", ["cat/1.png", "dog/1.png"])
+    write_tar(tmp_path / f"{prefix}val.tar", ["dog/2.png"])
+    write_tar(tmp_path / "other.tar", ["cat/3.png"])
+    data = DataConfig(root=str(tmp_path))
+    train, val = open_split(data, "train"), open_split(data, "val", ["cat", "dog"])
+    assert (names(train), names(val), val.read(0)[1]) == (["cat/1.png", "dog/1.png"], ["dog/2.png"], 1)
+    assert not train.note
+
+
+@pytest.mark.parametrize(
+    ("files", "tars", "message"),
+    [
+        (
+            [],
+            [],
+            r"data.train.path: \S+/train does not exist, \S+ holds neither folders nor .tar files;",
+        ),
+        (["cat/1.png"], [], r"holds cat; data.train.path should name a folder .*, such as data.train.path=cat$"),
+        (["training/cat/1.png", "test/dog/1.png"], [], r"holds test, training; .* such as data.train.path=test$"),
+        (["val/cat/1.png", "cat/1.png", "dog/1.png"], [], r"/train does not exist, \S+ holds cat, dog, val;"),
+        ([], ["a.tar", "b.tar"], r"holds a.tar, b.tar; .* such as data.train.path=a.tar$"),
+        ([], ["a_train.tar", "b_train.tar", "val.tar"], r"holds a_train.tar, b_train.tar; .*=a_train.tar$"),
+        ([f"{k}/{i}.png" for k in "ab" for i in range(4)], [], r"0 of 8 images\), too few; data.train.path and"),
+    ],
+)
+def test_what_is_there_is_named_where_no_split_can_be_found(tmp_path, files, tars, message):
+    write_files(tmp_path, files)
+    for tar in tars:
+        write_tar(tmp_path / tar, ["cat/1.png"])
+    with pytest.raises(DataError, match=message):
+        open_split(DataConfig(root=str(tmp_path)), "train")
+
+
+def test_a_path_that_is_given_is_taken_at_its_word(tmp_path):
+    write_files(tmp_path, CLASSES)
+    with pytest.raises(DataError, match=r"data.train.path: \S+/training does not exist"):
+        open_split(DataConfig(root=str(tmp_path), train=SplitConfig("training")), "train")
+    with pytest.raises(DataError, match=r"data.root: \S+/nowhere does not exist"):
+        open_split(DataConfig(root=str(tmp_path / "nowhere")), "train")
+
+
+def test_a_format_of_ones_own(monkeypatch):
+    """It is one function and its registration."""
+
+    class Reader:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return io.BytesIO(PNG), index % 2
+
+        def filename(self, index):
+            return f"row {index}"
+
+    def read(data, settings, class_names):
+        if settings.split == "nowhere":
+            raise KeyError("no such table")
+        return Reader(), ["cat", "dog"], ["row 7"]
+
+    monkeypatch.setattr("dat.classification.readers.READERS", dict(READERS))
+    register_reader("table", read)
+    data = DataConfig(train=SplitConfig("table/pets"), val=SplitConfig("Table/pets", "nowhere"))
+    split = open_split(data, "train", ["dog", "cat"])
+    assert [split.read(i)[1] for i in range(4)] == [1, 0, 1, 0]
+    assert (split.name(3), split.left_out) == ("row 3", ["row 7"])
+    with pytest.raises(DataError, match=r"data.val: cannot load split 'nowhere' of Table/pets: 'no such table'"):
+        open_split(data, "val")
