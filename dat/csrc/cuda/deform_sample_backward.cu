@@ -12,7 +12,7 @@ cudaError_t launch_backward(
   const bool weighted = args.weights.has_value();
   const auto in = args.input<Real>();
   std::optional<Tensor> pixels;
-  if (deterministic) pixels = torch::stable::empty_like(by_locations);
+  if (deterministic) pixels = empty(by_locations, by_locations.sizes());
   const PointsGrads<Real> grads = {
       mutable_data<Real>(by_locations),
       weighted ? mutable_data<Real>(by_weights) : nullptr,
@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Geometry& g = args.geometry;
   grad = weights ? checked_grad(kDeformSample, value, grad, {g.B, g.Q, g.H, g.D})
                  : checked_grad(kDeformSample, value, grad, {g.B, g.Q, g.H, g.L, g.P, g.D});
-  Tensor by_value = torch::stable::new_zeros(value, value.sizes(), real_type(value));
-  Tensor by_locations = torch::stable::new_empty(args.locations, args.locations.sizes());
+  Tensor by_value = zero_sums(kDeformSample, value);
+  Tensor by_locations = empty(args.locations, args.locations.sizes());
   const std::vector<int64_t> none = {0};
-  Tensor by_weights = torch::stable::new_empty(args.locations, weights ? weights->sizes() : none);
+  Tensor by_weights = empty(args.locations, weights ? weights->sizes() : none);
   with_type(kDeformSample, value, [&]<typename T>(T) {
     check_launch(kDeformSample, value, launch_backward<T>(args, grad, deterministic, by_value, by_locations, by_weights));
   });

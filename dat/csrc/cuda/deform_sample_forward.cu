@@ -12,7 +12,7 @@ Tensor forward(
   std::vector<int64_t> size = {g.B, g.Q, g.H};
   if (!weights) size.insert(size.end(), {g.L, g.P});
   size.push_back(g.D);
-  Tensor out = torch::stable::new_empty(value, size);
+  Tensor out = empty(value, size);
   const bool wide = aligned(args.value) && aligned(out);
   with_type(kDeformSample, value, [&]<typename T>(T) {
     const auto in = args.input<typename RealOf<T>::type>();

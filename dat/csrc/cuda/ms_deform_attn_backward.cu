@@ -13,9 +13,7 @@ cudaError_t launch_backward(
     const AttentionArguments& args, const Tensor& grad, bool with_reference, bool deterministic, Gradients& gradients) {
   const Geometry& g = args.geometry;
   const auto in = args.input<Real>();
-  const auto scratch = [&](const Tensor& like) {
-    return torch::stable::new_empty(like, like.sizes(), real_type(args.value));
-  };
+  const auto scratch = [&](const Tensor& like) { return empty(args.value, like.sizes(), true); };
   std::optional<Tensor> by_weights, by_pixels, pixels, weights;
   AttentionGrads<Real> grads = {};
   grads.by_offsets = mutable_data<char>(gradients.by_offsets), grads.by_logits = mutable_data<char>(gradients.by_logits);
@@ -46,10 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   grad = checked_grad(kMSDeformAttn, value, grad, {g.B, g.Q, g.H, g.D});
   const std::vector<int64_t> none = {0};
   Gradients gradients = {
-      torch::stable::new_zeros(value, value.sizes(), real_type(value)),
-      torch::stable::new_empty(args.reference, with_reference ? args.reference.sizes() : none),
-      torch::stable::new_empty(args.offsets, args.offsets.sizes()),
-      torch::stable::new_empty(args.logits, args.logits.sizes())};
+      zero_sums(kMSDeformAttn, value), empty(args.reference, with_reference ? args.reference.sizes() : none),
+      empty(args.offsets, args.offsets.sizes()), empty(args.logits, args.logits.sizes())};
   with_type(kMSDeformAttn, value, [&]<typename T>(T) {
     check_launch(kMSDeformAttn, value, launch_backward<T>(args, grad, with_reference, deterministic, gradients));
   });

@@ -8,7 +8,7 @@ Tensor forward(Tensor value, Tensor reference, Tensor offsets, Tensor logits, st
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const AttentionArguments args(value, reference, offsets, logits, shapes);
   const Geometry& g = args.geometry;
-  Tensor out = torch::stable::new_empty(value, {g.B, g.Q, g.H, g.D});
+  Tensor out = empty(value, {g.B, g.Q, g.H, g.D});
   with_type(kMSDeformAttn, value, [&]<typename T>(T) {
     const auto in = args.input<typename RealOf<T>::type>();
     const bool wide = aligned(args.value) && aligned(out);

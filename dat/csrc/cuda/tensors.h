@@ -26,6 +26,21 @@ inline Tensor make_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Memory for `sizes` in the dtype and on the device of `like`, or in the dtype of its sums. torch::stable::new_empty finds
+// its operator by name in each call, which costs a small call more than the memory does.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, bool of_sums = false) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  int32_t dtype = 0, device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (of_sums) dtype = real_type(like) == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+
 // Raises unless `tensor` is on the device of `value` and has the given sizes.
 inline void check_tensor(
     const char* op, const char* name, const Tensor& value, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
@@ -100,6 +115,14 @@ inline void check_launch(const char* op, const Tensor& tensor, cudaError_t error
   STD_TORCH_CHECK(
       false, op, " did not launch on ", device.name, ": ", cudaGetErrorString(error), " (dat was built for ",
       DAT_CUDA_ARCHITECTURES, "; this device needs ", device.major, ".", device.minor, ")");
+}
+
+// Sums of gradients by `value` that are still zero.
+inline Tensor zero_sums(const char* op, const Tensor& value) {
+  Tensor sums = empty(value, value.sizes(), true);
+  const size_t bytes = static_cast<size_t>(sums.numel()) * (real_type(value) == ScalarType::Double ? 8 : 4);
+  if (bytes) check_launch(op, value, cudaMemsetAsync(sums.mutable_data_ptr(), 0, bytes, current_stream(value)));
+  return sums;
 }
 
 // Calls call(T()) with the type of `value`.
