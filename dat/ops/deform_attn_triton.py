@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 16
 # Programs that keep a large GPU busy: those with tiles of scores, and the smaller ones of the table.
@@ -91,6 +92,12 @@ def _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w):
 
 
 @triton.jit
+def _exp(scores, shift):
+    """exp(scores - shift) in two instructions; tl.exp takes six, as it keeps numbers below 1e-38."""
+    return tl.exp2(scores * LOG2E - shift * LOG2E)
+
+
+@triton.jit
 def _rows(start, rows, stride, channels, C, inside):
     """Rows of one head as a matrix [rows, channels], zeros beyond its end."""
     at = start + rows.to(tl.int64)[:, None] * stride + channels[None, :]
@@ -132,8 +139,7 @@ def forward_kernel(
             scores += tl.trans(a + fx * b + fy * (c + fx * d))
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp(scores - new_top[:, None])
-        shrink = tl.exp(top - new_top)
+        p, shrink = _exp(scores, new_top[:, None]), _exp(top, new_top)
         total = total * shrink + tl.sum(p, 1)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
@@ -173,9 +179,8 @@ def query_kernel(
         if BIASED:
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             scores += tl.trans(a + fx * b + fy * (c + fx * d))
-        p = tl.exp(scores - log_total[:, None])
+        p = _exp(tl.where((keys < N)[None, :], scores, float("-inf")), log_total[:, None])
         grad_scores = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
-        # Rows of keys beyond the last are zero, which their finite scores leave so.
         sums += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
     grad_query += image * q_image + head * q_head
     _store_rows(grad_query, sums * scale, queries, q_row, channels, C, queries < HW)
@@ -219,7 +224,7 @@ def key_kernel(
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             scores += a + fx * b + fy * (c + fx * d)
             slope_x, slope_y = b + fy * d, c + fx * d
-        p = tl.exp(scores - log_total[None, :])
+        p = _exp(scores, log_total[None, :])
         value_sums += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
         by_scores = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
         key_sums += tl.dot(by_scores.to(q.dtype), q, input_precision=PRECISION)
@@ -283,6 +288,11 @@ def table_kernel(
     tl.store(at, tl.load(at, mask=v < T_w, other=0.0) + tl.sum(sums, 0), mask=v < T_w)
 
 
+def ceil_div(length: int, size: int) -> int:
+    """Blocks of `size` in `length`; triton.cdiv takes several microseconds on the host."""
+    return -(-length // size)
+
+
 def _is_laid_out(tensor: Tensor) -> bool:
     """Whether this is one of the layouts of models, heads or rows first, which new tensors like it have too."""
     return tensor.stride(3) == 1 and (tensor.is_contiguous() or tensor.transpose(1, 2).is_contiguous())
@@ -328,7 +338,7 @@ class Launch:
         self.rows, self.heads = query.shape[0] * h, [h, h // positions.shape[1]]
         self.sizes = [*self.heads, size[1], HW, key.shape[2], c, T_h, T_w]
         self.axes = [self.x.start, self.x.step, self.y.start, self.y.step]
-        channels = max(16, triton.next_power_of_2(c))
+        channels = max(16, 1 << (c - 1).bit_length())
         # Tiles of many channels are smaller, so that they fit into the registers and shared memory of small GPUs.
         self.wide = channels * query.element_size() >= 256
         self.constants = {
@@ -357,7 +367,7 @@ class Launch:
         key_pixels = torch.empty_like(self.positions)
         if self.biased:
             pixels, coordinates = coefficients.numel() // 4, key_pixels.numel()
-            prepare_kernel[(triton.cdiv(max(pixels, coordinates), 256),)](
+            prepare_kernel[(ceil_div(max(pixels, coordinates), 256),)](
                 self.table, self.positions, coefficients, key_pixels, pixels, coordinates, T_h, T_w, BLOCK=256
             )
         return coefficients, key_pixels
@@ -369,15 +379,15 @@ class TableGradient:
     def __init__(self, launch: Launch, key_pixels: Tensor, chunk: int) -> None:
         self.launch, self.key_pixels = launch, key_pixels
         h, T_h, T_w = launch.table.shape
-        self.programs = T_h * triton.cdiv(T_w, COLUMNS) * h
-        blocks = triton.cdiv(launch.rows // h * chunk, TABLE_KEYS)
+        self.programs = T_h * ceil_div(T_w, COLUMNS) * h
+        blocks = ceil_div(launch.rows // h * chunk, TABLE_KEYS)
         self.parts = launch.table.new_zeros(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
         """Add what follows from the gradients [rows, last - first, H*W] of the scores of keys first..last."""
         launch, parts = self.launch, len(self.parts)
         images = launch.rows // launch.heads[0]
-        length = triton.cdiv(images * (last - first), parts)
+        length = ceil_div(images * (last - first), parts)
         table_kernel[(parts * self.programs,)](
             grad_scores, self.key_pixels, self.parts,
             launch.x.start, launch.x.step, launch.x.inverse, launch.y.start, launch.y.step, launch.y.inverse,
@@ -400,7 +410,7 @@ def forward(
     (query, key, value), steps = _arguments(query, key, value)
     launch = Launch(query, key, positions, table, size, align_corners)
     out, lse = torch.empty_like(query), positions.new_empty(query.shape[:3])
-    programs = triton.cdiv(query.shape[2], launch.tile["M"]) * launch.rows
+    programs = ceil_div(query.shape[2], launch.tile["M"]) * launch.rows
     forward_kernel[(programs,)](
         query, key, value, *launch.prepare(), out, lse,
         *steps, *launch.axes, scale, *launch.sizes, **launch.constants, **launch.tile,
@@ -428,7 +438,7 @@ def backward(
     launch = Launch(query, key, positions, table, size, align_corners)
     coefficients, key_pixels = launch.prepare()
     grad_query, dots = torch.empty_like(query), torch.empty_like(lse)
-    programs = triton.cdiv(HW, launch.tile["M"]) * launch.rows
+    programs = ceil_div(HW, launch.tile["M"]) * launch.rows
     query_kernel[(programs,)](
         grad, query, key, value, coefficients, key_pixels, out, lse, dots, grad_query,
         *steps, *launch.axes, scale, *launch.sizes, **launch.constants, **launch.tile,
@@ -437,16 +447,16 @@ def backward(
     M, K = launch.key_tile["M"], launch.key_tile["K"]
     block_bytes = K * launch.rows * HW * query.element_size()
     chunk = max(CHUNK_BYTES // block_bytes, 1) * K if launch.biased else N
-    tiles = triton.cdiv(HW, M)
-    length = triton.cdiv(tiles, max(1, PROGRAMS // (triton.cdiv(min(chunk, N), K) * launch.rows)))
-    parts = triton.cdiv(tiles, length)
+    tiles = ceil_div(HW, M)
+    length = ceil_div(tiles, max(1, PROGRAMS // (ceil_div(min(chunk, N), K) * launch.rows)))
+    parts = ceil_div(tiles, length)
     sums = lse.new_empty(B, h, N, 2 * c + 2)
     table_gradient = TableGradient(launch, key_pixels, min(chunk, N))
     for first in range(0, N, chunk):
         last = min(first + chunk, N)
         grad_scores = query.new_empty(launch.rows, last - first, HW) if launch.biased else query
         part_sums = lse.new_empty(parts, B, h, last - first, 2 * c + 2)
-        key_kernel[(parts * launch.rows * triton.cdiv(last - first, K),)](
+        key_kernel[(parts * launch.rows * ceil_div(last - first, K),)](
             grad, query, key, value, coefficients, key_pixels, lse, dots, part_sums, grad_scores,
             *steps[:12], *launch.axes, scale, *launch.sizes, launch.rows, first, last, parts, length * M,
             **launch.constants, **launch.key_tile,
