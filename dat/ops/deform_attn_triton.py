@@ -126,6 +126,9 @@ def forward_kernel(
     key += image * k_image + head * k_head
     value += image * v_image + head * v_head
     q = _rows(query + image * q_image + head * q_head, queries, q_row, channels, C, queries < HW)
+    # A scale of 0 leaves the biases alone.
+    scale = tl.where(scale == 0.0, 1e-30, scale)
+    inverse_scale = 1.0 / scale
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, D], tl.float32)
@@ -133,10 +136,12 @@ def forward_kernel(
         keys = first + tl.arange(0, K)
         k = _rows(key, keys, k_row, channels, C, keys < N)
         v = _rows(value, keys, v_row, channels, C, keys < N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        bias = tl.zeros([M, K], tl.float32)
         if BIASED:
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
-            scores += tl.trans(a + fx * b + fy * (c + fx * d))
+            bias = tl.trans(a + fx * b + fy * (c + fx * d)) * inverse_scale
+        # Added to the product, biases take its layout, and with them the maxima and sums, which are within a warp there.
+        scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * scale
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p, shrink = _exp(scores, new_top[:, None]), _exp(top, new_top)
