@@ -140,7 +140,7 @@ def forward_kernel(
         if BIASED:
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             bias = tl.trans(a + fx * b + fy * (c + fx * d)) * inverse_scale
-        # Added to the product, biases take its layout, and with them the maxima and sums, which are within a warp there.
+        # Where the product's sums start, biases get its layout: maxima and sums over keys stay within a warp.
         scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * scale
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
