@@ -128,7 +128,7 @@ class Trainer(ABC):
     metric: ClassVar[str]
     results_file: ClassVar[str]
     # Entries of compute_loss() that are logged beside "loss".
-    losses: ClassVar[tuple[str, ...]] = ()
+    losses: tuple[str, ...] = ()
     # torch.compile's argument: True for images of many sizes.
     dynamic: ClassVar[bool | None] = None
     # A resumed run may not change these: its random draws or the optimizer's groups would not fit.
