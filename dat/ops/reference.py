@@ -282,8 +282,7 @@ def deform_attn_backward(
     by_key = by_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
     by_value = attention.transpose(-1, -2) @ grad
     if table is None:
-        # Outputs of an op may not be one tensor.
-        by_positions, by_table = positions.new_empty(0), positions.new_empty(0)
+        by_positions = by_table = positions.new_empty(0)
     else:
         by_positions, by_table = _position_bias_backward(by_scores, table, positions, size, align_corners)
     return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_positions, by_table
