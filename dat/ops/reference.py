@@ -181,7 +181,9 @@ def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align
     query = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).flatten(0, 1)
     displacement = (query[:, None] - positions.flatten(0, 1)[:, None]) * 0.5
     tables = table.unflatten(0, (groups, -1)).expand(B, -1, -1, -1, -1).flatten(0, 1).to(positions.dtype)
-    bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
+    # torch cannot trace cuDNN's sampler, which has no fake kernel.
+    with torch.backends.cudnn.flags(enabled=False):
+        bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
     return bias.unflatten(0, (B, groups)).flatten(1, 2)
 
 
@@ -282,7 +284,8 @@ def deform_attn_backward(
     by_key = by_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
     by_value = attention.transpose(-1, -2) @ grad
     if table is None:
-        by_positions = by_table = positions.new_empty(0)
+        # Two tensors: outputs of an op must not alias.
+        by_positions, by_table = positions.new_empty(0), positions.new_empty(0)
     else:
         by_positions, by_table = _position_bias_backward(by_scores, table, positions, size, align_corners)
     return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_positions, by_table
