@@ -8,8 +8,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
-from dat.ops.deform_sample import autocast, check_device, sum_dtype
+from dat.ops._common import (
+    autocast,
+    check_device,
+    refuse_forward_mode,
+    register_batching,
+    second_derivatives,
+    sum_dtype,
+)
+from dat.ops._library import LIBRARY
 
 LIBRARY.define(
     "deform_attn(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor? table, SymInt[] size, float scale, "

@@ -9,8 +9,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
-from dat.ops.deform_sample import autocast, sum_dtype, untraced
+from dat.ops._common import (
+    autocast,
+    refuse_forward_mode,
+    register_batching,
+    second_derivatives,
+    sum_dtype,
+    untraced,
+)
+from dat.ops._library import LIBRARY
 from dat.ops.sizes import longer
 
 LIBRARY.define(
