@@ -9,7 +9,7 @@ from PIL import Image
 
 from dat import visualize
 from dat.models import DAT, StageConfig
-from dat.models.attention_maps import deformable_blocks, capture_attention
+from dat.models.attention_maps import capture_attention, deformable_blocks
 from dat.training.checkpoint import save_checkpoint
 from dat.training.errors import CheckpointError, ConfigError, DataError
 
