@@ -1,6 +1,6 @@
 """Exports a classifier: python -m classification.export CHECKPOINT --out FILE.onnx
 
-The command `dat classify export` does the same from anywhere.
+The command `dat classify export` does the same from anywhere. Its code is `export` in dat/classification/commands.py.
 """
 
 from dat.cli import run_recipe

@@ -1,6 +1,6 @@
 """Labels images and videos: python -m classification.predict MODEL SOURCE [SOURCE ...] --out FOLDER
 
-The command `dat classify predict` does the same from anywhere.
+The command `dat classify predict` does the same from anywhere. Its code is `predict` in dat/classification/commands.py.
 """
 
 from dat.cli import run_recipe

@@ -70,7 +70,7 @@ class View:
     def query_position(self, record: BlockAttention) -> tuple[int, int]:
         """(row, column) of the query in a block's feature map."""
         x, y = ((pixel + 0.5) / factor - 0.5 for pixel, factor in zip(self.query, self.factors, strict=True))
-        return record.cell(x, y)
+        return record.query_at(x, y)
 
     def to_pixels(self, record: BlockAttention, positions: Tensor) -> Tensor:
         """Converts a block's positions [..., 2] to pixels of the image, float32 on the CPU."""

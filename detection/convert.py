@@ -1,6 +1,6 @@
 """Converts official weights: python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT
 
-The command `dat detect convert` does the same from anywhere.
+The command `dat detect convert` does the same from anywhere. Its code is `convert` in dat/detection/commands.py.
 """
 
 from dat.cli import run_recipe

@@ -1,6 +1,6 @@
 """Exports a detector: python -m detection.export CHECKPOINT --out FILE.onnx
 
-The command `dat detect export` does the same from anywhere.
+The command `dat detect export` does the same from anywhere. Its code is `export` in dat/detection/commands.py.
 """
 
 from dat.cli import run_recipe

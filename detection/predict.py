@@ -1,6 +1,6 @@
 """Detects objects in images and videos: python -m detection.predict MODEL SOURCE [SOURCE ...] --out FOLDER
 
-The command `dat detect predict` does the same from anywhere.
+The command `dat detect predict` does the same from anywhere. Its code is `predict` in dat/detection/commands.py.
 """
 
 from dat.cli import run_recipe

@@ -1,6 +1,6 @@
 """Writes the report of a run again: python -m detection.report RUN
 
-The command `dat detect report` does the same from anywhere.
+The command `dat detect report` does the same from anywhere. Its code is `report` in dat/detection/commands.py.
 """
 
 from dat.cli import run_recipe

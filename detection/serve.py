@@ -1,6 +1,6 @@
 """Serves a detector over HTTP: python -m detection.serve MODEL
 
-The command `dat detect serve` does the same from anywhere.
+The command `dat detect serve` does the same from anywhere. Its code is `serve` in dat/detection/commands.py.
 """
 
 from dat.cli import run_recipe

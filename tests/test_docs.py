@@ -53,7 +53,8 @@ def blocks(language):
 
 def commands():
     """Every different command of the package in the blocks, in the order of the pages; README's first."""
-    lines = (re.split(r"\s+#", line)[0].strip() for _, text in blocks("bash") for line in text.splitlines())
+    texts = (re.sub(r"\s*\\\n\s*", " ", text) for _, text in blocks("bash"))
+    lines = (re.split(r"\s+#", line)[0].strip() for text in texts for line in text.splitlines())
     return list(dict.fromkeys(line for line in lines if line.startswith(("dat ", "python -m"))))
 
 

@@ -103,7 +103,7 @@ def test_the_position_of_a_corner_is_drawn_in_the_middle_of_its_pixels():
     view = visualize.View(Image.new("RGB", (104, 36)), (36, 52), (103, 35))
     assert view.to_pixels(record, corners).tolist() == [[3.5, 1.5], [99.5, 33.5]]
     assert view.query_position(record) == (8, 12)
-    assert [record.cell(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
+    assert [record.query_at(x, 0)[1] for x in (-0.5, 3.4, 3.6, 51)] == [0, 0, 1, 12]
 
 
 def test_blocks_are_recorded_in_the_order_asked_for():

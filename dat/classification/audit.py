@@ -1,11 +1,6 @@
-"""Checks a data set of images in class folders before training, and lists every problem.
+"""Checks a data set of images and classes before training, and lists every problem.
 
-    python -m classification.audit CONFIG_OR_FOLDER [key.path=value ...] [--out FOLDER]
-
-CONFIG is the configuration that is to train. FOLDER is `data.root`: train/ and val/ or tars of these names (others:
-data.train.path=...), data of a library (data.train.path=wds/shards), or class folders or a .tar, a part of which is
-held out as in training. Prints tables, and writes audit.json and a sheet of images for each split into the folder
-`--out`. Training leaves unreadable images out; the exit code is 1 where a problem would stop it, else 0.
+Training leaves unreadable images out; only some problems would stop it.
 """
 
 import hashlib
@@ -19,7 +14,6 @@ from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from dat.classification.config import ClassificationConfig, DataConfig, check_config
 from dat.classification.readers import Split, open_split
@@ -28,13 +22,14 @@ from dat.engine.config import apply_overrides, load_config
 from dat.utils.errors import DataError, one_line
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 from dat.utils.plots import draw_grid, thumbnail
+from dat.utils.progress import progress_bar
 
 # A class of fewer images gives a warning.
 FEW = 10
 
 
 @dataclass
-class Statistics(Findings):
+class SplitAudit(Findings):
     """Statistics and problems of a split; `split` None: it cannot be opened.
 
     By index of the readable images: `sizes` (width, height) in pixels and `classes`. `modes`: how many images Pillow
@@ -49,9 +44,9 @@ class Statistics(Findings):
     hashes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
-def audit(data: DataConfig) -> dict[str, Statistics]:
-    """Statistics of "train" and "val"; all images are read."""
-    found: dict[str, Statistics] = {}
+def audit(data: DataConfig) -> dict[str, SplitAudit]:
+    """Audits the splits "train" and "val"."""
+    found: dict[str, SplitAudit] = {}
     class_names: list[str] | None = None
     names: tuple[Literal["train", "val"], ...] = ("train", "val")
     for name in names:
@@ -59,18 +54,18 @@ def audit(data: DataConfig) -> dict[str, Statistics]:
         try:
             split = open_split(data, name, class_names)
         except DataError as error:
-            found[name] = Statistics(place)
+            found[name] = SplitAudit(place)
             found[name].add("cannot be opened", str(error), stops=True)
             continue
         class_names = class_names or split.class_names
-        found[name] = collect_statistics(split.note or place, split, class_names)
+        found[name] = audit_split(split.note or place, split, class_names)
     _find_training_images(found["train"], found["val"])
     return found
 
 
-def collect_statistics(place: str, split: Split, class_names: Sequence[str]) -> Statistics:
+def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAudit:
     """Reads every image of a split, on as many threads as there are cores."""
-    found, lock = Statistics(place, split), Lock()
+    found, lock = SplitAudit(place, split), Lock()
 
     def check(index: int) -> tuple[int, str, Any]:
         """The index, the file's digest, and the image's size, mode and class, or an error."""
@@ -89,7 +84,7 @@ def collect_statistics(place: str, split: Split, class_names: Sequence[str]) -> 
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(check, range(len(split)))
-        for index, digest, result in tqdm(checks, total=len(split), desc="images", leave=False, disable=None):
+        for index, digest, result in progress_bar(checks, total=len(split), desc="images", leave=False):
             if not digest:
                 found.add("image that cannot be read, left out", result)
                 continue
@@ -100,7 +95,7 @@ def collect_statistics(place: str, split: Split, class_names: Sequence[str]) -> 
     return found
 
 
-def _find_problems(found: Statistics, split: Split, class_names: Sequence[str]) -> None:
+def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) -> None:
     for name in split.left_out:
         found.add("file that is no image, left out", name)
     counts = Counter(found.classes.values())
@@ -118,7 +113,7 @@ def _find_problems(found: Statistics, split: Split, class_names: Sequence[str]) 
         found.add("no image can be read", found.place, stops=True)
 
 
-def _find_training_images(train: Statistics, val: Statistics) -> None:
+def _find_training_images(train: SplitAudit, val: SplitAudit) -> None:
     """Adds the validation images that are training images too."""
     if train.split is not None and val.split is not None:
         for digest in val.hashes.keys() & train.hashes.keys():
@@ -127,7 +122,7 @@ def _find_training_images(train: Statistics, val: Statistics) -> None:
             val.add("image of training", text, count=len(here))
 
 
-def summarize(found: Statistics, class_names: Sequence[str], img_size: int) -> dict[str, Any]:
+def summarize(found: SplitAudit, class_names: Sequence[str], img_size: int) -> dict[str, Any]:
     """Statistics as plain values; `img_size`: side of the images that the model is given."""
     sides = np.array(list(found.sizes.values())).reshape(-1, 2)
     counts = Counter(found.classes.values())
@@ -169,8 +164,8 @@ def format_summaries(summaries: dict[str, dict[str, Any]], img_size: int) -> str
     return "\n".join(lines)
 
 
-def draw_samples(found: Statistics, class_names: Sequence[str], path: Path, count: int) -> bool:
-    """Writes a sheet of `count` evenly chosen readable images; False when there are none."""
+def draw_samples(found: SplitAudit, class_names: Sequence[str], path: Path, count: int) -> None:
+    """Writes a sheet of `count` evenly chosen images, if any can be read."""
     readable, images = sorted(found.sizes), []
     for i in np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int):
         if found.split is not None:
@@ -178,16 +173,13 @@ def draw_samples(found: Statistics, class_names: Sequence[str], path: Path, coun
             images.append((thumbnail(image), class_names[label][:18]))
     if images:
         draw_grid(images, path)
-    return bool(images)
 
 
 def read_source(source: Path, overrides: Sequence[str]) -> ClassificationConfig:
-    """The configuration of a YAML file, or of a folder or .tar as `data.root`."""
-    if source.suffix in (".yaml", ".yml"):
-        config = load_config(ClassificationConfig, source, overrides)
-    elif source.exists():
+    """The configuration of a YAML file or an installed name, or of a folder or .tar as `data.root`."""
+    if source.exists() and source.suffix not in (".yaml", ".yml"):
         config = apply_overrides(ClassificationConfig(), [f"data.root={source}", *overrides])
     else:
-        raise DataError(f"{source}: no such configuration or folder")
+        config = load_config(ClassificationConfig, source, overrides)
     check_config(config)
     return config

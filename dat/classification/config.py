@@ -1,4 +1,4 @@
-"""The configuration of a classification run: what `configs/classification/*.yaml` may hold.
+"""The keys of `configs/classification/*.yaml`.
 
 The defaults are DAT's ImageNet-1K recipe (Xia et al., "Vision Transformer with Deformable Attention", CVPR 2022,
 section 5.1), which is DeiT's.
@@ -22,16 +22,16 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """A folder with one folder of pictures per class, or a tar of the same; relative to `data.root`.
+    """Where the images of a split are: by default a folder with one folder of images per class, or a tar of the same.
 
-    `path` hfds/NAME: a data set of the Hugging Face hub, or a folder that its package `datasets` can load; `split`,
-    `image_key` ("": image) and `label_key` ("": label) are names in it, and `data.root` is the folder of its cache,
-    empty for its own.
-    wds/FOLDER: WebDataset shards in a folder, relative to `data.root`; `split` is one of its _info.json or a pattern of
-    shards such as train-{0000..0127}.tar, `image_key` the extensions of pictures ("": jpg;jpeg;png;webp), `label_key`
-    the field of the .json that holds the class ("": the file .cls does).
-    tfds/NAME: a data set that TensorFlow Datasets has prepared, in `data.root`, empty for its own folder; `split` is as
-    there, also train[:10%], `image_key` and `label_key` as for hfds.
+    `path` is relative to `data.root`, or names a dataset of another library:
+    hfds/NAME: a dataset of the Hugging Face hub, or a folder that its package `datasets` loads. `split`, `image_key`
+        ("": image) and `label_key` ("": label) are its names; `data.root` is its cache folder, empty for the default.
+    wds/FOLDER: WebDataset shards in a folder below `data.root`. `split` is a split in its _info.json or a pattern such
+        as train-{0000..0127}.tar, `image_key` the extensions of images ("": jpg;jpeg;png;webp), `label_key` the field
+        of the .json with the class ("": the .cls file has it).
+    tfds/NAME: a dataset that TensorFlow Datasets has prepared in `data.root`, empty for the default. `split` is its
+        expression, such as train[:10%]; `image_key` and `label_key` are as for hfds.
     """
 
     path: str = ""
@@ -56,11 +56,14 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Pictures become `img_size` pixels square.
+    """Images are `img_size` pixels square for the model.
 
-    `class_names`: file, relative to `root`, that names a class on each line, where those of wds/ data are numbers.
-    Evaluation takes the centre `crop_pct` of the shorter side ("center"), or squeezes ("squash") or pads ("border") the
-    whole picture before it takes the centre `crop_pct` of that.
+    `root`: without train/ and val/, or tars of these names, it may itself hold class folders or be a .tar; then every
+    fifth image of each class is for validation.
+
+    `class_names`: file below `root` with a class name per line, for wds/ data whose classes are numbers.
+    Evaluation takes the central `crop_pct` of the image: of its shorter side ("center"), or after squeezing ("squash")
+    or padding ("border") it to a square.
     """
 
     root: str = "data/imagenet"

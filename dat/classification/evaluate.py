@@ -1,10 +1,4 @@
-"""Accuracy of a trained classifier: python -m classification.evaluate CHECKPOINT [key.path=value ...] [--out FOLDER]
-
-Also under torchrun, one process per GPU. Prints top-1, top-5, speed and a table of the classes; writes metrics.json,
-plots and report.html, a page of them all, into evaluation/ beside the checkpoint, or into `--out`. Models of ImageNet's
-1,000 classes may also be measured by the reassessed labels of the validation images (`--real`, arXiv:2006.07159) and on
-ImageNet-V2 (`--v2`, arXiv:1902.10811).
-"""
+"""Accuracy of a classifier on a split, and by ImageNet's reassessed labels and on ImageNet-V2."""
 
 import logging
 import time
@@ -70,7 +64,7 @@ def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) ->
     logs = logits.log_softmax(1)
     top = logs.topk(min(5, logits.shape[1]), dim=1)
     losses = F.nll_loss(logs, on_device, reduction="none")
-    values = (top.indices, top.values.exp(), logs.gather(1, on_device[:, None])[:, 0].exp(), losses.double())
+    values = (top.indices, top.values.exp(), losses.double())
     return Results(index.numpy(), labels.numpy(), *(value.cpu().numpy() for value in values))
 
 
@@ -78,7 +72,7 @@ def evaluate_split(classifier: Classifier, split: Split) -> tuple[Results, dict[
     """The results of a split and, with loading, {"images_per_second", "seconds"}; warns of unreadable images."""
     data, train, distributed = classifier.config.data, classifier.config.train, classifier.distributed
     images = EvalImages(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
-    loader = eval_loader(images, train.batch_size, train.workers, distributed.device.type == "cuda")
+    loader = eval_loader(images, train.eval_batch_size, train.workers, distributed.device.type == "cuda")
     skipped = SkippedImages(split, path=None)
     start = time.perf_counter()
     with checkpoint_errors(classifier.path or "the model"):

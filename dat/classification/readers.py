@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 from timm.data import add_img_extensions, get_img_extensions
 from timm.data.readers import create_reader
 
 from dat.classification.config import DataConfig, SplitConfig
-from dat.classification.shards import read_records, read_web
+from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.images import UNREADABLE, open_image, to_rgb
@@ -179,11 +180,10 @@ def _named_places(root: Path, name: str, path: str) -> list[Path]:
 
 def _class_folders(root: Path) -> list[Path]:
     """The folders directly in `root` that hold images; none where images lie elsewhere below it too."""
-    extensions = get_img_extensions(as_set=True)
     folders = [
         Path(folder)
         for folder, _, files in os.walk(root, followlinks=True)
-        if any(os.path.splitext(file)[1].lower() in extensions for file in files)
+        if any(os.path.splitext(file)[1].lower() in IMAGE_EXTENSIONS for file in files)
     ]
     return folders if all(folder.parent == root for folder in folders) else []
 
@@ -212,7 +212,10 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     """Numbers the split's classes by `class_names`. Raises DataError for images without a class, or of other ones."""
     if not all(split.class_names):
         raise DataError(f"{where} holds images outside class folders; it should hold one folder per class")
-    if class_names is not None:
+    # WebDataset's labels are numbers of the model already; two of its classes may have the same name.
+    if class_names is not None and isinstance(split.reader, WebReader):
+        split.class_names = [class_names[k] for k in np.unique(split.reader.labels)]
+    elif class_names is not None:
         index = {name: k for k, name in enumerate(class_names)}
         unknown = [name for name in split.class_names if name not in index]
         if unknown:
@@ -224,21 +227,20 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     return split
 
 
-def _image_extensions(place: Path) -> tuple[set[str], list[str]]:
-    """Extensions of image files in class folders, and the other files there, but for hidden ones.
+def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:
+    """Extensions of image files, also of those that are images by content alone, and all other files, not hidden ones.
 
-    Those of images by name, and those that at least one file has which is an image by content.
+    Only files in class folders count.
     """
-    known: set[str] = get_img_extensions(as_set=True)
     others: dict[str, list[str]] = defaultdict(list)
     for folder, _, files in os.walk(place, followlinks=True):
         for file in files:
             extension = os.path.splitext(file)[1].lower()
-            if Path(folder) != place and extension not in known and not file.startswith("."):
+            if Path(folder) != place and extension not in IMAGE_EXTENSIONS and not file.startswith("."):
                 others[extension].append(os.path.join(folder, file))
     found = {extension for extension, files in others.items() if any(map(_is_image, files))}
     left_out = [os.path.relpath(file, place) for extension in others.keys() - found for file in others[extension]]
-    return known | found, sorted(left_out)
+    return IMAGE_EXTENSIONS | found, sorted(left_out)
 
 
 def _is_image(path: str) -> bool:

@@ -1,10 +1,4 @@
-"""report.html of a run or an evaluation: one page with its metrics, plots and images.
-
-    python -m classification.report RUN [key.path=value ...]
-
-writes it anew for the folder of a run, finished or interrupted, from what is there. The overrides change the run's
-configuration, for instance data.root where the images have moved.
-"""
+"""report.html of a run or an evaluation: one page with its metrics, plots and images."""
 
 import zipfile
 from collections.abc import Sequence

@@ -20,7 +20,6 @@ class Results:
     Attributes:
         index, labels: [n] int64.
         top: [n, k] int64, the k = 5 (or all) most probable classes, and `scores` [n, k] float32, their probabilities.
-        truth: [n] float32, the probability of the label.
         losses: [n] float64, cross-entropy.
     """
 
@@ -28,7 +27,6 @@ class Results:
     labels: np.ndarray
     top: np.ndarray
     scores: np.ndarray
-    truth: np.ndarray
     losses: np.ndarray
 
     @classmethod

@@ -82,37 +82,33 @@ def read_web(
     # Checked before webdataset sees the name, which it may take for an address or a command.
     if not place.is_dir():
         raise DataError(f"{place} should be a folder of WebDataset shards on this machine")
-    names = class_names
-    if names is None and data.class_names:
-        names = (Path(data.root) / data.class_names).read_text(encoding="utf-8").splitlines()
+    if class_names is None and data.class_names:
+        class_names = (Path(data.root) / data.class_names).read_text(encoding="utf-8").splitlines()
     info = create_reader("wds/", root=str(place), split=settings.split).split_info
-    lengths = info.shard_lengths if len(info.shard_lengths) == len(info.filenames) else [0] * len(info.filenames)
-    extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
-    places: list[tuple[int, int, int]] = []
-    labels: list[int | str] = []
-    keys: list[bytes] = []
-    left_out: list[str] = []
     paths = [str(place / name) for name in info.filenames]
-    for shard, path in enumerate(paths):
-        name, found = os.path.basename(path), 0
+    lengths = info.shard_lengths if len(info.shard_lengths) == len(paths) else [0] * len(paths)
+    extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
+    samples: list[tuple[tuple[int, int, int], int | str, bytes]] = []
+    left_out: list[str] = []
+    for shard, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+        count = 0
         with open(path, "rb") as file:
             for key, members in _samples(path, left_out):
-                found += 1
+                count += 1
                 image = next((members[extension] for extension in extensions if extension in members), None)
                 label = _label(file, members, label_key)
                 if image is None or label is None:
-                    left_out.append(f"{name}/{key}")
+                    left_out.append(f"{os.path.basename(path)}/{key}")
                 elif isinstance(label, str) or label >= 0:
-                    places.append((shard, *image))
-                    labels.append(label)
-                    keys.append(os.fsencode(key))
-        if found < lengths[shard]:
-            left_out.append(f"{name}: {found} of the {lengths[shard]} samples that it should hold")
-    if not places:
+                    samples.append(((shard, *image), label, os.fsencode(key)))
+        if count < length:
+            left_out.append(f"{os.path.basename(path)}: {count} of the {length} samples that it should hold")
+    if not samples:
         wanted = f"an image ({', '.join(extensions)}) and a class ({f'{label_key} of json' if label_key else 'cls'})"
         raise ValueError(f"no sample with {wanted}" + (f"; left out: {left_out[0]}" if left_out else ""))
-    numbers, found_names = number_labels(labels, names, every=class_names is None)
-    return WebReader(Shards(paths, places), numbers, np.array(keys)), found_names, left_out
+    places, labels, keys = zip(*samples, strict=True)
+    numbers, names = number_labels(labels, class_names)
+    return WebReader(Shards(paths, places), numbers, np.array(keys)), names, left_out
 
 
 def _samples(path: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -150,34 +146,24 @@ def _label(file: Any, members: dict[str, tuple[int, int]], label_key: str) -> in
         return None
 
 
-def number_labels(
-    labels: Sequence[int | str], names: Sequence[str] | None, every: bool
-) -> tuple[np.ndarray, list[str]]:
-    """Labels [n] as positions in a list of class names, and that list.
+def number_labels(labels: Sequence[int | str], class_names: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Class numbers [n] of labels, which are numbers or class names, and the class names.
 
-    Args:
-        labels: numbers that count `names`, or class names.
-        names: of the classes; None: the texts that occur, or the numbers up to the largest as their own names.
-        every: all of `names` are classes, else those that occur.
-    Raises:
-        ValueError: numbers and texts mixed, or a class that `names` lacks.
+    `class_names` None: they are the texts that occur, or the numbers up to the largest. Raises ValueError for numbers
+    and texts mixed, and for a class that `class_names` lacks.
     """
     if len({type(label) for label in labels}) > 1:
         raise ValueError("some classes are numbers and some are texts, should be one or the other")
     present: list[Any] = sorted(set(labels), key=lambda label: natural_key(str(label)))
-    if names is None and isinstance(present[-1], str):
-        names = present
-    elif names is None:
-        if present[-1] >= len(labels):
-            raise ValueError(f"class {present[-1]} of {len(labels)} samples; data.class_names should name a file")
-        names = [str(k) for k in range(present[-1] + 1)]
-    known: dict[int | str, int] = {name: k for k, name in enumerate(names)} | {k: k for k in range(len(names))}
-    unknown = [label for label in present if label not in known]
+    last = present[-1]
+    if class_names is None and not isinstance(last, str) and last >= len(labels):
+        raise ValueError(f"class {last} of {len(labels)} samples; data.class_names should name a file")
+    names = class_names or (present if isinstance(last, str) else [str(k) for k in range(last + 1)])
+    number: dict[Any, int] = {name: k for k, name in enumerate(names if isinstance(last, str) else range(len(names)))}
+    unknown = [label for label in present if label not in number]
     if unknown:
         raise ValueError(f"class {unknown[0]!r} is not among the {len(names)} of the training data")
-    kept = range(len(names)) if every else [known[label] for label in present]
-    position = {k: i for i, k in enumerate(kept)}
-    return np.array([position[known[label]] for label in labels]), [names[k] for k in kept]
+    return np.array([number[label] for label in labels]), list(names)
 
 
 @dataclass

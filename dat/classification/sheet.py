@@ -18,8 +18,8 @@ def sheet_title(label: str, score: float, truth: str | None = None) -> str:
     return title if truth in (None, label) else f"{title}\n(is {truth[:16]})"
 
 
-def draw_predictions(classifier: Classifier, split: Split, count: int, path: Path) -> bool:
-    """Draws `count` evenly chosen images of a split under their predicted labels; False if none can be read."""
+def draw_predictions(classifier: Classifier, split: Split, count: int, path: Path) -> None:
+    """Draws `count` evenly chosen images of a split under their predicted labels, if any can be read."""
     samples = []
     for index in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist():
         try:
@@ -33,11 +33,10 @@ def draw_predictions(classifier: Classifier, split: Split, count: int, path: Pat
     ]
     if samples:
         draw_grid([(thumbnail(image), title) for (image, _), title in zip(samples, titles, strict=True)], path)
-    return bool(samples)
 
 
-def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], path: Path, count: int) -> bool:
-    """Draws the `count` mistakes of highest score under predicted and true label; False, and no file, without any."""
+def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], path: Path, count: int) -> None:
+    """Draws the `count` mistakes of highest score under predicted and true label; without any, `path` is removed."""
     path.unlink(missing_ok=True)
     images = []
     for position in results.mistakes()[:count]:
@@ -46,4 +45,3 @@ def draw_mistakes(results: Results, split: Split, class_names: Sequence[str], pa
         images.append((thumbnail(image), sheet_title(label, float(results.scores[position, 0]), truth)))
     if images:
         draw_grid(images, path)
-    return bool(images)

@@ -27,6 +27,7 @@ from dat.classification.results import Results, format_table
 from dat.classification.sheet import draw_predictions
 from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 
 # Images [B, 3, H, W], labels [B] or soft labels [B, K], indices that were asked for and used [B], epoch [B].
@@ -66,7 +67,7 @@ class ClassificationTrainer(Trainer):
         self.val_skipped = SkippedImages(val_set, self.output / "skipped_val.txt")
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
-            self.warnings = [f"data.val has no pictures of {len(missing)} classes, such as {missing[0]!r}"]
+            self.warnings = [f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}"]
 
     def build_loaders(self) -> tuple[EpochBatchSampler, DataLoader[Any], DataLoader[Any]]:
         data, train, seed = self.config.data, self.config.train, self.config.seed
@@ -132,10 +133,11 @@ class ClassificationTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set), len(self.val_set)
-        return f"{train} training and {val} validation images, {len(self.class_names)} classes"
+        note = f"; {self.val_set.note}" if self.val_set.note else ""
+        return f"{train} training and {val} validation images, {len(self.class_names)} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:
-        return f"images {[self.train_set.name(index) for index in batch[3].tolist()]}"
+        return f"images {first_few([self.train_set.name(index) for index in batch[3].tolist()])}"
 
     def _warn(self, skipped: SkippedImages) -> None:
         warning = skipped.write(self.distributed)

@@ -1,4 +1,4 @@
-"""The configuration of a detection run: what `configs/detection/*.yaml` may hold, with the defaults of the paper.
+"""The keys of `configs/detection/*.yaml`, with the defaults of the paper.
 
 The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and its official COCO recipe.
 """
@@ -115,7 +115,7 @@ class DetectionConfig:
 
 
 def check_config(config: DetectionConfig) -> None:
-    """Raises ConfigError on values that cannot work, before anything is written."""
+    """Raises ConfigError for values that cannot work, before anything is written."""
     data = config.data
     check_train_config(config)
     at_least_1 = [
@@ -144,7 +144,7 @@ def check_config(config: DetectionConfig) -> None:
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):
             raise ConfigError(f"{key} is empty, should list one or more sizes")
-    # torchvision requires the longest edge to be larger than the shortest
+    # torchvision requires the longest edge to be larger than the shortest.
     if data.train.max_size < max(data.train.sizes) or data.val.max_size < data.val.size:
         raise ConfigError("data.train.max_size and data.val.max_size should be at least the largest shortest edge")
     if data.train.crop_max < data.train.crop_min:

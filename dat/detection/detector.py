@@ -1,6 +1,5 @@
 """The public class: a detector from a checkpoint, an exported file or a configuration."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from dat.detection.detections import Detections
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
 from dat.detection.models.base import BaseDETR
-from dat.detection.report import write_report
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
@@ -141,11 +139,10 @@ class Detector:
         config = self._configure(data, overrides)
         if self.path is not None:
             config = replace(config, model=replace(config.model, checkpoint_path=str(self.path)))
-        train(config)
-        output = Path(config.output)
-        self.path = output / "best.pth"
+        metrics = train(config)
+        self.path = Path(config.output) / "best.pth"
         self._load_checkpoint(self.path, setup_distributed(config.train.device))
-        return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
 
     def evaluate(
         self, data: str | Path | None = None, out: str | Path | None = None, **overrides: Any
@@ -180,6 +177,8 @@ class Detector:
         if annotations.warning:
             logger.warning(f"warning: {annotations.warning}")
         if out is not None:
+            from dat.detection.report import write_report
+
             out = Path(out)
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "metrics.json", metrics)

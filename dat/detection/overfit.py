@@ -1,4 +1,4 @@
-"""Learning a few images by heart: the quickest test that data, model and rates fit together."""
+"""Overfitting a few images: the quickest test that data, model and learning rates fit together."""
 
 import json
 import sys
@@ -20,16 +20,18 @@ from dat.engine.distributed import setup_distributed
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import read_jsonl
 
-# where a run may end, and what it should reach
+# AP at which a run ends, and AP that it should reach.
 ENOUGH, TARGET = 0.95, 0.9
 
 STEPS = 800
 
 
 def overfit(config: DetectionConfig, count: int) -> None:
-    """Trains on `count` images without augmentation until AP on them is near 1; exits with 1, and why, if it is not.
+    """Trains on `count` images without augmentation until AP on them is near 1.
 
-    Raises UserError for what cannot work.
+    If AP stays lower, it prints the likely reasons and exits with code 1.
+
+    Raises UserError for a configuration that cannot work.
     """
     if count < 1:
         raise ConfigError(f"--overfit is {count}, should be at least 1")
@@ -38,7 +40,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
     distributed = setup_distributed(config.train.device)
     some = choose(read_dataset(Path(config.data.root), config.data.train), count)
     output = Path(config.output)
-    # of an earlier try
+    # An earlier try left them.
     if distributed.main:
         for name in ("last.pth", "best.pth"):
             (output / name).unlink(missing_ok=True)
@@ -58,7 +60,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
 
 
 def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
-    """The configuration of such a run: no augmentation, no dropout, no decay, a schedule of its own."""
+    """The configuration of such a run: no augmentation, dropout or weight decay, and its own schedule."""
     train, data = config.train, config.data
     backbone = {name: 0.0 if "drop" in name else value for name, value in config.model.backbone.items()}
     plain = replace(
@@ -98,7 +100,7 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
 
 
 def choose(annotations: Annotations, count: int) -> Annotations:
-    """`count` of the images that show objects, evenly chosen. Raises DataError where there are none."""
+    """`count` of the images with objects, evenly spaced. Raises DataError if there are none."""
     shown = [record for record in annotations.records if (~record.crowd).any()]
     if not shown:
         raise DataError(f"{annotations.path}: no image shows an object that could be learnt")
@@ -113,7 +115,7 @@ def diagnose(
     metrics: dict[str, Any],
     lines: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """Why a few images were not learnt by heart, the likeliest reasons; `lines`: of log.jsonl."""
+    """Likely reasons why a few images were not learnt; `lines` are the entries of log.jsonl."""
     reasons = [*_about_data(config, annotations)]
     losses = [line["loss"] for line in lines if line["kind"] == "train" and line["loss"] is not None]
     if len(losses) > 1 and losses[-1] > 0.5 * losses[0]:
@@ -151,7 +153,7 @@ def class_agnostic(annotations: Annotations, results: Sequence[dict[str, Any]]) 
 
 
 def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:
-    """What in the images cannot be learnt."""
+    """Objects that the model cannot learn."""
     counted: dict[str, list[int]] = defaultdict(list)
     for record in annotations.records:
         boxes = torch.from_numpy(record.boxes[~record.crowd])

@@ -1,4 +1,4 @@
-"""Trains DETR or Deformable DETR on a data set in COCO's JSON format.
+"""Trains a detector on a dataset in COCO's JSON format.
 
     python -m detection.train CONFIG [key.path=value ...] [--overfit N]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]

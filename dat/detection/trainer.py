@@ -17,6 +17,7 @@ from dat.detection.models import BaseDETR, build_model
 from dat.detection.recipe import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
+from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
 
@@ -111,7 +112,7 @@ class DetectionTrainer(Trainer):
         return f"{train} training and {val} validation images, {len(self.train_set.categories)} classes"
 
     def describe_batch(self, batch: Batch) -> str:
-        return f"images {[target['image_id'] for target in batch[-1]]}"
+        return f"images {first_few([target['image_id'] for target in batch[-1]])}"
 
     def describe_classes(self) -> str:
         """The label of each category of the annotation file."""

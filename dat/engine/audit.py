@@ -1,4 +1,4 @@
-"""What an audit of a data set finds: problems by kind, with examples."""
+"""The problems that an audit of a dataset finds, by kind, with examples."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Problem:
-    """One kind of problem: how often it was met, the first few cases, and whether it would stop training."""
+    """One kind of problem: the number of cases, the first few of them, and whether it would stop training."""
 
     kind: str
     stops: bool
@@ -22,7 +22,7 @@ class Findings:
     problems: dict[str, Problem] = field(default_factory=dict, kw_only=True)
 
     def add(self, kind: str, example: str, stops: bool = False, count: int = 1) -> None:
-        """Counts a problem of a kind."""
+        """Counts a case of a kind of problem."""
         problem = self.problems.setdefault(kind, Problem(kind, stops))
         problem.count += count
         if len(problem.examples) < 5:
@@ -30,12 +30,12 @@ class Findings:
 
     @property
     def stops(self) -> bool:
-        """Whether training on this split would stop."""
+        """Whether a problem would stop training on this split."""
         return any(problem.stops for problem in self.problems.values())
 
 
 def format_problems(problems: Iterable[dict[str, Any]]) -> list[str]:
-    """Problems, as dictionaries, in lines of text: those that stop training first, three examples of each."""
+    """Lines of text for problems, given as dictionaries: those that stop training first, with three examples each."""
     lines = []
     for problem in sorted(problems, key=lambda problem: not problem["stops"]):
         mark = "STOPS TRAINING" if problem["stops"] else "warning"

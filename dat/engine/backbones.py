@@ -1,4 +1,4 @@
-"""timm models by the configuration, and the weights that they start from."""
+"""timm models from a configuration, and the weights they start from."""
 
 import difflib
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dat.engine.checkpoint import load_weights, read_weights
 from dat.utils.errors import CheckpointError, ConfigError, one_line
 
-# arguments of timm.create_model that fetch weights
+# Arguments of timm.create_model that load weights.
 _SOURCES = ("pretrained", "checkpoint_path")
 
 
@@ -19,9 +19,9 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     """timm.create_model(**arguments, **fixed) with errors that name the configuration's key.
 
     Args:
-        arguments: {"name": any timm model, ...} and that model's arguments, as the configuration has them.
-        key: of these arguments in the configuration.
-        fixed: arguments that the caller decides, such as num_classes or features_only.
+        arguments: {"name": any timm model} and arguments of that model, as in the configuration.
+        key: key of `arguments` in the configuration.
+        fixed: arguments that the caller sets, such as num_classes or features_only.
     Raises:
         ConfigError: no such model, or arguments that it does not take.
     """
@@ -44,14 +44,14 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
 
 
 def without_weights(backbone: dict[str, Any]) -> dict[str, Any]:
-    """`model.backbone` without what fetches weights: for a model whose own checkpoint is about to be loaded."""
+    """`model.backbone` without the arguments that load weights, for a model whose checkpoint is loaded afterwards."""
     return {name: value for name, value in backbone.items() if name not in _SOURCES}
 
 
 def classifier_weights(arguments: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """State of the headless timm model `arguments`, all of it from the checkpoint of a classifier at `path`.
+    """State of the timm model `arguments` without a head, loaded from a classifier's checkpoint at `path`.
 
-    timm's own loading into a feature extractor is not strict: weights of another model pass in silence.
+    timm loads weights into a feature extractor without checking them: those of another model would pass silently.
     Raises ConfigError and CheckpointError as load_classifier_weights does.
     """
     body = {name: value for name, value in without_weights(arguments).items() if name != "out_indices"}
@@ -61,10 +61,10 @@ def classifier_weights(arguments: dict[str, Any], path: str | Path) -> dict[str,
 
 
 def load_classifier_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a classifier's checkpoint (of this project, of timm, or official), its averaged weights where it has them.
+    """Loads a classifier's checkpoint (of this project, timm, or an official one), averaged weights if there are any.
 
-    Everything but the last layer must fit. The last layer is loaded if it fits, and stays new if the checkpoint has
-    another number of classes.
+    All layers except the last must fit. The last layer keeps its new weights if the checkpoint has another number of
+    classes.
 
     Args:
         model: a timm model.
@@ -79,7 +79,7 @@ def load_classifier_weights(model: nn.Module, path: str | Path) -> None:
     state = read_weights(path)
     if any(name.startswith("backbone.") for name in state):
         raise CheckpointError(f"{path}: is of a detector; model.backbone.checkpoint_path should be of a classifier")
-    # resizes what depends on the image size, such as position tables
+    # Resizes weights that depend on the image size, such as position tables.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
         state = adapt(state, model)

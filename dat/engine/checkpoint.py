@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read without running code and checked before anything is built from them.
 
-A file may come from anyone. `torch.load(weights_only=True)` runs no code; the checks here also limit the memory and time
-that a small file can ask for.
+A file may come from anyone. `torch.load(weights_only=True)` runs no code; the checks here also limit the memory and
+time that a small file can ask for.
 """
 
 import os

@@ -60,9 +60,9 @@ def find_config(name: str | Path) -> Path:
 def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     """Reads a YAML file over the defaults of a dataclass, then applies overrides.
 
-    A file may name another one, `base: other.yaml` relative to its own folder, and is then read over that file: sections
-    are merged, while a list or a free-form dictionary is replaced. A number of steps given above a number of epochs
-    replaces it, and the other way round: in an override over the file, in a file over its base.
+    A file may name another one, `base: other.yaml` relative to its own folder, and is then read over that file:
+    sections are merged, while a list or a free-form dictionary is replaced. An override of steps replaces the epochs of
+    the file, and the other way round; so does a file those of its base.
 
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys. A dataclass with a class
@@ -103,7 +103,7 @@ def rename_keys(data: dict[str, Any], saved: bool = False) -> dict[str, Any]:
 
 
 def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
-    """A copy of a configuration (say, a checkpoint's) with "key.path=value" overrides applied. Raises ConfigError."""
+    """A copy of a configuration, such as a checkpoint's, with "key.path=value" overrides. Raises ConfigError."""
     data = to_dict(config)
     _apply_overrides(type(config), overrides, data)
     return from_dict(type(config), data, source)
@@ -192,9 +192,8 @@ def _resolve_alternatives(data: dict[str, Any], known: list[str], source: str) -
     for pair in _ALTERNATIVES:
         first, second = (_get(data, key) for key in pair)
         if first and second:
-            raise ConfigError(
-                f"{source}: {pair[0]} is {_shown(first)} and {pair[1]} is {_shown(second)}, give only one"
-            )
+            a, b = (f"{key} is {_shown(value)}" for key, value in zip(pair, (first, second), strict=True))
+            raise ConfigError(f"{source}: {a} and {b}, should be only one of them")
         other = pair[1] if first else pair[0]
         if (first or second) and other in known:
             section, name = other.split(".")

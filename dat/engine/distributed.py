@@ -5,6 +5,7 @@ Checkpoints hold whole tensors with and without FSDP, so that a run may be resum
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_tensors(value: Any) -> Any:
-    """A copy of nested dictionaries and lists with sharded tensors gathered to the CPU; every process has to call it."""
+    """A copy of nested dictionaries and lists with sharded tensors gathered to the CPU, called by every process."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
@@ -195,6 +196,10 @@ class StopSignal:
 def stop_on_sigterm() -> Iterator[StopSignal]:
     """Inside the block SIGTERM only sets the signal's `received`."""
     stop = StopSignal()
+    # Python handles signals in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def receive(number: int, frame: object) -> None:
         stop.received = True

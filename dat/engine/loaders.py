@@ -16,18 +16,18 @@ from dat.engine.seeds import derive_seed
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
-    """Batches of (epoch, index), shuffled by (seed, epoch) alone and dealt to the processes.
+    """Batches of (epoch, index), shuffled by (seed, epoch) only and distributed over the processes.
 
-    An optimizer step takes `batch_size` samples for each of its `accumulate` batches and each process. Which samples it
-    takes depends on the product of the three alone. Whole steps only; a data set smaller than one step gives one that
-    repeats samples. Every process gets the same number of batches.
+    An optimizer step takes `accumulate` batches of `batch_size` samples in each of `world_size` processes. The samples
+    of a step depend on the product of the three only. An epoch has whole steps; a dataset smaller than one step gives
+    one that repeats samples. Every process gets the same number of batches.
 
     Args:
-        length: samples of the data set.
-        batch_size: samples of a batch of one process.
-        seed: of the run.
-        rank, world_size: this process and their number.
-        accumulate: batches of a step, of one process.
+        length: number of samples in the dataset.
+        batch_size: samples in a batch of one process.
+        seed: seed of the run.
+        rank, world_size: index of this process, and the number of processes.
+        accumulate: batches per step and process.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
         self.epoch, self.first_step = 0, 0
 
     def set_position(self, epoch: int, first_step: int = 0) -> None:
-        """The next iteration gives the batches of `epoch` from those of `first_step` on."""
+        """Starts the next iteration at step `first_step` of `epoch`."""
         self.epoch, self.first_step = epoch, first_step
 
     @property
     def images(self) -> int:
-        """Samples of a step, over all its batches and processes."""
+        """Samples per step, over all its batches and processes."""
         return self.batch_size * self.accumulate * self.world_size
 
     @property
     def steps(self) -> int:
-        """Steps of a whole epoch."""
+        """Steps per epoch."""
         return max(1, self.length // self.images)
 
     def __len__(self) -> int:
-        """Batches, of one process, that the next iteration gives."""
+        """Batches of this process in the next iteration."""
         return max(0, self.steps - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
@@ -66,13 +66,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
 
 
 def loader_options(workers: int, pin: bool) -> dict[str, Any]:
-    """Arguments of every DataLoader: workers live on between epochs and leave SIGTERM to the main process.
+    """Arguments of every DataLoader: workers persist between epochs and leave SIGTERM to the main process.
 
-    SIGTERM to the process group would otherwise end the workers before the main process could save. They end when the
-    main process does, however it ends.
+    SIGTERM to the process group would otherwise end the workers before the main process could save. They end with the
+    main process, however it ends.
 
     Args:
-        workers: processes that read samples, 0: the main process does.
+        workers: processes that read samples; 0: the main process reads them.
         pin: whether batches go to a GPU.
     """
     if workers == 0:
@@ -85,9 +85,9 @@ def loader_options(workers: int, pin: bool) -> dict[str, Any]:
 
 @cache
 def _exit_flag() -> Any:
-    """Memory that workers share, whose .value becomes True when this process begins to exit."""
+    """A flag in memory shared with the workers; it becomes True when this process begins to exit."""
     flag = multiprocessing.RawValue(ctypes.c_bool, False)
-    # runs before multiprocessing's own handler, which sends the workers SIGTERM and waits for them
+    # Runs before multiprocessing's own handler, which sends SIGTERM to the workers and waits for them.
     atexit.register(setattr, flag, "value", True)
     return flag
 

@@ -1,4 +1,4 @@
-"""Records of a run: console and train.log, log.jsonl, TensorBoard and a progress bar."""
+"""The records of a run: console and train.log, log.jsonl, TensorBoard, Weights & Biases and a progress bar."""
 
 import json
 import logging
@@ -22,17 +22,17 @@ from dat.utils.files import atomic_write, read_jsonl
 
 
 class RunLogger:
-    """Writes what a run reports; on every process but the main one it reports nothing.
+    """Writes the records of a run; only the main process writes.
 
     Args:
-        output: folder of the run, made when missing.
-        main: whether this process is the one that writes.
-        resume_step: step that the run goes on from; what log.jsonl and TensorBoard hold past it is dropped, and lines
-            of this step that are there already are not written again. None starts new files.
-        wandb_project: project of Weights & Biases that the numbers and pictures go to as well; "": none.
-        config: plain configuration, shown there.
+        output: folder of the run, created if missing.
+        main: whether this process is the main one.
+        resume_step: step from which the run is resumed; later entries of log.jsonl and TensorBoard are removed, and
+            existing entries of this step are not written again. None starts new files.
+        wandb_project: project of Weights & Biases for the same numbers and images, "": none.
+        config: plain configuration for Weights & Biases.
     Raises:
-        ConfigError: its package is not installed, or refuses.
+        ConfigError: the package wandb is not installed, or refuses.
     """
 
     def __init__(
@@ -60,25 +60,25 @@ class RunLogger:
         lines = self.output / "log.jsonl"
         self._known = _keep_until(lines, resume_step)
         self._lines = self._closing.enter_context(lines.open("a", encoding="utf-8"))
-        # from step 1 on also in a new run: one that ended before its first checkpoint may have left events
+        # From step 1 on also in a new run: one that ended before its first checkpoint may have left events.
         self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=(resume_step or 0) + 1)
         self._closing.callback(self._board.close)
 
     def _attach(self, handler: logging.Handler) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        # on the root: warnings of timm and torch belong in train.log too; only this logger shows less than warnings
+        # On the root logger, because warnings of timm and torch belong in train.log too.
         logging.getLogger().addHandler(handler)
         self._logger.setLevel(logging.INFO)
         self._closing.callback(handler.close)
         self._closing.callback(logging.getLogger().removeHandler, handler)
 
     def info(self, message: str) -> None:
-        """One line on the console and in train.log."""
+        """Writes one line to the console and train.log."""
         if self.main:
             self._logger.info(message)
 
     def warning(self, message: str) -> None:
-        """One line, marked as a warning, on the console and in train.log."""
+        """Writes one line, marked as a warning, to the console and train.log."""
         if self.main:
             self._logger.warning("warning: %s", message)
 
@@ -95,13 +95,13 @@ class RunLogger:
         for name, number in numbers.items():
             self._board.add_scalar(f"{kind}/{name}", number, step)
         if self._wandb is not None:
-            # not as its own step, which may not fall: a resumed run repeats some
+            # Not as wandb's own step, which may not decrease: a resumed run repeats some steps.
             self._wandb.log({"step": step, **{f"{kind}/{name}": number for name, number in numbers.items()}})
 
-    def figure(self, tag: str, picture: str | Path | np.ndarray, step: int) -> None:
+    def figure(self, tag: str, image: str | Path | np.ndarray, step: int) -> None:
         """Shows an image file, or an array [H, W, 3] uint8, in TensorBoard."""
         if self.main:
-            array = picture if isinstance(picture, np.ndarray) else np.asarray(Image.open(picture).convert("RGB"))
+            array = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
             self._board.add_image(tag, array, step, dataformats="HWC")
             if self._wandb is not None:
                 import wandb
@@ -109,18 +109,18 @@ class RunLogger:
                 self._wandb.log({"step": step, tag: wandb.Image(array)})
 
     def progress(self, images: int, description: str, done: int = 0) -> tqdm:
-        """A bar over `images`, `done` of them finished: shows images/s and the time left.
+        """A progress bar over `images`, `done` of them finished, on terminals and in notebooks.
 
-        Advance it with .update(batch_size) and .set_postfix(loss=..., lr=..., refresh=False). Shown on terminals only.
+        Advance it with .update(batch_size) and .set_postfix_str(..., refresh=False).
         """
-        # disable=None: shown only where stderr is a terminal
+        # A notebook's stderr is no terminal.
+        shown = self.main and (sys.stderr.isatty() or "ipykernel" in sys.modules)
         return tqdm(
-            total=images, initial=done, desc=description, unit="img", dynamic_ncols=True, leave=False,
-            disable=None if self.main else True,
+            total=images, initial=done, desc=description, unit="img", dynamic_ncols=True, leave=False, disable=not shown
         )  # fmt: skip
 
     def flush(self) -> None:
-        """Brings TensorBoard's events to the file: before a checkpoint, which a resumed run will not go behind."""
+        """Writes TensorBoard's events to the file, as every checkpoint requires: a resumed run does not repeat them."""
         if self.main:
             self._board.flush()
 
@@ -130,7 +130,7 @@ class RunLogger:
 
 
 def _start_wandb(project: str, output: Path, resume: bool, config: dict[str, Any] | None) -> Any:
-    """A run of Weights & Biases, or the one that belongs to `output`, whose name is kept in output/wandb_id."""
+    """Starts a run of Weights & Biases, or resumes the one whose id is in output/wandb_id."""
     try:
         import wandb
     except ImportError as error:
@@ -152,7 +152,7 @@ def _start_wandb(project: str, output: Path, resume: bool, config: dict[str, Any
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory in GiB that this process has had so far: tensors on a GPU, or all of the process on a CPU."""
+    """Peak memory of this process in GiB: of tensors on a GPU, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -160,7 +160,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _keep_until(path: Path, step: int | None) -> set[tuple[str, int]]:
-    """Drops the lines of a JSON-lines file past `step`, all when it is None; returns the (kind, step) of the others."""
+    """Removes the lines of log.jsonl after `step` (None: all lines); returns the (kind, step) of the others."""
     entries = () if step is None else read_jsonl(path)
     kept = {(entry["kind"], entry["step"]): json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step}
     with atomic_write(path) as temporary:

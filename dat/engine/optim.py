@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2
-from timm.optim._param_groups import auto_group_layers
+from timm.optim import auto_group_layers, create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -58,8 +57,8 @@ def param_groups(
         model: its parameters that require gradients are grouped.
         lr: base learning rate.
         weight_decay: of the other parameters.
-        multipliers: {regular expression: factor on the learning rate}; the first that is found in a name counts.
-        scales: {name of a parameter: another factor on its learning rate}, see layer_scales.
+        multipliers: {regular expression: factor on the learning rate}; the first one that matches a name counts.
+        scales: {name of a parameter: further factor on its learning rate}, see layer_scales.
     Raises:
         ConfigError: an expression matches no parameter.
     """
@@ -98,23 +97,23 @@ def make_scheduler(
     decay_rate: float = 0.1,
     min_lr: float = 0.0,
 ) -> Scheduler:
-    """Schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
+    """A schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
 
     Args:
-        optimizer: its groups' "lr_scale" multiplies their rate.
-        total_steps: steps of the whole run.
-        warmup_steps: linear from 0 (excluded) to the base rate; counted in total_steps.
-        kind: "cosine" down to min_lr, or "step": x decay_rate after each of decay_steps steps.
+        optimizer: the "lr_scale" of its groups multiplies their rates.
+        total_steps: length of the run.
+        warmup_steps: linear from 0 (excluded) to the base rate; part of total_steps.
+        kind: "cosine" down to min_lr, or "step": multiplied by decay_rate at each of decay_steps.
     """
     warmup_steps = min(warmup_steps, total_steps)
     base = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    # the first step already moves: a rate of 0 would waste it
+    # The first step already moves: a rate of 0 would waste it.
     warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
     if kind == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=min_lr, t_in_epochs=False, **warmup)
     if kind != "step":
         raise ConfigError(f"schedule is {kind!r}, should be 'cosine' or 'step'")
-    # timm applies a milestone one count early
+    # timm applies a milestone one step early.
     milestones = [step + 1 for step in sorted(decay_steps)]
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=decay_rate, t_in_epochs=False, **warmup)
 

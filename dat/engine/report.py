@@ -1,6 +1,6 @@
-"""A page of what a run or an evaluation found: one HTML file that needs no other file, no script and no network.
+"""The report of a run or an evaluation: one HTML file without scripts, other files or network access.
 
-Every text in it may be somebody else's, such as the names of files and classes: the template escapes them all.
+Texts such as the names of files and classes may come from anyone; the template escapes them all.
 """
 
 import io
@@ -22,22 +22,22 @@ from dat.engine.config import to_dict
 from dat.utils.errors import UserError
 from dat.utils.files import atomic_write
 
-# most confusions in a table
+# Rows of a table of confusions.
 MOST_CONFUSIONS = 20
 
-# longest edge of embedded photographs, in pixels
+# Longest edge of embedded photographs, in pixels.
 MOST_PIXELS = 1800
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts, whole numbers and others under the names of their columns; None is shown as a dash."""
+    """Rows of texts and numbers under the names of their columns; None is shown as a dash."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """The text of each cell, and whether it is a number."""
+        """The text of each entry, and whether it is a number."""
         return [[self._cell(value) for value in row] for row in self.rows]
 
     @staticmethod
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file that is put into the page: as it is, or where it is a `photo`, made of photographs, as JPEG."""
+    """An image file to embed, unchanged or, if it is a `photo` or made of photographs, as JPEG."""
 
     path: Path
     caption: str = ""
@@ -70,7 +70,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading: text, then tables, pictures, and what is to be `verbatim`, folded up."""
+    """A part of the page under a heading: text, tables, images and, folded up, `verbatim` text."""
 
     heading: str
     text: str = ""
@@ -81,69 +81,69 @@ class Section:
 
 @dataclass
 class Page:
-    """What a page is made of."""
+    """A page with a title, an opening text and sections."""
 
     title: str
     text: str = ""
     sections: list[Section] = field(default_factory=list)
 
     def add_picture(self, heading: str, path: Path, text: str = "", tables: Sequence[Table] = ()) -> None:
-        """A section with a plot, where there is such a file."""
+        """Adds a section with a plot, if the file exists."""
         if path.is_file():
             self.sections.append(Section(heading, text, tables, [Picture(path)]))
 
     def add_photos(self, heading: str, paths: Sequence[Path], text: str = "") -> None:
-        """A section with pictures made of photographs, those of the files that there are; several have their names."""
+        """Adds a section with those of the photographs that exist; several are captioned with their names."""
         pictures = [Picture(path, path.stem if len(paths) > 1 else "", photo=True) for path in paths if path.is_file()]
         if pictures:
             self.sections.append(Section(heading, text, pictures=pictures))
 
     def add_config(self, config: Any) -> None:
-        """A section with a configuration, a dataclass, as YAML."""
+        """Adds a section with a configuration (a dataclass) as YAML."""
         values = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         self.sections.append(Section("Configuration", verbatim=values))
 
     def write(self, path: Path) -> None:
-        """Replaces `path` by the page; a crash leaves the old file or the new one."""
+        """Atomically replaces `path` by the page."""
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(_TEMPLATE.generate(page=self))
 
 
 def confusion_table(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Table:
-    """The confusions off the diagonal of [R, C] counts, the most frequent ones."""
+    """The most frequent confusions, which are off the diagonal of the [R, C] counts."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
     places = [np.unravel_index(place, counts.shape) for place in order if wrong.flat[place]]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    found = [(rows[i], columns[j], int(wrong[i, j]), f"{shares[i, j]:.1%}") for i, j in places]
-    return Table(("is", "taken for", "times", "share"), found)
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    found = [(rows[i], columns[j], int(wrong[i, j]), f"{fractions[i, j]:.1%}") for i, j in places]
+    return Table(("true class", "predicted class", "times", "fraction of the true class"), found)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What a run's metrics.json tells, such as its duration; nothing where it has none, or a damaged one."""
+    """The metrics.json of a run, {} if it is missing or damaged."""
     try:
-        told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 @contextmanager
 def errors_as_warnings(warn: Callable[[str], None], command: str) -> Iterator[None]:
-    """Inside it, what fails becomes a warning and ends there: a trained model is worth more than its pictures.
+    """Turns any error inside the block into a warning: a failed plot must not end a finished training.
 
-    `command`: draws them again.
+    `command` writes the report again.
     """
     try:
         yield
     except Exception as error:
         known = isinstance(error, (UserError, OSError))
         reason = str(error) if known else traceback.format_exc()
-        warn(f"the report is not complete: {reason}\nonce that is mended, write it by: {command}")
+        warn(f"the report is not complete: {reason}\nto write it again: {command}")
 
 
-# Nothing but what is in the page may be loaded or run, should a text ever get into it unescaped.
+# The policy lets the page load and run nothing, should a text ever get into it unescaped.
 _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     """\
 <!doctype html>

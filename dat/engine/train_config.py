@@ -17,11 +17,12 @@ class TrainConfig:
     Learning rate: `lr` is for steps of `lr_batch_size` images and is scaled by the square root of, or linearly with
         (`lr_scaling`), the number in use; 0: never scaled. `layer_decay` multiplies the rate of each layer of the
         backbone once more than that of the layer above.
-    Schedule: linear warm-up over `warmup_epochs` or `warmup_steps`; then "cosine" down to `min_lr_scale` * lr, or "step":
-        times 0.1 at each of `decay_epochs`.
+    Schedule: linear warm-up over `warmup_epochs` or `warmup_steps`; then "cosine" down to `min_lr_scale` * lr, or
+        "step": times 0.1 at each of `decay_epochs`.
     `clip_grad`: largest norm of the gradients, 0: not clipped. `ema_decay`: of averaged weights, 0: none.
-    Speed and memory: `amp`; `grad_checkpointing` recomputes layers in the backward pass; `fsdp` splits weights, gradients
-        and optimizer state among the processes (FSDP2); `compile`: torch.compile; `channels_last` memory format.
+    Speed and memory: `amp`; `grad_checkpointing` recomputes layers in the backward pass; `fsdp` splits weights,
+        gradients and optimizer state among the processes (FSDP2); `compile`: torch.compile; `channels_last`: memory
+        format of images and weights.
     `eval_epochs`: evaluate after every so many epochs and after the last. `checkpoint_steps`: steps between checkpoints
         within an epoch, 0: only at its end. `log_steps`: steps between lines of log.jsonl.
     Report: `pictures` validation images and `worst` mistakes to draw.

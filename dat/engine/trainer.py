@@ -7,18 +7,16 @@ gradients and metrics to the rounding of sums. Dropout and the statistics of bat
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from dat.engine import optim
 from dat.engine.checkpoint import (
     check_resumable,
     check_weights_finite,
@@ -39,79 +37,16 @@ from dat.engine.distributed import (
     whole_tensors,
 )
 from dat.engine.logger import RunLogger, peak_memory
-from dat.engine.optim import (
-    amp_context,
-    can_skip_on_device,
-    check_gradients,
-    clip_gradients,
-    layer_scales,
-    make_ema,
-    make_optimizer,
-    make_scheduler,
-    param_groups,
-    scaled_lr,
-    step_unless,
-)
+from dat.engine.progress import Progress, StepRecord, format_seconds
 from dat.engine.report import errors_as_warnings
 from dat.engine.seeds import seed_device, seed_everything
+from dat.engine.task import Task
 from dat.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from dat.utils.files import write_json
 from dat.utils.finite import check_finite, trace_non_finite
 
 
-@dataclass
-class Progress:
-    """The state of a run that its checkpoints hold beside tensors.
-
-    `closed` is the step at the end of the last epoch whose evaluation, if it was due, is done. `best` is the best value
-    of the trainer's metric. `sums` add up the logged values of `summed` steps since the last line of the log; `loss` is
-    the mean loss of that line.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    closed: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    loss: float = math.nan
-    sums: list[float] = field(default_factory=list)
-    summed: int = 0
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], steps_per_epoch: int) -> "Progress":
-        """Of a checkpoint; earlier versions lack `closed`, or the two kinds of seconds."""
-        defaults = {"closed": state["epoch"] * steps_per_epoch, "train_seconds": state.get("seconds", 0.0)}
-        known = defaults | state
-        return cls(**{name: known[name] for name in vars(cls()) if name in known})
-
-
-class StepRecord:
-    """Values of a step on their way to the host, and what the step can be repeated with if one is not finite.
-
-    Nothing waits for the device before `read`.
-    """
-
-    def __init__(self, step: int, batches: Sequence[Any], normalizers: Any, values: Tensor) -> None:
-        self.step, self.batches, self.normalizers = step, batches, normalizers
-        self.copied = None
-        if values.is_cuda:
-            # To pinned memory, so that the copy runs beside the next kernels.
-            self.values = values.to("cpu", non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        else:
-            self.values = values
-
-    def read(self) -> list[float]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.values.tolist()
-
-
-class Trainer(ABC):
+class Trainer(Task):
     """A training run, from its start or from the checkpoint `resume`.
 
     Args:
@@ -122,15 +57,6 @@ class Trainer(ABC):
         ConfigError, CheckpointError: arguments that do not fit together, or a checkpoint of another run.
     """
 
-    # "detection" or "classification".
-    kind: ClassVar[str]
-    # The metric of evaluate() that makes an epoch the best, and the file with the best epoch's predictions.
-    metric: ClassVar[str]
-    results_file: ClassVar[str]
-    # Entries of compute_loss() that are logged beside "loss".
-    losses: tuple[str, ...] = ()
-    # torch.compile's argument: True for images of many sizes.
-    dynamic: ClassVar[bool | None] = None
     # A resumed run may not change these: its random draws or the optimizer's groups would not fit.
     fixed_keys: ClassVar[tuple[str, ...]] = (
         "seed", "model", "train.optimizer", "train.weight_decay", "train.layer_decay",
@@ -148,7 +74,7 @@ class Trainer(ABC):
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = train.steps or train.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        self.lr = scaled_lr(train.lr, self.sampler.images, train.lr_batch_size, train.lr_scaling)
+        self.lr = optim.scaled_lr(train.lr, self.sampler.images, train.lr_batch_size, train.lr_scaling)
         self.progress = Progress()
         # On a GPU the values of a step are read during the next one.
         self.pending: StepRecord | None = None
@@ -161,22 +87,22 @@ class Trainer(ABC):
         train, distributed = self.config.train, self.distributed
         seed_everything(self.config.seed)
         # The files that a resumed run started from need not exist any more.
-        self.model = self.build_model(weights=self.resume is None)
+        self.model: Any = self.build_model(weights=self.resume is None)
         if train.grad_checkpointing:
             _checkpoint_gradients(self.model)
         self.memory_format = torch.channels_last if train.channels_last else torch.preserve_format
         # FSDP takes contiguous weights only.
         self.model.to(self.device, memory_format=torch.preserve_format if train.fsdp else self.memory_format)
-        self.ema = make_ema(self.model, train.ema_decay)
+        self.ema = optim.make_ema(self.model, train.ema_decay)
         # Whole weights are loaded before they are sharded; the optimizer's state afterwards.
         state = None if self.resume is None else self._restore(self.resume)
         if train.compile:
             self.model.compile(dynamic=self.dynamic)
         self.wrapped = self._shard() if train.fsdp else distributed.wrap(self.model)
-        self.optimizer = make_optimizer(self.parameter_groups(), train.optimizer, self.lr, train.weight_decay)
-        self.reads_late = can_skip_on_device(self.optimizer, self.device)
+        self.optimizer = optim.make_optimizer(self.parameter_groups(), train.optimizer, self.lr, train.weight_decay)
+        self.reads_late = optim.can_skip_on_device(self.optimizer, self.device)
         # Before the optimizer's state is restored, whose base rate is that of the checkpoint's configuration.
-        self.scheduler = make_scheduler(
+        self.scheduler = optim.make_scheduler(
             self.optimizer,
             self.total_steps,
             train.warmup_steps or round(train.warmup_epochs * self.steps_per_epoch),
@@ -189,70 +115,10 @@ class Trainer(ABC):
                 state["optimizer"] = shard_optimizer_state(state["optimizer"], self.optimizer)
             load_optimizer(self.optimizer, state, self.resume)
 
-    # The parts of a task.
-
-    @abstractmethod
-    def build_loaders(self) -> tuple[Any, DataLoader[Any], DataLoader[Any]]:
-        """The sampler of training (with steps, images and set_position), the loader of training, that of validation."""
-
-    @abstractmethod
-    def build_model(self, weights: bool = True) -> nn.Module:
-        """A new model; `weights` False: without loading those that the configuration names."""
-
-    @abstractmethod
-    def inputs(self, batch: Any) -> tuple[Any, ...]:
-        """The model's arguments for a batch of the loader, on the device."""
-
-    @abstractmethod
-    def compute_loss(self, batch: Any, outputs: Any, normalizers: Any) -> dict[str, Tensor]:
-        """Scalars by name: "loss", whose gradient trains the model, and `losses`.
-
-        Args:
-            batch: of the loader, on the host.
-            outputs: of the model.
-            normalizers: of the whole optimizer step, so that the losses of its batches add up.
-        """
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics of evaluation_model() on the validation data, the same on every process; keeps the predictions."""
-
-    @abstractmethod
-    def save_results(self, path: Path) -> None:
-        """Writes the predictions of the last evaluation."""
-
-    @abstractmethod
-    def load_metrics(self, path: Path) -> dict[str, Any]:
-        """Metrics of the predictions that save_results wrote, which write_report draws."""
-
-    @abstractmethod
-    def write_report(self, metrics: dict[str, Any], text: str) -> list[Path]:
-        """Draws the best epoch's predictions and writes report.html; returns the images."""
-
-    @abstractmethod
-    def format_metrics(self, metrics: dict[str, Any]) -> str:
-        """Metrics as a table for the console."""
-
-    @abstractmethod
-    def class_state(self) -> dict[str, Any]:
-        """The classes, as entries of the checkpoint: "class_names" and more."""
-
-    @abstractmethod
-    def describe_data(self) -> str:
-        """Sizes of the data, for the log."""
-
-    @abstractmethod
-    def describe_batch(self, batch: Any) -> str:
-        """The images of a batch, for error messages."""
-
-    def normalizers(self, batches: Sequence[Any]) -> Any:
-        """Divisors of the losses of an optimizer step: by default the number of its batches."""
-        return len(batches)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         train = self.config.train
-        scales = layer_scales(self.model, train.layer_decay) if train.layer_decay < 1 else None
-        return param_groups(self.model, self.lr, train.weight_decay, scales=scales)
+        scales = optim.layer_scales(self.model, train.layer_decay) if train.layer_decay < 1 else None
+        return optim.param_groups(self.model, self.lr, train.weight_decay, scales=scales)
 
     def to_device(self, tensor: Tensor, images: bool = False) -> Tensor:
         layout = self.memory_format if images else torch.preserve_format
@@ -330,13 +196,13 @@ class Trainer(ABC):
         self.optimizer.zero_grad()
         try:
             normalizers = self.normalizers(batches)
-            values = self._backward(batches, normalizers, step)
+            values = self._backward(self.wrapped, batches, normalizers, step)
         # The matcher notices it first.
         except NonFiniteError:
             self._read_pending()
             self._trace_non_finite(batches, step)
             raise
-        norm = clip_gradients(self.model, self.config.train.clip_grad)
+        norm = optim.clip_gradients(self.model, self.config.train.clip_grad)
         stop = torch.full((1,), float(self.stop.received), device=self.device)
         values = self.distributed.sum(torch.cat((values, stop))) / self.distributed.world_size
         values = torch.cat((values, norm.to(values)[None]))
@@ -344,22 +210,22 @@ class Trainer(ABC):
         if self.reads_late:
             self._read_pending()
             self.pending = record
-            step_unless(self.optimizer, ~values.isfinite().all())
+            optim.step_unless(self.optimizer, ~values.isfinite().all())
         else:
             self._read(record)
             self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=step)
 
-    def _backward(self, batches: Sequence[Any], normalizers: Any, step: int, synchronize: bool = True) -> Tensor:
+    def _backward(self, model: Any, batches: Sequence[Any], normalizers: Any, step: int) -> Tensor:
         """Adds the gradients of a step's batches; returns the sums of "loss" and `losses` of this process."""
         names = ("loss", *self.losses)
         values = torch.zeros(len(names), device=self.device)
         for part, batch in enumerate(batches):
             # Gradients are averaged over the processes once per step.
-            last = synchronize and part == len(batches) - 1
-            with nullcontext() if last else self.distributed.no_sync(self.wrapped):
-                outputs = self._forward(self.wrapped, batch, step, part)
+            last = part == len(batches) - 1
+            with nullcontext() if last else self.distributed.no_sync(model):
+                outputs = self._forward(model, batch, step, part)
                 losses = self.compute_loss(batch, outputs, normalizers)
                 losses["loss"].backward()
             values += torch.stack([losses[name].detach() for name in names])
@@ -369,7 +235,7 @@ class Trainer(ABC):
         # Dropout is drawn from counters, so that a resumed run draws the same.
         place = part * self.distributed.world_size + self.distributed.rank
         seed_device(self.device, self.config.seed, step - 1, place)
-        with amp_context(self.device, self.config.train.amp):
+        with optim.amp_context(self.device, self.config.train.amp):
             return model(*self.inputs(batch))
 
     def _read_pending(self) -> None:
@@ -382,20 +248,17 @@ class Trainer(ABC):
         *losses, _, norm = self.latest = record.read()
         if not all(map(math.isfinite, self.latest)):
             self._raise_non_finite(record)
-        progress = self.progress
-        sums = progress.sums or [0.0] * (len(losses) + 1)
-        progress.sums = [a + b for a, b in zip(sums, (*losses, norm), strict=True)]
-        progress.summed += 1
+        self.progress.add([*losses, norm])
 
     def _raise_non_finite(self, record: StepRecord) -> None:
         """Raises NonFiniteError for the first tensor of the step that is not finite, as far as this process knows."""
         self._trace_non_finite(record.batches, record.step)
         where = f"step {record.step}, {', '.join(map(self.describe_batch, record.batches))}"
         if self.reads_late:
-            # The gradients are those of the next step by now.
+            # The gradients are those of the next step by now. Other processes may have raised an error already.
             self.optimizer.zero_grad()
-            self._backward(record.batches, record.normalizers, record.step, synchronize=False)
-        check_gradients(self.model, where)
+            self._backward(self.model, record.batches, record.normalizers, record.step)
+        optim.check_gradients(self.model, where)
         names = ("the loss", *self.losses, "the stop signal", "the norm of the gradients")
         check_finite(((name, torch.tensor(value)) for name, value in zip(names, self.latest, strict=True)), where)
 
@@ -430,10 +293,10 @@ class Trainer(ABC):
         if progress.epoch % train.eval_epochs == 0 or progress.step == self.total_steps:
             text = self._evaluate()
         self.save("last.pth")
-        speed = progress.step * self.sampler.images / max(progress.train_seconds, 1e-9)
+        speed, left = progress.images_per_second(self.sampler.images), progress.seconds_left(self.total_steps)
         self.logger.info(
             f"epoch {progress.epoch}/{self.epochs}: loss {progress.loss:.3f}{text}, {speed:.1f} images/s, "
-            f"{format_seconds(self._seconds_left())} left"
+            f"{format_seconds(left)} left"
         )
 
     def _evaluate(self) -> str:
@@ -509,7 +372,7 @@ class Trainer(ABC):
         for name, now in self.class_state().items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")
-        # Earlier versions do not tell.
+        # Earlier versions did not save it.
         images = state.get("images_per_step", self.sampler.images)
         if images != self.sampler.images:
             raise CheckpointError(
@@ -540,7 +403,7 @@ class Trainer(ABC):
     # What is logged.
 
     def report(self) -> dict[str, Any]:
-        """Writes metrics.json, images and report.html of the best epoch, and returns the metrics; on the main process."""
+        """Writes metrics.json, images and report.html of the best epoch on the main process; returns the metrics."""
         progress, results = self.progress, self.output / self.results_file
         if not self.distributed.main or not results.is_file():
             return {}
@@ -548,8 +411,8 @@ class Trainer(ABC):
             "epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "steps": progress.step,
-            "seconds": round(progress.train_seconds + progress.eval_seconds, 1),
-            "images_per_second": round(progress.step * self.sampler.images / max(progress.train_seconds, 1e-9), 2),
+            "seconds": round(progress.seconds, 1),
+            "images_per_second": round(progress.images_per_second(self.sampler.images), 2),
             "memory_gib": round(peak_memory(self.device), 3),
         }
         write_json(self.output / "metrics.json", metrics)
@@ -567,26 +430,16 @@ class Trainer(ABC):
         progress, now = self.progress, time.perf_counter()
         (start, first), self._clock = self._clock, (now, progress.step)
         progress.train_seconds += now - start
-        means = [total / max(1, progress.summed) for total in progress.sums]
-        progress.sums, progress.summed = [], 0
-        names = ("loss", *self.losses, "grad_norm")
-        values = dict(zip(names, means, strict=True)) if means else {}
-        progress.loss = values.get("loss", math.nan)
         self.logger.log(
             "train",
             progress.step,
             epoch=progress.step / self.steps_per_epoch,
-            **values,
+            **dict(zip(("loss", *self.losses, "grad_norm"), progress.take_means(), strict=True)),
             lr=self._current_lr(),
             images_per_second=(progress.step - first) * self.sampler.images / (now - start),
-            eta_seconds=self._seconds_left(),
+            eta_seconds=progress.seconds_left(self.total_steps),
             memory_gib=peak_memory(self.device),
         )
-
-    def _seconds_left(self) -> float:
-        """Of the run, evaluations included, at its speed so far."""
-        progress = self.progress
-        return (progress.train_seconds + progress.eval_seconds) / progress.step * (self.total_steps - progress.step)
 
     def _current_lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -594,7 +447,7 @@ class Trainer(ABC):
     def _status(self) -> str:
         """The end of the progress bar."""
         loss = f"loss {self.latest[0]:.3f}, " if self.latest else ""
-        left = format_seconds(self._seconds_left()) if self.progress.train_seconds else "?"
+        left = format_seconds(self.progress.seconds_left(self.total_steps)) if self.progress.train_seconds else "?"
         return f"{loss}lr {self._current_lr():.1e}, {peak_memory(self.device):.1f} GiB, run ends in {left}"
 
     def _describe(self) -> str:
@@ -604,10 +457,6 @@ class Trainer(ABC):
         if progress.closed >= self.total_steps:
             lines.append("nothing left to train; raise train.epochs to go on")
         return "\n".join(filter(None, lines))
-
-    def describe_classes(self) -> str:
-        """Further lines at the head of the log."""
-        return ""
 
     def _describe_run(self) -> str:
         train, parameters = self.config.train, sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -622,12 +471,6 @@ class Trainer(ABC):
         train, processes = self.config.train, self.distributed.world_size
         split = f"({train.batch_size} x {train.accumulate} accumulated x {processes} processes)"
         return f"{self.sampler.images} {unit}{split}"
-
-
-def format_seconds(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _checkpoint_gradients(model: Any) -> None:

@@ -1,1 +1,1 @@
-"""What the commands that leave training behind share: exported models, pictures and videos to predict on."""
+"""Exported models: writing them as ONNX, torch.export or AOTInductor files, and running these."""

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 
 class ConvStem(nn.Module):
-    """Two 3x3 convolutions of stride 2, each with a LayerNorm, a GELU between: [B, in_chans, H, W] to NHWC at stride 4.
+    """Two 3x3 convolutions of stride 2 with LayerNorms, and a GELU between them.
+
+    Takes images [B, in_chans, H, W] to maps [B, ceil(H/4), ceil(W/4), embed_dims].
 
     Args:
         in_chans: channels of the image.
-        embed_dims: channels of the map [B, ceil(H/4), ceil(W/4), embed_dims]; half as many after the first convolution.
+        embed_dims: channels of the map; half as many after the first convolution.
     """
 
     def __init__(

@@ -3,7 +3,10 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+
+# torch has no public way to tell a size that a graph fixes from a symbolic one.
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -23,23 +26,23 @@ def deform_conv2d(
     dilation: Pair = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Convolution whose taps look where offsets move them (DCN v1, https://arxiv.org/abs/1703.06211, equation 2).
+    """Convolution that samples at offsets from its grid (DCN v1, https://arxiv.org/abs/1703.06211, equation 2).
 
-    A mask makes it version 2 (https://arxiv.org/abs/1811.11168, equation 1). Arguments, layouts and results are those
+    With a mask it is version 2 (https://arxiv.org/abs/1811.11168, equation 1). Arguments, layouts and results are those
     of `torchvision.ops.deform_conv2d`.
 
     Args:
-        input: [B, C, H, W]; float32, float64, bfloat16 or float16. Outside the map it is zero.
-        offset: [B, 2 * G * kh * kw, Ho, Wo], in cells: (dy, dx) of each tap, row by row, for each of G groups of
-            channels that move together; G divides C. Any floating dtype; widened to float32 at least.
-        weight: [O, C / groups, kh, kw]; the number of groups is read off its shape.
+        input: [B, C, H, W]; float32, float64, bfloat16 or float16. It counts as zero outside the map.
+        offset: [B, 2 * G * kh * kw, Ho, Wo], in pixels: (dy, dx) of each kernel position, row by row, for each of G
+            groups of channels with the same offsets; G divides C. Any floating dtype; computed in at least float32.
+        weight: [O, C / groups, kh, kw]; its shape determines the number of groups.
         bias: [O], or None.
         stride, padding, dilation: as a convolution's, one for both axes or (vertical, horizontal).
         mask: [B, G * kh * kw, Ho, Wo], factors of the samples (version 2), or None.
 
     Returns:
-        [B, O, Ho, Wo] in the dtype of `input`, channels last where `input` is. Differentiable in all tensors, twice;
-        the samples, kh * kw times as large as the input, are computed again for the backward and not kept.
+        [B, O, Ho, Wo] in the dtype of `input`, channels last where `input` is. Twice differentiable in all tensors; the
+        samples, kh * kw times as large as the input, are recomputed in the backward pass.
 
     Raises:
         ValueError: shapes that do not fit together; the message names the argument.
@@ -48,7 +51,7 @@ def deform_conv2d(
     groups = _check(input, offset, weight, bias, *steps, mask)
     tensors = (input, offset, weight, mask)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # Exported graphs have no backward, and torch.export refuses some that hold a checkpoint.
+    # Exported graphs have no backward pass, and torch.export refuses some that contain a checkpoint.
     if differentiated and not torch.compiler.is_exporting():
         out = checkpoint(_convolve, *tensors, groups, *steps, use_reentrant=False, preserve_rng_state=False)
     else:
@@ -64,7 +67,7 @@ class DeformConv2d(nn.Module):
         in_channels: channels C of the input; a multiple of groups.
         out_channels: channels O of the output; a multiple of groups.
         kernel_size, stride, padding, dilation: as a convolution's, one for both axes or (vertical, horizontal).
-        groups: groups of channels that do not see each other, as a convolution's.
+        groups: groups of channels that are convolved separately, as a convolution's.
         bias: whether a learned bias [O] is added.
     """
 
@@ -91,7 +94,7 @@ class DeformConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1 / sqrt(fan in), as torch's convolutions start."""
+        """Uniform within 1 / sqrt(fan in), torch's default for convolutions."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
@@ -118,59 +121,60 @@ def _convolve(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """Samples every tap of every output cell, then multiplies by the weights: [B, O, Ho, Wo]."""
+    """Samples at every kernel position of every output pixel, then multiplies by the weights: [B, O, Ho, Wo]."""
     B, C = input.shape[:2]
-    out_channels, _, kh, kw = weight.shape
+    kh, kw = weight.shape[2:]
     Ho, Wo = offset.shape[2:]
     G = offset.shape[1] // (2 * kh * kw)
-    H, W = (_roomy(size, input.dtype) for size in input.shape[2:])
+    H, W = (_padded(size, input.dtype) for size in input.shape[2:])
     value = F.pad(input.permute(0, 2, 3, 1), (0, 0, 0, W - input.shape[3], 0, H - input.shape[2]))
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    moves = offset.to(dtype).unflatten(1, (G, kh, kw, 2)).permute(4, 0, 5, 6, 2, 3, 1)
-    y = moves[0] + _cells(moves, 2, stride[0], padding[0], dilation[0])[:, None, :, None, None]
-    x = moves[1] + _cells(moves, 3, stride[1], padding[1], dilation[1])[:, None, :, None]
+    moves = rearrange(offset.to(dtype), "b (g i j yx) y x -> yx b y x i j g", g=G, i=kh, j=kw)
+    y = moves[0] + _grid(moves, 2, stride[0], padding[0], dilation[0])[:, None, :, None, None]
+    x = moves[1] + _grid(moves, 3, stride[1], padding[1], dilation[1])[:, None, :, None]
     locations = torch.stack((_location(x, W), _location(y, H)), -1)
-    # Taps are queries of the op, not its points: so each has a weight, and comes out beside its neighbours' channels.
+    # Kernel positions are queries of the op, not points: each keeps its own sample, beside those of its neighbours.
     locations = locations.view(B, Ho * Wo * kh * kw, G, 1, 1, 2)
     weights = None
     if mask is not None:
-        weights = mask.unflatten(1, (G, kh * kw)).permute(0, 3, 4, 2, 1).reshape(locations.shape[:-1])
+        weights = rearrange(mask, "b (g k) y x -> b (y x k) g 1 1", g=G)
     value = value.flatten(1, 2).unflatten(2, (G, C // G))
     columns = deform_sample(value, ((H, W),), locations, weights, align_corners=True)
     columns = columns.reshape(B * Ho * Wo, kh * kw, groups, C // groups).permute(2, 0, 1, 3).flatten(2)
-    taps = weight.unflatten(0, (groups, out_channels // groups)).permute(0, 1, 3, 4, 2).flatten(2)
-    out = torch.bmm(columns, taps.transpose(1, 2))
-    return out.view(groups, B, Ho, Wo, out_channels // groups).permute(1, 0, 4, 2, 3).flatten(1, 2)
+    kernel = rearrange(weight, "(g o) c i j -> g (i j c) o", g=groups)
+    out = torch.bmm(columns, kernel)
+    return rearrange(out, "g (b y x) o -> b (g o) y x", b=B, y=Ho, x=Wo)
 
 
-def _roomy(size: int, dtype: torch.dtype) -> int:
-    """How many cells a side of `size` is filled up to with zeros for the sake of its locations.
+def _padded(size: int, dtype: torch.dtype) -> int:
+    """Pixels to which a side of `size` is padded with zeros, for the accuracy of its locations.
 
-    They are fractions of the way from the first cell to the last: there must be two. Over a power of two the fraction
-    of a float32 gives the same number back; otherwise rounding would move samples by up to 3e-5 cells on a map of 300,
-    which float64 does not notice, nor half precision. A symbolic size is left alone: its graph serves any other.
+    Locations are fractions of the way from the first pixel to the last, of which there must be two. In float32,
+    dividing by a power of two and multiplying again is exact; otherwise rounding would move samples by up to 3e-5
+    pixels on a map of 300. float64 and half precision do not need it. A symbolic size is not padded: its graph serves
+    any other.
     """
     if dtype != torch.float32 or not has_static_value(size):
         return max(size, 2)
     return 1 + (1 << max(size - 2, 0).bit_length())
 
 
-def _cells(moves: Tensor, axis: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """Where taps look along an axis before they are moved, in cells of the input: [outputs, taps] of the axis.
+def _grid(moves: Tensor, axis: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """Positions sampled without offsets, in pixels of the input: [outputs, kernel size] of an axis.
 
-    `moves` is [2, B, Ho, Wo, kh, kw, G]; `axis` is that of its outputs, the taps' is two further on.
+    `moves` is [2, B, Ho, Wo, kh, kw, G]; `axis` is that of its outputs, and the kernel's is two further on.
     """
-    outputs, taps = (torch.arange(moves.shape[a], dtype=moves.dtype, device=moves.device) for a in (axis, axis + 2))
-    return (outputs * stride - padding)[:, None] + taps * dilation
+    outputs, steps = (torch.arange(moves.shape[a], dtype=moves.dtype, device=moves.device) for a in (axis, axis + 2))
+    return (outputs * stride - padding)[:, None] + steps * dilation
 
 
-def _location(cell: Tensor, size: int) -> Tensor:
-    """The fraction of the way from the first to the last of `size` cells."""
+def _location(pixel: Tensor, size: int) -> Tensor:
+    """The fraction of the way from the first to the last of `size` pixels."""
     last = size - 1
-    location = cell / last
-    # Rounding must not leave a tap that looks at the centre of a cell just before it, where the slope is another: with
-    # offsets of zero many would be. Half as much again makes up for compilers that divide inexactly.
-    short = (cell - location * last).clamp(min=0).detach()
+    location = pixel / last
+    # Rounding must not move a sample from a pixel's centre to just before it, where the gradient differs: with offsets
+    # of zero many samples are at centres. The factor 1.5 makes up for compilers that divide inexactly.
+    short = (pixel - location * last).clamp(min=0).detach()
     return location + short * (1.5 / last)
 
 

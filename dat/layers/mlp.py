@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Values between the linear layers, of an image, beyond which its map is computed in parts.
+# Above this many elements of the hidden map per image, compute it in chunks of rows.
 LARGE_MAP = 2**21
-# The same, in a part of a map or of a batch.
-PART = 2**20
-# Parts of such a map, at least: of one that is not much larger, a few rows would be half of it.
-FEWEST_PARTS = 5
+# Elements of the hidden map in a chunk, of rows or of images.
+CHUNK = 2**20
+# The fewest chunks of a large map: with two or three, one of them would still hold much of it.
+MIN_CHUNKS = 5
 
 
 class ConvMlp(nn.Module):
     """Linear layer, 3x3 depth-wise convolution, GELU, linear layer: [B, H, W, C] to [B, H, W, C].
 
-    What is between the linear layers would be most of what a block holds. Of maps as large as those of detectors it is
-    in memory for a few rows at a time, and computed again in the backward pass.
+    The hidden map dominates a block's memory: large maps, as in detectors, are processed in chunks of rows, which are
+    recomputed in the backward pass.
 
     Args:
         dim: channels C.
         hidden_dim: channels between the linear layers.
-        residual: add the convolution to its input, and drop before it (DAT++, release 2023), or put it in the place of
-            its input, and drop after the GELU (release 2022).
+        residual: whether the convolution is added to its input, with dropout before it (DAT++, release 2023), or
+            replaces its input, with dropout after the GELU (release 2022).
         drop: dropout, 0..1.
     """
 
@@ -49,34 +49,34 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
-        # The compiler plans memory by itself.
+        # A compiler decides itself what to recompute.
         if torch.compiler.is_compiling():
             return self._rows(x, 0, H)
-        images = max(PART // max(H * W * self.fc1.out_features, 1), 1)
-        # A few images at a time stay in a processor's cache.
+        images = max(CHUNK // max(H * W * self.fc1.out_features, 1), 1)
+        # On a CPU the hidden maps of a few images at a time stay in the cache.
         if x.device.type == "cpu" and images < B:
-            return torch.cat([self._images(part) for part in x.split(images)])
+            return torch.cat([self._images(chunk) for chunk in x.split(images)])
         return self._images(x)
 
     def _images(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
         width = W * self.fc1.out_features
-        # A dropped cell would be another one in the rows that two parts share.
+        # Dropout would draw different masks for the rows that two chunks overlap in.
         if H * width <= LARGE_MAP or (self.training and self.drop.p > 0):
             return self._rows(x, 0, H)
-        # The largest part is what counts, so that they are of about the same size.
-        parts = x.tensor_split(min(max(-(-B * H * width // PART), FEWEST_PARTS), H), 1)
-        above = [x[:, :0], *(part[:, -1:] for part in parts[:-1])]
-        below = [*(part[:, :1] for part in parts[1:]), x[:, :0]]
-        run = partial(checkpoint, self._part, use_reentrant=False) if torch.is_grad_enabled() else self._part
-        return torch.cat([run(*rows) for rows in zip(above, parts, below, strict=True)], 1)
+        # Chunks of nearly equal size, as the largest one decides about the memory.
+        chunks = x.tensor_split(min(max(-(-B * H * width // CHUNK), MIN_CHUNKS), H), 1)
+        above = [x[:, :0], *(chunk[:, -1:] for chunk in chunks[:-1])]
+        below = [*(chunk[:, :1] for chunk in chunks[1:]), x[:, :0]]
+        run = partial(checkpoint, self._chunk, use_reentrant=False) if torch.is_grad_enabled() else self._chunk
+        return torch.cat([run(*rows) for rows in zip(above, chunks, below, strict=True)], 1)
 
-    def _part(self, above: Tensor, part: Tensor, below: Tensor) -> Tensor:
-        """The result of some rows, which takes a row on either side, if there is one."""
-        return self._rows(torch.cat((above, part, below), 1), above.shape[1], part.shape[1])
+    def _chunk(self, above: Tensor, chunk: Tensor, below: Tensor) -> Tensor:
+        """The result for a chunk of rows, given the row above and the row below it (empty at the map's borders)."""
+        return self._rows(torch.cat((above, chunk, below), 1), above.shape[1], chunk.shape[1])
 
     def _rows(self, x: Tensor, start: int, count: int) -> Tensor:
-        """`count` rows of the result."""
+        """`count` rows of the result, from row `start` of `x` on."""
         rows = slice(start, start + count)
         x = self.fc1(x)
         if self.residual:
@@ -88,15 +88,16 @@ class ConvMlp(nn.Module):
 
 
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of a map [B, H, W, C]."""
+    """A convolution applied to a map [B, H, W, C]."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A map [B, H, W, C] and its convolution, one that keeps its size, added."""
+    """A map [B, H, W, C] plus a convolution of it that keeps its size."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return x + depthwise(conv, x)
-    # One pass over the map, not two: the kernel with 1 added at its centre, beside which short numbers lose the rest.
+    # Fold the residual into the kernel's centre, which saves a pass over the map; not in half precision, where adding 1
+    # rounds the weights away.
     centre = [side // 2 for side in reversed(conv.kernel_size) for _ in range(2)]
     weight = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), centre)
     x = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, padding=conv.padding, groups=conv.groups)

@@ -32,7 +32,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Heads look in evenly spread directions, point p at p + 1 pixels; attention starts uniform (appendix A.4)."""
+        """Offsets in one direction per head, p + 1 pixels for point p; uniform attention (appendix A.4)."""
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -54,10 +54,10 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: [B, Q, C].
-            reference: [B, Q, L, 2] points or [B, Q, L, 4] boxes (cx, cy, w, h), 0 to 1; kept in at least float32.
+            reference: [B, Q, L, 2] points or [B, Q, L, 4] boxes (cx, cy, w, h), 0 to 1, float32 or float64.
             value: [B, S, C], the levels flattened row by row and laid end to end.
             shapes: ((h_0, w_0), ...) of the levels.
-            padding_mask: [B, S] bool, True on padding, whose values count as zero.
+            padding_mask: [B, S] bool, True on padding, whose values are replaced by zero.
 
         Returns:
             [B, Q, C].

@@ -1,4 +1,4 @@
-"""What the D blocks of a DAT do with an image: where their keys are and how much a query attends to each."""
+"""Attention maps of the D blocks of a DAT: positions of the keys, and how much a query attends to each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from dat.models.dat import DAT
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """What a D block did with one image.
+    """Queries, keys and attention of a D block for one image.
 
     Attributes:
-        stage, block: it is model.stages[stage].blocks[block], both from 0.
-        layer: its attention.
+        stage, block: the block is model.stages[stage].blocks[block], both from 0.
+        layer: its attention layer.
         query: [H, W, C], the projected queries.
         key: [N, C], the projected keys.
-        stride: pixels of the model's input per cell of the query map.
+        stride: pixels of the model's input per pixel of the query map, along each side.
     """
 
     stage: int
@@ -41,12 +41,12 @@ class BlockAttention:
 
     @torch.no_grad()
     def positions(self) -> Tensor:
-        """Where the keys are: [num_groups, N, 2], (x, y), -1 and 1 on the corner cells of the map."""
+        """Positions of the keys: [num_groups, N, 2], (x, y), -1 and 1 at the centres of the map's corner pixels."""
         return self.layer.positions(self.query[None])[0]
 
     @torch.no_grad()
     def reference(self) -> Tensor:
-        """Where the keys would be if all offsets were zero, as `positions`."""
+        """Positions of the keys if all offsets were zero, as in `positions`."""
         if self.layer.no_off:
             return self.positions()
         handle = self.layer.offset_proj.register_forward_hook(lambda module, args, offset: torch.zeros_like(offset))
@@ -57,7 +57,7 @@ class BlockAttention:
 
     @torch.no_grad()
     def attention(self, row: int, column: int) -> Tensor:
-        """How much the query of a cell attends to each key: [num_heads, N], a row sums to 1, in at least float32."""
+        """Attention of a query to each key: [num_heads, N], rows sum to 1, in at least float32."""
         heads, positions = self.layer.num_heads, self.positions()
         query = self.query[row, column].unflatten(-1, (heads, 1, -1))
         key = self.key.unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -78,7 +78,7 @@ class BlockAttention:
         displacement = ((point - positions) / 2).unsqueeze(1)
         return F.grid_sample(tables, displacement, align_corners=True)[:, :, 0].flatten(0, 1)
 
-    def cell(self, x: float, y: float) -> tuple[int, int]:
+    def query_at(self, x: float, y: float) -> tuple[int, int]:
         """(row, column) of the query at pixel (x, y) of the model's input; 0 is the centre of the first pixel."""
         row, column = (
             min(max(int((pixel + 0.5) // self.stride), 0), length - 1)
@@ -87,13 +87,13 @@ class BlockAttention:
         return row, column
 
     def pixels(self, positions: Tensor) -> Tensor:
-        """Positions [..., 2] as pixels (x, y) of the model's input; a cell stands for stride x stride of them."""
+        """Positions [..., 2] as pixels (x, y) of the model's input, stride x stride for each pixel of the map."""
         last = positions.new_tensor(self.size[::-1]) - 1
         return ((positions + 1) / 2 * last + 0.5) * self.stride - 0.5
 
 
 def deformable_blocks(model: DAT) -> dict[tuple[int, int], DeformableAttention]:
-    """The attention of the D blocks of a model by (stage, block), both from 0."""
+    """The attention layers of a model's D blocks by (stage, block), both from 0."""
     layers = {}
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage.get_submodule("blocks").children()):
@@ -107,18 +107,18 @@ def deformable_blocks(model: DAT) -> dict[tuple[int, int], DeformableAttention]:
 def capture_attention(
     model: DAT, image: Tensor, blocks: Sequence[tuple[int, int]] | None = None
 ) -> tuple[list[BlockAttention], Tensor]:
-    """Runs a model on one image and keeps what its D blocks did.
+    """Run a model on one image and keep the attention of its D blocks.
 
     Args:
         model: in evaluation mode.
         image: [in_chans, H, W], normalised as the model takes it.
-        blocks: (stage, block) of the D blocks to record; None: all.
+        blocks: (stage, block) of the D blocks to keep; None: all.
 
     Returns:
-        The records in the order of `blocks`, and the model's output [num_classes].
+        The attention in the order of `blocks`, and the model's output [num_classes].
 
     Raises:
-        ValueError: one of `blocks` is not a D block; names those that are.
+        ValueError: one of `blocks` is not a D block; the message lists the D blocks.
     """
     layers = deformable_blocks(model)
     chosen = list(layers) if blocks is None else list(blocks)
@@ -136,8 +136,8 @@ def capture_attention(
     finally:
         for handle in handles:
             handle.remove()
-    records = []
+    captured = []
     for stage, block in chosen:
         layer, stride = layers[stage, block], model.feature_info[stage]["reduction"]
-        records.append(BlockAttention(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
-    return records, logits
+        captured.append(BlockAttention(stage, block, layer, outputs[layer.q], outputs[layer.k], stride))
+    return captured, logits

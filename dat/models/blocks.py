@@ -1,4 +1,4 @@
-"""Stages of DAT as data, and the blocks that their letters stand for: [B, H, W, C] to [B, H, W, C]."""
+"""Configuration of DAT's stages, and the blocks named by its letters: [B, H, W, C] to [B, H, W, C]."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dat.layers import (
 )
 from dat.layers.mlp import depthwise, residual_depthwise
 
-# Shapes, or whether gradients are wanted, decide what these do, which torch.fx cannot trace.
+# These branch on shapes, dtypes or whether gradients are enabled, which torch.fx cannot trace: keep them as leaves.
 for _layer in (
     ConvMlp,
     DeformableAttention,
@@ -36,23 +36,23 @@ class StageConfig:
     """One stage of DAT.
 
     Attributes:
-        blocks: a letter for each block. Attention: L local windows, S shifted windows, D deformable, N neighbourhoods,
-            P to a map of lower resolution, E slide attention; X: a depth-wise convolution instead of attention.
+        blocks: a letter for each block. Attention: L local windows, S shifted windows, D deformable, N neighbourhood,
+            P spatial reduction (as in PVT), E slide attention; X: a depth-wise convolution instead of attention.
         embed_dims: channels, a multiple of num_heads.
         num_heads: attention heads.
         window_size: side of L's and S's windows and of X's kernels.
         neighborhood_size: side of N's neighbourhoods.
-        sr_ratio: P: cells per key along each side.
-        num_groups: D: groups of heads that move their keys together.
-        kernel_size: D: of the offset network's depth-wise convolution.
+        sr_ratio: P: pixels per key along each side.
+        num_groups: D: groups of heads, each with offsets of its own.
+        kernel_size: D: kernel of the offset network's depth-wise convolution.
         stride: D: queries per key along each side.
         offset_range_factor: D: see `dat.layers.DeformableAttention`.
         position_bias: D: "table", "fixed_pe", "dwc_pe", "log_cpb" or "none"; see `dat.layers.DeformableAttention`.
-        no_off: D: keys do not move.
-        release: D: "2022" or "2023", the official code whose coordinates are used; conv_mlp also differs.
+        no_off: D: no offsets.
+        release: "2022" or "2023", the official code that D blocks follow in coordinates and conv_mlp in its form.
         lpu: whether blocks begin with a local perception unit.
         conv_mlp: whether MLPs have a depth-wise convolution.
-        layer_scale: initial factor of what blocks add to their input (not X's); None: there is none.
+        layer_scale: initial scale of the residual branches (except in X blocks); None: no scale.
     """
 
     blocks: str
@@ -157,7 +157,7 @@ def create_mlp(config: StageConfig, mlp_ratio: float, drop: float, **dd: Any) ->
 def create_attention(
     letter: str, config: StageConfig, map_size: tuple[int, int], proj_drop: float = 0.0, **dd: Any
 ) -> nn.Module:
-    """The attention that a letter of `StageConfig.blocks` stands for."""
+    """The attention named by a letter of `StageConfig.blocks`."""
     dim, num_heads, window_size = config.embed_dims, config.num_heads, config.window_size
     if letter == "D":
         return DeformableAttention(

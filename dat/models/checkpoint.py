@@ -18,7 +18,7 @@ torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 _logger = logging.getLogger(__name__)
 
-# Sizes of classifiers trained on ImageNet-22k: with and without the classes that only Google's list has.
+# Class counts of ImageNet-22k classifiers, without and with the two classes that only Google's list has.
 _CLASSES_22K = (21841, 21843)
 
 _RENAMES = [
@@ -64,9 +64,8 @@ _BUFFERS = ("relative_position_index", "attn_mask")
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """State dict of an official or own checkpoint under `model`'s names and in its shapes.
 
-    Bias tables are resampled as the official fine-tuning does. The classifier of a checkpoint trained on ImageNet-22k
-    is cut down to the classes of ImageNet-1k for a model that has 1000; one of any other number of classes than the
-    model's is left out, and the model keeps its own.
+    Bias tables are resampled as in the official fine-tuning. A classifier for ImageNet-22k is reduced to the classes of
+    ImageNet-1k if the model has 1000. Any other classifier of a different size is dropped: the model keeps its own.
     """
     state_dict = convert(state_dict, model) if _is_official(state_dict) else dict(state_dict)
     parameters = dict(model.named_parameters())
@@ -77,7 +76,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _resample(name: str, value: Tensor, model: nn.Module) -> Tensor:
-    """A bias table in the shape of `model`'s; any other tensor as it is, for the load to report."""
+    """A bias table resampled to the shape of `model`'s; any other tensor unchanged, for the load to report."""
     shape = model.get_parameter(name).shape
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, FixedBias) and value.shape[0] == shape[0]:
@@ -92,7 +91,7 @@ def _resample(name: str, value: Tensor, model: nn.Module) -> Tensor:
 
 
 def _fit_classifier(state_dict: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the classifier for `parameters`, which may have none."""
+    """`state_dict` with a classifier that fits `parameters`, or without one if they have none."""
     for name in ("head.fc.weight", "head.fc.bias"):
         if name not in state_dict:
             continue
@@ -111,7 +110,7 @@ def _fit_classifier(state_dict: dict[str, Tensor], parameters: Mapping[str, Tens
 def imagenet_22k_to_1k() -> Tensor:
     """Index of each class of ImageNet-1k among those of ImageNet-22k: [1000], the official map_22kto1k.pth."""
     index = {label: i for i, label in enumerate(ImageNetInfo("imagenet-21k-goog").label_names())}
-    # ImageNet-22k has no teddy bears; the official map has this class in their place.
+    # ImageNet-22k lacks the class teddy bear; the official map has this one in its place.
     index["n04399382"] = index["n03013580"]
     return torch.tensor([index[label] for label in ImageNetInfo("imagenet-1k").label_names()])
 
@@ -122,16 +121,16 @@ def _is_official(state_dict: Mapping[str, Any]) -> bool:
 
 
 def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official tensors under `model`'s names: renamed, and reshaped where a 1x1 convolution became a linear layer.
+    """Official tensors under `model`'s names, reshaped where a 1x1 convolution is a linear layer here.
 
     Args:
-        state_dict: official names to tensors, a state dict or any part of one (gradients, for example).
-        model: the DAT that they belong to.
+        state_dict: tensors by official name: a state dict or a part of one, or gradients.
+        model: the DAT to convert for.
 
     Returns:
         A dictionary for `model.load_state_dict`, without the constant buffers relative_position_index and attn_mask and
         without parameters that the official code has but does not use: the offset network of blocks with no_off and
-        the layer scales of X blocks. Names that `model` does not have come through, so that a strict load reports them.
+        the layer scales of X blocks. Names unknown to `model` are kept, so that a strict load reports them.
     """
     parameters = dict(model.named_parameters())
     converted = {}
@@ -140,7 +139,7 @@ def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
         if key.endswith(_BUFFERS) or _is_unused(name, parameters):
             continue
         parameter = parameters.get(name)
-        # Only dimensions of 1 go: a table of another size keeps its shape, for the caller to see.
+        # This only removes dimensions of 1: a table of another size keeps its shape, to be resampled.
         if parameter is not None and value.ndim > parameter.ndim and value.numel() == parameter.numel():
             value = value.reshape(parameter.shape)
         converted[name] = value
@@ -168,9 +167,9 @@ def _is_unused(name: str, parameters: Mapping[str, Tensor]) -> bool:
 
 
 def load_into_features(extractor: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Hook of a timm feature extractor's load_state_dict: takes a whole model's checkpoint, official or own.
+    """Pre-hook of a timm feature extractor's load_state_dict that accepts a whole model's checkpoint.
 
-    Of that, what the extractor has pruned is left out. A state dict of the extractor itself goes through unchanged.
+    Parameters that the extractor has pruned are left out. A state dict of the extractor itself is not changed.
     """
     inner = f"{prefix}model."
     if any(name.startswith(inner) for name in state_dict):

@@ -35,12 +35,12 @@ __all__ = ["DAT", "StageConfig"]
 
 
 class Patches(PatchEmbed):
-    """timm's embedding [B, C, H, W] to [B, ceil(H/p), ceil(W/p), C'], whose sizes torch.export can work out."""
+    """timm's embedding [B, C, H, W] to [B, ceil(H/p), ceil(W/p), C'], exportable with dynamic sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
             return super().forward(x)
-        # As much as may be missing of a patch: the convolution leaves out what does not fill one.
+        # Pad by the most that a patch can lack, whatever the size: the convolution ignores an incomplete patch.
         height, width = self.patch_size
         x = self.proj(F.pad(x, (0, width - 1, 0, height - 1)))
         return self.norm(x.permute(0, 2, 3, 1))
@@ -67,7 +67,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (2, 2):
-            # In an exported graph, for all sizes, always: the convolution leaves out a row that is alone.
+            # An exported graph serves all sizes and always pads: the convolution ignores a single row.
             odd = (1, 1) if torch.compiler.is_exporting() else (x.shape[2] % 2, x.shape[1] % 2)
             x = F.pad(x, (0, 0, 0, odd[0], 0, odd[1]))
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -123,7 +123,7 @@ class DAT(nn.Module):
         mlp_ratio: hidden width of the MLPs over their width.
         drop_rate: dropout before the classifier, 0..1.
         proj_drop_rate: dropout in attention projections and MLPs, 0..1.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        drop_path_rate: stochastic depth of the last block; increases linearly from 0 over the blocks.
     """
 
     def __init__(
@@ -170,19 +170,19 @@ class DAT(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def _map_size(self, stage: int) -> tuple[int, int]:
-        """The map that a stage's tables are made for; cells left over do not count, as in the official code."""
+        """Size of the map that a stage's tables are made for: rounded down, as in the official code."""
         H, W = (max(side // (self.patch_size * 2**stage), 1) for side in self.img_size)
         return H, W
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of what the official training calls position biases: all but those of N."""
+        """Names of the parameters that the official training treats as position biases: all but those of N blocks."""
         biases = ("relative_position_bias_table", "rpe_table", ".lepe.", ".log_cpb.")
         return {name for name, _ in self.named_parameters() if any(bias in name for bias in biases)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for timm's layer-wise learning rates."""
+        """Patterns that group parameters by depth, for timm's layer-wise learning rate decay."""
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
@@ -194,11 +194,9 @@ class DAT(nn.Module):
                 module.grad_checkpointing = enable
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the position-bias tables for another image size, by the official bicubic resampling.
+        """Resample the position-bias tables for another image size, bicubically as in the official code.
 
-        None changes nothing.
-
-        Images of any size run without it; it is for fine-tuning at another size.
+        This is for fine-tuning at another size; images of any size run without it. None changes nothing.
         """
         if img_size is None:
             return
@@ -214,8 +212,8 @@ class DAT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` (0: none), and pooling `global_pool` (None: as it is)."""
-        # A head without a classifier would forget where the model is, and in which dtype.
+        """Create a new classifier of `num_classes` (0: none), with pooling `global_pool` (None: unchanged)."""
+        # Read device and dtype first: the head alone may have no parameters.
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
@@ -235,14 +233,14 @@ class DAT(nn.Module):
 
         Args:
             x: images [B, in_chans, H, W].
-            indices: stages; an int takes the last so many, None all.
+            indices: stages; an int selects the last so many, None all.
             norm: apply the final norm to the last stage's features, the only ones that it fits.
-            stop_early: leave out stages behind the last one taken.
-            output_fmt: of the intermediates, "NCHW" or "NHWC".
-            intermediates_only: return the list alone.
+            stop_early: skip the stages after the last one selected.
+            output_fmt: layout of the intermediates, "NCHW" or "NHWC".
+            intermediates_only: return only the list.
 
         Returns:
-            The list of maps, finest first; without intermediates_only, after what `forward_features` returns.
+            The list of maps, finest first; without intermediates_only, the output of `forward_features` and that list.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -262,7 +260,7 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the features of `indices` do not need; returns the indices as stage numbers."""
+        """Remove what the features of `indices` do not need; returns the indices as stage numbers."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -290,12 +288,12 @@ class DAT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's; official names and tables of another image or window size are converted on the way."""
+        """As nn.Module's, after converting official names and tables for another image or window size."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
 def create_stem(stem: str, patch_size: int, in_chans: int, embed_dims: int, **dd: Any) -> nn.Module:
-    """What embeds images [B, in_chans, H, W] as maps [B, H', W', embed_dims]; see `DAT`."""
+    """The embedding of images [B, in_chans, H, W] as maps [B, H', W', embed_dims]; see `DAT`."""
     if stem == "patch":
         return Patches(
             None,
@@ -492,6 +490,6 @@ def dat_pp_base(pretrained: bool = False, **kwargs: Any) -> DAT:
 
 @register_model
 def dat_pp_base_384(pretrained: bool = False, **kwargs: Any) -> DAT:
-    """DAT-B++ for images of 384: its tables keep the size for 224 and are looked up by displacement."""
+    """DAT-B++ for images of 384: its tables keep the size for 224 and are interpolated at the displacements."""
     model_args = {"stages": _release_2023(128, 4, (2, 4, 8, 16)), "stem": "conv", "drop_path_rate": 0.6}
     return _create_dat("dat_pp_base_384", pretrained, **dict(model_args, **kwargs))

@@ -1,4 +1,4 @@
-"""Models as timm's hub folders: config.json, model.safetensors and a model card.
+"""Save and upload models as timm's hub folders: config.json, model.safetensors and a model card.
 
 A classifier trained here goes to the hub by
 
@@ -79,23 +79,23 @@ def save_for_hf(
     description: str | None = None,
     source: str | None = None,
 ) -> None:
-    """Writes what `timm.create_model("local-dir:DIRECTORY", pretrained=True)` loads, and a model card, README.md.
+    """Write a folder for `timm.create_model("local-dir:DIRECTORY", pretrained=True)`, with a model card, README.md.
 
     Args:
-        model: a DAT made by `timm.create_model`, whose arguments are kept but for drop rates. Classes and the size of
-            the tables are kept as they are now.
-        directory: a new folder, which appears when everything is written, or one whose files of these names are
-            replaced.
+        model: a DAT made by `timm.create_model`, whose arguments are kept except for drop rates. Classes and the size
+            of the tables are saved as they are now.
+        directory: a new folder, which appears once everything is written, or an existing one, whose files of these
+            names are replaced.
         label_names: a name for each class; None: those that the model came with, if any.
-        label_descriptions: texts for names.
-        datasets: the hub's names of what the model was trained on.
-        metrics: the hub's names of metrics, such as "accuracy", and values on the first of datasets.
-        license: the hub's name of the weights' license; None: that of the model's pretrained_cfg.
-        data_config: how images were prepared, as timm names it (img_size, mean, std, crop_pct, crop_mode,
-            interpolation); the rest is taken from the pretrained_cfg, the size from the model's img_size if it was
+        label_descriptions: a text for each name.
+        datasets: datasets that the model was trained on, by their names on the hub.
+        metrics: values on the first of datasets, by the hub's names of metrics, such as "accuracy".
+        license: license of the weights, by its name on the hub; None: that of the model's pretrained_cfg.
+        data_config: preprocessing of the images, by timm's names (img_size, mean, std, crop_pct, crop_mode,
+            interpolation); the rest is taken from the pretrained_cfg, and the size from the model's img_size if it was
             given one.
-        description: opens the card; None: a sentence about the architecture.
-        source: name that the card tells to load the model by; None: "local-dir:" and the folder's name.
+        description: first sentence of the card; None: one about the architecture.
+        source: name for loading the model, as shown in the card; None: "local-dir:" and the folder's name.
 
     Raises:
         ValueError: the model is not a whole DAT made by timm, directory is a file, label_names do not fit the classes,
@@ -141,25 +141,25 @@ def push_to_hf_hub(
     commit_message: str = "Add model",
     **kwargs: Any,
 ) -> str:
-    """Uploads what `save_for_hf` writes, for `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)`.
+    """Upload the folder of `save_for_hf`, for `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)`.
 
     Args:
         model: as in `save_for_hf`.
-        repo_id: "OWNER/NAME" or, for one's own, "NAME"; made if there is none. A card that it has stays as it is.
-        token: of the hub; None: that of `hf auth login`.
+        repo_id: "OWNER/NAME" or, for one's own, "NAME"; created if it does not exist. An existing card is kept.
+        token: access token of the hub; None: that of `hf auth login`.
         revision: branch to upload to; None: main.
-        private: of a repository that is made.
-        create_pr: open a pull request instead.
-        commit_message: of the upload.
-        kwargs: as in `save_for_hf`, but source.
+        private: whether a new repository is private.
+        create_pr: open a pull request instead of committing.
+        commit_message: message of the commit.
+        kwargs: arguments of `save_for_hf`, except source.
 
     Returns:
-        Address of the commit, or of the pull request.
+        Address of the commit or the pull request.
 
     Raises:
         ValueError: as in `save_for_hf`; nothing is uploaded then.
     """
-    # What is wrong with the model or the arguments shows before a repository is made.
+    # Write the folder before creating a repository, which raises for a wrong model or argument.
     with tempfile.TemporaryDirectory() as temporary:
         api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
@@ -183,13 +183,13 @@ def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
 
 
 def _save(model: nn.Module, folder: Path, config: dict[str, Any], data_config: Mapping[str, Any] | None) -> None:
-    """Weights and config.json, which are known to fit."""
+    """Write weights and config.json, and check that they fit each other."""
     args, data_config = get_model_args(model), dict(data_config or {})
     if args.get("img_size") and not data_config.keys() & {"img_size", "input_size"}:
         data_config["img_size"] = args["img_size"]
     stages = args.get("stages")
     args = {} if stages is None else {"stages": [asdict(s) if isinstance(s, StageConfig) else s for s in stages]}
-    # safetensors takes no weights that lie in memory as channels_last.
+    # safetensors refuses weights in channels_last memory format.
     handle = model.register_state_dict_post_hook(_make_contiguous)
     try:
         timm.models.save_for_hf(model, str(folder), config, args, safe_serialization=True, data_config=data_config)
@@ -200,7 +200,7 @@ def _save(model: nn.Module, folder: Path, config: dict[str, Any], data_config: M
     for name in [*state, *again]:
         if name not in state or name not in again or state[name].shape != again[name].shape:
             raise ValueError(
-                f"model must be as timm.create_model made it, but for classes and set_input_size, got another {name}"
+                f"model must be as timm.create_model made it, except for classes and set_input_size, got another {name}"
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from dat.models.checkpoint import convert as convert
 from dat.models.dat import DAT, StageConfig
 
-# Keys of MODEL.DAT that change nothing in a model, or only Q blocks.
+# Keys of MODEL.DAT that do not affect the model, or only Q blocks.
 _UNUSED = {"ns_per_pts", "heads_q", "ksize_qnas", "nqs", "qna_activation", "lower_lr_kvs"}
 # The official defaults; a tuple has an entry for each stage.
 _DEFAULTS: dict[str, Any] = {
@@ -102,9 +102,9 @@ def _stage(config: Mapping[str, Any], i: int, release: str) -> StageConfig:
         config["dims"][i],
         config["heads"][i],
         window_size=config["window_sizes"][i],
-        # -1 fills the place of what a stage without D blocks does not use.
+        # -1 stands in stages without D blocks, which do not use it.
         num_groups=max(config["groups"][i], 1),
-        # The code of 2022 does not read this key.
+        # The code of 2022 ignores this key.
         kernel_size=config["ksizes"][i] if release == "2023" else _DEFAULTS["ksizes"][i],
         stride=max(config["strides"][i], 1),
         offset_range_factor=config["offset_range_factor"][i],
@@ -140,7 +140,7 @@ def _check_blocks(config: Mapping[str, Any], i: int, blocks: str, release: str) 
 
 
 def _position_bias(config: Mapping[str, Any], i: int) -> str:
-    """By the precedence of the official code, which has no position bias without offsets."""
+    """The position bias, by the precedence of the official code, which has none without offsets."""
     if not config["use_pes"][i] or config["no_offs"][i]:
         return "none"
     for key, position_bias in (("dwc_pes", "dwc_pe"), ("fixed_pes", "fixed_pe"), ("log_cpb", "log_cpb")):

@@ -4,8 +4,7 @@
         torch.onnx.export(model, args, opset_version=20, custom_translation_table=translation_table())
 
 Batch, queries and sizes of levels may be dynamic. A float16 or bfloat16 value is sampled in the dtype of the locations,
-as by the ops themselves. Locations that are not numbers are left to the runtime, and levels must not be empty.
-Needs onnxscript.
+as in the ops themselves. NaN locations are up to the runtime, and levels must not be empty. Needs onnxscript.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +13,12 @@ from typing import Any
 import onnxscript
 import torch
 
-# Typed as Any because constants may stand for tensors, which the stubs do not say.
+# Typed as Any: constants may take the place of tensors, which onnxscript's stubs lack.
 op: Any = onnxscript.opset20
 
 
 def translation_table() -> dict[Callable, Callable]:
-    """What torch.onnx.export takes as `custom_translation_table` for models with ops of this package; opset 20 on."""
+    """The `custom_translation_table` of torch.onnx.export for models with this package's ops, from opset 20 on."""
     return {
         torch.ops.dat.deform_sample.default: _deform_sample,
         torch.ops.dat.ms_deform_attn.default: _ms_deform_attn,
@@ -116,7 +115,7 @@ def _samples(value: Any, locations: Any, shapes: Sequence[Any], align_corners: b
     images = op.Transpose(op.CastLike(value, locations), perm=[0, 2, 3, 1])
     grids = op.Transpose(locations, perm=[0, 2, 1, 3, 4, 5])
     grids = op.Reshape(grids, _vector(-1, op.Shape(grids, start=2)))
-    # GridSample counts from -1 to 1 across the map.
+    # GridSample's coordinates run from -1 to 1 across the map.
     grids = op.Sub(op.Mul(grids, op.CastLike(2.0, locations)), op.CastLike(1.0, locations))
     start, levels = op.Constant(value_ints=[0]), []
     for level, (h, w) in enumerate(_pairs(shapes)):
@@ -147,23 +146,23 @@ def _neighborhood_attn(
 ) -> Any:
     """See `dat.ops.neighborhood_attn` and, for the formula, `dat.ops.reference.neighbors`."""
     (rows, dy), (columns, dx) = (_axis_neighbors(length, kernel_size, dilation) for length in (height, width))
-    cell = _pairs_of_axes(op.Mul(rows, _vector(width)), columns)
-    scores = op.MatMul(op.Unsqueeze(query, [3]), op.Transpose(op.Gather(key, cell, axis=2), perm=[0, 1, 2, 4, 3]))
+    pixel = _pairs_of_axes(op.Mul(rows, _vector(width)), columns)
+    scores = op.MatMul(op.Unsqueeze(query, [3]), op.Transpose(op.Gather(key, pixel, axis=2), perm=[0, 1, 2, 4, 3]))
     scores = op.Mul(scores, op.CastLike(scale, scores))
     if bias is not None:
         side = op.Constant(value_ints=[2 * kernel_size - 1])
         table = op.Reshape(bias, [0, -1])
         biases = op.Gather(table, _pairs_of_axes(op.Mul(dy, side), dx), axis=1)
         scores = op.Add(scores, op.CastLike(op.Unsqueeze(biases, [2]), scores))
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Gather(value, cell, axis=2))
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.Gather(value, pixel, axis=2))
     return op.Squeeze(out, [3])
 
 
 def _axis_neighbors(length: Any, kernel_size: int, dilation: int) -> tuple[Any, Any]:
-    """Neighbours [length, kernel_size] of each cell along a side, and their displacements counted from the farthest."""
+    """Neighbours [length, kernel_size] of each pixel along a side, and their displacements plus kernel_size - 1."""
     size, step = _vector(length), op.Constant(value_ints=[dilation])
-    cell = op.Range(op.Constant(value_int=0), op.Squeeze(size, [0]), op.Constant(value_int=1))
-    group, place = op.Mod(cell, step), op.Div(cell, step)
+    pixel = op.Range(op.Constant(value_int=0), op.Squeeze(size, [0]), op.Constant(value_int=1))
+    group, place = op.Mod(pixel, step), op.Div(pixel, step)
     members = op.Div(op.Sub(op.Add(size, op.Constant(value_ints=[dilation - 1])), group), step)
     start = op.Max(op.Sub(place, op.Constant(value_ints=[kernel_size // 2])), op.Constant(value_ints=[0]))
     start = op.Min(start, op.Sub(members, op.Constant(value_ints=[kernel_size])))
@@ -174,7 +173,7 @@ def _axis_neighbors(length: Any, kernel_size: int, dilation: int) -> tuple[Any, 
 
 
 def _pairs_of_axes(rows: Any, columns: Any) -> Any:
-    """Sums [H*W, k*k] of what is known of rows [H, k] and of columns [W, k]."""
+    """Sums [H*W, k*k] over all pairs of a row's value [H, k] and a column's [W, k]."""
     sums = op.Add(op.Unsqueeze(rows, [1, 3]), op.Unsqueeze(columns, [0, 2]))
     window = op.Mul(op.Shape(rows, start=1), op.Shape(columns, start=1))
     return op.Reshape(sums, _vector(-1, window))

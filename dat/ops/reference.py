@@ -1,6 +1,7 @@
 """Readable PyTorch versions of the ops.
 
-They say what each op means, are the oracle of its tests and the fallback where no library was built.
+They define each op, are the oracle in its tests, and run where no library was built. The backward functions are written
+out, so that they can be differentiated themselves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,33 +15,33 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def _axis(location: Tensor, size: int, align_corners: bool) -> list[tuple[Tensor, Tensor, Tensor, float]]:
-    """Linear interpolation along one axis of `size` cells.
+    """Linear interpolation along one axis of `size` pixels.
 
-    Returns for the two neighbouring cells (index clamped into the map, whether it lies inside, weight, the weight's
-    derivative by the location).
+    Returns for the two neighbouring pixels (index clamped into the map, whether it lies inside, weight, the weight's
+    derivative with respect to the location).
     """
     factor = float(size - 1 if align_corners else size)
     pixel = location * factor - (0.0 if align_corners else 0.5)
-    # Beyond one cell outside all is zero, and clamping keeps the cast to integers defined; NaN goes the same way.
+    # Everything more than a pixel outside is zero; clamping keeps the cast to integers defined, and NaN becomes -2.
     pixel = torch.where(pixel > -2, pixel, -2.0).clamp(max=size + 1)
     low = pixel.detach().floor()
     fraction = pixel - low
-    taps = []
+    neighbors = []
     for step, weight, slope in ((0, 1 - fraction, -factor), (1, fraction, factor)):
         index = low.long() + step
-        taps.append((index.clamp(0, max(size - 1, 0)), (index >= 0) & (index < size), weight, slope))
-    return taps
+        neighbors.append((index.clamp(0, max(size - 1, 0)), (index >= 0) & (index < size), weight, slope))
+    return neighbors
 
 
 class _Corner(NamedTuple):
-    """One corner cell of every sample of a level; the row of a cell outside the map is zero, whatever `cell` finds."""
+    """One of the four pixels around every sample of a level; `row` is zero where the pixel lies outside the map."""
 
-    cell: Tensor  # [B, Q*P, H], clamped into the map
+    pixel: Tensor  # index [B, Q*P, H], clamped into the map
     inside: Tensor  # [B, Q, H, P, 1]
     row: Tensor  # [B, Q, H, P, D]
-    weight: Tensor  # [B, Q, H, P], as its derivatives by x and y
-    by_x: Tensor
-    by_y: Tensor
+    weight: Tensor  # [B, Q, H, P], like its derivatives with respect to the location's x and y
+    slope_x: Tensor
+    slope_y: Tensor
 
 
 def _corners(value: Tensor, shapes: Shapes, locations: Tensor, align_corners: bool) -> Iterator[list[_Corner]]:
@@ -94,10 +95,7 @@ def deform_sample_backward(
     *,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `deform_sample` by value, locations and weights (an empty tensor where weights is None).
-
-    They are differentiable themselves.
-    """
+    """Gradients of `deform_sample` with respect to value, locations and weights (an empty tensor without weights)."""
     wide, grad = value.to(locations.dtype), grad.to(locations.dtype)
     if weights is None:
         scaled = sample_grad = grad
@@ -105,22 +103,22 @@ def deform_sample_backward(
         sample_grad = grad[:, :, :, None, None].expand(*locations.shape[:-1], -1)
         scaled = sample_grad * weights.to(grad.dtype).unsqueeze(-1)
     grad_value = torch.zeros_like(wide)
-    grad_locations, grad_weights = [], []
+    location_levels, weight_levels = [], []
     for level, corners in enumerate(_corners(wide, shapes, locations, align_corners)):
-        by_x = by_y = by_weight = torch.zeros_like(locations[:, :, :, level, :, 0])
+        grad_x = grad_y = grad_weight = torch.zeros_like(locations[:, :, :, level, :, 0])
         of_sample, of_scaled = sample_grad[:, :, :, level], scaled[:, :, :, level]
         for corner in corners:
             dot = (corner.row * of_scaled).sum(-1)
-            by_x = by_x + corner.by_x * dot
-            by_y = by_y + corner.by_y * dot
-            by_weight = by_weight + corner.weight * (corner.row * of_sample).sum(-1)
+            grad_x = grad_x + corner.slope_x * dot
+            grad_y = grad_y + corner.slope_y * dot
+            grad_weight = grad_weight + corner.weight * (corner.row * of_sample).sum(-1)
             update = torch.where(corner.inside, corner.weight.unsqueeze(-1) * of_scaled, 0.0)
             update = update.transpose(2, 3).flatten(1, 2)
-            grad_value = grad_value.scatter_add(1, corner.cell.unsqueeze(-1).expand_as(update), update)
-        grad_locations.append(torch.stack((by_x, by_y), -1))
-        grad_weights.append(by_weight)
-    by_weights = torch.stack(grad_weights, 3) if weights is not None else grad.new_empty(0)
-    return grad_value.to(value.dtype), torch.stack(grad_locations, 3), by_weights
+            grad_value = grad_value.scatter_add(1, corner.pixel.unsqueeze(-1).expand_as(update), update)
+        location_levels.append(torch.stack((grad_x, grad_y), -1))
+        weight_levels.append(grad_weight)
+    grad_weights = torch.stack(weight_levels, 3) if weights is not None else grad.new_empty(0)
+    return grad_value.to(value.dtype), torch.stack(location_levels, 3), grad_weights
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -131,21 +129,22 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
 def ms_deform_attn_backward(
     grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `ms_deform_attn` by value, reference, offsets and logits; they are differentiable themselves."""
+    """Gradients of `ms_deform_attn` with respect to value, reference, offsets and logits."""
     locations, weights = sampling_points(shapes, reference, offsets, logits)
-    by_value, by_locations, by_weights = deform_sample_backward(grad, value, shapes, locations, weights)
-    scaled = weights * by_weights
-    by_logits = scaled - weights * scaled.sum((3, 4), keepdim=True)
-    by_reference = by_locations.sum((2, 4))
+    grad_value, grad_locations, grad_weights = deform_sample_backward(grad, value, shapes, locations, weights)
+    scaled = weights * grad_weights
+    grad_logits = scaled - weights * scaled.sum((3, 4), keepdim=True)
+    grad_reference = grad_locations.sum((2, 4))
     if reference.shape[-1] == 4:
-        by_size = (by_locations * _finite(offsets.to(locations.dtype))).sum((2, 4)) * (0.5 / max(offsets.shape[-2], 1))
-        by_reference = torch.cat((by_reference, by_size), -1)
-    by_offsets = by_locations * _finite(_offset_unit(shapes, reference.to(locations.dtype), offsets.shape[-2]))
-    return by_value, by_reference.to(reference.dtype), by_offsets.to(offsets.dtype), by_logits.to(logits.dtype)
+        num_points = max(offsets.shape[-2], 1)
+        grad_size = (grad_locations * _finite(offsets.to(locations.dtype))).sum((2, 4)) * (0.5 / num_points)
+        grad_reference = torch.cat((grad_reference, grad_size), -1)
+    grad_offsets = grad_locations * _finite(_offset_unit(shapes, reference.to(locations.dtype), offsets.shape[-2]))
+    return grad_value, grad_reference.to(reference.dtype), grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
 
 
 def _finite(factor: Tensor) -> Tensor:
-    """A factor of gradients that are zero where it is not finite; times 0 that would not be a number."""
+    """A factor of a gradient, zero where it is not finite: infinity times a gradient of zero would be NaN."""
     return torch.where(factor.isfinite(), factor, 0.0)
 
 
@@ -164,17 +163,17 @@ def sampling_points(shapes: Shapes, reference: Tensor, offsets: Tensor, logits: 
 
 
 def _offset_unit(shapes: Shapes, reference: Tensor, num_points: int) -> Tensor:
-    """What an offset of 1 is as a location: [L, 1, 2] for points, [B, Q, 1, L, 1, 2] for boxes."""
+    """Change of the location for an offset of 1: [L, 1, 2] for points, [B, Q, 1, L, 1, 2] for boxes."""
     if reference.shape[-1] == 4:
         return reference[:, :, None, :, None, 2:] * (0.5 / max(num_points, 1))
-    # Filled on the device: a tensor made of Python numbers would be copied there and waited for.
+    # Filled on the device: copying a tensor of Python numbers to it would synchronise.
     sizes = [torch.full((), size, dtype=reference.dtype, device=reference.device) for h, w in shapes for size in (w, h)]
-    # An empty level has nothing to sample, wherever that is.
+    # An empty level is never sampled, whatever its unit.
     return torch.stack(sizes).clamp(min=1).reciprocal().view(-1, 1, 2)
 
 
 def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """DAT's continuous relative position bias (equation 5): [B, h, H*W, N] looked up in `table` [h, T_h, T_w]."""
+    """DAT's continuous relative position bias (equation 5): [B, h, H*W, N], interpolated in `table` [h, T_h, T_w]."""
     H, W = size
     B, groups = positions.shape[:2]
     y, x = grid_coordinates(H, positions, align_corners), grid_coordinates(W, positions, align_corners)
@@ -188,23 +187,23 @@ def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align
 def _position_bias_backward(
     grad: Tensor, table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `position_bias` by positions and table; they are differentiable themselves."""
+    """Gradients of `position_bias` with respect to positions and table."""
     (H, W), (heads, T_h, T_w), groups = size, table.shape, positions.shape[1]
     grad = grad.unflatten(2, (H, W)).unflatten(1, (groups, -1))
-    by_x = by_y = positions.new_zeros(1)
-    by_table = table.new_zeros(heads, T_h * T_w)
+    grad_x = grad_y = positions.new_zeros(1)
+    grad_table = table.new_zeros(heads, T_h * T_w)
     for corner in _table_corners(table, positions, size, align_corners):
-        by_x = by_x + (grad * corner.by_x * corner.row).sum((2, 3, 4))
-        by_y = by_y + (grad * corner.by_y * corner.row).sum((2, 3, 4))
+        grad_x = grad_x + (grad * corner.slope_x * corner.row).sum((2, 3, 4))
+        grad_y = grad_y + (grad * corner.slope_y * corner.row).sum((2, 3, 4))
         update = torch.where(corner.inside, grad * corner.weight, 0.0).flatten(1, 2).transpose(0, 1).flatten(1)
-        cell = corner.cell.expand(-1, -1, heads // groups, -1, -1, -1).flatten(1, 2).transpose(0, 1).flatten(1)
-        by_table = by_table.scatter_add(1, cell, update)
-    # A location, 0..1 across the table, changes by a quarter of the displacement, against the position.
-    return torch.stack((by_x, by_y), -1) / -4, by_table.view_as(table)
+        index = corner.pixel.expand(-1, -1, heads // groups, -1, -1, -1).flatten(1, 2).transpose(0, 1).flatten(1)
+        grad_table = grad_table.scatter_add(1, index, update)
+    # The location, 0..1 across the table, is minus a quarter of the position plus a constant.
+    return torch.stack((grad_x, grad_y), -1) / -4, grad_table.view_as(table)
 
 
 def _table_corners(table: Tensor, positions: Tensor, size: tuple[int, int], align_corners: bool) -> Iterator[_Corner]:
-    """The four table cells around each pair's displacement, [B, g, h/g or 1, H, W, N]; slopes are by its location."""
+    """The four table entries around each pair's displacement, with tensors [B, g, h/g or 1, H, W, N]."""
     H, W = size
     T_h, T_w = table.shape[1:]
     x, y = positions[:, :, None, None, None].unbind(-1)
@@ -216,15 +215,15 @@ def _table_corners(table: Tensor, positions: Tensor, size: tuple[int, int], alig
     heads = torch.arange(len(tables), device=table.device).view(groups, -1, 1, 1, 1)
     for i, row_inside, wy, dy in ys:
         for j, column_inside, wx, dx in xs:
-            cell, inside = i * T_w + j, row_inside & column_inside
-            row = torch.where(inside, tables[heads, cell], 0.0)
-            yield _Corner(cell, inside, row, wy * wx, wy * dx, dy * wx)
+            index, inside = i * T_w + j, row_inside & column_inside
+            row = torch.where(inside, tables[heads, index], 0.0)
+            yield _Corner(index, inside, row, wy * wx, wy * dx, dy * wx)
 
 
 def grid_coordinates(length: int, like: Tensor, align_corners: bool) -> Tensor:
     """Coordinates -1..1 of `length` queries."""
     index = torch.arange(length, dtype=like.dtype, device=like.device)
-    # The 2023 release spans -1..1 from first to last cell; a map of one cell has only its first.
+    # The 2023 release spans -1..1 from the first to the last pixel; a single pixel is at -1.
     return index / max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
 
 
@@ -254,7 +253,7 @@ def deform_attn_lse(
     scale: float,
     align_corners: bool,
 ) -> Tensor:
-    """The logarithm [B, h, H*W] of every query's sum of exponentials, which backward makes the attention from again."""
+    """Each query's log-sum-exp of its scores [B, h, H*W], from which the backward pass recomputes the attention."""
     return _scores(query, key, positions, table, size, scale, align_corners).logsumexp(-1)
 
 
@@ -270,22 +269,22 @@ def deform_attn_backward(
     scale: float,
     align_corners: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `deform_attn` by query, key, value, positions and table; they are differentiable themselves.
+    """Gradients of `deform_attn` with respect to query, key, value, positions and table.
 
     Without a table those by positions and table are empty tensors.
     """
     attention = _scores(query, key, positions, table, size, scale, align_corners).softmax(-1)
     grad = grad.to(attention.dtype)
-    by_attention = grad @ value.to(attention.dtype).transpose(-1, -2)
-    by_scores = attention * (by_attention - (attention * by_attention).sum(-1, keepdim=True))
-    by_query = by_scores @ key.to(attention.dtype) * scale
-    by_key = by_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
-    by_value = attention.transpose(-1, -2) @ grad
+    grad_attention = grad @ value.to(attention.dtype).transpose(-1, -2)
+    grad_scores = attention * (grad_attention - (attention * grad_attention).sum(-1, keepdim=True))
+    grad_query = grad_scores @ key.to(attention.dtype) * scale
+    grad_key = grad_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
+    grad_value = attention.transpose(-1, -2) @ grad
     if table is None:
-        by_positions = by_table = positions.new_empty(0)
+        grad_positions = grad_table = positions.new_empty(0)
     else:
-        by_positions, by_table = _position_bias_backward(by_scores, table, positions, size, align_corners)
-    return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_positions, by_table
+        grad_positions, grad_table = _position_bias_backward(grad_scores, table, positions, size, align_corners)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_positions, grad_table
 
 
 def _scores(
@@ -297,42 +296,42 @@ def _scores(
     scale: float,
     align_corners: bool,
 ) -> Tensor:
-    """Scores [B, h, H*W, N] with their bias, in the dtype of the positions."""
+    """Scores [B, h, H*W, N], bias included, in the dtype of the positions."""
     scores = query.to(positions.dtype) @ key.to(positions.dtype).transpose(-1, -2) * scale
     return scores if table is None else scores + position_bias(table, positions, size, align_corners)
 
 
 def _axis_neighbors(length: int, kernel_size: int, dilation: int, device: torch.device) -> Tensor:
-    """Neighbours [length, kernel_size] of each cell along a side of at least kernel_size * dilation cells."""
-    cell = torch.arange(length, device=device)
-    group, place = cell % dilation, cell // dilation
-    # Cells of the same remainder are a map of their own, in which windows are shifted inwards at the borders.
+    """Neighbours [length, kernel_size] of each pixel along a side of at least kernel_size * dilation pixels."""
+    pixel = torch.arange(length, device=device)
+    group, place = pixel % dilation, pixel // dilation
+    # Pixels with the same remainder form a map of their own, in which windows move inwards at the borders.
     members = (length - group + dilation - 1) // dilation
     start = torch.minimum((place - kernel_size // 2).clamp(min=0), members - kernel_size)
     return group[:, None] + (start[:, None] + torch.arange(kernel_size, device=device)) * dilation
 
 
 def neighbors(size: tuple[int, int], kernel_size: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which cells a cell attends to, and by which entry of its head's bias: both [H*W, kernel_size**2].
+    """The neighbours of each pixel and the entries of a head's bias for them: both [H*W, kernel_size**2].
 
-    Cells are counted row by row, as are the (2 * kernel_size - 1)**2 displacements of the bias.
+    Pixels are counted row by row, as are the (2 * kernel_size - 1)**2 displacements of the bias.
     """
     side = 2 * kernel_size - 1
     rows, columns = (_axis_neighbors(length, kernel_size, dilation, device) for length in size)
     dy, dx = ((axis - torch.arange(len(axis), device=device)[:, None]) // dilation for axis in (rows, columns))
-    cell = rows[:, None, :, None] * size[1] + columns[None, :, None, :]
+    pixel = rows[:, None, :, None] * size[1] + columns[None, :, None, :]
     displacement = (dy[:, None, :, None] + kernel_size - 1) * side + dx[None, :, None, :] + kernel_size - 1
-    return cell.flatten(2).flatten(0, 1), displacement.flatten(2).flatten(0, 1)
+    return pixel.flatten(2).flatten(0, 1), displacement.flatten(2).flatten(0, 1)
 
 
 class _Neighborhood(NamedTuple):
-    """Tensors of `neighborhood_attn` on the way to its result, in the dtype of its sums."""
+    """Intermediate tensors of `neighborhood_attn`, in the dtype of its sums."""
 
     query: Tensor  # [B, h, H*W, 1, c]
     key: Tensor  # [B, h, H*W, k*k, c]
     value: Tensor
     attention: Tensor  # [B, h, H*W, k*k]
-    cell: Tensor  # [H*W, k*k]
+    pixel: Tensor  # [H*W, k*k]
     displacement: Tensor
 
 
@@ -347,13 +346,13 @@ def _neighborhood(
     dilation: int,
 ) -> _Neighborhood:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    cell, displacement = neighbors(size, kernel_size, dilation, query.device)
+    pixel, displacement = neighbors(size, kernel_size, dilation, query.device)
     query = query.to(dtype).unsqueeze(3)
-    key, value = key.to(dtype)[:, :, cell], value.to(dtype)[:, :, cell]
+    key, value = key.to(dtype)[:, :, pixel], value.to(dtype)[:, :, pixel]
     scores = (query * key).sum(-1) * scale
     if bias is not None:
         scores = scores + bias.to(dtype).flatten(1)[:, displacement]
-    return _Neighborhood(query, key, value, scores.softmax(-1), cell, displacement)
+    return _Neighborhood(query, key, value, scores.softmax(-1), pixel, displacement)
 
 
 def neighborhood_attn(
@@ -367,7 +366,7 @@ def neighborhood_attn(
     scale: float,
     dilation: int = 1,
 ) -> Tensor:
-    """See `dat.ops.neighborhood_attn`, for maps of at least kernel_size * dilation cells along each side."""
+    """See `dat.ops.neighborhood_attn`, for maps of at least kernel_size * dilation pixels along each side."""
     near = _neighborhood(query, key, value, bias, size, kernel_size, scale, dilation)
     return (near.attention.unsqueeze(-1) * near.value).sum(3).to(query.dtype)
 
@@ -384,25 +383,22 @@ def neighborhood_attn_backward(
     scale: float,
     dilation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `neighborhood_attn` by query, key, value and bias (an empty tensor where bias is None).
-
-    They are differentiable themselves.
-    """
+    """Gradients of `neighborhood_attn` with respect to query, key, value and bias (an empty tensor without a bias)."""
     near = _neighborhood(query, key, value, bias, size, kernel_size, scale, dilation)
     wide = grad.to(near.query.dtype).unsqueeze(3)
-    by_attention = (wide * near.value).sum(-1)
-    by_scores = near.attention * (by_attention - (near.attention * by_attention).sum(-1, keepdim=True))
+    grad_attention = (wide * near.value).sum(-1)
+    grad_scores = near.attention * (grad_attention - (near.attention * grad_attention).sum(-1, keepdim=True))
 
     def scatter(pairs: Tensor) -> Tensor:
-        cells = pairs.new_zeros(*pairs.shape[:3], pairs.shape[-1])
-        return cells.index_add(2, near.cell.flatten(), pairs.flatten(2, 3))
+        pixels = pairs.new_zeros(*pairs.shape[:3], pairs.shape[-1])
+        return pixels.index_add(2, near.pixel.flatten(), pairs.flatten(2, 3))
 
-    scaled = (by_scores * scale).unsqueeze(-1)
-    by_query = (scaled * near.key).sum(3)
-    by_key = scatter(scaled * near.query)
-    by_value = scatter(near.attention.unsqueeze(-1) * wide)
-    by_bias = wide.new_empty(0)
+    scaled = (grad_scores * scale).unsqueeze(-1)
+    grad_query = (scaled * near.key).sum(3)
+    grad_key = scatter(scaled * near.query)
+    grad_value = scatter(near.attention.unsqueeze(-1) * wide)
+    grad_bias = wide.new_empty(0)
     if bias is not None:
         displacements = wide.new_zeros(bias.flatten(1).shape)
-        by_bias = displacements.index_add(1, near.displacement.flatten(), by_scores.sum(0).flatten(1)).view_as(bias)
-    return by_query.to(query.dtype), by_key.to(key.dtype), by_value.to(value.dtype), by_bias
+        grad_bias = displacements.index_add(1, near.displacement.flatten(), grad_scores.sum(0).flatten(1)).view_as(bias)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias

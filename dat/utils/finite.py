@@ -1,4 +1,4 @@
-"""Finding the first tensor that is not finite, when a loss is NaN."""
+"""Finds the first tensor that is not finite."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,8 +13,8 @@ def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Raises NonFiniteError naming the first tensor of `named` that holds NaN or infinity.
 
     Args:
-        named: (name, tensor) pairs in the order in which they were computed; integer tensors always pass.
-        where: what was going on, put at the head of the message ("step 120, gradients").
+        named: (name, tensor) pairs in the order of their computation; integer tensors always pass.
+        where: beginning of the message, such as "step 120, images [7, 9]".
     """
     for name, tensor in named:
         if not torch.isfinite(tensor).all():
@@ -26,10 +26,10 @@ def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
 
 
 def trace_non_finite(model: nn.Module, forward: Callable[[], Any], where: str) -> None:
-    """Runs `forward` again and raises NonFiniteError at the first parameter, or else module output, that is not finite.
+    """Runs `forward` and raises NonFiniteError for the first parameter, or else module output, that is not finite.
 
-    Returns when everything is finite. To be called when a loss came out as NaN: it is too slow for every step.
-    Neither `model` nor `forward` may be that of DistributedDataParallel: one process alone would wait for the others.
+    Too slow for every step: call it after a loss or gradient was not finite. `model` and `forward` must not use
+    DistributedDataParallel, which would wait for the other processes.
     """
     check_finite(model.named_parameters(), f"{where}, parameters")
 

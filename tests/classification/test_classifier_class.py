@@ -204,7 +204,7 @@ def test_training_goes_on_from_the_weights_that_it_has(settings, pictures, write
     classifier = Classifier.from_checkpoint(tmp_path / "run/best.pth")
     with pytest.raises(ConfigError, match="holds a run"):
         classifier.train()
-    classifier.train(output=str(tmp_path / "second"), epochs=1, lr=1e-12, min_lr=0, warmup_epochs=0, ema_decay=0)
+    classifier.train(output=str(tmp_path / "second"), epochs=1, lr=1e-12, min_lr_scale=0, warmup_epochs=0, ema_decay=0)
     assert classifier.class_names == ["azure", "green", "red"]
     for name, value in classifier.trained_model().named_parameters():
         torch.testing.assert_close(value, dict(first.trained_model().named_parameters())[name], msg=name)

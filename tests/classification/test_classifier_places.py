@@ -67,7 +67,7 @@ def test_a_run_on_class_folders_says_what_it_validates_on(settings, pictures, tm
     train(from_dict(ClassificationConfig, settings, "test"))
     log = (tmp_path / "run/train.log").read_text()
     assert "every 5th image, by name, is for validation (3 of 24 images)" in "\n".join(log.splitlines()[:4])
-    assert "3 classes, 21 + 3" in log
+    assert "21 training and 3 validation images, 3 classes" in log
 
 
 @pytest.mark.parametrize("prefix", ["", "pets_"])

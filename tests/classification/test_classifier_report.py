@@ -33,7 +33,7 @@ def interrupted(settings, tmp_path):
     n = 6
     labels, top = np.array([0, 0, 1, 1, 2, 2]), np.array([[0], [0], [1], [1], [2], [1]])
     scores, losses = np.full((n, 1), 0.9, np.float32), np.ones(n)
-    Results(np.arange(n), labels, top, scores, scores[:, 0], losses).save(folder / "results.npz")
+    Results(np.arange(n), labels, top, scores, losses).save(folder / "results.npz")
     return folder
 
 

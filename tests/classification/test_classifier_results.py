@@ -20,9 +20,7 @@ def results(labels, top, index=None):
     n, top = len(labels), np.array(top)
     scores = (0.9 - np.arange(n) / 100)[:, None] / 2.0 ** np.arange(top.shape[1])
     index = np.arange(n) if index is None else np.array(index)
-    return Results(
-        index, np.array(labels), top, scores.astype(np.float32), np.full(n, 0.1, np.float32), np.full(n, 2.0)
-    )
+    return Results(index, np.array(labels), top, scores.astype(np.float32), np.full(n, 2.0))
 
 
 @pytest.fixture

@@ -99,6 +99,16 @@ def test_classes_are_numbered_as_in_training(web):
         open_split(data_of(web, "many.tar"), "train")
 
 
+def test_classes_of_one_name_keep_their_numbers(web):
+    """ImageNet has two classes named crane."""
+    names = ["crane", "dog", "crane"]
+    (web.parent / "names.txt").write_text("\n".join(names))
+    data = data_of(web, class_names="names.txt")
+    for split in (open_split(data, "train"), open_split(data, "val", names)):
+        assert contents(split) == [(i, i % 3) for i in range(24)]
+        assert split.class_names == names
+
+
 def test_classes_in_json(web):
     files = {}
     for i, name in enumerate(["red", "blue", "red"]):
@@ -153,10 +163,10 @@ def test_a_run_on_shards(web, settings, tmp_path):
     settings["train"] |= {"epochs": 2, "pictures": 2, "worst": 2, "checkpoint_steps": 0}
     for output, stages in (("whole", (2,)), ("stopped", (1, 2))):
         for epochs in stages:
-            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr": 2e-3, "warmup_epochs": 0}
+            changes = {"epochs": epochs, "resume": epochs > stages[0], "min_lr_scale": 1, "warmup_epochs": 0}
             run = {**settings, "output": str(tmp_path / output), "train": {**settings["train"], **changes}}
-            progress = train(from_dict(ClassificationConfig, run, "test"))
-        assert progress["step"] == 8
+            metrics = train(from_dict(ClassificationConfig, run, "test"))
+        assert metrics["steps"] == 8
         assert (tmp_path / output / "skipped.txt").read_text() == "train-2.tar/018\n"
         assert json.loads((tmp_path / output / "metrics.json").read_text())["images"] == 7
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

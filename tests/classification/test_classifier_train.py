@@ -227,7 +227,7 @@ def test_classes_of_the_splits_must_agree(settings, pictures, tmp_path):
     for path in (pictures / "val/azure").iterdir():
         path.unlink()
     run(settings, epochs=1)
-    assert "no pictures of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
+    assert "no images of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
 
 
 def test_missing_data_is_named(settings, pictures):
@@ -276,7 +276,9 @@ def test_resuming_another_model_is_refused(settings):
 
 def test_what_cannot_change_in_a_run_is_named(settings, tmp_path):
     run(settings, epochs=1)
-    message = r"last.pth: a step took 6 images, it is now 4 \(4 x 1 accumulated x 1 processes\); resuming needs the same number"
+    message = (
+        r"last.pth: a step took 6 images, it is now 4 \(4 x 1 accumulated x 1 processes\); resuming needs the same"
+    )
     with pytest.raises(CheckpointError, match=message):
         run(settings, epochs=2, batch_size=4, resume=True)
     with pytest.raises(CheckpointError, match=r"last.pth: train.optimizer was 'adamw', is now 'sgd'"):

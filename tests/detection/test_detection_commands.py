@@ -210,7 +210,7 @@ def test_prediction_keeps_at_least_one_detection(trained, tmp_path, capsys):
         (["data.val.images=nowhere"], "nowhere: no such folder of images"),
         (["model.backbone.name=dat_nan"], "no timm model 'dat_nan'"),
         (["model.backbone.num_headz=3"], "model.backbone"),
-        (["model.num_heads=3"], "model.embed_dim is 16, should be a multiple"),
+        (["model.num_heads=3"], "embed_dim=16 should be a multiple of 4 and of num_heads=3"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(config_file, tmp_path, capsys, overrides, message):

@@ -114,7 +114,13 @@ def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoint
     for name, stages in (("copies", [(run, 5)]), ("mixed", [(run, 1), (run_sharded, 3), (run, 5)])):
         (tmp_path / name).mkdir()
         for function, steps in stages:
-            overrides = [f"train.steps={steps}", "train.batch_size=2", "train.eval_epochs=9", "train.schedule=step"]
+            overrides = [
+                "train.epochs=0",
+                f"train.steps={steps}",
+                "train.batch_size=2",
+                "train.eval_epochs=9",
+                "train.schedule=step",
+            ]
             arguments = (one_size, tmp_path / name, *overrides, "train.resume=true")
             codes, errors, _ = run_processes(2, function, tmp_path, *arguments)
             assert codes == [0, 0], errors

@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(page, picture, tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "cut.jpg").write_bytes(picture.read_bytes()[:-100])
     (tmp_path / "large.jpg").write_bytes(b"\0" * 100_001)
-    page.get_by_text("pictures of up to 0.1 MB and 40 million pixels").wait_for()
+    page.get_by_text("images of up to 0.1 MB and 40 million pixels").wait_for()
     reasons = {
         "notes.txt": "not an image of a supported format",
         "cut.jpg": "cannot be read as an image",

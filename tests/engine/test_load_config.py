@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dat.engine.config import apply_overrides, check_range, from_dict, load_config, save_config, to_dict
+from dat.engine.config import apply_overrides, check_range, from_dict, load_config, rename_keys, save_config, to_dict
 from dat.utils.errors import ConfigError
 
 
@@ -13,6 +13,8 @@ from dat.utils.errors import ConfigError
 class Train:
     lr: float = 1e-3
     epochs: int = 10
+    steps: int = 0
+    min_lr_scale: float = 0.0
     resume: bool = False
     amp: Literal["none", "bf16"] = "none"
     sizes: list[int] = field(default_factory=lambda: [32])
@@ -120,6 +122,47 @@ def test_an_unknown_key_of_a_base_is_found(tmp_path):
     (tmp_path / "leaf.yaml").write_text("base: config.yaml\ntrain: {epochs: 2}\n")
     with pytest.raises(ConfigError, match=r"unknown key 'train.lrr'; did you mean 'train.lr'\?"):
         load_config(Config, tmp_path / "leaf.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "overrides", "epochs", "steps"),
+    [
+        ("", "", [], 10, 0),
+        ("", "{steps: 100}", [], 0, 100),
+        ("", "{steps: 100}", ["train.epochs=2"], 2, 0),
+        ("", "{epochs: 3}", ["train.steps=7"], 0, 7),
+        ("", "{steps: 100}", ["train.lr=1"], 0, 100),
+        ("", "", ["train.steps=7"], 0, 7),
+        ("{epochs: 3}", "{steps: 100}", [], 0, 100),
+        ("{steps: 100}", "{epochs: 3}", [], 3, 0),
+        ("{steps: 100}", "{lr: 1}", [], 0, 100),
+    ],
+)
+def test_the_length_that_the_user_gives_counts(tmp_path, base, text, overrides, epochs, steps):
+    (tmp_path / "base.yaml").write_text(f"train: {base}")
+    config = load_config(Config, write(tmp_path, f"base: base.yaml\ntrain: {text}"), overrides)
+    assert (config.train.epochs, config.train.steps) == (epochs, steps)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(Config, tmp_path / "saved.yaml") == config
+    assert apply_overrides(config, ["train.epochs=4"]).train.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [("{steps: 100, epochs: 3}", []), ("", ["train.epochs=3", "train.steps=100"])],
+)
+def test_two_lengths_in_one_place_are_refused(tmp_path, text, overrides):
+    message = r"config.yaml: train.epochs is 3 and train.steps is 100, should be only one of them"
+    with pytest.raises(ConfigError, match=message):
+        load_config(Config, write(tmp_path, f"train: {text}"), overrides)
+
+
+def test_keys_of_earlier_versions_are_renamed(tmp_path):
+    config = load_config(Config, write(tmp_path, "train: {lr: 2e-3, min_lr: 1e-4}"))
+    assert config.train.min_lr_scale == 0.05
+    # Runs wrote all keys, of which the steps counted.
+    saved = rename_keys({"train": {"epochs": 50, "steps": 4000, "min_lr": 1e-5}}, saved=True)
+    assert saved["train"] == {"epochs": 0, "steps": 4000, "min_lr_scale": 0.01}
 
 
 def test_saved_configuration_reads_back_equal(tmp_path):

@@ -124,3 +124,14 @@ def test_weights_and_biases_need_their_package(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"train.wandb_project is 'flowers', which .*: pip install wandb"):
         RunLogger(tmp_path / "run", wandb_project="flowers")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_progress_bar_shows_in_notebooks(tmp_path, monkeypatch):
+    logger = RunLogger(tmp_path)
+    assert logger.progress(10, "epoch 1").disable
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    bar = logger.progress(10, "epoch 1")
+    assert not bar.disable
+    bar.close()
+    assert RunLogger(tmp_path, main=False).progress(10, "epoch 1").disable
+    logger.close()

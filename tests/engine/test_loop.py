@@ -19,8 +19,17 @@ from dat.engine.backbones import create_timm_model
 from dat.engine.command import main_guard
 from dat.engine.distributed import Distributed, prepare_output, setup_distributed, stop_on_sigterm
 from dat.engine.loaders import EpochBatchSampler
-from dat.engine.optim import clip_gradients, layer_scales, make_scheduler, param_groups, scaled_lr
-from dat.engine.seeds import isolated_rng, seed_everything
+from dat.engine.optim import (
+    check_gradients,
+    clip_gradients,
+    layer_scales,
+    make_optimizer,
+    make_scheduler,
+    param_groups,
+    scaled_lr,
+    step_unless,
+)
+from dat.engine.seeds import isolated_rng, seed_device, seed_everything
 from dat.utils.errors import ConfigError, DataError, NonFiniteError
 
 
@@ -40,6 +49,18 @@ def test_seeds_are_a_function_of_seed_and_counters():
     first = draw()
     seed_everything(0, 5, 0)
     assert draw() != first
+
+
+def test_seeding_the_device_leaves_other_generators_alone():
+    seed_everything(0, 5, 1)
+    expected, *others = draw()
+    seed_everything(3)
+    _, *untouched = draw()
+    seed_everything(3)
+    seed_device(torch.device("cpu"), 0, 5, 1)
+    drawn, *kept = draw()
+    assert drawn == expected
+    assert kept == untouched != others
 
 
 def test_isolated_randomness_leaves_no_trace():
@@ -178,15 +199,42 @@ def test_schedules_count_optimizer_steps():
 def test_gradients_are_clipped_by_their_total_norm():
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(model, 0.0, "step 1") == 5
+    assert clip_gradients(model, 0.0) == 5
     assert torch.equal(model.weight.grad, torch.tensor([[3.0, 4.0]]))
-    assert clip_gradients(model, 1.0, "step 1") == 5
+    assert clip_gradients(model, 1.0) == 5
     assert torch.allclose(model.weight.grad, torch.tensor([[0.6, 0.8]]))
+    check_gradients(model, "step 1")
     model.weight.grad[0, 0] = float("nan")
+    assert not clip_gradients(model, 1.0).isfinite()
     with pytest.raises(
-        NonFiniteError, match=r"step 1: first non-finite tensor is the gradient of weight \(1, 2\): 1 NaN"
+        NonFiniteError, match=r"step 1: first non-finite tensor is the gradient of weight \(1, 2\): \d NaN"
     ):
-        clip_gradients(model, 1.0, "step 1")
+        check_gradients(model, "step 1")
+
+
+def test_a_step_can_be_skipped_without_a_trace():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(param_groups(model, 0.1, 0.1), "adamw", 0.1, 0.1)
+    steps = []
+    for skip in (False, True, False):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if skip else 1.0)
+        before = [parameter.clone() for parameter in model.parameters()]
+        step_unless(optimizer, torch.tensor(skip))
+        unchanged = all(map(torch.equal, before, model.parameters()))
+        assert unchanged is skip
+        steps.append(optimizer.state[model.weight]["step"].item())
+    assert steps == [1, 1, 2]
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+
+def test_optimizers_are_those_of_timm():
+    groups = param_groups(Net(), 0.1, 0.1)
+    assert make_optimizer(groups, "adamw", 0.1, 0.1).defaults["fused"]
+    assert isinstance(make_optimizer(groups, "sgd", 0.1, 0.1), torch.optim.SGD)
+    with pytest.raises(ConfigError, match=r"train.optimizer: timm cannot make 'adamq'"):
+        make_optimizer(groups, "adamq", 0.1, 0.1)
 
 
 def test_model_errors_name_the_key():
@@ -315,12 +363,12 @@ def test_workers_outlive_a_sigterm_to_the_group_but_not_the_main_process(end, co
     assert process.returncode == code
 
 
-def test_sigterm_is_answered_at_the_next_question(capsys):
+def test_sigterm_is_noted_until_the_run_stops(capsys):
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_sigterm() as stop:
-        assert not stop.requested(ALONE)
+        assert not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested(ALONE)
+        assert stop.received
         with pytest.raises(SystemExit) as ended:
             stop.exit(ALONE)
     assert ended.value.code == 143

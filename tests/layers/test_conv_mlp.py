@@ -50,16 +50,16 @@ def test_a_large_map_in_parts_is_the_map_as_a_whole(monkeypatch, residual, rows)
 
     whole = results()
     monkeypatch.setattr(mlp, "LARGE_MAP", 0)
-    # of both images, but for what a batch does by itself
-    monkeypatch.setattr(mlp, "PART", rows * 2 * 5 * 10)
+    # of both images, except for what a batch adds
+    monkeypatch.setattr(mlp, "CHUNK", rows * 2 * 5 * 10)
     monkeypatch.setattr(ConvMlp, "forward", ConvMlp._images)
     calls = []
-    forward = ConvMlp._part
-    monkeypatch.setattr(ConvMlp, "_part", lambda *arguments: calls.append(1) or forward(*arguments))
+    forward = ConvMlp._chunk
+    monkeypatch.setattr(ConvMlp, "_chunk", lambda *arguments: calls.append(1) or forward(*arguments))
     for ours, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(ours, expected)
     # again in the backward
-    assert len(calls) == 2 * max(-(-11 // rows), mlp.FEWEST_PARTS)
+    assert len(calls) == 2 * max(-(-11 // rows), mlp.MIN_CHUNKS)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole[0])
 
@@ -71,7 +71,7 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(monkeypatch):
     cotangent = torch.randn_like(x)
     whole = layer(x)
     expected = torch.autograd.grad(whole, [x, *layer.parameters()], cotangent)
-    monkeypatch.setattr(mlp, "PART", 2 * 4 * 3 * 10)
+    monkeypatch.setattr(mlp, "CHUNK", 2 * 4 * 3 * 10)
     sizes = []
     rows = ConvMlp._rows
     monkeypatch.setattr(ConvMlp, "_rows", lambda self, x, *place: sizes.append(len(x)) or rows(self, x, *place))
@@ -83,9 +83,9 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(monkeypatch):
 
 
 def test_dropout_takes_a_large_map_as_a_whole(monkeypatch):
-    """A cell that two parts share would be dropped in one and kept in the other."""
+    """A pixel in the overlap of two chunks would be dropped in one and kept in the other."""
     monkeypatch.setattr(mlp, "LARGE_MAP", 0)
-    monkeypatch.setattr(ConvMlp, "_part", None)
+    monkeypatch.setattr(ConvMlp, "_chunk", None)
     layer = ConvMlp(6, 10, drop=0.5)
     layer(torch.randn(1, 9, 5, 6)).sum().backward()
     assert layer.fc1.weight.grad.isfinite().all()

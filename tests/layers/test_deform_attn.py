@@ -46,7 +46,7 @@ def query_grid(layer: DeformableAttention, H: int, W: int) -> torch.Tensor:
 
 
 def bias_of(layer: DeformableAttention, head: int, grid: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """What is added to the scores [B, H*W, N] of a head."""
+    """The bias of a head's scores [B, H*W, N]."""
     shift = grid.reshape(1, -1, 1, 2) - position.reshape(len(position), 1, -1, 2)
     if layer.rpe_table is not None:
         table = layer.rpe_table[head].expand(len(position), 1, -1, -1)

@@ -18,7 +18,7 @@ def _fresh_compiler():
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a deformable convolution; `spread` is how far taps are moved, in cells."""
+    """Inputs of a deformable convolution; `spread` is the size of the offsets, in pixels."""
 
     name: str
     B: int = 2
@@ -70,9 +70,9 @@ CASES = [
     Case("no tap moved, odd sizes", size=(49, 23), spread=0.0),
     Case("far outside", spread=30.0),
     Case("one row", size=(1, 8)),
-    Case("one cell", size=(1, 1)),
-    Case("no picture", B=0),
-    Case("many pictures", B=33, size=(4, 5)),
+    Case("one pixel", size=(1, 1)),
+    Case("no image", B=0),
+    Case("many images", B=33, size=(4, 5)),
     Case("large map", B=1, channels=(8, 3), size=(200, 272)),
 ]
 GENERAL = Case("general", channels=(12, 8), size=(9, 8), stride=(2, 1), groups=2, offset_groups=3)
@@ -122,7 +122,7 @@ def test_keeps_the_memory_format_of_its_input(groups):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_locations(dtype):
-    """Offsets of 60 cells are a quarter of a cell apart in bfloat16; added up in it, they would all be wrong."""
+    """Offsets of 60 pixels are a quarter of a pixel apart in bfloat16, so that sums in it would be wrong."""
     case = Case("shifted", size=(80, 80), spread=0.0)
     input, offset, weight, bias, mask = (t.to(dtype) for t in case.tensors())
     offset = offset + torch.tensor([60.25, -60.25]).repeat(9)[:, None, None]

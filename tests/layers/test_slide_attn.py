@@ -12,7 +12,7 @@ def make_layer(**arguments) -> SlideAttention:
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 6)])
 def test_equals_a_loop_over_neighbours(size):
-    """Head by head: key and value i of a cell are the map moved by the i-th shift plus a learned convolution of it."""
+    """Head by head: key and value i of a pixel are the map moved by the i-th shift plus a learned convolution of it."""
     layer = make_layer()
     H, W = size
     x = torch.randn(2, H, W, 24, dtype=torch.float64)

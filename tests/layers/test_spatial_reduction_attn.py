@@ -18,9 +18,9 @@ def test_equals_a_loop_over_heads(sr_ratio, size):
     keys = x
     if sr_ratio > 1:
         H, W = (max(side, sr_ratio) // sr_ratio * sr_ratio for side in size)
-        cells = F.pad(x, (0, 0, 0, sr_ratio, 0, sr_ratio))[:, :H, :W]
-        cells = cells.unflatten(2, (-1, sr_ratio)).unflatten(1, (-1, sr_ratio))
-        keys = layer.norm(torch.einsum("brictd,odit->brco", cells, layer.sr.weight) + layer.sr.bias)
+        pixels = F.pad(x, (0, 0, 0, sr_ratio, 0, sr_ratio))[:, :H, :W]
+        pixels = pixels.unflatten(2, (-1, sr_ratio)).unflatten(1, (-1, sr_ratio))
+        keys = layer.norm(torch.einsum("brictd,odit->brco", pixels, layer.sr.weight) + layer.sr.bias)
     q, (k, v) = layer.q(x).flatten(1, 2), layer.kv(keys).flatten(1, 2).chunk(2, -1)
     heads = [
         (qh @ kh.mT / 2).softmax(-1) @ vh

@@ -6,11 +6,11 @@ from dat.layers import WindowAttention
 
 
 def dense_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
-    """Every cell against every other, with what windows, shift and table say about each pair."""
+    """Attention over all pairs of pixels, with windows, shift and table applied to each pair."""
     B, H, W, C = x.shape
     w, s = layer.window_size, layer.shift_size
     side = 2 * w - 1
-    cells = [(r, c) for r in range(H) for c in range(W)]
+    pixels = [(r, c) for r in range(H) for c in range(W)]
 
     def place(index: int, length: int) -> tuple[int, bool]:
         padded = (length + w - 1) // w * w
@@ -18,8 +18,8 @@ def dense_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
 
     visible = torch.zeros(H * W, H * W, dtype=torch.bool)
     bias = torch.zeros(layer.num_heads, H * W, H * W, dtype=x.dtype)
-    for i, (r, c) in enumerate(cells):
-        for j, (r2, c2) in enumerate(cells):
+    for i, (r, c) in enumerate(pixels):
+        for j, (r2, c2) in enumerate(pixels):
             visible[i, j] = place(r, H) == place(r2, H) and place(c, W) == place(c2, W)
             if visible[i, j]:
                 bias[:, i, j] = layer.relative_position_bias_table[(r - r2 + w - 1) * side + c - c2 + w - 1]

@@ -4,7 +4,7 @@
 
 Checks for each model and size, with random weights and in float32, one image and a batch of three that holds it:
 outputs and gradients of the image and of every parameter are finite, and the image alone has the outputs and the
-gradient that it has in the batch. The maps of the small sizes are single rows, columns and cells.
+gradient that it has in the batch. The maps of the small sizes are single rows, columns and pixels.
 
 Prints a line per case: the largest difference relative to the largest value of the same output or gradient, seconds,
 and peak memory of the case's process. Exits with 1 if a case fails. Too long for the test suite: 800x1333 takes minutes
@@ -27,7 +27,7 @@ import dat  # noqa: F401
 SIZES = ("32x32", "4x160", "160x4", "97x61", "224x224", "384x384", "800x1333")
 # Largest difference between alone and in a batch, relative to the largest value.
 OUTPUT_TOLERANCE = 1e-4
-# Sampling has kinks at cells' borders, on either side of which a rounding error may put a key.
+# Sampling has kinks at pixel centres, and rounding may move a key across one.
 GRADIENT_TOLERANCE = 1e-3
 # Beyond so many pixels in a batch blocks are recomputed in the backward, except in models of few parameters.
 CHECKPOINTED_PIXELS, CHECKPOINTED_PARAMETERS = 10**6, 10**7

@@ -115,7 +115,7 @@ def test_detection_size(name):
 
 
 def test_features_do_not_depend_on_what_is_padded_beyond_the_right_and_bottom():
-    """97 columns make 25 cells of 4; the three missing ones are zeros, whoever adds them."""
+    """97 columns make 25 patches of 4; the three missing ones are zeros, whether padded here or by the caller."""
     nano = create("dat_nano").eval()
     image = torch.randn(1, 3, 64, 97)
     padded = torch.nn.functional.pad(image, (0, 3))

@@ -13,7 +13,7 @@ import dat
 
 
 def total(table):
-    """Of the first row, in units of 10**6."""
+    """Millions of FLOPs in the first row."""
     count, unit = re.search(r"\| model +\| +[\d.]+[KM]? +\| ([\d.]+)([KMG]?)", table).groups()
     return float(count) * {"": 1e-6, "K": 1e-3, "M": 1, "G": 1e3}[unit]
 

@@ -1,4 +1,4 @@
-// What the CPU registration of deform_attn and its kernels for each instruction set have in common.
+// Arguments that the CPU registration of deform_attn passes to its kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Rows {
   int64_t image, head, row;
 };
 
-// Sizes and arrays of one call; all arrays are of float64 (`is_double`) or float32, and contiguous but for Rows.
+// Sizes and arrays of one call; all arrays are of float64 (`is_double`) or float32, and contiguous except for Rows.
 struct AttentionArgs {
   bool is_double;
   // C is c filled up with zeros to a multiple of 16.
@@ -48,7 +48,7 @@ struct AttentionPart {
   int64_t image, head, query_begin, query_end;
 };
 
-// What backward reads besides, `lse` [B, h, H*W], and where one part writes: rows of its queries, and sums of its own over
+// Further inputs of backward, `lse` [B, h, H*W], and where one part writes: rows of its queries, and sums of its own over
 // its queries, N rows, [N, 2] and the layout of one head's table.
 // grad_positions and grad_table are added to, and null without a table.
 struct AttentionGrads {

@@ -11,7 +11,7 @@ namespace attention {
 // Numbers between one key's row of scores and the next: a tile, and room for a register that hangs out.
 constexpr int64_t kStride = kTile + 16;
 
-// Where a register of neighbouring queries looks up columns: `index` and `index + 1` from column `first` on.
+// Columns that a register of neighbouring queries looks up: `index` and `index + 1` from column `first` on.
 template <typename Real>
 struct Columns {
   int64_t first;
@@ -19,8 +19,8 @@ struct Columns {
   typename Lanes<Real>::Real fraction;
 };
 
-// Bias of all queries for a block of keys of one head. A column that all queries of a map share is found per key and row of
-// the map, so that only columns are left to interpolate for each pair.
+// Bias of all queries for a block of keys of one head. The part common to all queries of a column is computed per key and
+// row of the map, so that only columns are left to interpolate for each pair.
 template <typename Real>
 class Bias {
  public:

@@ -174,7 +174,7 @@ class Forward {
   const int64_t head_;
   Bias<Real> bias_;
   Real *scores_, *query_, *sums_;
-  // Of each query the largest score so far, the sum of exponentials, and what the next block makes of earlier ones.
+  // For each query: the largest score so far, the sum of exponentials, and the factor for earlier blocks' sums.
   Real *top_, *total_, *shrink_;
 
   void add_keys(int64_t n, int64_t keys, int64_t first, int64_t count) {
@@ -269,11 +269,11 @@ class Backward {
   Bias<Real> bias_;
   int64_t keys_ = 0;
   Real *attention_, *grad_scores_;
-  // Of all queries of the part; transposed tile by tile, [C, kTile].
+  // Rows of all queries of the part; transposed tile by tile, [C, kTile].
   Real *query_, *grad_, *grad_query_, *query_t_, *grad_t_;
-  // Of each query its logarithm and the product of the output with its gradient.
+  // For each query: its log-sum-exp and the product of the output with its gradient.
   Real *lse_, *dots_;
-  // Of a block of keys; transposed, [C, kBlock].
+  // Rows of a block of keys; transposed, [C, kBlock].
   Real *key_, *key_t_, *value_t_, *grad_key_, *grad_value_, *rows_;
 
   DAT_HOST_DEVICE int64_t count(int64_t q) const { return queries_ - q < kTile ? queries_ - q : kTile; }

@@ -1,4 +1,4 @@
-// Registers deform_attn and its backward for CPU tensors, and shares their work out among threads.
+// Registers deform_attn and its backward for CPU tensors, and divides their work among threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

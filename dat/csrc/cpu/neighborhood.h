@@ -1,4 +1,4 @@
-// What the CPU registration of neighborhood_attn and its kernels for each instruction set have in common.
+// Arguments that the CPU registration of neighborhood_attn passes to its kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ DAT_HOST_DEVICE int64_t window_start(int64_t index, int64_t length, int64_t kern
   return start < length - kernel ? start : length - kernel;
 }
 
-// Where a part leaves its gradients. grad_query is [B, H * W, heads, C] in the dtype of the query; the others are sums over
+// Outputs of a part's backward. grad_query is [B, H * W, heads, C] in the dtype of the query; the others are sums over
 // this part alone, in Real: grad_key and grad_value [window rows of the part, columns, C], grad_bias of the shape of a
 // head's bias.
 struct NeighborhoodGrads {

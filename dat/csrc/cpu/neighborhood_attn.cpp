@@ -18,7 +18,7 @@ HeadPixels pixels_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// Of the shape of `tensor` [B, heads, pixels, C], heads of a pixel side by side in memory: [B, pixels, heads, C].
+// A new tensor for `tensor`'s [B, heads, pixels, C] with the heads of a pixel side by side: [B, pixels, heads, C].
 Tensor new_pixels(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(2), tensor.size(1), tensor.size(3)});
 }

@@ -1,4 +1,4 @@
-// What the kernels of neighborhood_attn are made of: registers turned between pixels and channels, products of pixels with
+// Building blocks of neighborhood_attn's kernels: registers turned between pixels and channels, products of pixels with
 // their neighbours, and sums of neighbours. No standard library here.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace dat {
 namespace DAT_ISA {
 namespace neighborhood {
 
-// Rows of queries (or of keys) that are worked on together share what they load.
+// Rows of queries (or of keys) processed together, so that each load serves all of them.
 constexpr int kRows = 3;
 // Shifts, and channels, whose sums for kRows rows fit into the registers.
 constexpr int kTaps = DAT_VECTOR_BYTES == 64 ? 7 : 4;

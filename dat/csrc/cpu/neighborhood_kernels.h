@@ -111,7 +111,7 @@ class Neighborhood {
     int64_t x, place, first, taps;
     // Whether a border moves some of the windows.
     bool masked;
-    // Of queries: how far their windows begin before them.
+    // For queries: how far their windows begin before them.
     I reach;
   };
 

@@ -41,7 +41,7 @@ struct Tile {
   int64_t image, first, rows, columns, width;
 };
 
-// Where every pixel asks, queries of a tile find each other's pixels still in the cache, which those of a long row do not.
+// If every pixel is a query, queries of a tile find each other's pixels in the cache, which queries of a long row do not.
 std::vector<Tile> make_tiles(const SampleArgs& args) {
   constexpr int kSide = 16;
   std::vector<Tile> tiles;
@@ -178,7 +178,7 @@ void sample_backward(const SampleArgs& args, const SampleGrads& grads, void* gra
       zero(grads.grad_reference, args.B * args.Q * args.H * args.L * args.reference_size * real_bytes(args));
     return;
   }
-  // What few samples add takes less time than sums of their own, so that these need not be shared out or converted.
+  // Few samples take less time than separate sums, which would have to be divided among threads and converted.
   const bool few = args.Q * args.L * args.P < args.S;
   const int64_t parts = few ? 1 : parts_per_head(args.B * args.H, args.Q, torch::stable::get_num_threads());
   if (few && value_bytes(args) == real_bytes(args))

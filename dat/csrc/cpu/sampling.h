@@ -1,4 +1,4 @@
-// What the CPU registrations of the sampling ops and their kernels for each instruction set have in common.
+// Arguments that the CPU registrations of the sampling ops pass to their kernels for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct SampleArgs {
 };
 
 // Gradients: `out` is given, the others are written, each in the dtype of what it is the gradient of. grad_reference [B, Q,
-// H, L, 2 or 4] is each head's share of it, in Real, or null where nobody asks for it.
+// H, L, 2 or 4] holds each head's contribution, in Real, or is null if not needed.
 struct SampleGrads {
   const void* out;
   void* grad_locations;
@@ -41,7 +41,7 @@ struct SampleGrads {
   void* grad_logits;
 };
 
-// What one thread does at a time: some queries of some heads of an image. `value` is row 0 of the first of the heads,
+// The unit of work of a thread: some queries of some heads of an image. `value` is row 0 of the first of the heads,
 // `grad_value` its gradient in Real; rows are `stride` and `grad_stride` numbers apart, heads D.
 struct Part {
   int64_t image, head_begin, head_end, query_begin, query_end;
@@ -62,7 +62,7 @@ inline int64_t scratch_bytes(const SampleArgs& args) {
 
 struct SampleKernels {
   void (*forward)(const SampleArgs& args, const Part& part, void* out, void* scratch);
-  // Adds to grad_value: parts that run at the same time must not share rows and channels of it.
+  // Adds to grad_value: parts that run concurrently must not write the same rows and channels.
   void (*backward)(const SampleArgs& args, const Part& part, const SampleGrads& grads, void* scratch);
   // Writes the sum over `copies` of `count` rows of D numbers in Real, `copy_stride` numbers apart, as rows of values that
   // are `stride` numbers apart.

@@ -69,7 +69,7 @@ class Batch {
   Real* corner_weights[4];
   Int* inside;
   Real *locations, *weights;
-  // Of backward: products of the corner rows with the output's gradient, and the gradients that follow from them.
+  // For backward: products of the corner rows with the output's gradient, and the gradients that follow from them.
   Real *dots, *grad_locations, *grad_weights;
 
   Batch(const SampleArgs& args, const Part& part, void* scratch)
@@ -184,7 +184,7 @@ class Batch {
     return {pick<1, 2>(a, b, Indices<N>())};
   }
 
-  // Of what a head reads, rows lie a whole query apart, too far for the hardware to fetch them ahead.
+  // Rows that a head reads lie a whole query apart, too far for the hardware to prefetch them.
   static DAT_HOST_DEVICE void prefetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
   }
@@ -367,7 +367,7 @@ void forward(const SampleArgs& args, const Part& part, void* out, void* scratch)
   }
 }
 
-// Adds the shares of samples begin..end to the gradients of their corner rows, and the corner rows' products with the
+// Adds the contributions of samples begin..end to the gradients of their corner rows, and the corner rows' products with the
 // output's gradient to `dots`.
 template <typename T, typename Real>
 struct Scatter {
@@ -394,7 +394,7 @@ struct Scatter {
         const Real weight = corners.weights[c][k];
         for (int i = 0; i < K; i++) {
           products[c] += grad[i] * Load<Real, N, T>::from(row + i * N);
-          // Corners that were clamped into the map share a row: one is written before the next is read.
+          // Corners clamped into the map may be the same row: one is written before the next is read.
           add_to<Real, N>(to + i * N, weight * grad[i]);
         }
       }
