@@ -99,3 +99,22 @@ def test_validation_keeps_all_and_normalises():
     assert image.max() == 2
     assert image.min() == -2
     assert torch.equal(target["boxes"].as_subclass(torch.Tensor), torch.tensor([[5.0, 10, 20, 30]]))
+
+
+def test_rows_of_any_tensor_follow_their_boxes():
+    """Targets are open: a dropped box takes its row of each tensor, and its mask, along."""
+    image, target = sample()
+    boxes = torch.cat((torch.tensor([[3.0, 3, 3.2, 3.2]]), target["boxes"]))
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(80, 120)),
+        "labels": torch.tensor([5, 1]),
+        "heights": torch.tensor([0.5, 2.5]),
+        "masks": tv_tensors.Mask(torch.stack((torch.zeros(80, 120), image[0] / 255)).bool()),
+        "source": "camera 3",
+    }
+    image, found = transform(horizontal_flip=1.0)(image, target)
+    assert found["labels"].tolist() == [1]
+    assert found["heights"].tolist() == [2.5]
+    assert found["source"] == "camera 3"
+    assert found["masks"].shape == (1, *image.shape[1:])
+    torch.testing.assert_close(bright_box(found["masks"].float()), found["boxes"].as_subclass(torch.Tensor)[0])
