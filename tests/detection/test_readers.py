@@ -69,4 +69,4 @@ def test_a_folder_of_no_known_format_is_one_line(tmp_path):
         DataError, match=r"train.json: no such annotation file, and .* of no known format \(coco"
     ) as raised:
         read_dataset(Path(tmp_path), TRAIN)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(raised.value)
