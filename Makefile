@@ -11,7 +11,9 @@ CLANG_FORMATTED := $(KERNELS) $(wildcard $(foreach suffix,h cuh cpp cu,tests/cud
 # What the wheel is installed beside to be checked: PYTHON:TORCH, torch as a requirement of pip.
 CHECKS ?= python3.10:torch~=2.11.0 python3.12:torch
 
-.PHONY: install demo test lint format docs wheel clean
+ALL_OPS := deform_sample ms_deform_attn ms_deform_attn_extremes deform_attn_op neighborhood_attn
+
+.PHONY: install demo test test-gpu lint format docs wheel clean
 
 install: $(STAMP)
 
@@ -40,6 +42,15 @@ demo: $(DEMO_STAMP)
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# On a machine with a GPU whose own python has torch, timm and pytest: nothing is installed, libraries that lack are built.
+# DAT_GPU_TESTS=dry runs on a CPU what can run there.
+test-gpu:
+	@[ "$$DAT_GPU_TESTS" = dry ] || $(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: torch finds no GPU")'
+	@ls dat/_C_cuda*.so >/dev/null 2>&1 || [ "$$DAT_GPU_TESTS" = dry ] || $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null) -rs --durations=5 tests/gpu
+	@# The ops' own tests, of which every one that takes a device also takes a GPU.
+	[ "$$DAT_GPU_TESTS" = dry ] || $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null) -k cuda $(ALL_OPS:%=tests/ops/test_%.py)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Neither is needed to install: without a compiler the ops run on their PyTorch re
 DAT_BUILD_CUDA=0/1 overrides whether the CUDA library is built, TORCH_CUDA_ARCH_LIST the architectures.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ CSRC = Path("dat/csrc")
 # The stable ABI of torch 2.11, and of Python 3.10: one built library serves every later one of both.
 MACROS = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020b000000000000")]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xfatbin=-compress-all"]
 
 
 def has_compiler() -> bool:
@@ -63,6 +64,35 @@ def find_toolkit() -> tuple[Path, tuple[int, int]] | None:
     return None
 
 
+def cuda_architectures(version: tuple[int, int]) -> tuple[str, list[str]]:
+    """The architectures to build for, in the form of TORCH_CUDA_ARCH_LIST, and nvcc's flags for them.
+
+    torch makes the flags of a list that the user gives. The default compiles the kernels to PTX twice and not for every
+    architecture: sm_90 is the last that brings an instruction which they use.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given, []
+    ampere = "-gencode=arch=compute_80,code=sm_80"
+    if version < (12, 8):
+        return "8.0;9.0+PTX", [ampere, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    return "8.0;9.0+PTX;10.0;12.0", [ampere, "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, which takes a minute or two without a word."""
+
+    def build_extensions(self) -> None:
+        names = " and ".join(extension.name for extension in self.extensions)
+        line = f"dat: compiling {names} on {os.cpu_count()} cores, which takes minutes ..."
+        print(line, file=sys.stderr)
+        # pip keeps what a build prints for itself.
+        if not sys.stderr.isatty() and os.access("/dev/tty", os.W_OK):
+            with contextlib.suppress(OSError):
+                Path("/dev/tty").write_text(f"\n{line}\n")
+        super().build_extensions()
+
+
 def extensions() -> list:
     def sources(folder: str, pattern: str) -> list[str]:
         return sorted(str(path) for path in (CSRC / folder).glob(pattern))
@@ -82,18 +112,14 @@ def extensions() -> list:
     if toolkit is not None:
         home, version = toolkit
         cpp_extension.CUDA_HOME = str(home)
-        newest = ARCHITECTURES if version >= (12, 8) else "8.0;9.0+PTX"
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
+        architectures, flags = cuda_architectures(version)
         # The kernels name what they were built for when a device cannot run them.
         macros = [*MACROS, ("USE_CUDA", None), ("DAT_CUDA_ARCHITECTURES", f'"{architectures}"')]
         library = cpp_extension.CUDAExtension(
             "dat._C_cuda",
             sources("cuda", "*.cu"),
             define_macros=macros,
-            extra_compile_args={
-                "cxx": CXX_FLAGS,
-                "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v"],
-            },
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *flags]},
             depends=headers,
             py_limited_api=True,
         )
@@ -119,7 +145,7 @@ def main() -> None:
     setup(
         **packages,
         ext_modules=extensions(),
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 # The first architecture that adds four floats at a time to memory.
 VECTOR_REDUCTIONS = 90
 # Kernels that add to the gradient by value in float32, whole vectors of channels at a time.
-VECTOR_KERNEL = re.compile(r"backward_kernel\w*?RowsI(?:f|6__half|13__nv_bfloat16)Li\d+ELi\d+ELi[48]E")
+VECTOR_KERNEL = re.compile(r"backward_kernel\w*?RowsI(?:f|6__half|13__nv_bfloat16)Li\d+ELi\d+ELi4E")
 
 
 def find_cuobjdump() -> Path | None:

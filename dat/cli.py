@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_recipe(task: str, command: str, function: Callable[[argparse.Namespace], Any] | None = None) -> None:
     """Runs a function, by default that of `dat TASK COMMAND`, with the arguments of the process as its options."""
-    options = command_parser(task, command, f"python -m {TASKS[task]}.{command}").parse_intermixed_args()
+    options = parse_command(task, command, sys.argv[1:], f"python -m {TASKS[task]}.{command}")
     run(function or find_function(task, command), options)
 
 
@@ -100,8 +100,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namespace], Any]
     )
     parser.add_argument("command", choices=COMMANDS[task], metavar="COMMAND", help="see below; each has its own --help")
     command = parser.parse_args(arguments[1:2]).command
-    options = command_parser(task, command).parse_intermixed_args(arguments[2:])
-    return find_function(task, command), options
+    return find_function(task, command), parse_command(task, command, arguments[2:])
 
 
 def find_function(task: str, command: str) -> Callable[[argparse.Namespace], Any]:
@@ -109,12 +108,17 @@ def find_function(task: str, command: str) -> Callable[[argparse.Namespace], Any
     return lambda options: getattr(importlib.import_module(f"dat.{TASKS[task]}.commands"), command)(options)
 
 
-def command_parser(task: str, command: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of `dat TASK COMMAND`."""
+def parse_command(task: str, command: str, arguments: Sequence[str], prog: str | None = None) -> argparse.Namespace:
+    """The options of `dat TASK COMMAND`; `prog`: the name of the program in messages."""
     summary = f"{SUMMARIES[command][0].upper()}{SUMMARIES[command][1:]}."
     parser = argparse.ArgumentParser(prog or f"dat {task} {command}", description=f"{summary} {DESCRIPTIONS[command]}")
     ADD_ARGUMENTS[command](parser, task == "detect")
-    return parser
+    options = parser.parse_intermixed_args(arguments)
+    if command == "predict":
+        options.overrides, options.sources = split_overrides(options.sources)
+        if not options.sources:
+            parser.error("SOURCE: should be an image, a video, a folder or a pattern")
+    return options
 
 
 def _add_train(parser: argparse.ArgumentParser, detect: bool) -> None:

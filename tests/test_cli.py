@@ -67,6 +67,8 @@ def test_sources_and_overrides_may_be_mixed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b").touch()
     assert split_overrides(["x.jpg", "data.val.size=64", "a=b"]) == (["data.val.size=64"], ["x.jpg", "a=b"])
+    with pytest.raises(SystemExit):
+        parse(["classify", "predict", "best.pth", "data.img_size=3", "--out", "folder"])
     _, options = parse(["detect", "evaluate", "best.pth", "--out", "folder", "data.root=x"])
     assert (options.checkpoint, options.overrides) == ("best.pth", ["data.root=x"])
 

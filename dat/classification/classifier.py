@@ -15,6 +15,7 @@ from dat.classification.model import build_classifier
 from dat.engine.checkpoint import build_and_load, checkpoint_errors, read_trained
 from dat.engine.config import apply_overrides, from_dict, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
+from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.hub import find_checkpoint
 from dat.utils.images import to_image
@@ -79,7 +80,7 @@ class Classifier:
             CheckpointError, ConfigError: a file that cannot be used, or wrong arguments.
         """
         path = find_checkpoint(path)
-        if path.suffix.lower() in (".onnx", ".pt2"):
+        if is_exported(path):
             return cls._from_exported(path, overrides, trust)
         trained = read_trained(path, "classification")
         with checkpoint_errors(path):
@@ -95,8 +96,6 @@ class Classifier:
 
     @classmethod
     def _from_exported(cls, path: Path, overrides: Sequence[str], trust: bool) -> "Classifier":
-        from dat.export.runtime import load_exported
-
         if overrides:
             raise ConfigError(f"{overrides[0]}: the configuration of an exported model cannot be overridden")
         exported = load_exported(path, "classification", trust)

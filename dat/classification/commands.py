@@ -30,13 +30,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     from dat.classification.predict import predict
-    from dat.cli import split_overrides
     from dat.utils.media import Frames, find_media
 
-    overrides, sources = split_overrides(options.sources)
     # Without the results of an earlier call.
-    frames = Frames(find_media(sources, exclude=options.out), options.every)
-    classifier = Classifier.from_checkpoint(options.model, overrides, options.device, options.trust)
+    frames = Frames(find_media(options.sources, exclude=options.out), options.every)
+    classifier = Classifier.from_checkpoint(options.model, options.overrides, options.device, options.trust)
     names = ("out", "threshold", "classes", "crops", "sheet", "batch_size")
     count = predict(classifier, frames, **{name: getattr(options, name) for name in names})
     frames.warn()

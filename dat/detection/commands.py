@@ -34,16 +34,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    from dat.cli import split_overrides
     from dat.detection.points import check_points
     from dat.detection.predict import Output, choose_targets, predict
     from dat.utils.media import Frames, find_media
 
-    overrides, sources = split_overrides(options.sources)
     # Without the results of an earlier call.
-    media = find_media(sources, exclude=options.out)
+    media = find_media(options.sources, exclude=options.out)
     targets = choose_targets(media, options.out)
-    detector = Detector.from_checkpoint(options.model, overrides, options.device, options.trust, options.top_k)
+    detector = Detector.from_checkpoint(options.model, options.overrides, options.device, options.trust, options.top_k)
     if options.show_points:
         check_points(detector)
     frames = Frames(media, options.every)

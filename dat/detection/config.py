@@ -92,7 +92,7 @@ class LossConfig:
 class TrainConfig(BaseTrainConfig):
     """Options of detectors, and their defaults.
 
-    `backbone_lr_scale` times `lr` trains the backbone, `sampling_lr_scale` times `lr` the sampling offsets and
+    `backbone_lr_scale` times `lr` trains the backbone, `sampling_lr_scale` times `lr` the sampling offsets and the
     reference points. `picture_threshold`: lowest score of detections that are drawn. `compile`: one graph for all image
     sizes of padded batches, and one for those without padding.
     """

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def _draw_class(axes: Axes, evaluation: Evaluation, label: int, with_text: bool)
     axes.plot(recall, precision, "o", color="tab:orange", ms=4, label="highest F1")
     if with_text:
         # There is room to the lower left of the dot, because curves fall to the right.
-        place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+        place: dict[str, Any] = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
         axes.annotate(f"F1 {f1:.2f}\nscore {score:.2f}", (recall, precision), fontsize=7, **place)
 
 
@@ -76,7 +77,7 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
     # A logarithmic axis has no place for 0.
     annotated, predicted = np.sqrt(areas).clip(0.5), np.sqrt(found).clip(0.5)
     both = np.concatenate((annotated, predicted, (SMALL / 2, MEDIUM * 2)))
-    edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, 41)
+    edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, 41).tolist()
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     axes.hist(annotated, edges, color="tab:gray", alpha=0.5, label="annotated")
@@ -86,13 +87,13 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
         axes.axvline(low, color="tab:orange", linestyle="--", linewidth=1)
         counts = [int(((values >= low) & (values < high)).sum()) for values in (annotated, predicted)]
         text = f"{name}\n{counts[0]} annotated\n{counts[1]} predicted"
-        where = {"ha": "center", "va": "top", "fontsize": 8, "transform": axes.get_xaxis_transform()}
+        where: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "transform": axes.get_xaxis_transform()}
         axes.text(math.sqrt(low * high), 0.98, text, **where)
     axes.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="square root of the area, pixels of the file")
     axes.set_ylabel("boxes")
     # The texts stand above the bars.
     axes.set_ylim(bottom=0, top=1.3 * max(axes.get_ylim()[1], 1))
-    ticks = sorted(MEDIUM if tick == 128 else tick for tick in 2 ** np.arange(0, 14, 1 if edges[-1] < 2000 else 2))
+    ticks = [MEDIUM if i == 7 else 2**i for i in range(0, 14, 1 if edges[-1] < 2000 else 2)]
     axes.set_xticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()

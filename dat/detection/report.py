@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dat.detection.config import DetectionConfig, TrainConfig
+from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
 from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
@@ -21,7 +22,7 @@ from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
     "training loss": [("train", "loss")],
-    "parts of the loss, last layer": [("train", name) for name in ("loss_ce", "loss_bbox", "loss_giou")],
+    "parts of the loss, last layer": [("train", name) for name in PAPER_WEIGHTS["sigmoid"]],
     "average precision": [("val", name) for name in ("AP50", "AP", "APs", "APm", "APl")],
     "learning rate": [("train", "lr")],
 }

@@ -13,7 +13,7 @@ from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
-from dat.detection.models import build_model
+from dat.detection.models import BaseDETR, build_model
 from dat.detection.recipe import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
@@ -28,10 +28,10 @@ class DetectionTrainer(Trainer):
     The other arguments and errors are those of Trainer.
     """
 
+    model: BaseDETR
     kind = "detection"
     metric = "AP"
     results_file = "detections.json"
-    losses = ("loss_ce", "loss_bbox", "loss_giou")
     dynamic = True
     fixed_keys = (*Trainer.fixed_keys, "train.backbone_lr_scale", "train.sampling_lr_scale")
 
@@ -48,6 +48,7 @@ class DetectionTrainer(Trainer):
         super().__init__(config, distributed, resume)
         self.warnings = [warning for warning in (train_set.warning, val_set.warning) if warning]
         self.criterion = build_criterion(self.model, config.train.loss)
+        self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
             self.cache.fill([*train_set.records, *val_set.records])
 

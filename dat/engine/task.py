@@ -18,7 +18,7 @@ class Task(ABC):
     metric: ClassVar[str]
     results_file: ClassVar[str]
     # Entries of compute_loss() that are logged beside "loss".
-    losses: ClassVar[tuple[str, ...]] = ()
+    losses: tuple[str, ...] = ()
     # torch.compile's argument: True for images of many sizes.
     dynamic: ClassVar[bool | None] = None
 

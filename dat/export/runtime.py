@@ -103,7 +103,8 @@ def _load_onnx(path: Path) -> Exported:
         import onnxruntime
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ConfigError(f"{path}: running ONNX files needs {error.name}: pip install 'dat-vision[onnx]'") from error
+        needed = f"running ONNX files needs {error.name}"
+        raise ConfigError(f'{path}: {needed}: pip install "dat-vision[onnx]"') from error
     try:
         _check_tensors(onnx.load(path, load_external_data=False), path)
     except (DecodeError, OSError) as error:

@@ -144,10 +144,10 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = size
-    by_query, by_key, by_value, *others = reference.deform_attn_backward(
+    grad_query, grad_key, grad_value, *others = reference.deform_attn_backward(
         grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
     )
-    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), others[0], others[1]
+    return _laid_out(grad_query, query), _laid_out(grad_key, key), _laid_out(grad_value, value), others[0], others[1]
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -158,28 +158,36 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _has_kernels(query: Tensor, key: Tensor) -> bool:
-    """Whether the GPU kernels take these: they work in float32, and neither torch nor this package needs Triton."""
-    return query.dtype != torch.float64 and query.numel() * key.numel() > 0 and find_spec("triton") is not None
+    """Whether the Triton kernels take these: they sum in float32 and keep all channels of a tile on the chip."""
+    return (
+        query.dtype != torch.float64
+        and query.shape[3] <= 128
+        and query.numel() * key.numel() > 0
+        and find_spec("triton") is not None
+    )
 
 
 @torch.library.impl(LIBRARY, "deform_attn", "CUDA")
-def _forward_gpu(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _cuda_forward(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if not _has_kernels(query, key):
         return _forward(query, key, *args)
-    from dat.ops import deform_attn_gpu
+    from dat.ops import deform_attn_triton
 
-    out, lse = deform_attn_gpu.forward(query, key, *args)
+    with torch.cuda.device_of(query):
+        out, lse = deform_attn_triton.forward(query, key, *args)
     return _laid_out(out, query), lse
 
 
 @torch.library.impl(LIBRARY, "deform_attn_backward", "CUDA")
-def _backward_gpu(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if not _has_kernels(query, key):
         return _backward(grad, query, key, value, *args)
-    from dat.ops import deform_attn_gpu
+    from dat.ops import deform_attn_triton
 
-    by_query, by_key, by_value, *others = deform_attn_gpu.backward(grad, query, key, value, *args)
-    return _laid_out(by_query, query), _laid_out(by_key, key), _laid_out(by_value, value), *others
+    with torch.cuda.device_of(query):
+        # Their sums are always taken in the same order, whether that is asked for or not.
+        firsts = deform_attn_triton.backward(grad, query, key, value, *args[:-1])
+    return *(_laid_out(first, like) for first, like in zip(firsts, (query, key, value), strict=False)), *firsts[3:]
 
 
 @torch.library.register_fake("dat::deform_attn", lib=LIBRARY)
@@ -191,9 +199,9 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, 
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    by_positions = positions.new_empty(0 if table is None else positions.shape)
-    by_table = positions.new_empty(0) if table is None else table.new_empty(table.shape)
-    return *(torch.empty_like(tensor) for tensor in (query, key, value)), by_positions, by_table
+    grad_positions = positions.new_empty(0 if table is None else positions.shape)
+    grad_table = positions.new_empty(0) if table is None else table.new_empty(table.shape)
+    return *(torch.empty_like(tensor) for tensor in (query, key, value)), grad_positions, grad_table
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -204,7 +212,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    by_query, by_key, by_value, by_positions, by_table = torch.ops.dat.deform_attn_backward(
+    grad_query, grad_key, grad_value, grad_positions, grad_table = torch.ops.dat.deform_attn_backward(
         grad,
         *tensors,
         out,
@@ -215,8 +223,8 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         torch.are_deterministic_algorithms_enabled(),
     )
     if tensors[4] is None:
-        by_positions = by_table = None
-    return by_query, by_key, by_value, by_positions, by_table, None, None, None
+        grad_positions = grad_table = None
+    return grad_query, grad_key, grad_value, grad_positions, grad_table, None, None, None
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

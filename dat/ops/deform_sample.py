@@ -1,6 +1,5 @@
 """Deformable sampling: bilinear samples of feature levels at learned locations, and their weighted sums."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +7,23 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, sampling_flops, second_derivatives
-
-Shapes = Sequence[tuple[int, int]]
+from dat.ops._common import (
+    Shapes,
+    autocast,
+    cast,
+    check_device,
+    check_value,
+    differentiable,
+    flatten,
+    pairs,
+    refuse_forward_mode,
+    register_batching,
+    sampling_flops,
+    second_derivatives,
+    sum_dtype,
+    untraced,
+)
+from dat.ops._library import LIBRARY
 
 LIBRARY.define(
     "deform_sample(Tensor value, Tensor locations, Tensor? weights, SymInt[] shapes, bool align_corners) -> Tensor"
@@ -54,51 +67,8 @@ def deform_sample(
     value = autocast(value)
     # Kernels see locations and weights in the dtype of their sums.
     dtype = sum_dtype(value)
-    weights = None if weights is None else weights.to(dtype)
-    return torch.ops.dat.deform_sample(value, locations.to(dtype), weights, flatten(shapes), align_corners)
-
-
-def check_value(value: Tensor, shapes: Shapes) -> None:
-    """Raise TypeError or ValueError unless `value` is [B, S, H, D] with the cells of `shapes`."""
-    if value.ndim != 4:
-        raise ValueError(f"value must be [B, S, H, D], got shape {tuple(value.shape)}")
-    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"value must be float32, float64, bfloat16 or float16, got {value.dtype}")
-    if isinstance(shapes, Tensor):
-        raise TypeError("shapes must be ((h_0, w_0), ...) of ints, got a tensor (use shapes.tolist())")
-    if (
-        not isinstance(shapes, Sequence)
-        or not shapes
-        or not all(isinstance(shape, Sequence) and _is_size(shape) for shape in shapes)
-    ):
-        raise ValueError(f"shapes must be ((h_0, w_0), ...) of non-negative ints, got {shapes}")
-    S = value.shape[1]
-    if sum(h * w for h, w in shapes) != S:
-        raise ValueError(f"shapes {tuple(map(tuple, shapes))} must have as many cells as value has rows, S = {S}")
-
-
-def _is_size(shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and all(isinstance(size, (int, torch.SymInt)) and size >= 0 for size in shape)
-
-
-def check_device(value: Tensor, tensor: Tensor, name: str) -> None:
-    """Raise ValueError unless `tensor`, an argument called `name`, is on the device of `value`."""
-    if tensor.device != value.device:
-        raise ValueError(f"{name} must be on the device of value, {value.device}, got {tensor.device}")
-
-
-def autocast(value: Tensor) -> Tensor:
-    """`value`, where it is float32 and autocast is on, in autocast's dtype."""
-    device = value.device.type
-    # The meta device has no autocast, and torch refuses to say that it is off.
-    if value.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
-        return value.to(torch.get_autocast_dtype(device))
-    return value
-
-
-def sum_dtype(value: Tensor) -> torch.dtype:
-    """The dtype that kernels sum `value` in: float64 for float64, else float32."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+    weights = None if weights is None else cast(weights, dtype)
+    return _sample(value, cast(locations, dtype), weights, flatten(shapes), align_corners)
 
 
 def check_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor | None) -> None:
@@ -125,23 +95,6 @@ def check_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Ten
         if not weights.is_floating_point():
             raise TypeError(f"weights must be floating point, got {weights.dtype}")
         check_device(value, weights, "weights")
-
-
-def untraced(shapes: Shapes) -> Shapes:
-    """`shapes` of ints: while torch.jit.trace runs, sizes taken from a tensor's shape are tensors."""
-    if torch.jit.is_tracing() and not isinstance(shapes, Tensor):
-        return [(int(h), int(w)) for h, w in shapes]
-    return shapes
-
-
-def flatten(shapes: Shapes) -> list[int]:
-    """(h_0, w_0, h_1, ...), as the ops' schemas take them."""
-    return [size for shape in shapes for size in shape]
-
-
-def pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
-    """((h_0, w_0), ...) of `flatten`'s list."""
-    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 @torch.library.impl(LIBRARY, "deform_sample", "CompositeExplicitAutograd")
@@ -187,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
-    by_value, by_locations, by_weights = torch.ops.dat.deform_sample_backward(
+    by_value, by_locations, by_weights = _sample_backward(
         grad,
         value,
         locations,
@@ -213,10 +166,8 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None
 
 
-torch.library.register_autograd("dat::deform_sample", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "dat::deform_sample_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
-)
+_sample = differentiable("deform_sample", _setup_context, _autograd)
+_sample_backward = differentiable("deform_sample_backward", _setup_second, _second_autograd)
 register_batching("deform_sample", dims=(0,) * 3, outputs=(0,))
 register_batching("deform_sample_backward", dims=(0,) * 4, outputs=(1, 2, 3))
 

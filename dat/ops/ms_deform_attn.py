@@ -7,8 +7,23 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference as references
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, sampling_flops, second_derivatives
-from dat.ops.deform_sample import Shapes, autocast, check_device, check_value, flatten, pairs, sum_dtype, untraced
+from dat.ops._common import (
+    Shapes,
+    autocast,
+    cast,
+    check_device,
+    check_value,
+    differentiable,
+    flatten,
+    pairs,
+    refuse_forward_mode,
+    register_batching,
+    sampling_flops,
+    second_derivatives,
+    sum_dtype,
+    untraced,
+)
+from dat.ops._library import LIBRARY
 
 LIBRARY.define(
     "ms_deform_attn(Tensor value, Tensor reference, Tensor offsets, Tensor logits, SymInt[] shapes) -> Tensor"
@@ -50,9 +65,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
     dtype = sum_dtype(value)
     # Kernels read offsets and logits in the dtype of values or of sums.
     narrow = value.dtype if offsets.dtype == logits.dtype == value.dtype else dtype
-    return torch.ops.dat.ms_deform_attn(
-        value, reference.to(dtype), offsets.to(narrow), logits.to(narrow), flatten(shapes)
-    )
+    return _attend(value, cast(reference, dtype), cast(offsets, narrow), cast(logits, narrow), flatten(shapes))
 
 
 def _check(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> None:
@@ -130,7 +143,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with_reference = ctx.needs_input_grad[1]
-    by_value, by_reference, by_offsets, by_logits = torch.ops.dat.ms_deform_attn_backward(
+    by_value, by_reference, by_offsets, by_logits = _attend_backward(
         grad, *ctx.saved_tensors, ctx.shapes, with_reference, torch.are_deterministic_algorithms_enabled()
     )
     return by_value, by_reference if with_reference else None, by_offsets, by_logits, None
@@ -149,10 +162,8 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None
 
 
-torch.library.register_autograd("dat::ms_deform_attn", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "dat::ms_deform_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
-)
+_attend = differentiable("ms_deform_attn", _setup_context, _autograd)
+_attend_backward = differentiable("ms_deform_attn_backward", _setup_second, _second_autograd)
 register_batching("ms_deform_attn", dims=(0,) * 4, outputs=(0,))
 register_batching("ms_deform_attn_backward", dims=(0,) * 5, outputs=(1, 2, 3, 4))
 

@@ -34,22 +34,22 @@ def neighborhood_attn(
     scale: float,
     dilation: int = 1,
 ) -> Tensor:
-    """Attention of every cell of a map to the kernel_size x kernel_size cells around it.
+    """Attention of every pixel of a map to the kernel_size x kernel_size pixels around it.
 
     Neighborhood Attention Transformer (https://arxiv.org/abs/2204.07143, equations 2 and 3) as NATTEN 0.14 computes it:
-    at a border the window is moved inwards, so that every cell has as many neighbours. With a dilation the cells whose
-    rows and columns have the same remainders by it are a map of their own (https://arxiv.org/abs/2209.15001).
+    at a border the window is moved inwards, so that every pixel has as many neighbours. With a dilation, the pixels
+    whose rows and columns have the same remainders by it are a map of their own (https://arxiv.org/abs/2209.15001).
 
     Args:
         query, key, value: [B, h, H*W, c] of a map of `size`, row by row; float32, float64, bfloat16 or float16. Under
             autocast float32 is cast to its dtype.
         bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: what is added to the score of a neighbour that
-            is (dy, dx) * dilation cells away, at [kernel_size-1+dy, kernel_size-1+dx]. None: nothing.
-        size: (H, W). A side shorter than kernel_size * dilation is filled up, below and to the right, with cells of
+            is (dy, dx) * dilation pixels away, at [kernel_size-1+dy, kernel_size-1+dx]. None: nothing.
+        size: (H, W). A side shorter than kernel_size * dilation is filled up, below and to the right, with pixels of
             zero query, key and value; they are attended to, and not returned.
-        kernel_size: odd side of the windows, in cells.
+        kernel_size: odd side of the windows, in pixels.
         scale: factor of the products of queries and keys.
-        dilation: cells from a neighbour to the next.
+        dilation: pixels from a neighbour to the next.
 
     Returns:
         [B, h, H*W, c] in the dtype of `query`. Sums are taken in float32 (float64 for float64). Differentiable in every
@@ -86,7 +86,7 @@ def _pad(tensor: Tensor, size: tuple[int, int], down: int, right: int) -> Tensor
 def _one_window(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kernel_size: int, scale: float
 ) -> Tensor:
-    """Of a map where every cell sees all: two matrix products are faster than a kernel that walks over windows."""
+    """Attention in a map as large as a window: two matrix products are faster than a kernel for windows."""
     wide_query, wide_key, wide_value = (tensor.to(sum_dtype(tensor)) for tensor in (query, key, value))
     scores = wide_query @ wide_key.mT * scale
     if bias is not None:
@@ -152,8 +152,8 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, ...]:
     # The last number says whether to be deterministic, which torch does for the reference by itself.
-    *firsts, by_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers[:-1]))
-    return *(_heads_last(query).copy_(first) for first in firsts), by_bias
+    *firsts, grad_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers[:-1]))
+    return *(_heads_last(query).copy_(first) for first in firsts), grad_bias
 
 
 def _has_triton_kernels(query: Tensor) -> bool:
@@ -191,8 +191,8 @@ def _fake_forward(query: Tensor, *args: Any) -> Tensor:
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    by_bias = query.new_empty(0 if bias is None else bias.shape, dtype=sum_dtype(query))
-    return _heads_last(query), _heads_last(key), _heads_last(value), by_bias
+    grad_bias = query.new_empty(0 if bias is None else bias.shape, dtype=sum_dtype(query))
+    return _heads_last(query), _heads_last(key), _heads_last(value), grad_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,10 +203,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Under gradient checkpointing they can be had only once.
     tensors = ctx.saved_tensors
-    *firsts, by_bias = torch.ops.dat.neighborhood_attn_backward(
+    *firsts, grad_bias = torch.ops.dat.neighborhood_attn_backward(
         grad, *tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled()
     )
-    return *firsts, None if tensors[3] is None else by_bias, *(None for _ in ctx.numbers)
+    return *firsts, None if tensors[3] is None else grad_bias, *(None for _ in ctx.numbers)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,8 +235,8 @@ register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1
 
 def _product_flops(query: Any, kernel_size: int) -> int:
     """Of one product of queries and neighbours, two for each multiply-add."""
-    B, h, cells, c = query
-    return 2 * B * h * cells * kernel_size**2 * c
+    B, h, pixels, c = query
+    return 2 * B * h * pixels * kernel_size**2 * c
 
 
 @register_flop_formula(torch.ops.dat.neighborhood_attn)

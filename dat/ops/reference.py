@@ -180,7 +180,9 @@ def position_bias(table: Tensor, positions: Tensor, size: tuple[int, int], align
     query = torch.stack((x.expand(H, W), y[:, None].expand(H, W)), -1).flatten(0, 1)
     displacement = (query[:, None] - positions.flatten(0, 1)[:, None]) * 0.5
     tables = table.unflatten(0, (groups, -1)).expand(B, -1, -1, -1, -1).flatten(0, 1).to(positions.dtype)
-    bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
+    # torch cannot trace cuDNN's sampler, which has no fake kernel.
+    with torch.backends.cudnn.flags(enabled=False):
+        bias = F.grid_sample(tables, displacement, mode="bilinear", padding_mode="zeros", align_corners=True)
     return bias.unflatten(0, (B, groups)).flatten(1, 2)
 
 
@@ -281,7 +283,8 @@ def deform_attn_backward(
     grad_key = grad_scores.transpose(-1, -2) @ query.to(attention.dtype) * scale
     grad_value = attention.transpose(-1, -2) @ grad
     if table is None:
-        grad_positions = grad_table = positions.new_empty(0)
+        # Two tensors: outputs of an op must not alias.
+        grad_positions, grad_table = positions.new_empty(0), positions.new_empty(0)
     else:
         grad_positions, grad_table = _position_bias_backward(grad_scores, table, positions, size, align_corners)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_positions, grad_table

@@ -227,7 +227,7 @@ def test_classes_of_the_splits_must_agree(settings, pictures, tmp_path):
     for path in (pictures / "val/azure").iterdir():
         path.unlink()
     run(settings, epochs=1)
-    assert "no pictures of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
+    assert "no images of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
 
 
 def test_missing_data_is_named(settings, pictures):

@@ -20,6 +20,9 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

@@ -10,6 +10,7 @@ from test_official_load import KINDS, config, new_model, official_names
 from dat.detection import convert
 from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig
+from dat.detection.data import read_categories
 from dat.engine.config import save_config
 from dat.utils.errors import CheckpointError
 
@@ -52,6 +53,6 @@ def test_scores_of_kept_classes_are_those_of_their_ids(kind, tmp_path, annotatio
 def test_weights_without_the_classes_are_refused(classes, message, tmp_path, annotations):
     state = official_names(new_model(1, num_classes=6)) if classes else {"conv1.weight": torch.ones(1)}
     torch.save({"model": state}, tmp_path / "official.pth")
-    categories = convert.read_categories(annotations)
+    categories = read_categories(annotations)
     with pytest.raises(CheckpointError, match=message):
         convert.convert(DetectionConfig(model=config()), tmp_path / "official.pth", categories)

@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ops.samples import SAMPLES, Sample
 from torch.nn import functional as F
 
@@ -345,26 +343,6 @@ VALUE, LOCATIONS, WEIGHTS = Sample().tensors()
 def test_errors_name_the_argument(error, message, args):
     with pytest.raises(error, match=message):
         deform_sample(*args)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    B=st.integers(0, 3),
-    H=st.integers(1, 4),
-    D=st.integers(1, 70),
-    Q=st.integers(0, 6),
-    P=st.integers(1, 5),
-    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    weighted=st.booleans(),
-    align_corners=st.booleans(),
-)
-def test_any_sizes_equal_the_reference(**fields):
-    sample = Sample(**{**fields, "shapes": tuple(fields["shapes"])})
-    tensors = [t for t in sample.tensors() if t is not None]
-    value, locations, *weights = (t.double() for t in tensors)
-    exact = reference.deform_sample(value, sample.shapes, locations, *weights, align_corners=sample.align_corners)
-    close(call(sample, tensors), exact, TOLERANCE[sample.dtype])
 
 
 def test_third_derivatives_equal_those_of_the_reference():

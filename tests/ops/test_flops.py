@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dat  # noqa: F401
-from dat.layers import MSDeformAttn
+from dat.layers import MSDeformAttn, NeighborhoodAttention
 from dat.ops import deform_sample, ms_deform_attn
 from dat.ops.flops import fvcore_handles
 
@@ -105,3 +105,8 @@ def test_models_can_be_traced():
     model = Net()
     args = torch.randn(2, 16, 4, 6), torch.randn(2, 5, 16), torch.rand(2, 5, 1, 2)
     torch.testing.assert_close(torch.jit.trace(model, args)(*args), model(*args))
+
+
+def test_neighborhood_attention_counts_its_multiply_adds():
+    counts = fvcore_count(NeighborhoodAttention(12, 3, kernel_size=3), (torch.randn(2, 5, 6, 12),))
+    assert counts["neighborhood_attn"] == 2 * 2 * 30 * 9 * 12

@@ -62,9 +62,9 @@ def test_nothing_to_do():
     query, bias = torch.randn(0, 2, 99, 8), torch.randn(2, 5, 5)
     numbers = (9, 11, 3, 1, 0.4)
     assert kernels.forward(query, query, query, bias, *numbers).shape == query.shape
-    *firsts, by_bias = kernels.backward(query, query, query, query, bias, *numbers)
+    *firsts, grad_bias = kernels.backward(query, query, query, query, bias, *numbers)
     assert all(first.shape == query.shape for first in firsts)
-    assert torch.equal(by_bias, torch.zeros(2, 5, 5))
+    assert torch.equal(grad_bias, torch.zeros(2, 5, 5))
 
 
 @pytest.mark.parametrize("name", ["_forward", "_backward_queries", "_backward_keys"])
@@ -79,8 +79,8 @@ def test_kernels_compile_for_sm_90_into_tensor_core_code(name):
     constants = kernels.launch_options(torch.empty(1, 2, 64, 32, dtype=torch.bfloat16), 7, 1, True)
     options = {key: constants.pop(key) for key in ("num_stages", "num_warps")}
     constants |= {"SIDE": 16} if "SIDE" in kernel.arg_names else {}
-    floats = dict.fromkeys(("bias", "by_bias", "log_sums", "means"), "*fp32") | {"scale": "fp32"}
-    tensors = ("query", "key", "value", "grad", "out", "by_query", "by_key", "by_value")
+    floats = dict.fromkeys(("bias", "grad_bias", "log_sums", "means"), "*fp32") | {"scale": "fp32"}
+    tensors = ("query", "key", "value", "grad", "out", "grad_query", "grad_key", "grad_value")
     types = floats | dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(key),): value for key, value in constants.items()})

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "backward.cuh"
@@ -15,12 +16,22 @@ namespace dat {
 constexpr int64_t kManyBlocks = 1024;
 constexpr int64_t kMaxGrid = 65535;
 
-// The layout for rows of kD channels: one vector for each lane, or three.
-template <typename T, int kD>
+// Channels of a head that have kernels of their own: those of the detectors, and of DAT's sampled keys and values. All other
+// heads run on masked layouts.
+template <template <typename> typename Source>
+struct Channels;
+template <>
+struct Channels<Attention> : std::integer_sequence<int, 32, 64> {};
+template <>
+struct Channels<WeightedPoints> : std::integer_sequence<int, 32> {};
+template <>
+struct Channels<LonePoints> : std::integer_sequence<int, 64, 96, 128> {};
+
+// The layout for rows of kD channels in packs of kWidth: one pack for each lane, or three.
+template <typename T, int kWidth, int kD>
 constexpr auto rows_of() {
-  constexpr int vectors = kD * sizeof(T) / kVectorBytes;
-  constexpr int each = vectors % 3 == 0 ? 3 : 1;
-  return Rows<T, vectors / each, each, kVectorBytes / sizeof(T), false>();
+  constexpr int packs = kD / kWidth, each = packs % 3 == 0 ? 3 : 1;
+  return Rows<T, packs / each, each, kWidth, false>();
 }
 
 // Whether the distance between the rows of a sample fits what an unmasked layout keeps it in.
@@ -32,28 +43,26 @@ inline bool steps_fit(const Geometry& g) {
   return H <= INT32_MAX / D && width <= INT32_MAX / (H * D);
 }
 
-// Calls `call` with the layout for rows of D channels; `aligned` says that all rows start at whole vectors.
-template <typename T, typename Call>
-cudaError_t with_rows(const Geometry& g, bool aligned, const Call& call) {
-  constexpr int kWidth = kVectorBytes / sizeof(T);
-  if constexpr (sizeof(T) <= sizeof(float)) {
+// Calls `call` with the layout for rows of D channels, in packs of kWidth where `aligned` says that all rows start at whole
+// vectors. The rows of kD channels have layouts of their own.
+template <typename T, int kWidth, int... kD, typename Call>
+cudaError_t with_rows(const Geometry& g, std::integer_sequence<int, kD...>, bool aligned, const Call& call) {
+  if constexpr (kWidth > 1) {
     if (aligned && steps_fit(g)) {
-      switch (g.D) {
-        case 8: return call(rows_of<T, 8>());
-        case 16: return call(rows_of<T, 16>());
-        case 24: return call(rows_of<T, 24>());
-        case 32: return call(rows_of<T, 32>());
-        case 48: return call(rows_of<T, 48>());
-        case 64: return call(rows_of<T, 64>());
-        case 96: return call(rows_of<T, 96>());
-        case 128: return call(rows_of<T, 128>());
-        default: break;
-      }
+      cudaError_t error = cudaSuccess;
+      if (((g.D == kD && (error = call(rows_of<T, kWidth, kD>()), true)) || ...)) return error;
     }
+    if (aligned && g.D % kWidth == 0) return call(Rows<T, 8, 2, kWidth, true>());
   }
-  if (aligned && g.D % kWidth == 0) return call(Rows<T, 8, 2, kWidth, true>());
   return call(Rows<T, 8, 4, 1, true>());
 }
+
+// Channels of a pack. Forward moves whole vectors. Backward adds four floats at a time, and neighbouring lanes must add to
+// neighbouring ones: with more channels to a lane an atomic operation of a warp would touch every other 16 bytes.
+template <typename T>
+constexpr int kForwardWidth = sizeof(T) <= sizeof(float) ? kVectorBytes / sizeof(T) : 1;
+template <typename T>
+constexpr int kBackwardWidth = sizeof(T) <= sizeof(float) ? 4 : 1;
 
 template <typename T>
 bool aligned(const T* pointer) {
@@ -113,7 +122,7 @@ cudaError_t launch(
 template <template <typename> typename Source, typename T, typename Input>
 cudaError_t run_forward(
     Geometry g, const Input& in, Pointer<const T> value, Pointer<T> out, bool aligned, cudaStream_t stream) {
-  return with_rows<T>(g, aligned, [&](auto rows) {
+  return with_rows<T, kForwardWidth<T>>(g, Channels<Source>(), aligned, [&](auto rows) {
     using Rows = decltype(rows);
     const Grid grid = plan<Rows, Source<Rows>>(g);
     return launch(forward_kernel<Rows, Source>, grid.blocks, g.H, g.B, grid.threads, stream, g, in, value, out);
@@ -124,7 +133,7 @@ template <template <typename> typename Source, typename T, typename Real, typena
 cudaError_t run_backward(
     Geometry g, const Input& in, const Grads& grads, Pointer<const T> grad, Pointer<const T> value, Pointer<Real> by_value,
     bool aligned, cudaStream_t stream) {
-  return with_rows<T>(g, aligned, [&](auto rows) {
+  return with_rows<T, kBackwardWidth<T>>(g, Channels<Source>(), aligned, [&](auto rows) {
     using Rows = decltype(rows);
     const Grid grid = plan<Rows, Source<Rows>>(g);
     return launch(

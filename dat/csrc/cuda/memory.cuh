@@ -71,21 +71,22 @@ __device__ __forceinline__ void put(Pointer<T> to, typename RealOf<T>::type x) {
   narrow(x, *view<T>(to));
 }
 
-// Neighbouring channels: 16 bytes of them or a single one.
+// Neighbouring channels: 16 or 8 bytes of them, or a single one.
 template <typename T, int kWidth>
-struct alignas(kWidth == 1 ? sizeof(T) : kVectorBytes) Pack {
-  static_assert(kWidth == 1 || kWidth * sizeof(T) == kVectorBytes);
+struct alignas(kWidth * sizeof(T)) Pack {
+  static_assert(kWidth == 1 || kWidth * sizeof(T) == kVectorBytes || kWidth * sizeof(T) == kVectorBytes / 2);
   T x[kWidth];
 };
 
 template <int kWidth, typename T>
 __device__ __forceinline__ Pack<T, kWidth> get_pack(Pointer<const T> from) {
+  using Bits = std::conditional_t<sizeof(Pack<T, kWidth>) == kVectorBytes, uint4, uint2>;
   Pack<T, kWidth> pack;
   if constexpr (kWidth == 1) {
     pack.x[0] = __ldg(view<const T>(from));
   } else {
-    const uint4 bits = __ldg(view<const uint4>(from));
-    memcpy(&pack, &bits, kVectorBytes);
+    const Bits bits = __ldg(view<const Bits>(from));
+    memcpy(&pack, &bits, sizeof(bits));
   }
   return pack;
 }

@@ -10,8 +10,10 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,15 +22,70 @@
 
 namespace dat {
 
+inline Tensor make_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Memory for `sizes` in the dtype and on the device of `like`, or in the dtype of its sums. torch::stable::new_empty finds
+// its operator by name in each call, which costs a small call more than the memory does.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, bool of_sums = false) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  int32_t dtype = 0, device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (of_sums) dtype = real_type(like) == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+
+// Raises unless `tensor` is on the device of `value` and has the given sizes.
+inline void check_tensor(
+    const char* op, const char* name, const Tensor& value, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(
+      tensor.get_device_index() == value.get_device_index(), op, ": ", name,
+      " must be on the device of value, cuda:", value.get_device_index());
+  const auto got = tensor.sizes();
+  if (std::equal(got.begin(), got.end(), sizes.begin(), sizes.end())) return;
+  const auto list = [](const auto& all) {
+    std::string text;
+    for (int64_t size : all) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + text + "]";
+  };
+  STD_TORCH_CHECK(false, op, ": ", name, " must be ", list(sizes), ", got ", list(got));
+}
+
+// Raises unless `tensor` has `count` dimensions.
+inline void check_dimensions(const char* op, const char* name, const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(tensor.dim() == count, op, ": ", name, " must have ", count, " dimensions, got ", tensor.dim());
+}
+
+// `points` is [B, Q, H, L, P, 2], locations or offsets.
 inline Geometry checked_geometry(
-    const char* op, const Tensor& value, const std::vector<int64_t>& shapes, int64_t Q, int64_t P, bool align_corners) {
+    const char* op, const Tensor& value, const std::vector<int64_t>& shapes, const char* name, const Tensor& points,
+    bool align_corners) {
+  check_dimensions(op, "value", value, 4);
+  check_dimensions(op, name, points, 6);
+  STD_TORCH_CHECK(shapes.size() % 2 == 0, op, ": shapes must be (h_0, w_0, h_1, ...), got ", shapes.size(), " sizes");
+  for (int64_t size : shapes)
+    STD_TORCH_CHECK(0 <= size && size <= INT32_MAX, op, ": shapes must be at least 0 and below 2**31, got ", size);
   const std::vector<Level> levels = make_levels(op, shapes, value.size(1));
-  const int64_t L = static_cast<int64_t>(levels.size());
+  const int64_t L = static_cast<int64_t>(levels.size()), Q = points.size(1), P = points.size(4);
   STD_TORCH_CHECK(L <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on a CUDA device, got ", L);
   STD_TORCH_CHECK(
       P <= INT32_MAX / std::max<int64_t>(1, L), op, ": a head must have fewer than 2**31 samples, got ", L, " levels of ", P,
       " points");
+  check_tensor(op, name, value, points, {value.size(0), Q, value.size(2), L, P, 2});
   return make_geometry(value.size(0), value.size(2), value.size(3), Q, P, levels, align_corners);
+}
+
+// The output's gradient, contiguous.
+inline Tensor checked_grad(const char* op, const Tensor& value, const Tensor& grad, std::initializer_list<int64_t> sizes) {
+  check_tensor(op, "grad", value, grad, sizes);
+  STD_TORCH_CHECK(grad.scalar_type() == value.scalar_type(), op, ": grad must be in the dtype of value");
+  return make_contiguous(grad);
 }
 
 template <typename T>
@@ -60,6 +117,14 @@ inline void check_launch(const char* op, const Tensor& tensor, cudaError_t error
       DAT_CUDA_ARCHITECTURES, "; this device needs ", device.major, ".", device.minor, ")");
 }
 
+// Sums of gradients by `value` that are still zero.
+inline Tensor zero_sums(const char* op, const Tensor& value) {
+  Tensor sums = empty(value, value.sizes(), true);
+  const size_t bytes = static_cast<size_t>(sums.numel()) * (real_type(value) == ScalarType::Double ? 8 : 4);
+  if (bytes) check_launch(op, value, cudaMemsetAsync(sums.mutable_data_ptr(), 0, bytes, current_stream(value)));
+  return sums;
+}
+
 // Calls call(T()) with the type of `value`.
 template <typename Call>
 void with_type(const char* op, const Tensor& value, const Call& call) {
@@ -72,32 +137,9 @@ void with_type(const char* op, const Tensor& value, const Call& call) {
   }
 }
 
-// Sorts keys on the device, equal ones in the order they came in: aten::sort.stable.
-inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
-  std::array<StableIValue, 4> stack = {
-      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
 // Adds the gradient by value in the same order every time, from what the backward kernels kept of the samples.
-template <typename T, typename Real>
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
-    Tensor& by_value) {
-  const KeptInput<Real> kept = {data<Real>(pixels), data<Real>(weights)};
-  // Tensors of a batch outlive its kernels: memory goes back to the stream that they run on.
-  std::tuple<Tensor, Tensor> sorted;
-  const auto sort = [&](int64_t size, const auto& fill) {
-    Tensor keys = torch::stable::new_empty(pixels, {size}, ScalarType::Int);
-    fill(mutable_data<int>(keys));
-    sorted = stable_sort(keys);
-    return Order{data<int>(std::get<0>(sorted)), data<int64_t>(std::get<1>(sorted))};
-  };
-  return run_deterministic<T, Real>(
-      g, kept, row_per_sample, data<T>(grad), mutable_data<Real>(by_value), aligned(grad), kMaxBatch, current_stream(grad),
-      sort);
-}
+    Tensor& by_value);
 
 }  // namespace dat

@@ -124,8 +124,9 @@ class BaseDETR(nn.Module):
         self.grad_checkpointing = enable
         # Some of timm's feature extractors hold the model that can.
         for part in (self.backbone, getattr(self.backbone, "model", None)):
-            if callable(getattr(part, "set_grad_checkpointing", None)):
-                part.set_grad_checkpointing(enable)
+            switch: Any = getattr(part, "set_grad_checkpointing", None)
+            if callable(switch):
+                switch(enable)
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """layer(*inputs), recomputed in the backward pass under gradient checkpointing."""
@@ -144,6 +145,11 @@ class BaseDETR(nn.Module):
         """forward's outputs from those of each decoder layer."""
         *before, final = layers
         return {**final, "aux_outputs": before} if self.aux_loss else final
+
+
+def feature_channels(backbone: Any) -> list[int]:
+    """Channels of each map of a timm feature extractor."""
+    return list(backbone.feature_info.channels())
 
 
 def resize_masks(mask: Tensor | None, levels: list[Tensor]) -> list[Tensor] | None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
-from dat.detection.models.base import BaseDETR, ModelConfig, box_head, resize_masks
+from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.position_encoding import sine_encoding, sine_position
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import (
@@ -51,8 +51,8 @@ def _class_head(embed_dim: int, num_classes: int) -> nn.Linear:
 def _box_head(embed_dim: int) -> nn.Sequential:
     """Starts at zero: each layer at first returns its reference."""
     head = box_head(embed_dim)
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
+    for parameter in head[-1].parameters():
+        nn.init.zeros_(parameter)
     return head
 
 
@@ -61,7 +61,7 @@ def _projections(channels: list[int], embed_dim: int, num_levels: int) -> nn.Mod
     in_chans = (channels + channels[-1:] + [embed_dim] * num_levels)[:num_levels]
     projections = nn.ModuleList()
     for level, chans in enumerate(in_chans):
-        conv = nn.Conv2d(chans, embed_dim, 1) if level < len(channels) else nn.Conv2d(chans, embed_dim, 3, 2, 1)
+        conv: Any = nn.Conv2d(chans, embed_dim, 1) if level < len(channels) else nn.Conv2d(chans, embed_dim, 3, 2, 1)
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
         projections.append(nn.Sequential(conv, nn.GroupNorm(math.gcd(32, embed_dim), embed_dim)))
@@ -112,7 +112,7 @@ class DeformableDETR(BaseDETR):
         aux_loss: bool = True,
     ):
         super().__init__(backbone, num_classes, num_queries, embed_dim, num_heads, decoder_depth, aux_loss)
-        channels = list(backbone.feature_info.channels())
+        channels = feature_channels(backbone)
         if num_levels < len(channels):
             raise ValueError(
                 f"num_levels={num_levels} is fewer than the backbone's {len(channels)} feature maps: "
@@ -151,7 +151,8 @@ class DeformableDETR(BaseDETR):
         self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(num_heads)])
         if not self.two_stage:
             # Without a proposal's size the first boxes are small: sigmoid(-2) of the image.
-            nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2.0)
+            first: Any = self.bbox_embed[0]
+            nn.init.constant_(first[-1].bias[2:], -2.0)
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         maps = self.backbone_maps(images)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
-from dat.detection.models.base import BaseDETR, ModelConfig, box_head, resize_masks
+from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.position_encoding import sine_position
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
@@ -131,7 +131,7 @@ class DETR(BaseDETR):
     ):
         super().__init__(backbone, num_classes, num_queries, embed_dim, num_heads, decoder_depth, aux_loss)
         layer_args = (embed_dim, num_heads, mlp_dim, drop_rate, pre_norm)
-        self.input_proj = nn.Conv2d(backbone.feature_info.channels()[-1], embed_dim, 1)
+        self.input_proj = nn.Conv2d(feature_channels(backbone)[-1], embed_dim, 1)
         self.encoder = nn.ModuleList([EncoderLayer(*layer_args) for _ in range(encoder_depth)])
         self.encoder_norm = nn.LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.decoder = nn.ModuleList([DecoderLayer(*layer_args) for _ in range(decoder_depth)])
