@@ -114,7 +114,8 @@ def ask(address, folder):
 def run_python(page, workplace):
     """The blocks of a page one after another: later ones use names of earlier ones."""
     text = "\n".join(text for name, text in blocks("python") if name == page)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", text], cwd=workplace, env=environment, capture_output=True, text=True
     )

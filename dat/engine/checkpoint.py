@@ -104,8 +104,8 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]
     return state
 
 
-def read_trained(path: Path, kind: str) -> Trained:
-    """Reads a checkpoint for inference.
+def read_trained(path: Path, kind: str | None) -> Trained:
+    """Reads a checkpoint for inference; `kind` as in load_checkpoint.
 
     Raises:
         CheckpointError: as load_checkpoint does, or a part is missing, of another type or not finite.

@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, and its detector finds what it has learnt."""
 
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def printed(cell):
 
 def test_the_tour(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     book = nbformat.read(ROOT / "examples/tour.ipynb", as_version=4)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
