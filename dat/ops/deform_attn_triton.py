@@ -261,7 +261,10 @@ def table_kernel(
     images, h, group_heads, H, W, N, T_h, T_w, first_key, last_key, parts, length, taps_x, taps_y,
     V: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradients of `length` blocks of K keys to V columns of a row of a head's table."""
+    """Adds the gradients of `length` blocks of K keys to V columns of a row of a head's table.
+
+    The first chunk of keys, which finds nothing there, writes them.
+    """
     columns, blocks = tl.cdiv(T_w, V), tl.cdiv(last_key - first_key, K)
     part, u = tl.program_id(0) % parts, tl.program_id(0) // parts % T_h
     rest = tl.program_id(0) // parts // T_h
@@ -288,7 +291,8 @@ def table_kernel(
                     column_sums += weight[:, None] * pixels.to(tl.float32)
                 sums += tl.maximum(1.0 - tl.abs(far_x + step_x * tap_x), 0.0) * column_sums
     at = grad_table + ((part.to(tl.int64) * h + head) * T_h + u) * T_w + v
-    tl.store(at, tl.load(at, mask=v < T_w, other=0.0) + tl.sum(sums, 0), mask=v < T_w)
+    before = tl.load(at, mask=(v < T_w) & (first_key > 0), other=0.0)
+    tl.store(at, before + tl.sum(sums, 0), mask=v < T_w)
 
 
 def ceil_div(length: int, size: int) -> int:
@@ -384,7 +388,7 @@ class TableGradient:
         h, T_h, T_w = launch.table.shape
         self.programs = T_h * ceil_div(T_w, COLUMNS) * h
         blocks = launch.rows // h * ceil_div(chunk, TABLE_KEYS)
-        self.parts = launch.table.new_zeros(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
+        self.parts = launch.table.new_empty(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
         """Add what follows from the gradients [rows, last - first, H*W] of the scores of keys first..last."""
@@ -397,6 +401,10 @@ class TableGradient:
             images, *launch.heads, *launch.size, launch.sizes[4], *launch.table.shape[1:], first, last, parts, length,
             launch.x.taps, launch.y.taps, V=COLUMNS, K=TABLE_KEYS, num_warps=1,
         )  # fmt: skip
+
+    def total(self) -> Tensor:
+        """The gradient [h, T_h, T_w] of the chunks added so far."""
+        return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0)
 
 
 def forward(
@@ -472,4 +480,4 @@ def backward(
     if not launch.biased:
         return grad_query, grad_key, grad_value, lse.new_empty(0), lse.new_empty(0)
     grad_positions = sums[..., 2 * c :].unflatten(1, (g, h // g)).sum(2)
-    return grad_query, grad_key, grad_value, grad_positions, table_gradient.parts.sum(0)
+    return grad_query, grad_key, grad_value, grad_positions, table_gradient.total()
