@@ -97,8 +97,7 @@ def draw_keys(axes: "Axes", record: BlockAttention, view: View) -> None:
         lines = torch.stack((start, end), 1).tolist()
         axes.add_collection(LineCollection(lines, colors=[color], linewidths=0.6, alpha=0.6))
         scatter(axes, end, diameter**2, color=color, linewidths=diameter / 30)
-    x, y = reference[0].T
-    axes.scatter(x, y, diameter**2, marker="+", color="white", linewidths=0.8, zorder=3)
+    axes.scatter(*reference[0].T, s=diameter**2, marker="+", color="white", linewidths=0.8, zorder=3)
     rows, columns = record.layer.key_size(record.size)
     axes.set_title(f"{record.name}\n{rows}×{columns} keys, {len(points)} group{'s' * (len(points) > 1)}", fontsize=7)
 

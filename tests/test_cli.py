@@ -29,7 +29,9 @@ for words in {ALL!r}:
 heavy = {{"torch", "timm", "torchvision", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for words in ALL:
         assert f"usage: {' '.join(['dat', *words])} [-h]" in shown
 

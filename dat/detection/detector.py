@@ -2,7 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ class Detector:
         """
         from dat.detection.export import export_detector
 
-        return export_detector(self._trained(), self._configure(None, {}), self.categories, Path(path), **options)
+        model = deepcopy(self._trained()).cpu()
+        return export_detector(model, self._configure(), self.categories, Path(path), **options)
 
     def input_size(self, image: Image.Image) -> tuple[int, int]:
         """(height, width) to which an image is resized for the model."""
@@ -207,11 +209,13 @@ class Detector:
             raise ConfigError(f"this detector is {state}; load a checkpoint with Detector.from_checkpoint")
         return self.model
 
-    def _configure(self, data: str | Path | None, overrides: dict[str, Any]) -> DetectionConfig:
+    def _configure(
+        self, data: str | Path | None = None, named: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+    ) -> DetectionConfig:
         if self.config is None:
             raise ConfigError(f"{self.path}: an exported file has no configuration; this needs a checkpoint")
-        root = {} if data is None else {"data.root": str(data)}
-        config = apply_overrides(self.config, keyword_overrides(DetectionConfig, root | overrides))
+        values = ({} if data is None else {"data.root": str(data)}) | dict(named or {})
+        config = apply_overrides(self.config, [*keyword_overrides(DetectionConfig, values), *overrides])
         check_config(config)
         if self.model is not None and config.model != self.config.model:
             raise ConfigError(f"model.* is decided by {self.path}, should not be overridden")
@@ -223,7 +227,7 @@ class Detector:
         self.distributed = distributed
         loaded, device = load_detector(path, distributed.device), distributed.device
         self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
-        self.config = self._configure(None, dict(text.split("=", 1) for text in overrides))
+        self.config = self._configure(overrides=overrides)
         data, amp = self.config.data, self.config.train.amp
         self.size, self.max_size = data.val.size, data.val.max_size
         graph = DetectorGraph(loaded.model, data, top_k or data.val.top_k).to(device).eval()

@@ -96,34 +96,21 @@ def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -
         ConfigError: the folder holds another run's checkpoint and resume is false, it is a file, or a process does not
             find the checkpoint that the main process found.
     """
-    decision: list[Any] = [None]
-    if distributed.main:
-        try:
-            decision = [_find_last(output, resume)]
-        # Raised on every process below: the others would wait for this one.
-        except ConfigError as error:
-            decision = [error]
-    if distributed.world_size > 1:
-        torch.distributed.broadcast_object_list(decision, device=distributed.device)
-    (last,) = decision
-    if isinstance(last, ConfigError):
-        raise last
-    missing = last is not None and not last.exists()
-    if distributed.sum(torch.tensor(int(missing), device=distributed.device)):
-        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that all machines see")
-    return last
-
-
-def _find_last(output: str | Path, resume: bool) -> Path | None:
+    last, error = Path(output) / "last.pth", ""
     if not str(output):
-        raise ConfigError("output is empty, should be the folder of this run")
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {output} is a file, should be a folder")
-    last = output / "last.pth"
-    if last.exists() and not resume:
-        raise ConfigError(f"output: {output} holds a run; go on with train.resume=true, or choose another folder")
-    return last if last.exists() else None
+        error = "output is empty, should be the folder of this run"
+    elif last.parent.exists() and not last.parent.is_dir():
+        error = f"output: {output} is a file, should be a folder"
+    elif last.exists() and not resume:
+        error = f"output: {output} holds a run; go on with train.resume=true, or choose another folder"
+    # Every process raises the error of the main one, which would otherwise leave the others waiting.
+    found = gather((last.exists(), error)) if distributed.world_size > 1 else [(last.exists(), error)]
+    exists, error = found[0]
+    if error:
+        raise ConfigError(error)
+    if exists and not all(here for here, _ in found):
+        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that all machines see")
+    return last if exists else None
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 
@@ -27,8 +27,8 @@ class Task(ABC):
         """The sampler of training (with steps, images and set_position), the loader of training, that of validation."""
 
     @abstractmethod
-    def build_model(self, weights: bool = True) -> nn.Module:
-        """A new model; `weights` False: without loading those that the configuration names."""
+    def build_model(self, weights: bool = True) -> Any:
+        """A new nn.Module; `weights` False: without loading those that the configuration names."""
 
     @abstractmethod
     def inputs(self, batch: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,7 +88,7 @@ class Trainer(Task):
         train, distributed = self.config.train, self.distributed
         seed_everything(self.config.seed)
         # The files that a resumed run started from need not exist any more.
-        self.model: Any = self.build_model(weights=self.resume is None)
+        self.model = self.build_model(weights=self.resume is None)
         if train.grad_checkpointing:
             _checkpoint_gradients(self.model)
         self.memory_format = torch.channels_last if train.channels_last else torch.preserve_format
@@ -176,7 +177,8 @@ class Trainer(Task):
                 last = progress.step == end
                 if last or progress.step % train.log_steps == 0:
                     self._log_steps()
-                bar.set_postfix_str(self._status(), refresh=False)
+                if not bar.disable:
+                    bar.set_postfix_str(self._status(), refresh=False)
                 bar.update(images)
                 stopping = self._stopping()
                 if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
@@ -272,9 +274,8 @@ class Trainer(Task):
             where = f"step {step}, {self.describe_batch(batch)}"
             check_finite([("the batch of images", self.inputs(batch)[0])], where)
             if not is_sharded(self.model):
-                trace_non_finite(
-                    self.model, lambda b=batch, p=part: self._forward(self.model.forward, b, step, p), where
-                )
+                forward = partial(self._forward, self.model.forward, batch, step, part)
+                trace_non_finite(self.model, forward, where)
 
     def _stopping(self) -> bool:
         """Whether any process received SIGTERM; all processes get the same answer in the same step."""

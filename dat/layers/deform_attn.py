@@ -148,7 +148,7 @@ class DeformableAttention(nn.Module):
         y, x = offset.unbind(-1)
         y = self._move(_centers(y.shape[1], y)[:, None, None], y, y.shape[1])
         x = self._move(_centers(x.shape[2], x)[:, None], x, x.shape[2])
-        return rearrange([x, y], "xy b i j g -> b g (i j) xy")
+        return rearrange(torch.stack((x, y), -1), "b i j g xy -> b g (i j) xy")
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (Hk, Wk) of the key map for a query map of `size`."""

@@ -8,8 +8,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
-from dat.ops.deform_sample import autocast, check_device, sum_dtype
+from dat.ops._common import (
+    autocast,
+    cast,
+    check_device,
+    differentiable,
+    refuse_forward_mode,
+    register_batching,
+    second_derivatives,
+    sum_dtype,
+)
+from dat.ops._library import LIBRARY
 
 LIBRARY.define(
     "deform_attn(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor? table, SymInt[] size, float scale, "
@@ -67,10 +76,8 @@ def deform_attn(
     refuse_forward_mode("deform_attn", query, key, value, positions, table)
     # Kernels see positions and table in the dtype of their sums.
     dtype = sum_dtype(query)
-    table = None if table is None else table.to(dtype)
-    return torch.ops.dat.deform_attn(
-        query, key, value, positions.to(dtype), table, list(size), float(scale), align_corners
-    )[0]
+    positions, table = cast(positions, dtype), None if table is None else cast(table, dtype)
+    return _attend(query, key, value, positions, table, list(size), float(scale), align_corners)[0]
 
 
 def _check_shapes(
@@ -207,12 +214,16 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.size, ctx.scale, ctx.align_corners = inputs
     ctx.mark_non_differentiable(output[1])
+    # Without it the logarithms would get a gradient of zeros.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     *tensors, out, lse = ctx.saved_tensors
-    grad_query, grad_key, grad_value, grad_positions, grad_table = torch.ops.dat.deform_attn_backward(
+    grad_query, grad_key, grad_value, grad_positions, grad_table = _attend_backward(
         grad,
         *tensors,
         out,
@@ -244,10 +255,8 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None, None
 
 
-torch.library.register_autograd("dat::deform_attn", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("dat::deform_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY)
-
-
+_attend = differentiable("deform_attn", _setup_context, _autograd)
+_attend_backward = differentiable("deform_attn_backward", _setup_second, _second_autograd)
 # The table has no batch: heads are what all tensors have.
 register_batching("deform_attn", dims=(1, 1, 1, 1, 0), outputs=(0, 0))
 register_batching("deform_attn_backward", dims=(1, 1, 1, 1, 1, 0, 1, 1), outputs=(1, 2, 3, 4, 5))

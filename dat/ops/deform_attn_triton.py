@@ -23,9 +23,9 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Table columns and keys that a program of the table's gradient works on at a time.
-COLUMNS, TABLE_KEYS = 32, 16
+COLUMNS, TABLE_KEYS = 32, 8
 # Programs that keep a large GPU busy: those with tiles of scores, and the smaller ones of the table.
-PROGRAMS, TABLE_PROGRAMS = 512, 2048
+PROGRAMS, TABLE_PROGRAMS = 512, 4096
 # Gradients of scores in memory at a time, unless those of one block of keys are more.
 CHUNK_BYTES = 8 << 20
 
@@ -249,9 +249,10 @@ def key_kernel(
 
 
 @triton.jit
-def _first(pixel, key, start, inverse):
-    """The first query whose coordinate `start + step * i - key` is above `pixel - 1`; `inverse` is 1 / step, or 0."""
-    return tl.ceil((pixel - 1 - start + key) * inverse).to(tl.int32)
+def _first(pixel, key, start, step, inverse):
+    """The first query within one pixel of `pixel`, and its distance; `inverse` is 1 / step, or 0."""
+    query = tl.ceil((pixel - 1 - start + key) * inverse)
+    return query.to(tl.int32), start + step * query - key - pixel
 
 
 @triton.jit(do_not_specialize=[*SIZES, *CHUNK, "images", "H", "taps_x", "taps_y"])
@@ -260,35 +261,32 @@ def table_kernel(
     images, h, group_heads, H, W, N, T_h, T_w, first_key, last_key, parts, length, taps_x, taps_y,
     V: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradients of `length` of all images' keys to V columns of a row of a head's table."""
-    blocks = tl.cdiv(T_w, V)
+    """Adds the gradients of `length` blocks of K keys to V columns of a row of a head's table."""
+    columns, blocks = tl.cdiv(T_w, V), tl.cdiv(last_key - first_key, K)
     part, u = tl.program_id(0) % parts, tl.program_id(0) // parts % T_h
     rest = tl.program_id(0) // parts // T_h
-    v, head = rest % blocks * V + tl.arange(0, V), rest // blocks
-    chunk = last_key - first_key
-    key_pixels = key_pixels.to(tl.pointer_type(tl.int64))
+    v, head = rest % columns * V + tl.arange(0, V), rest // columns
+    key_pixels = key_pixels.to(tl.pointer_type(tl.int64)) + first_key
     sums = tl.zeros([K, V], tl.float32)
-    for first in range(part * length, tl.minimum(part * length + length, images * chunk), K):
-        index = first + tl.arange(0, K)
-        inside = index < tl.minimum(part * length + length, images * chunk)
-        image, key = index // chunk, index % chunk
-        row = image * h + head
-        key_x, key_y = _floats(tl.load(key_pixels + row // group_heads * N + first_key + key, mask=inside, other=0))
-        first_x, first_y = _first(v[None, :], key_x[:, None], start_x, inverse_x), _first(u, key_y, start_y, inverse_y)
-        touched = inside & (first_y < H) & (first_y + taps_y > 0)
-        if tl.max(touched.to(tl.int32), 0) > 0:
-            source = grad_scores + (row * chunk + key).to(tl.int64) * H * W
+    for block in range(part * length, tl.minimum(part * length + length, images * blocks)):
+        row = (block // blocks * h + head).to(tl.int64)
+        key = block % blocks * K + tl.arange(0, K)
+        inside = key < last_key - first_key
+        key_x, key_y = _floats(tl.load(key_pixels + row // group_heads * N + key, mask=inside, other=0))
+        y, far_y = _first(u, key_y, start_y, step_y, inverse_y)
+        rows = inside & (y < H) & (y + taps_y > 0)
+        if tl.max(rows.to(tl.int32), 0) > 0:
+            x, far_x = _first(v[None, :], key_x[:, None], start_x, step_x, inverse_x)
+            at = grad_scores + row * (last_key - first_key) * H * W + ((key * H + y) * W)[:, None] + x
             for tap_x in range(taps_x):
-                x = first_x + tap_x
-                columns = inside[:, None] & (x >= 0) & (x < W)
-                sum_y = tl.zeros([K, V], tl.float32)
+                on_map = rows[:, None] & (x + tap_x >= 0) & (x + tap_x < W)
+                column_sums = tl.zeros([K, V], tl.float32)
                 for tap_y in range(taps_y):
-                    y = first_y + tap_y
-                    weight = tl.maximum(1.0 - tl.abs(start_y + step_y * y.to(tl.float32) - key_y - u), 0.0)
-                    at = source[:, None] + (y * W)[:, None] + x
-                    pairs = columns & ((y >= 0) & (y < H))[:, None]
-                    sum_y += weight[:, None] * tl.load(at, mask=pairs, other=0.0).to(tl.float32)
-                sums += tl.maximum(1.0 - tl.abs(start_x + step_x * x.to(tl.float32) - key_x[:, None] - v), 0.0) * sum_y
+                    pairs = on_map & ((y + tap_y >= 0) & (y + tap_y < H))[:, None]
+                    weight = tl.maximum(1.0 - tl.abs(far_y + step_y * tap_y), 0.0)
+                    pixels = tl.load(at + tap_y * W + tap_x, mask=pairs, other=0.0)
+                    column_sums += weight[:, None] * pixels.to(tl.float32)
+                sums += tl.maximum(1.0 - tl.abs(far_x + step_x * tap_x), 0.0) * column_sums
     at = grad_table + ((part.to(tl.int64) * h + head) * T_h + u) * T_w + v
     tl.store(at, tl.load(at, mask=v < T_w, other=0.0) + tl.sum(sums, 0), mask=v < T_w)
 
@@ -385,19 +383,19 @@ class TableGradient:
         self.launch, self.key_pixels = launch, key_pixels
         h, T_h, T_w = launch.table.shape
         self.programs = T_h * ceil_div(T_w, COLUMNS) * h
-        blocks = ceil_div(launch.rows // h * chunk, TABLE_KEYS)
+        blocks = launch.rows // h * ceil_div(chunk, TABLE_KEYS)
         self.parts = launch.table.new_zeros(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
         """Add what follows from the gradients [rows, last - first, H*W] of the scores of keys first..last."""
         launch, parts = self.launch, len(self.parts)
         images = launch.rows // launch.heads[0]
-        length = ceil_div(images * (last - first), parts)
+        length = ceil_div(images * ceil_div(last - first, TABLE_KEYS), parts)
         table_kernel[(parts * self.programs,)](
             grad_scores, self.key_pixels, self.parts,
             launch.x.start, launch.x.step, launch.x.inverse, launch.y.start, launch.y.step, launch.y.inverse,
             images, *launch.heads, *launch.size, launch.sizes[4], *launch.table.shape[1:], first, last, parts, length,
-            launch.x.taps, launch.y.taps, V=COLUMNS, K=TABLE_KEYS,
+            launch.x.taps, launch.y.taps, V=COLUMNS, K=TABLE_KEYS, num_warps=1,
         )  # fmt: skip
 
 

@@ -9,8 +9,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference
-from dat.ops._library import LIBRARY, refuse_forward_mode, register_batching, second_derivatives
-from dat.ops.deform_sample import autocast, sum_dtype, untraced
+from dat.ops._common import (
+    autocast,
+    cast,
+    differentiable,
+    refuse_forward_mode,
+    register_batching,
+    second_derivatives,
+    sum_dtype,
+    untraced,
+)
+from dat.ops._library import LIBRARY
 from dat.ops.sizes import longer
 
 LIBRARY.define(
@@ -64,7 +73,7 @@ def neighborhood_attn(
     refuse_forward_mode("neighborhood_attn", query, key, value, bias)
     query, key, value = autocast(query), autocast(key), autocast(value)
     _check(query, key, value, bias, (H, W), kernel_size, dilation)
-    bias = None if bias is None else bias.to(sum_dtype(query))
+    bias = None if bias is None else cast(bias, sum_dtype(query))
     padded_H, padded_W = (longer(length, kernel_size * dilation) for length in (H, W))
     down, right = padded_H - H, padded_W - W
     if down or right:
@@ -73,7 +82,7 @@ def neighborhood_attn(
     if not torch.compiler.is_exporting() and (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
         out = _one_window(query, key, value, bias, kernel_size, scale)
     else:
-        out = torch.ops.dat.neighborhood_attn(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)
+        out = _attend(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)
     if down or right:
         out = out.unflatten(2, (padded_H, padded_W))[:, :, :H, :W].flatten(2, 3)
     return out
@@ -203,9 +212,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Under gradient checkpointing they can be had only once.
     tensors = ctx.saved_tensors
-    *firsts, grad_bias = torch.ops.dat.neighborhood_attn_backward(
-        grad, *tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled()
-    )
+    *firsts, grad_bias = _attend_backward(grad, *tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled())
     return *firsts, None if tensors[3] is None else grad_bias, *(None for _ in ctx.numbers)
 
 
@@ -222,12 +229,8 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return *seconds, *(None for _ in ctx.numbers), None
 
 
-torch.library.register_autograd("dat::neighborhood_attn", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "dat::neighborhood_attn_backward", _second_autograd, setup_context=_setup_second, lib=LIBRARY
-)
-
-
+_attend = differentiable("neighborhood_attn", _setup_context, _autograd)
+_attend_backward = differentiable("neighborhood_attn_backward", _setup_second, _second_autograd)
 # The bias has no batch: heads are what all tensors have.
 register_batching("neighborhood_attn", dims=(1, 1, 1, 0), outputs=(0,))
 register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1, 2, 3, 4))

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,17 +135,19 @@ def test_a_loss_is_a_method_and_a_weight():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a host waits for a GPU")
-def test_the_host_waits_once(recwarn):
+def test_the_host_waits_once():
     outputs = {**layer(seed=2), "aux_outputs": [layer()], "enc_outputs": layer(queries=20)}
     outputs = tree_map(lambda x: x.detach().cuda().requires_grad_(), outputs)
     t = [{key: x.cuda() for key, x in target.items()} for target in targets(2, 5)]
     criterion = SetCriterion(4, HungarianMatcher())
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        criterion.total(criterion(outputs, t)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in recwarn if "synchroniz" in str(w.message)]) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            criterion.total(criterion(outputs, t)).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
 
 
 def test_one_transfer_brings_the_costs_of_all_layers(monkeypatch):

@@ -110,6 +110,8 @@ def test_results(detector, grey, monkeypatch):
 def test_overrides_do_not_reach_the_model(detector):
     other = Detector.from_checkpoint(detector.path, ["data.val.size=48"], device="cpu")
     assert other.size == 48
+    with pytest.raises(ConfigError, match=r"an override should read key\.path=value"):
+        Detector.from_checkpoint(detector.path, ["data.val.size"], device="cpu")
     with pytest.raises(ConfigError, match=r"model.\* is decided by .*best.pth"):
         Detector.from_checkpoint(detector.path, ["model.num_queries=3"], device="cpu")
 

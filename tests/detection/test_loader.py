@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from dat.detection.config import TrainDataConfig
 from dat.detection.data import (
     AspectRatioBatchSampler,
     DetectionDataset,
@@ -28,9 +29,11 @@ TRANSFORM = {
     "crop_min": 20,
     "crop_max": 50,
     "photometric": 0.5,
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
 }
+
+
+def transform(**changes):
+    return train_transform(TrainDataConfig(**TRANSFORM | changes), [0.5] * 3, [0.25] * 3)
 
 
 def records(sizes):
@@ -47,7 +50,7 @@ def load(scenes, workers, epoch=0, start=0):
     annotations = read_coco(scenes / "train.json", scenes / "images")
     sampler = AspectRatioBatchSampler(annotations.records, 2, seed=3)
     sampler.set_position(epoch, start)
-    dataset = DetectionDataset(annotations.records, train_transform(**TRANSFORM), seed=3)
+    dataset = DetectionDataset(annotations.records, transform(), seed=3)
     return list(make_loader(dataset, sampler, 1, workers, pin_memory=False))
 
 
@@ -197,11 +200,11 @@ def test_no_batch_has_more_pixels_than_allowed(scenes, multiple):
     limit = 3 * 48 * 48
     annotations = read_coco(scenes / "train.json", scenes / "images")
     sampler = AspectRatioBatchSampler(annotations.records, 2, seed=3, max_pixels=limit, pad_multiple=multiple)
-    settings = TRANSFORM | {"sizes": [48, 90], "max_size": 200}
+    settings = {"sizes": [48, 90], "max_size": 200}
     seen = set()
     for epoch in range(8):
         sampler.set_position(epoch)
-        dataset = DetectionDataset(annotations.records, train_transform(**settings), seed=3)
+        dataset = DetectionDataset(annotations.records, transform(**settings), seed=3)
         for images, _, targets in make_loader(dataset, sampler, multiple, 0, pin_memory=False):
             pixels = images.shape[0] * images.shape[2] * images.shape[3]
             assert pixels <= limit
@@ -220,7 +223,7 @@ def test_cached_images_change_nothing(scenes, gib, kept):
         shutil.rmtree(scenes / "images")
     batches = []
     for workers in (0, 2):
-        dataset = DetectionDataset(annotations.records, train_transform(**TRANSFORM), 3, cache)
+        dataset = DetectionDataset(annotations.records, transform(), 3, cache)
         sampler = AspectRatioBatchSampler(annotations.records, 2, seed=3)
         batches.append(list(make_loader(dataset, sampler, 1, workers, pin_memory=False)))
     assert_same(*batches)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
+from dat.detection.config import TrainDataConfig, ValDataConfig
 from dat.detection.data import resized_size, train_transform, val_transform
 from dat.detection.data.transforms import RandomSizeCrop
 
@@ -15,9 +16,11 @@ PLAIN = {
     "crop_min": 20,
     "crop_max": 50,
     "photometric": 0.0,
-    "mean": [0.0] * 3,
-    "std": [1.0] * 3,
 }
+
+
+def transform(**changes):
+    return train_transform(TrainDataConfig(**PLAIN | changes), [0.0] * 3, [1.0] * 3)
 
 
 def sample():
@@ -59,11 +62,11 @@ def test_the_shortest_edge_is_exact_unless_the_longest_limits_it(height, width, 
     ],
 )
 def test_boxes_follow_their_pixels(change):
-    transform = train_transform(**PLAIN | change)
+    augment = transform(**change)
     kept = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        image, target = transform(*sample())
+        image, target = augment(*sample())
         for box in target["boxes"].as_subclass(torch.Tensor):
             kept += 1
             # a crop magnifies; half a source pixel is blurred on each side
@@ -74,8 +77,8 @@ def test_boxes_follow_their_pixels(change):
 
 def test_photometric_distortion_changes_colours_only():
     torch.manual_seed(0)
-    plain, target = train_transform(**PLAIN)(*sample())
-    distorted, other = train_transform(**PLAIN | {"photometric": 1.0})(*sample())
+    plain, target = transform()(*sample())
+    distorted, other = transform(photometric=1.0)(*sample())
     assert distorted.shape == plain.shape
     assert torch.equal(target["boxes"], other["boxes"])
     assert not torch.equal(distorted, plain)
@@ -91,8 +94,27 @@ def test_a_crop_is_no_larger_than_the_image():
 
 
 def test_validation_keeps_all_and_normalises():
-    image, target = val_transform(size=40, max_size=200, mean=[0.5] * 3, std=[0.25] * 3)(*sample())
+    image, target = val_transform(ValDataConfig(size=40, max_size=200), [0.5] * 3, [0.25] * 3)(*sample())
     assert image.shape == (3, 40, 60)
     assert image.max() == 2
     assert image.min() == -2
     assert torch.equal(target["boxes"].as_subclass(torch.Tensor), torch.tensor([[5.0, 10, 20, 30]]))
+
+
+def test_rows_of_any_tensor_follow_their_boxes():
+    """Targets are open: a dropped box takes its row of each tensor, and its mask, along."""
+    image, target = sample()
+    boxes = torch.cat((torch.tensor([[3.0, 3, 3.2, 3.2]]), target["boxes"]))
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(80, 120)),
+        "labels": torch.tensor([5, 1]),
+        "heights": torch.tensor([0.5, 2.5]),
+        "masks": tv_tensors.Mask(torch.stack((torch.zeros(80, 120), image[0] / 255)).bool()),
+        "source": "camera 3",
+    }
+    image, found = transform(horizontal_flip=1.0)(image, target)
+    assert found["labels"].tolist() == [1]
+    assert found["heights"].tolist() == [2.5]
+    assert found["source"] == "camera 3"
+    assert found["masks"].shape == (1, *image.shape[1:])
+    torch.testing.assert_close(bright_box(found["masks"].float()), found["boxes"].as_subclass(torch.Tensor)[0])

@@ -1,6 +1,8 @@
 """The trainer, on a task that takes milliseconds: late reading of values, resuming, what is saved and logged."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -310,6 +312,28 @@ def test_what_is_not_finite_in_one_process_ends_all(tmp_path, moment):
     assert "error: step 3, points [" in errors[0]
     assert "the batch of images" not in errors[0]
     assert not (tmp_path / "run/last.pth").exists()
+
+
+class StoppedOnOne(ToyTrainer):
+    def compute_loss(self, batch, outputs, normalizers):
+        if self.distributed.rank == 1 and self.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().compute_loss(batch, outputs, normalizers)
+
+
+def run_stopped(folder, moment):
+    if moment == "late":
+        optim.can_skip_on_device = lambda optimizer, device: True
+    config = Config(output=str(folder))
+    config.train.log_steps = 20
+    main_guard(lambda: StoppedOnOne(config, setup_distributed("cpu")).run())
+
+
+@pytest.mark.parametrize(("moment", "step"), [("now", 2), ("late", 3)])
+def test_sigterm_to_one_process_stops_all_after_a_checkpoint(tmp_path, moment, step):
+    codes, errors, _ = run_processes(2, run_stopped, tmp_path, tmp_path / "run", moment)
+    assert codes == [143, 143], errors
+    assert load_checkpoint(tmp_path / "run/last.pth")["step"] == step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

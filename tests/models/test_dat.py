@@ -23,7 +23,7 @@ PARAMETERS = {
     "dat_pp_base_384": 93_690_640,
 }
 NANOS = ["dat_nano", "dat_plus_nano", "dat_pp_nano"]
-NAMES = [*NANOS, *PARAMETERS]
+NAMES = timm.list_models("dat_*")
 # Every block, every position bias, either stem that has no model of its own, and a stem of other channels.
 ZOO = (
     StageConfig("XEN", 16, 2, window_size=3, neighborhood_size=5, lpu=True, layer_scale=0.1),

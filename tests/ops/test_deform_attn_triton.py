@@ -33,10 +33,10 @@ NAMES = {"far-positions", "one-cell-table", "one-row", "one-column-other-table",
 SAMPLES = [replace(sample, B=1, h=2, g=1) for sample in SHAPES if sample.name in NAMES]
 SAMPLES += [
     Sample("groups", size=(3, 4), c=4),
-    replace(SMALL, name="chunks", size=(9, 11), table=(7, 5), N=140, c=17),
+    replace(SMALL, name="chunks", h=1, size=(9, 11), table=(9, 7), N=70, c=17),
     replace(SMALL, name="own-table-2022", align_corners=False),
     replace(SMALL, name="larger-table", h=1, size=(4, 33), table=(11, 150), N=5, align_corners=False),
-    replace(SMALL, name="half", dtype=torch.float16, size=(9, 15), table=(17, 29), N=70, c=32, contiguous=False),
+    replace(SMALL, name="half", dtype=torch.float16, N=66, c=32, contiguous=False),
     replace(SMALL, name="96-channels", h=1, c=96, N=40, contiguous=False),
     replace(SMALL, name="128-channels", h=1, c=128, N=3),
 ]
@@ -67,7 +67,7 @@ def interpret():
     """Every sample in several chunks of keys, and sums in several parts, where it is large enough."""
     from dat.ops import deform_attn_triton
 
-    deform_attn_triton.CHUNK_BYTES, deform_attn_triton.PROGRAMS = 1, 8
+    deform_attn_triton.CHUNK_BYTES, deform_attn_triton.PROGRAMS, deform_attn_triton.TABLE_PROGRAMS = 1, 8, 30
     for sample in SAMPLES:
         tensors = sample.tensors()
         ours = attend(sample, tensors)
@@ -118,7 +118,7 @@ def compile_kernels(dtype, kind, channels):
         (kernels.forward_kernel, launch.constants | launch.tile),
         (kernels.query_kernel, launch.constants | launch.tile),
         (kernels.key_kernel, launch.constants | launch.key_tile),
-        (kernels.table_kernel, {"V": kernels.COLUMNS, "K": kernels.TABLE_KEYS}),
+        (kernels.table_kernel, {"V": kernels.COLUMNS, "K": kernels.TABLE_KEYS, "num_warps": 1}),
     ):
         names = kernel.arg_names
         options = {name: value for name, value in constants.items() if name not in names}

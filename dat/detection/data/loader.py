@@ -205,19 +205,7 @@ def train_loader(
 ) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
     """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
     data, split, train = config.data, config.data.train, config.train
-    transform = train_transform(
-        sizes=split.sizes,
-        max_size=split.max_size,
-        horizontal_flip=split.horizontal_flip,
-        vertical_flip=split.vertical_flip,
-        crop=split.crop,
-        crop_resize=split.crop_resize,
-        crop_min=split.crop_min,
-        crop_max=split.crop_max,
-        photometric=split.photometric,
-        mean=data.mean,
-        std=data.std,
-    )
+    transform = train_transform(split, data.mean, data.std)
     dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
     sampler = AspectRatioBatchSampler(
         annotations.records,
@@ -237,7 +225,7 @@ def val_loader(
 ) -> DataLoader[Batch]:
     """The loader of this process's batches, resized as `data.val` says."""
     data, split, train = config.data, config.data.val, config.train
-    transform = val_transform(size=split.size, max_size=split.max_size, mean=data.mean, std=data.std)
+    transform = val_transform(split, data.mean, data.std)
     dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
     ranks = (distributed.rank, distributed.world_size)
     sampler = SameSizeBatchSampler(annotations.records, train.eval_batch_size, split.size, split.max_size, *ranks)

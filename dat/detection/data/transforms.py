@@ -10,6 +10,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from dat.detection.config import TrainDataConfig, ValDataConfig
+
 
 @dataclass(frozen=True)
 class Canvas:
@@ -82,46 +84,32 @@ def _per_object(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
     return tuple(x for x in values if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor))
 
 
-def train_transform(
-    *,
-    sizes: Sequence[int],
-    max_size: int,
-    horizontal_flip: float,
-    vertical_flip: float,
-    crop: float,
-    crop_resize: Sequence[int],
-    crop_min: int,
-    crop_max: int,
-    photometric: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> v2.Compose:
+def train_transform(split: TrainDataConfig, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
     """Flips, colour distortion, and a resize or (probability `crop`) resize, crop, resize; then normalises.
 
     Maps (image uint8, {"boxes", "labels", ...}) to float32; all randomness is torch's. Boxes smaller than a pixel are
     dropped in the end, with their rows of the target's other tensors.
     """
     steps: list[nn.Module] = []
-    if horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
-    if vertical_flip:
-        steps.append(v2.RandomVerticalFlip(vertical_flip))
-    resize = ResizeShortestEdge(sizes, max_size)
-    if crop:
-        cropped = v2.Compose(
-            [ResizeShortestEdge(crop_resize, max_size, fit=False), RandomSizeCrop(crop_min, crop_max), resize]
-        )
-        steps.append(v2.RandomChoice([resize, cropped], p=[1 - crop, crop]))
+    if split.horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(split.horizontal_flip))
+    if split.vertical_flip:
+        steps.append(v2.RandomVerticalFlip(split.vertical_flip))
+    resize = ResizeShortestEdge(split.sizes, split.max_size)
+    if split.crop:
+        first = ResizeShortestEdge(split.crop_resize, split.max_size, fit=False)
+        cropped = v2.Compose([first, RandomSizeCrop(split.crop_min, split.crop_max), resize])
+        steps.append(v2.RandomChoice([resize, cropped], p=[1 - split.crop, split.crop]))
     else:
         steps.append(resize)
     # After the resize, because it mostly makes the image smaller.
-    if photometric:
-        steps.append(v2.RandomApply([v2.RandomPhotometricDistort()], p=photometric))
+    if split.photometric:
+        steps.append(v2.RandomApply([v2.RandomPhotometricDistort()], p=split.photometric))
     return v2.Compose(
         [*steps, *_normalize(mean, std), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_per_object)]
     )
 
 
-def val_transform(*, size: int, max_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
+def val_transform(split: ValDataConfig, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
     """Resizes the shortest edge to `size` and normalises; keeps every box."""
-    return v2.Compose([ResizeShortestEdge([size], max_size), *_normalize(mean, std)])
+    return v2.Compose([ResizeShortestEdge([split.size], split.max_size), *_normalize(mean, std)])
