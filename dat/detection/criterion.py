@@ -159,7 +159,9 @@ class SetCriterion(nn.Module):
         boxes = sum(len(t["labels"]) for t in targets)
         matched = sum(min(len(t["labels"]), num_queries) for t in targets)
         unmatched = len(targets) * num_queries - matched
-        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=torch.float64)
+        # MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=dtype)
         totals = totals.to(device, non_blocking=True)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
