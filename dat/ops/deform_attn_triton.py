@@ -339,7 +339,7 @@ class Launch:
     ) -> None:
         self.positions, self.size, self.biased = positions.contiguous(), size, table is not None
         _, h, HW, c = query.shape
-        self.table = self.positions.new_zeros(h, 1, 1) if table is None else table.contiguous()
+        self.table = self.positions.new_empty(h, 1, 1) if table is None else table.contiguous()
         T_h, T_w = self.table.shape[1:]
         self.y, self.x = Axis.of(size[0], T_h, align_corners), Axis.of(size[1], T_w, align_corners)
         self.rows, self.heads = query.shape[0] * h, [h, h // positions.shape[1]]
