@@ -44,7 +44,7 @@ def deform_attn(
 ) -> Tensor:
     """DAT's attention (CVPR 2022, equations 4 and 5): softmax(scale * q k^T + bias) v.
 
-    Scores are never in memory beyond a block of them, nor are the bias and the displacements.
+    Neither scores nor displacements nor the bias are in memory, beyond a chunk of them in the backward pass.
 
     Args:
         query: [B, h, H*W, c], the queries of a map of `size`; float32, float64, bfloat16 or float16. Under autocast

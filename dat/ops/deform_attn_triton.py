@@ -277,7 +277,10 @@ def table_kernel(
         inside = key < last_key - first_key
         key_x, key_y = _floats(tl.load(key_pixels + row // group_heads * N + key, mask=inside, other=0))
         y, far_y = _first(u, key_y, start_y, step_y, inverse_y)
-        rows = inside & (y < H) & (y + taps_y > 0)
+        # Keys of which no query looks at this row, or at these columns, are left out.
+        left, _ = _first(rest % columns * V, key_x, start_x, step_x, inverse_x)
+        right, _ = _first(rest % columns * V + V - 1, key_x, start_x, step_x, inverse_x)
+        rows = inside & (y < H) & (y + taps_y > 0) & (left < W) & (right + taps_x > 0)
         if tl.max(rows.to(tl.int32), 0) > 0:
             x, far_x = _first(v[None, :], key_x[:, None], start_x, step_x, inverse_x)
             at = grad_scores + row * (last_key - first_key) * H * W + ((key * H + y) * W)[:, None] + x
@@ -339,7 +342,7 @@ class Launch:
     ) -> None:
         self.positions, self.size, self.biased = positions.contiguous(), size, table is not None
         _, h, HW, c = query.shape
-        self.table = self.positions.new_zeros(h, 1, 1) if table is None else table.contiguous()
+        self.table = self.positions.new_empty(h, 1, 1) if table is None else table.contiguous()
         T_h, T_w = self.table.shape[1:]
         self.y, self.x = Axis.of(size[0], T_h, align_corners), Axis.of(size[1], T_w, align_corners)
         self.rows, self.heads = query.shape[0] * h, [h, h // positions.shape[1]]
