@@ -27,8 +27,8 @@ struct Scalar {
   static DAT_HOST_DEVICE Real to_real(Int x) { return static_cast<Real>(x); }
 };
 
-// Linear interpolation along one axis between cells `low` and `high`, both clamped into the map. A cell that lies outside
-// has weight and slope zero. Slopes are derivatives of the weights by the location. `inside` is not zero where a cell lies
+// Linear interpolation along one axis between pixels `low` and `high`, both clamped into the map. A pixel that lies outside
+// has weight and slope zero. Slopes are derivatives of the weights by the location. `inside` is not zero where a pixel lies
 // inside.
 template <typename Real, typename Int>
 struct Axis {
@@ -38,13 +38,13 @@ struct Axis {
   Int inside;
 };
 
-// `pixel` counts cells, the first cell's centre being 0; `factor` is its derivative by the location that slopes are wanted
-// for. NaN, infinite and far away pixels are outside, never undefined.
+// `pixel` is a coordinate in pixels, 0 at the centre of the first; `factor` is its derivative with respect to the location
+// that slopes are wanted for. NaN, infinite and far away pixels are outside, never undefined.
 template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
 DAT_HOST_DEVICE Axis<Real, Int> interpolate_pixel(Real pixel, Real factor, Int size) {
   const Real zero = {}, one = zero + 1, before = zero - 2, after = Number::to_real(size + 1);
   const Int none = {}, last = size - 1;
-  // The comparison is false for NaN, which goes to -2: two cells before the map, where nothing is sampled.
+  // The comparison is false for NaN, which goes to -2: two pixels before the map, where nothing is sampled.
   pixel = pixel > before ? pixel : before;
   pixel = pixel < after ? pixel : after;
   // Truncation and a correction: floor() is a library call on machines without SSE4.1.
@@ -59,7 +59,7 @@ DAT_HOST_DEVICE Axis<Real, Int> interpolate_pixel(Real pixel, Real factor, Int s
   axis.low_slope = has_low ? -factor : zero;
   axis.high_slope = has_high ? factor : zero;
   axis.inside = (has_low | has_high) ? none + 1 : none;
-  // An empty map has no cell to clamp to, and none of its rows is read.
+  // An empty map has no pixel to clamp to, and none of its rows is read.
   axis.low = low < none ? none : low;
   axis.low = axis.low > last ? last : axis.low;
   axis.high = high < none ? none : high;
@@ -67,7 +67,7 @@ DAT_HOST_DEVICE Axis<Real, Int> interpolate_pixel(Real pixel, Real factor, Int s
   return axis;
 }
 
-// `location` runs from 0 to 1 across `size` cells.
+// `location` runs from 0 to 1 across `size` pixels.
 template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
 DAT_HOST_DEVICE Axis<Real, Int> interpolate(Real location, Int size, bool align_corners) {
   const Real zero = {}, one = zero + 1;

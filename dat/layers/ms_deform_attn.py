@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dat.ops import ms_deform_attn
-from dat.ops.deform_sample import Shapes
+from dat.ops._common import Shapes
 
 
 class MSDeformAttn(nn.Module):

@@ -149,10 +149,10 @@ class Case:
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """Inputs on the CPU for which every location is exact in each dtype and never on the edge of a cell.
+    """Inputs on the CPU for which every location is exact in each dtype and never on the edge of a pixel.
 
-    A location rounded across an edge would see another cell, and its gradient jumps there. D = 32 runs a specialised
-    kernel, D = 5 the general one; locations reach beyond the map.
+    A location rounded across an edge would see another pixel, and its gradient jumps there. D = 32, and 64 without
+    weights, run specialised kernels, D = 5 the general one; locations reach beyond the map.
     """
     generator = torch.Generator().manual_seed(0)
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -167,11 +167,13 @@ def cases(dtype: torch.dtype) -> list[Case]:
     weights = logits.to(real).flatten(-2).softmax(-1).view_as(logits)
     wide = torch.randn(B, S, H, 32, generator=generator).to(dtype)
     odd = torch.randn(B, S, H, 5, generator=generator).to(dtype)
+    wider = torch.randn(B, S, H, 64, generator=generator).to(dtype)
     sample = (deform_sample, reference.deform_sample)
     attend = (ms_deform_attn, reference.ms_deform_attn)
     return [
         Case("deform_sample", *sample, (wide, locations, weights)),
         Case("deform_sample", *sample, (odd, locations)),
+        Case("deform_sample", *sample, (wider, locations)),
         Case("ms_deform_attn", *attend, (wide, points, offsets.to(dtype), logits)),
         Case("ms_deform_attn", *attend, (odd, boxes, offsets.to(dtype), logits)),
     ]

@@ -36,7 +36,7 @@ def _is_size(shape: object) -> bool:
     if not isinstance(shape, _SEQUENCES) or len(shape) != 2:
         return False
     h, w = shape
-    return isinstance(h, _INTS) and isinstance(w, _INTS) and h >= 0 and w >= 0
+    return isinstance(h, _INTS) and isinstance(w, _INTS) and bool(h >= 0 and w >= 0)
 
 
 def check_device(value: Tensor, tensor: Tensor, name: str) -> None:

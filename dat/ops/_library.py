@@ -2,7 +2,6 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,9 +43,3 @@ def load_all() -> dict[str, str | None]:
             stacklevel=2,
         )
     return missing
-
-
-def __getattr__(name: str) -> Any:
-    from dat.ops import _common
-
-    return getattr(_common, name)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dat.ops.deform_sample import Shapes, autocast, check_samples, check_value, deform_sample, flatten, sum_dtype
+from dat.ops._common import Shapes, autocast, check_value, flatten, sum_dtype
+from dat.ops.deform_sample import check_samples, deform_sample
 
 # Sizes that were copied from a device, with the version of the tensor that they were read from.
 _SIZES = WeakTensorKeyDictionary()

@@ -47,7 +47,7 @@ def deform_sample(
             location * size - 0.5, or location * (size - 1) with align_corners. Outside the map is zero; NaN and
             infinite locations sample zero and get zero gradient.
         weights: [B, Q, H, L, P], any floating dtype, or None.
-        align_corners: whether 0 and 1 are the centres of the first and last cells, or their outer edges.
+        align_corners: whether 0 and 1 are the centres of the first and last pixels, or their outer edges.
 
     Returns:
         The weighted sum over levels and points [B, Q, H, D] or, where weights is None, every sample [B, Q, H, L, P, D],
@@ -129,8 +129,8 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_weights = locations.new_empty(0 if weights is None else weights.shape)
-    return value.new_empty(value.shape), locations.new_empty(locations.shape), by_weights
+    grad_weights = locations.new_empty(0 if weights is None else weights.shape)
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), grad_weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
-    by_value, by_locations, by_weights = _sample_backward(
+    grad_value, grad_locations, grad_weights = _sample_backward(
         grad,
         value,
         locations,
@@ -149,7 +149,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.align_corners,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return by_value, by_locations, None if weights is None else by_weights, None, None
+    return grad_value, grad_locations, None if weights is None else grad_weights, None, None
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

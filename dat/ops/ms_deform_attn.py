@@ -109,10 +109,10 @@ def _backward(
     with_reference: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    by_value, by_reference, by_offsets, by_logits = references.ms_deform_attn_backward(
+    grad_value, grad_reference, grad_offsets, grad_logits = references.ms_deform_attn_backward(
         grad, value, pairs(shapes), reference, offsets, logits
     )
-    return by_value, by_reference if with_reference else reference.new_empty(0), by_offsets, by_logits
+    return grad_value, grad_reference if with_reference else reference.new_empty(0), grad_offsets, grad_logits
 
 
 @torch.library.register_fake("dat::ms_deform_attn", lib=LIBRARY)
@@ -131,9 +131,9 @@ def _fake_backward(
     with_reference: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    by_reference = reference.new_empty(reference.shape if with_reference else 0)
-    by_offsets, by_logits = offsets.new_empty(offsets.shape), logits.new_empty(logits.shape)
-    return value.new_empty(value.shape), by_reference, by_offsets, by_logits
+    grad_reference = reference.new_empty(reference.shape if with_reference else 0)
+    grad_offsets, grad_logits = offsets.new_empty(offsets.shape), logits.new_empty(logits.shape)
+    return value.new_empty(value.shape), grad_reference, grad_offsets, grad_logits
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,10 +143,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with_reference = ctx.needs_input_grad[1]
-    by_value, by_reference, by_offsets, by_logits = _attend_backward(
+    grad_value, grad_reference, grad_offsets, grad_logits = _attend_backward(
         grad, *ctx.saved_tensors, ctx.shapes, with_reference, torch.are_deterministic_algorithms_enabled()
     )
-    return by_value, by_reference if with_reference else None, by_offsets, by_logits, None
+    return grad_value, grad_reference if with_reference else None, grad_offsets, grad_logits, None
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -156,8 +156,10 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     def backward(grad: Tensor, value: Tensor, *points: Tensor) -> tuple[Tensor, ...]:
-        by_value, by_reference, *others = references.ms_deform_attn_backward(grad, value, pairs(ctx.shapes), *points)
-        return by_value, by_reference if ctx.with_reference else by_reference.new_empty(0), *others
+        grad_value, grad_reference, *others = references.ms_deform_attn_backward(
+            grad, value, pairs(ctx.shapes), *points
+        )
+        return grad_value, grad_reference if ctx.with_reference else grad_reference.new_empty(0), *others
 
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None
 

@@ -1,4 +1,4 @@
-// The part of CUDA that dat's kernels use, on the host: a block's threads are fibres that meet in warp and block operations.
+// The part of CUDA that dat's kernels use, on the host: a block's threads are fibres that meet in warp operations.
 //
 // Stands in for CUDA's own header when tests compile the kernels with a plain C++ compiler. A lane runs until it meets the
 // others of its warp. The kernels' mistakes are errors: lanes that meet in different places or have left, accesses outside
@@ -50,7 +50,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum class Meeting { kSyncWarp, kSyncThreads, kAny, kExchange };
+enum class Meeting { kSyncWarp, kAny, kExchange };
 
 // What a lane brings to a meeting, and what it takes away from it.
 struct Visit {
@@ -74,10 +74,6 @@ inline void check_full(unsigned mask) {
 inline void __syncwarp(unsigned mask = 0xffffffffu, std::source_location place = std::source_location::current()) {
   check_full(mask);
   emulator::meet({emulator::Meeting::kSyncWarp, place, 0, 0});
-}
-
-inline void __syncthreads(std::source_location place = std::source_location::current()) {
-  emulator::meet({emulator::Meeting::kSyncThreads, place, 0, 0});
 }
 
 inline int __any_sync(unsigned mask, int predicate, std::source_location place = std::source_location::current()) {

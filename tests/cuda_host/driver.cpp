@@ -41,7 +41,7 @@ struct Call {
   // locations and weights, or reference, offsets and logits
   Buffer value, locations, weights, reference, offsets, logits;
   Buffer grad, out;
-  Buffer by_value, by_locations, by_weights, by_reference, by_offsets, by_logits;
+  Buffer grad_value, grad_locations, grad_weights, grad_reference, grad_offsets, grad_logits;
 };
 
 namespace {
@@ -88,7 +88,7 @@ void sum_by_value(const Call& call, const dat::Geometry& g, const dat::KeptInput
   };
   require(
       dat::run_deterministic<T, Real>(
-          g, kept, row_per_sample, call.grad.as<const T>(), call.by_value.as<Real>(), call.grad.aligned(), call.max_batch,
+          g, kept, row_per_sample, call.grad.as<const T>(), call.grad_value.as<Real>(), call.grad.aligned(), call.max_batch,
           nullptr, sort));
 }
 
@@ -104,9 +104,10 @@ void points(const Call& call) {
   }
   Scratch pixels;
   const auto kept_pixels = pixels.take(call.deterministic, g.B * g.H * g.Q * g.samples() * 2);
-  const dat::PointsGrads<Real> grads = {call.by_locations.as<Real>(), call.by_weights.as<Real>(), {kept_pixels, nullptr}};
+  const dat::PointsGrads<Real> grads = {
+      call.grad_locations.as<Real>(), call.grad_weights.as<Real>(), {kept_pixels, nullptr}};
   checked::Pointer<Real> sums = nullptr;
-  if (!call.deterministic) sums = call.by_value.as<Real>();
+  if (!call.deterministic) sums = call.grad_value.as<Real>();
   require(
       dat::run_backward<Source, T, Real>(
           g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums, call.value.aligned() && call.grad.aligned(),
@@ -126,20 +127,20 @@ dat::AttentionInput<Real> attention_input(const Call& call) {
 
 void attention_backward(const Call& call, const dat::Geometry& g, const dat::AttentionInput<Real>& in) {
   const int64_t samples = g.B * g.H * g.Q * g.samples();
-  Scratch by_weights, by_pixels, pixels, weights;
+  Scratch grad_weights, grad_pixels, pixels, weights;
   dat::AttentionGrads<Real> grads = {};
-  grads.by_offsets = call.by_offsets.as<char>(), grads.by_logits = call.by_logits.as<char>();
-  grads.by_weights = call.narrow ? by_weights.take(true, samples) : call.by_logits.as<Real>();
-  grads.by_pixels = by_pixels.take(call.by_reference.data, samples * 2);
+  grads.grad_offsets = call.grad_offsets.as<char>(), grads.grad_logits = call.grad_logits.as<char>();
+  grads.grad_weights = call.narrow ? grad_weights.take(true, samples) : call.grad_logits.as<Real>();
+  grads.grad_pixels = grad_pixels.take(call.grad_reference.data, samples * 2);
   grads.kept = {pixels.take(call.deterministic, samples * 2), weights.take(call.deterministic, samples)};
   checked::Pointer<Real> sums = nullptr;
-  if (!call.deterministic) sums = call.by_value.as<Real>();
+  if (!call.deterministic) sums = call.grad_value.as<Real>();
   require(
       dat::run_backward<dat::Attention, T, Real>(
           g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums, call.value.aligned() && call.grad.aligned(),
           nullptr));
-  if (call.by_reference.data)
-    require(dat::run_reference_grad<T, Real>(g, in, grads.by_pixels, call.by_reference.as<Real>(), nullptr));
+  if (call.grad_reference.data)
+    require(dat::run_reference_grad<T, Real>(g, in, grads.grad_pixels, call.grad_reference.as<Real>(), nullptr));
   if (call.deterministic) sum_by_value(call, g, {grads.kept.pixels, grads.kept.weights}, false);
 }
 

@@ -127,8 +127,8 @@ void hold_meeting(Fibre* lanes) {
   }
 }
 
-// Runs a warp until it is done, or waits for the rest of the block; returns whether it is done.
-bool run_warp(Fibre* lanes) {
+// Runs a warp until it is done. Warps do not wait for each other: no kernel has them do so.
+void run_warp(Fibre* lanes) {
   for (;;) {
     unsigned done = 0;
     for (unsigned i = 0; i < kWarpSize; i++) {
@@ -137,13 +137,7 @@ bool run_warp(Fibre* lanes) {
       if (error) checked::fail(*error);
       done += lane.state == State::kDone;
     }
-    if (done == kWarpSize) return true;
-    if (lanes[0].state == State::kWaiting && lanes[0].visit.meeting == Meeting::kSyncThreads) {
-      for (unsigned i = 0; i < kWarpSize; i++)
-        if (lanes[i].state == State::kDone || !same_meeting(lanes[i].visit, lanes[0].visit))
-          checked::fail(place_of(lanes[i].index) + " does not come to " + name_of(lanes[0].visit));
-      return false;
-    }
+    if (done == kWarpSize) return;
     // A lane that has left while others wait is found by the meeting.
     hold_meeting(lanes);
   }
@@ -152,16 +146,7 @@ bool run_warp(Fibre* lanes) {
 void run_block(unsigned threads) {
   memset(checked::shared, 0xff, sizeof(checked::shared));
   for (unsigned i = 0; i < threads; i++) fibres[i].state = State::kReady;
-  for (;;) {
-    unsigned done = 0;
-    for (unsigned i = 0; i < threads; i += kWarpSize) done += run_warp(&fibres[i]);
-    if (done == threads / kWarpSize) return;
-    if (done) checked::fail("a warp of block " + std::to_string(blockIdx.x) + " does not come to __syncthreads");
-    for (unsigned i = 0; i < threads; i++) {
-      if (!same_meeting(fibres[i].visit, fibres[0].visit)) checked::fail("warps are at different __syncthreads");
-      fibres[i].state = State::kReady;
-    }
-  }
+  for (unsigned i = 0; i < threads; i += kWarpSize) run_warp(&fibres[i]);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ __device__ __forceinline__ void prepare(
       const Sample<typename Rows::Real> s = source.sample(first + slot);
       if (s.inside) {
         corners = s.corners();
-        step.origin = plane + static_cast<int64_t>(s.cell()) * stride;
+        step.origin = plane + static_cast<int64_t>(s.pixel()) * stride;
         step.right = (s.x.high - s.x.low) * stride;
         step.down = (s.y.high - s.y.low) * s.level.width * stride;
       }
@@ -42,11 +42,11 @@ __device__ __forceinline__ void prepare(
   }
 }
 
-// A lane's part of the inner products of one sample, and of its gradient by value where `by_value` is not null.
+// A lane's part of the inner products of one sample, and of its gradient by value where `grad_value` is not null.
 template <typename Rows>
 __device__ __forceinline__ void scatter(
     const Corners<typename Rows::Real>& corners, const typename BackwardStage<Rows>::Step& step, int64_t slice, int64_t end,
-    int lane, Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> by_value,
+    int lane, Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> grad_value,
     const typename Rows::Real (&grad)[Rows::kVectors][Rows::kWidth], typename Rows::Real (&dot)[4]) {
   using T = typename Rows::T;
   using Real = typename Rows::Real;
@@ -63,10 +63,10 @@ __device__ __forceinline__ void scatter(
 #pragma unroll
       for (int j = 0; j < Rows::kWidth; j++) dot[c] += grad[v][j] * x[j];
     }
-    if (!by_value) continue;
+    if (!grad_value) continue;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-      if (corners.x[c] != Real(0)) atomic_add<Rows::kWidth, Real>(by_value + rows[c], corners.x[c], grad[v]);
+      if (corners.x[c] != Real(0)) atomic_add<Rows::kWidth, Real>(grad_value + rows[c], corners.x[c], grad[v]);
     }
   }
 }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void get_row(
 template <typename Rows, typename Source>
 __device__ __forceinline__ void backward_slice(
     const Geometry& g, const Source& source, int count, int64_t slice, Pointer<const typename Rows::T> grad,
-    Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> by_value, int group, int lane,
+    Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> grad_value, int group, int lane,
     BackwardStage<Rows>& stage) {
   using Real = typename Rows::Real;
   const int64_t end = g.D - slice;
@@ -127,7 +127,7 @@ __device__ __forceinline__ void backward_slice(
     Real dot[4] = {};
     if (step.origin >= 0) {
       if constexpr (Source::kRowPerSample) get_row<Rows>(grad + source.row(k) * g.D + slice, end, lane, row_grad);
-      scatter<Rows>(corners, step, slice, end, lane, value, by_value, row_grad, dot);
+      scatter<Rows>(corners, step, slice, end, lane, value, grad_value, row_grad, dot);
     }
     put_dots<Rows::kLanes, Rows::kMasked>(dot, lane, stage.dots[group][k]);
   }
@@ -137,7 +137,7 @@ __device__ __forceinline__ void backward_slice(
 template <typename Rows, typename Source>
 __device__ __forceinline__ void backward_samples(
     const Geometry& g, Source& source, int first, int64_t plane, const typename Source::Grads& grads,
-    Pointer<const typename Rows::T> grad, Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> by_value,
+    Pointer<const typename Rows::T> grad, Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> grad_value,
     int group, int lane, BackwardStage<Rows>& stage) {
   using Real = typename Rows::Real;
   const int count = source.count() - first < Rows::kSlots ? source.count() - first : Rows::kSlots;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void backward_samples(
   __syncwarp();
   // An empty row has a slice too, so that its samples get gradients of zero.
   for (int64_t slice = 0; slice == 0 || (Rows::kMasked && slice < g.D); slice += Rows::kChannels)
-    backward_slice<Rows>(g, source, count, slice, grad, value, by_value, group, lane, stage);
+    backward_slice<Rows>(g, source, count, slice, grad, value, grad_value, group, lane, stage);
   __syncwarp();
 #pragma unroll
   for (int slot = lane; slot < Rows::kSlots; slot += Rows::kLanes) {
@@ -160,7 +160,7 @@ template <typename Rows, template <typename> typename Source_>
 __global__ __launch_bounds__(Rows::kThreads, Rows::kBlocks) void backward_kernel(
     const __grid_constant__ Geometry g, const __grid_constant__ typename Source_<Rows>::Input in,
     const __grid_constant__ typename Source_<Rows>::Grads grads, Pointer<const typename Rows::T> grad,
-    Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> by_value) {
+    Pointer<const typename Rows::T> value, Pointer<typename Rows::Real> grad_value) {
   using Source = Source_<Rows>;
   auto& stage = shared_memory<BackwardStage<Rows>>();
   const int group = threadIdx.x / Rows::kLanes, lane = threadIdx.x % Rows::kLanes;
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(Rows::kThreads, Rows::kBlocks) void backward_kernel
         if (!__any_sync(kWarp, query >= 0)) continue;
         Source source(g, in, b, h, query, lane);
         for (int first = 0; first < source.count(); first += Rows::kSlots)
-          backward_samples<Rows>(g, source, first, plane, grads, grad, value, by_value, group, lane, stage);
+          backward_samples<Rows>(g, source, first, plane, grads, grad, value, grad_value, group, lane, stage);
         source.finish(grads, lane);
       }
     }

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
 
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
-    Tensor& by_value) {
+    Tensor& grad_value) {
   // Tensors of a batch outlive its kernels: memory goes back to the stream that they run on.
   std::tuple<Tensor, Tensor> sorted;
   const auto sort = [&](int64_t size, const auto& fill) {
@@ -33,8 +33,8 @@ cudaError_t sum_deterministically(
     using Real = typename RealOf<T>::type;
     const KeptInput<Real> kept = {data<Real>(pixels), data<Real>(weights)};
     error = run_deterministic<T, Real>(
-        g, kept, row_per_sample, data<T>(grad), mutable_data<Real>(by_value), aligned(grad), kMaxBatch, current_stream(grad),
-        sort);
+        g, kept, row_per_sample, data<T>(grad), mutable_data<Real>(grad_value), aligned(grad), kMaxBatch,
+        current_stream(grad), sort);
   });
   return error;
 }

@@ -36,7 +36,7 @@ __device__ __forceinline__ void prepare(
       const Sample<Real> s = source.sample(first + slot);
       if (s.inside) {
         corners = s.corners();
-        step.origin = plane + static_cast<int64_t>(s.cell()) * stride;
+        step.origin = plane + static_cast<int64_t>(s.pixel()) * stride;
         step.right = (s.x.high - s.x.low) * stride;
         step.down = (s.y.high - s.y.low) * s.level.width * stride;
       }

@@ -18,13 +18,13 @@ constexpr int kTileWidth = 8;
 struct Geometry {
   Level levels[kMaxLevels];
   int64_t B, S, H, D, Q;
-  // Elements from cell to cell: H * D.
+  // Elements from pixel to pixel: H * D.
   int64_t stride;
   int L, P;
   // Divides by P where samples are counted below 2**31 / P, otherwise 0: 2**31 / P, rounded up.
   unsigned points_inverse;
   bool align_corners;
-  // Where the queries are the cells of the levels a block takes a tile of them, whose samples fall close together and are
+  // Where the queries are the pixels of the levels a block takes a tile of them, whose samples fall close together and are
   // found in the L1 cache; otherwise a run of them.
   bool tiled;
   int tile_height;
@@ -122,7 +122,7 @@ struct Sample {
     y = interpolate_pixel<Scalar<Real>>(pixel_y, factor_y, level.height);
     inside = x.inside && y.inside;
   }
-  __device__ __forceinline__ int cell() const { return level.start + y.low * level.width + x.low; }
+  __device__ __forceinline__ int pixel() const { return level.start + y.low * level.width + x.low; }
   __device__ __forceinline__ Corners<Real> corners() const {
     const Real low = weight * y.low_weight, high = weight * y.high_weight;
     return {{low * x.low_weight, low * x.high_weight, high * x.low_weight, high * x.high_weight}};

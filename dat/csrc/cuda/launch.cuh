@@ -74,7 +74,7 @@ struct Grid {
   unsigned threads;
 };
 
-// Tiles of the levels where the queries are their cells, as in an encoder's self-attention.
+// Tiles of the levels where the queries are their pixels, as in an encoder's self-attention.
 inline int64_t set_tiles(Geometry& g, int height) {
   g.tiled = true;
   g.tile_height = height;
@@ -131,13 +131,13 @@ cudaError_t run_forward(
 
 template <template <typename> typename Source, typename T, typename Real, typename Input, typename Grads>
 cudaError_t run_backward(
-    Geometry g, const Input& in, const Grads& grads, Pointer<const T> grad, Pointer<const T> value, Pointer<Real> by_value,
+    Geometry g, const Input& in, const Grads& grads, Pointer<const T> grad, Pointer<const T> value, Pointer<Real> grad_value,
     bool aligned, cudaStream_t stream) {
   return with_rows<T, kBackwardWidth<T>>(g, Channels<Source>(), aligned, [&](auto rows) {
     using Rows = decltype(rows);
     const Grid grid = plan<Rows, Source<Rows>>(g);
     return launch(
-        backward_kernel<Rows, Source>, grid.blocks, g.H, g.B, grid.threads, stream, g, in, grads, grad, value, by_value);
+        backward_kernel<Rows, Source>, grid.blocks, g.H, g.B, grid.threads, stream, g, in, grads, grad, value, grad_value);
   });
 }
 
@@ -152,7 +152,7 @@ constexpr int64_t kMaxBatch = int64_t(1) << 23;
 
 inline std::vector<Batch> batches(const Geometry& g, int64_t most) {
   const int64_t queries = std::clamp<int64_t>(most / std::max(1, g.samples()), 1, std::max<int64_t>(1, g.Q));
-  // Keys count the cells of all units of a batch in 32 bits.
+  // Keys count the pixels of all units of a batch in 32 bits.
   const int64_t units =
       std::max<int64_t>(1, std::min(most / (queries * g.samples()), INT32_MAX / std::max<int64_t>(1, g.S)));
   std::vector<Batch> all;
@@ -163,24 +163,24 @@ inline std::vector<Batch> batches(const Geometry& g, int64_t most) {
 }
 
 template <typename T, typename Real>
-cudaError_t sum_cells(
+cudaError_t sum_pixels(
     const Geometry& g, const Batch& batch, const KeptInput<Real>& kept, bool row_per_sample, const Order& order,
-    Pointer<const T> grad, Pointer<Real> by_value, bool aligned, cudaStream_t stream) {
+    Pointer<const T> grad, Pointer<Real> grad_value, bool aligned, cudaStream_t stream) {
   constexpr int kWidth = kVectorBytes / sizeof(T);
   const bool wide = aligned && g.D % kWidth == 0;
   int lanes = 1;
   while (lanes < 32 && lanes * (wide ? kWidth : 1) < g.D) lanes *= 2;
   const int64_t blocks = (batch.units * g.S * lanes + kSortThreads - 1) / kSortThreads;
   return launch(
-      wide ? sum_cells_kernel<kWidth, T, Real> : sum_cells_kernel<1, T, Real>, std::min<int64_t>(blocks, INT32_MAX), 1, 1,
-      kSortThreads, stream, g, batch, kept, row_per_sample, lanes, order.keys, order.samples, grad, by_value);
+      wide ? sum_pixels_kernel<kWidth, T, Real> : sum_pixels_kernel<1, T, Real>, std::min<int64_t>(blocks, INT32_MAX), 1, 1,
+      kSortThreads, stream, g, batch, kept, row_per_sample, lanes, order.keys, order.samples, grad, grad_value);
 }
 
-// Adds to `by_value` in the same order every time. `sort(batch, fill)` makes the keys of a batch by `fill(keys)` and returns
-// their stable order.
+// Adds to `grad_value` in the same order every time. `sort(batch, fill)` makes the keys of a batch by `fill(keys)` and
+// returns their stable order.
 template <typename T, typename Real, typename Sort>
 cudaError_t run_deterministic(
-    const Geometry& g, const KeptInput<Real>& kept, bool row_per_sample, Pointer<const T> grad, Pointer<Real> by_value,
+    const Geometry& g, const KeptInput<Real>& kept, bool row_per_sample, Pointer<const T> grad, Pointer<Real> grad_value,
     bool aligned, int64_t most, cudaStream_t stream, const Sort& sort) {
   if (g.samples() == 0 || g.D == 0 || g.S == 0) return cudaSuccess;
   for (const Batch& batch : batches(g, most)) {
@@ -190,7 +190,7 @@ cudaError_t run_deterministic(
       error = launch(keys_kernel<Real>, blocks, 1, 1, kSortThreads, stream, g, batch, kept, keys);
     });
     if (error == cudaSuccess)
-      error = sum_cells<T, Real>(g, batch, kept, row_per_sample, order, grad, by_value, aligned, stream);
+      error = sum_pixels<T, Real>(g, batch, kept, row_per_sample, order, grad, grad_value, aligned, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -199,11 +199,11 @@ cudaError_t run_deterministic(
 // Gradients by reference [B, Q, L, 2 or 4] from those by pixels.
 template <typename T, typename Real>
 cudaError_t run_reference_grad(
-    const Geometry& g, const AttentionInput<Real>& in, Pointer<const Real> by_pixels, Pointer<Real> by_reference,
+    const Geometry& g, const AttentionInput<Real>& in, Pointer<const Real> grad_pixels, Pointer<Real> grad_reference,
     cudaStream_t stream) {
   constexpr int kWarps = kReferenceThreads / 32;
   const int64_t blocks = std::min<int64_t>((g.B * g.Q * g.L + kWarps - 1) / kWarps, INT32_MAX);
-  return launch(reference_grad_kernel<T, Real>, blocks, 1, 1, kReferenceThreads, stream, g, in, by_pixels, by_reference);
+  return launch(reference_grad_kernel<T, Real>, blocks, 1, 1, kReferenceThreads, stream, g, in, grad_pixels, grad_reference);
 }
 
 }  // namespace dat

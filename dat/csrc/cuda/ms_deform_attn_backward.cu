@@ -5,7 +5,7 @@ namespace dat {
 namespace {
 
 struct Gradients {
-  Tensor by_value, by_reference, by_offsets, by_logits;
+  Tensor grad_value, grad_reference, grad_offsets, grad_logits;
 };
 
 template <typename T, typename Real = typename RealOf<T>::type>
@@ -14,24 +14,26 @@ cudaError_t launch_backward(
   const Geometry& g = args.geometry;
   const auto in = args.input<Real>();
   const auto scratch = [&](const Tensor& like) { return empty(args.value, like.sizes(), true); };
-  std::optional<Tensor> by_weights, by_pixels, pixels, weights;
+  std::optional<Tensor> grad_weights, grad_pixels, pixels, weights;
   AttentionGrads<Real> grads = {};
-  grads.by_offsets = mutable_data<char>(gradients.by_offsets), grads.by_logits = mutable_data<char>(gradients.by_logits);
-  by_weights = args.narrow() ? scratch(args.logits) : gradients.by_logits;
-  grads.by_weights = mutable_data<Real>(by_weights);
-  if (with_reference) by_pixels = scratch(args.offsets), grads.by_pixels = mutable_data<Real>(by_pixels);
+  grads.grad_offsets = mutable_data<char>(gradients.grad_offsets),
+  grads.grad_logits = mutable_data<char>(gradients.grad_logits);
+  grad_weights = args.narrow() ? scratch(args.logits) : gradients.grad_logits;
+  grads.grad_weights = mutable_data<Real>(grad_weights);
+  if (with_reference) grad_pixels = scratch(args.offsets), grads.grad_pixels = mutable_data<Real>(grad_pixels);
   if (deterministic) {
     pixels = scratch(args.offsets), weights = scratch(args.logits);
     grads.kept = {mutable_data<Real>(pixels), mutable_data<Real>(weights)};
   }
-  Real* sums = deterministic ? nullptr : mutable_data<Real>(gradients.by_value);
+  Real* sums = deterministic ? nullptr : mutable_data<Real>(gradients.grad_value);
   const cudaStream_t stream = current_stream(grad);
   const bool wide = aligned(args.value) && aligned(grad);
   cudaError_t error = run_backward<Attention, T, Real>(g, in, grads, data<T>(grad), data<T>(args.value), sums, wide, stream);
   if (error == cudaSuccess && with_reference)
-    error = run_reference_grad<T, Real>(g, in, data<Real>(by_pixels), mutable_data<Real>(gradients.by_reference), stream);
+    error =
+        run_reference_grad<T, Real>(g, in, data<Real>(grad_pixels), mutable_data<Real>(gradients.grad_reference), stream);
   if (error == cudaSuccess && deterministic)
-    error = sum_deterministically(g, *pixels, weights, false, grad, gradients.by_value);
+    error = sum_deterministically(g, *pixels, weights, false, grad, gradients.grad_value);
   return error;
 }
 
@@ -49,9 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   with_type(kMSDeformAttn, value, [&]<typename T>(T) {
     check_launch(kMSDeformAttn, value, launch_backward<T>(args, grad, with_reference, deterministic, gradients));
   });
-  auto& [by_value, by_reference, by_offsets, by_logits] = gradients;
-  if (by_value.scalar_type() != value.scalar_type()) by_value = torch::stable::to(by_value, value.scalar_type());
-  return {by_value, by_reference, by_offsets, by_logits};
+  auto& [grad_value, grad_reference, grad_offsets, grad_logits] = gradients;
+  if (grad_value.scalar_type() != value.scalar_type()) grad_value = torch::stable::to(grad_value, value.scalar_type());
+  return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 }  // namespace

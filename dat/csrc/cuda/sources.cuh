@@ -47,7 +47,7 @@ struct PointsInput {
 
 template <typename Real>
 struct PointsGrads {
-  Pointer<Real> by_locations, by_weights;
+  Pointer<Real> grad_locations, grad_weights;
   Kept<Real> kept;
 };
 
@@ -69,11 +69,11 @@ __device__ __forceinline__ Sample<Real> point(
 template <typename Real>
 __device__ __forceinline__ void put_point_grad(
     const PointsGrads<Real>& grads, int64_t k, const Sample<Real>& s, const Real (&dot)[4]) {
-  SampleGrad<Real> by = {0, 0, 0};
-  if (s.inside) by = sample_grad(s.x, s.y, dot);
-  put<Real>(grads.by_locations + 2 * k, s.inside ? s.weight * by.x : Real(0));
-  put<Real>(grads.by_locations + 2 * k + 1, s.inside ? s.weight * by.y : Real(0));
-  if (grads.by_weights) put<Real>(grads.by_weights + k, by.weight);
+  SampleGrad<Real> grad = {0, 0, 0};
+  if (s.inside) grad = sample_grad(s.x, s.y, dot);
+  put<Real>(grads.grad_locations + 2 * k, s.inside ? s.weight * grad.x : Real(0));
+  put<Real>(grads.grad_locations + 2 * k + 1, s.inside ? s.weight * grad.y : Real(0));
+  if (grads.grad_weights) put<Real>(grads.grad_weights + k, grad.weight);
   grads.kept.put_pixel(k, s);
 }
 
@@ -176,11 +176,11 @@ struct AttentionInput {
 template <typename Real>
 struct AttentionGrads {
   // As offsets and logits.
-  Pointer<char> by_offsets, by_logits;
-  // Gradients by attention weights on their way to those by logits; may be `by_logits` itself.
-  Pointer<Real> by_weights;
+  Pointer<char> grad_offsets, grad_logits;
+  // Gradients by attention weights on their way to those by logits; may be `grad_logits` itself.
+  Pointer<Real> grad_weights;
   // Gradients by pixels, where those by reference points are to be made of them.
-  Pointer<Real> by_pixels;
+  Pointer<Real> grad_pixels;
   Kept<Real> kept;
 };
 
@@ -237,7 +237,7 @@ struct Attention {
   __device__ __forceinline__ Real logit(int i) const { return get_either<T, Real>(logits, in.narrow, i); }
   __device__ __forceinline__ Real attention(int i) const { return exp(logit(i) - max) * scale; }
 
-  // Pixels for each unit of an offset along `axis`, in a level of `size` cells.
+  // Pixels for each unit of an offset along `axis`, in a level of `size` pixels.
   __device__ __forceinline__ Real reach(Pointer<const Real> point, int axis, int size) const {
     return in.boxes ? get<Real>(point + 2 + axis) * static_cast<Real>(size) * in.box_share : Real(1);
   }
@@ -260,19 +260,19 @@ struct Attention {
   __device__ __forceinline__ void put_pixel_grad(const Grads& grads, int i, int axis, bool inside, Real x, int size) const {
     const int64_t k = 2 * (head * g.samples() + i) + axis;
     // Outside, a reach that is not finite must not make a zero into NaN.
-    const Real by_offset = inside ? x * reach(reference + g.level_of(i) * components(), axis, size) : Real(0);
-    put_either<T, Real>(grads.by_offsets, in.narrow, k, by_offset);
-    if (grads.by_pixels) put<Real>(grads.by_pixels + k, inside ? x : Real(0));
+    const Real grad_offset = inside ? x * reach(reference + g.level_of(i) * components(), axis, size) : Real(0);
+    put_either<T, Real>(grads.grad_offsets, in.narrow, k, grad_offset);
+    if (grads.grad_pixels) put<Real>(grads.grad_pixels + k, inside ? x : Real(0));
   }
   __device__ __forceinline__ void put_grad(const Grads& grads, int i, const Real (&dot)[4]) {
     const Sample<Real> s = sample(i);
-    SampleGrad<Real> by = {0, 0, 0};
-    if (s.inside) by = sample_grad(s.x, s.y, dot);
-    put_pixel_grad(grads, i, 0, s.inside, by.x * s.weight, s.level.width);
-    put_pixel_grad(grads, i, 1, s.inside, by.y * s.weight, s.level.height);
+    SampleGrad<Real> grad = {0, 0, 0};
+    if (s.inside) grad = sample_grad(s.x, s.y, dot);
+    put_pixel_grad(grads, i, 0, s.inside, grad.x * s.weight, s.level.width);
+    put_pixel_grad(grads, i, 1, s.inside, grad.y * s.weight, s.level.height);
     const int64_t k = head * g.samples() + i;
-    put<Real>(grads.by_weights + k, by.weight);
-    total += s.weight * by.weight;
+    put<Real>(grads.grad_weights + k, grad.weight);
+    total += s.weight * grad.weight;
     grads.kept.put_pixel(k, s);
     if (grads.kept.weights) put<Real>(grads.kept.weights + k, s.weight);
   }
@@ -281,8 +281,8 @@ struct Attention {
     const Real sum = group_sum<Rows::kLanes>(total);
     for (int i = lane; has(i); i += Rows::kLanes) {
       const int64_t k = head * g.samples() + i;
-      const Real by_weight = *view<Real>(grads.by_weights + k);
-      put_either<T, Real>(grads.by_logits, in.narrow, k, attention(i) * (by_weight - sum));
+      const Real grad_weight = *view<Real>(grads.grad_weights + k);
+      put_either<T, Real>(grads.grad_logits, in.narrow, k, attention(i) * (grad_weight - sum));
     }
   }
 };

@@ -140,6 +140,6 @@ void with_type(const char* op, const Tensor& value, const Call& call) {
 // Adds the gradient by value in the same order every time, from what the backward kernels kept of the samples.
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
-    Tensor& by_value);
+    Tensor& grad_value);
 
 }  // namespace dat
