@@ -19,7 +19,7 @@ from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 
-# Where one place holds all images, one of so many of each class is for validation.
+# Without separate splits, every fifth image of each class is held out for validation.
 HELD_OUT = 5
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dat.classification.config import ClassificationConfig
+from dat.classification.draw import draw_mistakes
 from dat.classification.readers import Split
 from dat.classification.results import Results, flat_metrics
-from dat.classification.sheet import draw_mistakes
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError

@@ -62,7 +62,7 @@ def _write(
     color: str,
     size: tuple[int, int],
 ) -> None:
-    """Writes text on a coloured ground above the corner of a box, moved until it is inside the image."""
+    """Draws text on a coloured background above the corner of a box, shifted to lie inside the image."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(corner[0], size[0] - width))

@@ -17,7 +17,7 @@ from dat.detection.data import Annotations, Category, read_dataset, resized_size
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
-from dat.utils.errors import ConfigError, DataError
+from dat.utils.errors import DataError
 from dat.utils.files import read_jsonl
 
 # AP at which a run ends, and AP that it should reach.
@@ -33,8 +33,6 @@ def overfit(config: DetectionConfig, count: int) -> None:
 
     Raises UserError for a configuration that cannot work.
     """
-    if count < 1:
-        raise ConfigError(f"--overfit is {count}, should be at least 1")
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)

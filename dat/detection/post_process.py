@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from dat.detection.matcher import Scores, check_scores
-from dat.ops.sizes import shorter
+from dat.ops.sizes import sym_min
 
 
 @torch.no_grad()
@@ -47,11 +47,11 @@ def best_detections(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if scores == "sigmoid":
         candidates = logits.to(dtype).sigmoid().flatten(1)
-        values, index = candidates.topk(shorter(top_k, candidates.shape[1]))
+        values, index = candidates.topk(sym_min(top_k, candidates.shape[1]))
         query, labels = index // logits.shape[2], index % logits.shape[2]
     else:
         values, best = logits.to(dtype).softmax(-1)[..., :-1].max(-1)
-        values, query = values.topk(shorter(top_k, values.shape[1]))
+        values, query = values.topk(sym_min(top_k, values.shape[1]))
         labels = best.gather(1, query)
     height, width = sizes.to(boxes.device, dtype).unbind(1)
     corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]

@@ -22,7 +22,7 @@ from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
     "training loss": [("train", "loss")],
-    "parts of the loss, last layer": [("train", name) for name in PAPER_WEIGHTS["sigmoid"]],
+    "parts of the loss, last layer": [("train", name) for name in PAPER_WEIGHTS],
     "average precision": [("val", name) for name in ("AP50", "AP", "APs", "APm", "APl")],
     "learning rate": [("train", "lr")],
 }

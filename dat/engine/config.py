@@ -102,11 +102,11 @@ def rename_keys(data: dict[str, Any], saved: bool = False) -> dict[str, Any]:
     return data
 
 
-def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
+def apply_overrides(config: T, overrides: Iterable[str]) -> T:
     """A copy of a configuration, such as a checkpoint's, with "key.path=value" overrides. Raises ConfigError."""
     data = to_dict(config)
     _apply_overrides(type(config), overrides, data)
-    return from_dict(type(config), data, source)
+    return from_dict(type(config), data, "command line")
 
 
 def keyword_overrides(schema: type, values: dict[str, Any]) -> list[str]:
@@ -240,6 +240,7 @@ def _apply_overrides(schema: type, overrides: Iterable[str], data: dict[str, Any
     """Writes "key.path=value" overrides into `data`."""
     given: dict[str, Any] = {}
     overrides = list(overrides)
+    # Applied to an empty configuration first, to see which of two alternatives the overrides themselves give.
     for override in overrides:
         _apply_override(schema, override, given)
     _clear_alternatives(data, given)

@@ -142,11 +142,11 @@ class Trainer(Task):
             self.logger.info(self._describe())
             for warning in self.warnings:
                 self.logger.warning(warning)
-            with stop_on_sigterm() as stop:
+            with stop_on_sigterm() as self.stop:
                 while progress.closed < self.total_steps and progress.best < until:
                     # A run that was stopped between the last step of an epoch and its evaluation lacks only that.
                     if progress.step < self._end_of_epoch():
-                        self.train_epoch(stop)
+                        self.train_epoch()
                     self.finish_epoch()
             metrics = self.report()
             self.distributed.barrier()
@@ -159,14 +159,13 @@ class Trainer(Task):
         progress = self.progress
         return min(progress.step - progress.step_in_epoch + self.steps_per_epoch, self.total_steps)
 
-    def train_epoch(self, stop: StopSignal) -> None:
+    def train_epoch(self) -> None:
         """The rest of the current epoch. "last.pth" is also written before the evaluation, which may fail."""
         progress, train = self.progress, self.config.train
         self.sampler.set_position(progress.epoch, progress.step_in_epoch)
         end, images = self._end_of_epoch(), self.sampler.images
         batches = iter(self.loader)
         self.wrapped.train()
-        self.stop = stop
         self._clock = (time.perf_counter(), progress.step)
         description, done = f"epoch {progress.epoch + 1}/{self.epochs}", progress.step_in_epoch * images
         with self.logger.progress(self.steps_per_epoch * images, description, done) as bar:
@@ -184,7 +183,7 @@ class Trainer(Task):
                 if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
                     self.save("last.pth")
                 if stopping:
-                    stop.exit(self.distributed)
+                    self.stop.exit(self.distributed)
 
     def train_step(self, batches: Sequence[Any]) -> None:
         """One optimizer step; its gradients are those of one batch of all images of all processes.
@@ -479,4 +478,5 @@ def _checkpoint_gradients(model: Any) -> None:
         model.set_grad_checkpointing()
     # timm's models refuse by an assertion, or lack the method.
     except (AssertionError, AttributeError) as error:
-        raise ConfigError(f"train.grad_checkpointing is true, which {type(model).__name__} does not know") from error
+        name = type(model).__name__
+        raise ConfigError(f"train.grad_checkpointing=true is not supported by {name}; set it to false") from error

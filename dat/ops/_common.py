@@ -183,7 +183,7 @@ def register_batching(name: str, dims: Sequence[int], outputs: Sequence[int]) ->
 
         def split(out: Tensor, like: int) -> tuple[Tensor, int | None]:
             source = many[like]
-            # What an op has nothing to say about comes back empty, without a batch dimension.
+            # Outputs for absent optional inputs are empty and have no batch dimension.
             if source is None or out.ndim == 1:
                 return out, None
             return out.unflatten(dims[like], (info.batch_size, source.shape[1 + dims[like]])), dims[like]

@@ -251,13 +251,13 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
             grad, *tensors, size=(H, W), scale=ctx.scale, align_corners=ctx.align_corners
         )
 
-    # The output and its logarithms follow from the other arguments, to which their share of the gradient goes.
+    # `out` and `lse` are functions of the other inputs, so their gradients are accounted for there.
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None, None
 
 
 _attend = differentiable("deform_attn", _setup_context, _autograd)
 _attend_backward = differentiable("deform_attn_backward", _setup_second, _second_autograd)
-# The table has no batch: heads are what all tensors have.
+# The table has no batch dimension, so batches are merged into the heads, which all tensors have.
 register_batching("deform_attn", dims=(1, 1, 1, 1, 0), outputs=(0, 0))
 register_batching("deform_attn_backward", dims=(1, 1, 1, 1, 1, 0, 1, 1), outputs=(1, 2, 3, 4, 5))
 

@@ -20,7 +20,7 @@ from dat.ops._common import (
     untraced,
 )
 from dat.ops._library import LIBRARY
-from dat.ops.sizes import longer
+from dat.ops.sizes import sym_max
 
 LIBRARY.define(
     "neighborhood_attn(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, SymInt width, "
@@ -74,7 +74,7 @@ def neighborhood_attn(
     query, key, value = autocast(query), autocast(key), autocast(value)
     _check(query, key, value, bias, (H, W), kernel_size, dilation)
     bias = None if bias is None else cast(bias, sum_dtype(query))
-    padded_H, padded_W = (longer(length, kernel_size * dilation) for length in (H, W))
+    padded_H, padded_W = (sym_max(length, kernel_size * dilation) for length in (H, W))
     down, right = padded_H - H, padded_W - W
     if down or right:
         query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))

@@ -9,7 +9,7 @@
 namespace dat {
 namespace {
 
-// As views of a projection to query, key and value are; anything else is copied.
+// Strided views of a fused qkv projection are used as they are; other layouts are copied.
 Tensor with_channels_side_by_side(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) < 2 ? tensor : torch::stable::contiguous(tensor);
 }

@@ -169,13 +169,13 @@ struct AttentionInput {
   Pointer<const char> offsets, logits;
   bool narrow;
   bool boxes;
-  // Of a box's size that an offset of one means: half of it, divided by the number of points.
+  // Fraction of the box size that an offset of 1 corresponds to: 0.5 / num_points.
   Real box_share;
 };
 
 template <typename Real>
 struct AttentionGrads {
-  // As offsets and logits.
+  // In the layout of offsets and logits.
   Pointer<char> grad_offsets, grad_logits;
   // Gradients by attention weights on their way to those by logits; may be `grad_logits` itself.
   Pointer<Real> grad_weights;

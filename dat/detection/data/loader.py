@@ -1,7 +1,7 @@
 """Data sets and loaders for training and evaluation.
 
-What a training sample is depends on (seed, epoch, index) alone, and the order of the samples on (seed, epoch): neither
-the number of workers nor an interruption changes them.
+A training sample depends on (seed, epoch, index) only, and the order of the samples on (seed, epoch) only: neither the
+number of workers nor an interruption changes them.
 """
 
 import math
@@ -35,10 +35,10 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Items are asked for as (epoch, index) or (epoch, index, most rows, most columns).
+    """Images and targets, indexed by (epoch, index) or (epoch, index, maximum height, maximum width).
 
     A target has "boxes" [n, 4] cxcywh in 0..1 of the image, "labels" [n], "image_id", "size" (height, width) in pixels
-    of the image file, and whatever else the reader and the transform put in.
+    of the image file, and any other entries that the reader and the transform add.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from dat.detection.models.transformer import (
     inverse_sigmoid,
     reference_grid,
 )
-from dat.ops.sizes import shorter
+from dat.ops.sizes import sym_min
 
 
 @dataclass
@@ -202,7 +202,7 @@ class DeformableDETR(BaseDETR):
     def _proposed_queries(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Content [B, Q, C], position [B, Q, C] and reference boxes [B, Q, 4] of the best proposals."""
         # The encoder is trained to tell objects from background by class 0 alone.
-        top = logits[..., 0].topk(shorter(self.num_queries, logits.shape[1]), dim=1).indices
+        top = logits[..., 0].topk(sym_min(self.num_queries, logits.shape[1]), dim=1).indices
         reference = boxes.gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
         encoding = sine_encoding(reference, self.pos_trans.in_features // 4).to(logits.dtype)
         pos, content = self.pos_trans_norm(self.pos_trans(encoding)).chunk(2, -1)
