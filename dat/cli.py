@@ -125,7 +125,7 @@ def _add_train(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_config(parser)
     _add_overrides(parser, "such as data.root=FOLDER train.lr=1e-3")
     if detect:
-        text = "instead, learn N training images by heart into `output`/overfit, and say what is wrong if that fails"
+        text = "instead, overfit N training images in `output`/overfit, and print the likely reasons if that fails"
         parser.add_argument("--overfit", type=_at_least(1), metavar="N", help=text)
 
 

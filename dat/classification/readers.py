@@ -66,10 +66,10 @@ class Split:
         return self.reader.filename(self.indices[index]) or f"image {index}"
 
 
-# (data, data.train or data.val, the model's class names or None) to (reader, name of each label, left out), see Split.
-# What it raises beside UserError becomes a DataError that names the split.
+# Maps (data, data.train or data.val, the model's class names or None) to (reader, name of each label, left out), see
+# Split. Errors other than UserError become a DataError that names the split.
 Read = Callable[[DataConfig, SplitConfig, Sequence[str] | None], tuple[Any, list[str], list[str]]]
-# By the name that opens `data.train.path`, as in wds/FOLDER: the reader, and the packages that it needs.
+# {prefix of `data.train.path`, such as "wds" in wds/FOLDER: (reader, packages that it needs)}
 READERS: dict[str, tuple[Read, str]] = {}
 
 
@@ -124,7 +124,7 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
     if place.is_file() and place.suffix != ".tar":
         raise DataError(f"{key}: {place} is a file that is not a .tar")
-    # timm knows PNG and JPEG only, and takes no extensions for a .tar.
+    # timm supports PNG and JPEG only, and takes no extensions for a .tar.
     add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
     options: dict[str, Any] = {}
     left_out: list[str] = []
@@ -228,7 +228,7 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
 
 
 def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:
-    """Extensions of image files, also of those that are images by content alone, and all other files, not hidden ones.
+    """Extensions of image files, including those that only their content identifies, and all other visible files.
 
     Only files in class folders count.
     """

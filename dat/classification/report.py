@@ -66,7 +66,7 @@ def write_report(
 
 
 def read_results(folder: Path) -> tuple[Results, list[str]]:
-    """Results of a run's best epoch so far, and the class names. Raises DataError or CheckpointError without."""
+    """Results of a run's best epoch so far, and the class names. Raises DataError or CheckpointError if absent."""
     path = folder / "results.npz"
     if not path.is_file():
         raise DataError(f"{path}: does not exist, the run was not evaluated yet")

@@ -103,7 +103,7 @@ class ClassificationTrainer(Trainer):
         self._warn(self.skipped)
 
     def save(self, name: str, weights_only: bool = False) -> None:
-        """As Trainer.save; also writes the list of unreadable images."""
+        """Writes a checkpoint like Trainer.save, and the list of unreadable images."""
         self.skipped.write(self.distributed)
         super().save(name, weights_only)
 

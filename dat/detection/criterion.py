@@ -113,7 +113,7 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         stacks = [(self._stack(layers), targets, ["", *(f"_{i}" for i in range(len(layers) - 1))])]
         if "enc_outputs" in outputs:
-            # The encoder tells objects from background: every object is of class 0.
+            # The encoder only separates objects from background: every object is of class 0.
             binary = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             stacks.append((self._stack([outputs["enc_outputs"]]), binary, ["_enc"]))
         losses: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ class SetCriterion(nn.Module):
         return layers.sum((predicted - wanted).abs().sum(-1)) / normalizers.boxes
 
     def loss_giou(self, layers: Layers, normalizers: Normalizers) -> Tensor:
-        """1 less the generalised IoU."""
+        """1 minus the generalised IoU."""
         predicted, wanted = (box_convert(boxes, "cxcywh", "xyxy") for boxes in layers.matched_boxes)
         return layers.sum(1 - generalized_iou(predicted, wanted)) / normalizers.boxes
 

@@ -44,7 +44,7 @@ def draw_boxes(
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two images of the same size beside each other, or wide ones one above the other."""
+    """Joins two images of the same size side by side, or wide ones one above the other."""
     gap = 6
     wide = left.width > 1.5 * left.height
     size = (left.width, 2 * left.height + gap) if wide else (2 * left.width + gap, left.height)

@@ -1,4 +1,4 @@
-"""From a model's outputs to detections in pixels."""
+"""Converts the outputs of a model to detections in pixels."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def post_process(
         outputs, sizes, scores, top_k: see best_detections.
 
     Returns:
-        B times "scores" [k], falling, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
+        B times "scores" [k], decreasing, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
         k is top_k or the number of candidates, whichever is less.
     """
     values, labels, boxes, _ = best_detections(outputs, sizes, scores, top_k)
@@ -38,7 +38,7 @@ def best_detections(
         top_k: how many are kept at most.
 
     Returns:
-        scores [B, k], falling, labels [B, k], boxes [B, k, 4], xyxy in pixels, and the queries [B, k] that gave them.
+        scores [B, k], decreasing, labels [B, k], boxes [B, k, 4], xyxy in pixels, and their queries [B, k].
     """
     check_scores(scores)
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]

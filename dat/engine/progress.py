@@ -74,7 +74,7 @@ class StepRecord:
         self.step, self.batches, self.normalizers = step, batches, normalizers
         self.copied = None
         if values.is_cuda:
-            # To pinned memory, so that the copy runs beside the next kernels.
+            # The copy goes to pinned memory, so that it overlaps with the next kernels.
             self.values = values.to("cpu", non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()

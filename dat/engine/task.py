@@ -81,7 +81,7 @@ class Task(ABC):
         return len(batches)
 
     def describe_classes(self) -> str:
-        """Further lines at the head of the log."""
+        """Further lines at the start of the log."""
         return ""
 
 

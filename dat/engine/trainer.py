@@ -53,7 +53,7 @@ class Trainer(Task):
     Args:
         config: of the task; `config.train` is a TrainConfig.
         distributed: this process; None: setup_distributed(config.train.device).
-        resume: checkpoint to go on from.
+        resume: checkpoint to continue from.
     Raises:
         ConfigError, CheckpointError: arguments that do not fit together, or a checkpoint of another run.
     """
@@ -124,8 +124,6 @@ class Trainer(Task):
     def to_device(self, tensor: Tensor, images: bool = False) -> Tensor:
         layout = self.memory_format if images else torch.preserve_format
         return tensor.to(self.device, non_blocking=True, memory_format=layout)
-
-    # The run.
 
     def run(self, until: float = math.inf) -> dict[str, Any]:
         """Trains to the last step, or until `metric` reaches `until`, and writes the results.
@@ -198,7 +196,7 @@ class Trainer(Task):
         try:
             normalizers = self.normalizers(batches)
             values = self._backward(self.wrapped, batches, normalizers, step)
-        # The matcher notices it first.
+        # The matcher may raise before the loss is computed.
         except NonFiniteError:
             self._read_pending()
             self._trace_non_finite(batches, step)
@@ -252,7 +250,7 @@ class Trainer(Task):
         self.progress.add([*losses, norm])
 
     def _raise_non_finite(self, record: StepRecord) -> None:
-        """Raises NonFiniteError for the first tensor of the step that is not finite, as far as this process knows."""
+        """Raises NonFiniteError for the first tensor of the step that is not finite on this process."""
         self._trace_non_finite(record.batches, record.step)
         where = f"step {record.step}, {', '.join(map(self.describe_batch, record.batches))}"
         if self.reads_late:
@@ -316,7 +314,7 @@ class Trainer(Task):
         return f", {self.metric} {value:.4g}, best {progress.best:.4g}"
 
     def evaluation_model(self) -> Any:
-        """The model with averaged weights, if there are any, that this process can run alone."""
+        """The model with averaged weights, if there are any, that one process can run."""
         model = self.model if self.ema is None else self.ema.module
         if is_sharded(model):
             weights = whole_tensors(model.state_dict())
@@ -399,8 +397,6 @@ class Trainer(Task):
             # Buffers are not sharded, and torch's foreach functions do not take both kinds in one call.
             self.ema.foreach = False
         return self.model
-
-    # What is logged.
 
     def report(self) -> dict[str, Any]:
         """Writes metrics.json, images and report.html of the best epoch on the main process; returns the metrics."""

@@ -13,7 +13,7 @@ from dat.utils.errors import CheckpointError
 
 # Key of our JSON text in the package's own metadata.
 KEY = "dat"
-# By name of an input: its dtype, and for each axis the smallest size, of which all are multiples, and the largest.
+# {name of an input: (dtype, for each axis the smallest size, of which all are multiples, and the largest)}
 Inputs = dict[str, tuple[str, list[tuple[int, int]]]]
 
 

@@ -52,7 +52,7 @@ class Samples:
             if source is not None:
                 raise
             return cls((_generate(0), _generate(1)), "generated images")
-        # Of a single image the second is the mirror image.
+        # The mirror image stands in for a missing second image.
         return cls((found[0], found[-1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)), str(place))
 
     def batches(self, sizes: Sequence[int]) -> list[Tensor]:
@@ -235,6 +235,6 @@ def _write_compiled(graph: Graph, path: Path) -> None:
         inputs[name] = (str(example.dtype), sizes)
     try:
         write_compiled(_program(graph), inputs, graph.metadata, path)
-    # There is no compiler, it fails, or torch does.
+    # The compiler is missing, or it or torch fails with errors of any type.
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile this model: {one_line(error)}") from error

@@ -288,7 +288,7 @@ class DAT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, after converting official names and tables for another image or window size."""
+        """Loads a state dict after converting official names and tables for another image or window size."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 

@@ -1,4 +1,4 @@
-"""What several ops share: checks of arguments, dtypes, derivatives, vmap rules and FLOPs."""
+"""Helpers of several ops: checks of arguments, dtypes, derivatives, vmap rules and FLOPs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -143,7 +143,7 @@ def second_derivatives(
     def input_of(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        # A view stands for the tensor alone, without the others that it may have been computed from or into.
+        # Differentiate with respect to a view, so that gradients stop at this tensor.
         return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
 
     with torch.enable_grad():

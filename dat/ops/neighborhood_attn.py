@@ -237,7 +237,7 @@ register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1
 
 
 def _product_flops(query: Any, kernel_size: int) -> int:
-    """Of one product of queries and neighbours, two for each multiply-add."""
+    """FLOPs of one product of queries and neighbours, two for each multiply-add."""
     B, h, pixels, c = query
     return 2 * B * h * pixels * kernel_size**2 * c
 

@@ -1,6 +1,6 @@
 """Triton kernels of `neighborhood_attn` for GPUs; imported with the first call, as triton is not needed elsewhere.
 
-A program takes a tile of 8 x 8 queries (or of keys) and goes through the pixels around it a block at a time: with a
+A program takes a tile of 8 x 8 queries (or of keys) and loops over the pixels around it one block at a time: with a
 window of 7 x 7 these are 14 x 14 pixels, in seven blocks of 2 x 16. No two programs add to the same number, so that
 sums are always taken in the same order.
 """
@@ -189,7 +189,7 @@ def _backward_queries(
         total = total * shrink + tl.sum(p, 1)
         mean = mean * shrink + tl.sum(p * tl.dot(g, tl.trans(v), input_precision="tf32x3"), 1)
         top = higher
-    # Of pixels outside the map, which have no neighbours, nothing is kept.
+    # Pixels outside the map have no neighbours; their values are set to zero.
     log_sum = tl.where(inside, _finite(top) + tl.log(total), 0.0)
     mean = tl.where(inside, mean / total, 0.0)
     query_sums = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)

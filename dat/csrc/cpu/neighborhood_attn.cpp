@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   check_dtype(kOp, grad, "grad", query, "query");
   grad = with_channels_side_by_side(grad);
   Tensor grad_query = new_pixels(inputs.query), grad_key = new_pixels(inputs.key), grad_value = new_pixels(inputs.value);
-  // Where there is no bias the dtype is still that of the sums.
+  // Without a bias its empty gradient still has the dtype of the sums.
   const std::vector<int64_t> bias_size =
       bias ? std::vector<int64_t>{bias->size(0), bias->size(1), bias->size(2)} : std::vector<int64_t>{0};
   Tensor grad_bias = torch::stable::new_empty(inputs.query, bias_size, real_type(inputs.query));

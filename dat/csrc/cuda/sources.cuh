@@ -1,8 +1,8 @@
-// Where samples come from and their gradients go: given points (deform_sample), or offsets and logits (ms_deform_attn).
+// Inputs of samples and outputs of their gradients: given points (deform_sample), or offsets and logits (ms_deform_attn).
 //
 // A source is what one group of lanes works on, in head `h` of image `b`. `sample(i)` is sample i of `count()`, of which the
 // group's lanes take turns: `put_grad` and `sample` are called by the same lane for the same i. `row(i)` is the row of the
-// output that it goes to.
+// output that it is added to.
 #pragma once
 
 #include "geometry.cuh"
@@ -165,7 +165,7 @@ __device__ __forceinline__ void put_either(Pointer<char> numbers, bool narrow, i
 template <typename Real>
 struct AttentionInput {
   Pointer<const Real> reference;
-  // In the type of the values where they are narrow, otherwise in Real.
+  // Stored in the type of the values if `narrow`, otherwise in Real.
   Pointer<const char> offsets, logits;
   bool narrow;
   bool boxes;
@@ -200,7 +200,7 @@ struct Attention {
   const Pointer<const Real> reference;
   const Pointer<const char> offsets, logits;
   Real max, scale;
-  // What this lane's samples add to the sum of weights times their gradients.
+  // Contribution of this lane's samples to the sum of weights times their gradients.
   Real total = 0;
 
   // Groups without a query go through the shuffles with the samples of the first one.

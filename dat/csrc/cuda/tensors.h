@@ -1,4 +1,4 @@
-// Tensors to kernel arguments, and what both registrations for CUDA share.
+// Conversion of tensors to kernel arguments, and helpers of both CUDA registrations.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -59,7 +59,7 @@ class DetectionDataset(Dataset[Sample]):
         image, target = read_sample(record, None if self.cache is None else self.cache.get(record.path))
         if canvas:
             target["canvas"] = Canvas(*canvas)
-        # Without workers this runs in the training process, whose own generator must not move.
+        # Without workers this runs in the training process, whose generator must not advance.
         with isolated_rng(self.seed, epoch, index):
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
@@ -75,7 +75,7 @@ class AspectRatioBatchSampler(EpochBatchSampler):
     """Batches of the keys of a DetectionDataset whose images have similar aspect ratios, so that little is padding.
 
     The steps of an epoch, which images they take and in which order, depend on seed, epoch and the number of images of
-    a step alone. Steps are all upright or all wide except for the images left over from both kinds; a remainder that
+    a step only. Steps are all upright or all wide except for the images left over from both kinds; a remainder that
     fills no step is left out of that epoch. All batches have `batch_size` images, unless the data set is smaller than a
     step: then its images are dealt evenly, and repeated where that is needed.
 
