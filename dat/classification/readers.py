@@ -148,7 +148,7 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     one .tar in it.
 
     Raises:
-        DataError: none of these; names what is there.
+        DataError: none of these exists; the message lists the folders and tars found.
     """
     root = Path(data.root)
     found = {split: _named_places(root, split, getattr(data, split).path) for split in ("train", "val")}

@@ -23,7 +23,7 @@ class Output:
     Attributes:
         folder: of all files.
         targets: for each image its annotated image, for each video the folder of its frames.
-        threshold: lowest score of what is drawn and cut out.
+        threshold: lowest score of detections that are drawn and cropped.
         crops: also cut out detections.
         points: also draw their sampling points.
     """

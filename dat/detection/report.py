@@ -34,7 +34,7 @@ MOST_PREDICTIONS = 16
 def write_report(
     folder: Path, config: DetectionConfig, evaluation: Evaluation | None, metrics: dict[str, Any], text: str = ""
 ) -> list[Path]:
-    """Draws what there is of a run or an evaluation and writes report.html; returns the paths of the images.
+    """Draws the plots of a run or an evaluation and writes report.html; returns the paths of the images.
 
     Args:
         folder: where the files go; its log.jsonl, if there is one, gives the training curves.

@@ -352,7 +352,7 @@ def _shown(value: Any) -> str:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """`value` as `kind`. Raises ValueError whose message says what the value should be."""
+    """`value` as `kind`. Raises ValueError whose message describes the expected value."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return _floats(value)

@@ -22,7 +22,7 @@ def write_compiled(program: Any, inputs: Inputs, metadata: dict[str, Any], path:
 
     Args:
         program: takes tensors, returns a tuple of tensors.
-        inputs: what the compiled model accepts; it does not check its inputs itself.
+        inputs: dtypes and sizes that the compiled model accepts; it does not check its inputs itself.
         metadata: JSON values to store.
         path: of the package.
     """

@@ -115,7 +115,7 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compile
     """Exports a model, runs the file on samples, and moves it to `path` if it gives torch's results.
 
     Args:
-        graph: what to export.
+        graph: model to export.
         samples: inputs to compare on.
         path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
         compiled: write a package of AOTInductor instead of torch.export.

@@ -138,7 +138,7 @@ class DeformableAttention(nn.Module):
             query: [B, H, W, C], the projected queries.
         """
         H, W, C = query.shape[1:]
-        # A compiler decides itself what to recompute.
+        # Compilers choose which values to recompute themselves.
         if torch.compiler.is_compiling() or math.prod(self.key_size((H, W))) * C <= LARGE_MAP:
             offset = self._offsets(query)
         else:

@@ -260,7 +260,7 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of `indices` do not need; returns the indices as stage numbers."""
+        """Remove the modules that the features of `indices` do not need; returns the indices as stage numbers."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]

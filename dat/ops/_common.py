@@ -105,7 +105,7 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
         setup_context(ctx, args, out)
         return out
 
-    # The name is what a graph of gradients and the profiler show.
+    # Autograd graphs and the profiler show this name.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
 
@@ -164,7 +164,7 @@ def second_derivatives(
 
 
 def register_batching(name: str, dims: Sequence[int], outputs: Sequence[int]) -> None:
-    """A vmap rule for an op that takes the items of one dimension each by itself: what is mapped over joins it.
+    """A vmap rule for an op that is independent along one dimension: the mapped dimension is merged into it.
 
     `dims` has that dimension of each tensor argument, `outputs` for each output the argument that it is batched like.
     """

@@ -231,14 +231,14 @@ def key_kernel(
             slope_x, slope_y = b + fy * d, c + fx * d
         p = _exp(scores, log_total[None, :])
         value_sums += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
-        by_scores = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
-        key_sums += tl.dot(by_scores.to(q.dtype), q, input_precision=PRECISION)
+        score_grads = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
+        key_sums += tl.dot(score_grads.to(q.dtype), q, input_precision=PRECISION)
         if BIASED:
-            x_sums += by_scores * slope_x
-            y_sums += by_scores * slope_y
+            x_sums += score_grads * slope_x
+            y_sums += score_grads * slope_y
             at = grad_scores + (keys - first_key)[:, None] * HW + queries[None, :]
             pairs = inside[:, None] & (queries < HW)[None, :]
-            tl.store(at, by_scores.to(grad_scores.dtype.element_ty), mask=pairs)
+            tl.store(at, score_grads.to(grad_scores.dtype.element_ty), mask=pairs)
     sums += ((part * rows + row) * (last_key - first_key) - first_key) * (2 * C + 2)
     _store_rows(sums, key_sums * scale, keys, 2 * C + 2, channels, C, inside)
     _store_rows(sums + C, value_sums, keys, 2 * C + 2, channels, C, inside)
@@ -394,7 +394,7 @@ class TableGradient:
         self.parts = launch.table.new_empty(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
-        """Add what follows from the gradients [rows, last - first, H*W] of the scores of keys first..last."""
+        """Add the contributions of the gradients [rows, last - first, H*W] of the scores of keys first..last."""
         launch, parts = self.launch, len(self.parts)
         images = launch.rows // launch.heads[0]
         length = ceil_div(images * ceil_div(last - first, TABLE_KEYS), parts)

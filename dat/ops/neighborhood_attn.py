@@ -52,7 +52,7 @@ def neighborhood_attn(
     Args:
         query, key, value: [B, h, H*W, c] of a map of `size`, row by row; float32, float64, bfloat16 or float16. Under
             autocast float32 is cast to its dtype.
-        bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: what is added to the score of a neighbour that
+        bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: the bias of the score of a neighbour that
             is (dy, dx) * dilation pixels away, at [kernel_size-1+dy, kernel_size-1+dx]. None: nothing.
         size: (H, W). A side shorter than kernel_size * dilation is filled up, below and to the right, with pixels of
             zero query, key and value; they are attended to, and not returned.
@@ -231,7 +231,7 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 _attend = differentiable("neighborhood_attn", _setup_context, _autograd)
 _attend_backward = differentiable("neighborhood_attn_backward", _setup_second, _second_autograd)
-# The bias has no batch: heads are what all tensors have.
+# The bias has no batch dimension, so batches are merged into the heads, which all tensors have.
 register_batching("neighborhood_attn", dims=(1, 1, 1, 0), outputs=(0,))
 register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1, 2, 3, 4))
 

@@ -141,7 +141,7 @@ def _bias_sums(grad_scores, row, column, key_row, key_column, DTYPE: tl.constexp
                ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Sums [SIDE, SIDE] of a block's gradients by displacement.
 
-    They are two products with matrices of zeros and ones, which say what pairs of columns, then of rows, are summed.
+    They are two products with matrices of zeros and ones, which select the pairs of columns, then of rows, to sum.
     """
     places = tl.arange(0, SIDE)
     tile_row, block_row = tl.min(tl.reshape(row, (TILE, TILE)), 1), tl.min(tl.reshape(key_row, (ROWS, COLUMNS)), 1)
@@ -149,10 +149,10 @@ def _bias_sums(grad_scores, row, column, key_row, key_column, DTYPE: tl.constexp
     block_column = tl.min(tl.reshape(key_column, (ROWS, COLUMNS)), 0)
     dx = tl.reshape(block_column[None, :] - tile_column[:, None] + K - 1, (TILE * COLUMNS,))
     dy = tl.reshape(block_row[None, :] - tile_row[:, None] + K - 1, (TILE * ROWS,))
-    by_columns = tl.permute(tl.reshape(grad_scores.to(DTYPE), (TILE, TILE, ROWS, COLUMNS)), (0, 2, 1, 3))
-    by_columns = tl.reshape(by_columns, (TILE * ROWS, TILE * COLUMNS))
-    of_rows = tl.dot(by_columns, (dx[:, None] == places[None, :]).to(DTYPE), input_precision="tf32x3")
-    return tl.dot((dy[None, :] == places[:, None]).to(tl.float32), of_rows, input_precision="tf32x3")
+    column_pairs = tl.permute(tl.reshape(grad_scores.to(DTYPE), (TILE, TILE, ROWS, COLUMNS)), (0, 2, 1, 3))
+    column_pairs = tl.reshape(column_pairs, (TILE * ROWS, TILE * COLUMNS))
+    row_sums = tl.dot(column_pairs, (dx[:, None] == places[None, :]).to(DTYPE), input_precision="tf32x3")
+    return tl.dot((dy[None, :] == places[:, None]).to(tl.float32), row_sums, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=SIZES)

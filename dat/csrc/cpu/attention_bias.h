@@ -59,7 +59,7 @@ class Bias {
     }
   }
 
-  // Writes the bias of queries first .. first + count, a row of `scores` for each key; what lies beyond is overwritten too.
+  // Writes the bias of queries first .. first + count, a row of `scores` for each key; the rest of a row is overwritten too.
   void fill(Real* scores, int64_t first, int64_t count) {
     args_.unit_step ? fill_rows<true>(scores, first, count) : fill_rows<false>(scores, first, count);
   }
@@ -210,7 +210,7 @@ class Bias {
     return left + at.fraction * (right - left);
   }
 
-  // Spreads what key n's queries have collected over the table and its position.
+  // Scatters the gradients collected for key n into the table and the key's position.
   void close(int64_t n) {
     if (open_[n] < -kRowMargin) return;
     Real *sums = rows_ + 2 * n * row_size() + kRowPadding, *weighted = sums + row_size();

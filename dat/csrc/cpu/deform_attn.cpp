@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> forward(
   const AttentionArgs& args = inputs.args;
   const std::vector<int64_t> layout = {args.B, args.h, args.H * args.W};
   if (inputs.empty()) {
-    // No keys: their sum is zero, and its logarithm what an empty sum's is.
+    // Without keys the output is zero and the log-sum-exp that of an empty sum.
     const double none = -std::numeric_limits<double>::infinity();
     Tensor lse = torch::stable::new_empty(inputs.positions, layout);
     return {zeros(query), torch::stable::fill_(lse, none)};

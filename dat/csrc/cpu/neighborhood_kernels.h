@@ -262,7 +262,7 @@ class Neighborhood {
     for_scores(block, scores, [&](V s, int64_t) { return s * factor; });
   }
 
-  // Replaces the scores of a block, which begin at `scores`, by what `function` says of them and of their places.
+  // Replaces the scores of a block, which begin at `scores`, by `function` of the scores and their indices.
   template <typename F>
   DAT_HOST_DEVICE void for_scores(const Block& block, Real* scores, F function) {
     for (int64_t a = 0; a < K; a++) {
@@ -317,7 +317,7 @@ class Neighborhood {
     }
   }
 
-  // Adds what rows of queries say of the gradients by the keys and values in their windows.
+  // Adds the contributions of rows of queries to the gradients of the keys and values in their windows.
   void add_queries(int64_t first, int64_t count) {
     const int64_t begin = window(first), end = window(first + count - 1) + K;
     for (int64_t r = begin; r < end; r += kRows) {

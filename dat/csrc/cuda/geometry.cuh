@@ -1,4 +1,4 @@
-// Sizes of a call, and which lanes work on what.
+// Sizes of a call, and the assignment of lanes to channels.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct Geometry {
   }
 };
 
-// Fills in what follows from the sizes. At most kMaxLevels levels, and fewer than 2**31 samples of a head.
+// Computes the fields that depend on the sizes. At most kMaxLevels levels, and fewer than 2**31 samples of a head.
 inline Geometry make_geometry(
     int64_t B, int64_t H, int64_t D, int64_t Q, int64_t P, const std::vector<Level>& levels, bool align_corners) {
   Geometry g = {};

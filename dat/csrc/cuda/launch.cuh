@@ -147,7 +147,7 @@ struct Order {
   Pointer<const int64_t> samples;
 };
 
-// Samples sorted at a time; what that takes of memory is some 30 bytes for each.
+// Samples sorted at a time; each takes about 30 bytes of memory.
 constexpr int64_t kMaxBatch = int64_t(1) << 23;
 
 inline std::vector<Batch> batches(const Geometry& g, int64_t most) {

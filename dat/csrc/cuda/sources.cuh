@@ -1,6 +1,6 @@
 // Inputs of samples and outputs of their gradients: given points (deform_sample), or offsets and logits (ms_deform_attn).
 //
-// A source is what one group of lanes works on, in head `h` of image `b`. `sample(i)` is sample i of `count()`, of which the
+// A source is the work of one group of lanes, in head `h` of image `b`. `sample(i)` is sample i of `count()`, of which the
 // group's lanes take turns: `put_grad` and `sample` are called by the same lane for the same i. `row(i)` is the row of the
 // output that it is added to.
 #pragma once

@@ -137,7 +137,7 @@ void with_type(const char* op, const Tensor& value, const Call& call) {
   }
 }
 
-// Adds the gradient by value in the same order every time, from what the backward kernels kept of the samples.
+// Adds grad_value in the same order every time, from the samples that the backward kernels saved.
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
     Tensor& grad_value);
