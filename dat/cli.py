@@ -40,7 +40,7 @@ DESCRIPTIONS = {
     "results on real images, at two sizes, alone and in pairs.",
     "serve": "/ is the page, /detect the endpoint for programs, /openapi.json its description: curl --data-binary "
     '@photo.jpg -H "Content-Type: image/jpeg" "http://127.0.0.1:8000/detect?threshold=0.3"',
-    "audit": "Prints what the data holds and every problem found; writes audit.json and sheets of sample images. The "
+    "audit": "Prints statistics of the data and all problems; writes audit.json and sheets of sample images. The "
     "exit code is 1 if something would stop training, else 0.",
     "report": "Overrides change the configuration of the run, for instance data.root after the data has moved.",
     "convert": "Official and transformers' detectors number classes by COCO's category ids: the classes of the "
@@ -125,7 +125,7 @@ def _add_train(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_config(parser)
     _add_overrides(parser, "such as data.root=FOLDER train.lr=1e-3")
     if detect:
-        text = "instead, learn N training images by heart into `output`/overfit, and say what is wrong if that fails"
+        text = "instead, overfit N training images in `output`/overfit, and print the likely reasons if that fails"
         parser.add_argument("--overfit", type=_at_least(1), metavar="N", help=text)
 
 
@@ -150,7 +150,11 @@ def _add_predict(parser: argparse.ArgumentParser, detect: bool) -> None:
     text = f"lowest score, 0 to 1, of predictions that are {'drawn' if detect else 'kept'} ({threshold})"
     parser.add_argument("--threshold", type=_at_least(0.0, 1.0), default=threshold, help=text)
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="only these classes (all)")
-    text = "cut out what is drawn, a folder for each class" if detect else "put each image into a folder of its class"
+    text = (
+        "save crops of the drawn detections, a folder for each class"
+        if detect
+        else "put each image into a folder of its class"
+    )
     parser.add_argument("--crops", action="store_true", help=f"also {text}")
     parser.add_argument("--batch-size", type=_at_least(1), default=8, help="images in memory (8)")
     parser.add_argument(

@@ -123,7 +123,7 @@ def draw_attention(axes: "Axes", record: BlockAttention, view: View, head: int |
         title, color = f"head {head}, group {group}", group_colors(groups)[group]
     low, high = draw_weighted(axes, points, attention, diameter)
     axes.set_title(f"{title}\n{low:.2%} to {high:.2%}", fontsize=7, color=color)
-    # A frame around the part of the image that the query's position stands for.
+    # Draw a frame around the part of the image that the query's position covers.
     width, height = (record.stride * factor for factor in view.factors)
     corner = column * width - 0.5, row * height - 0.5
     axes.add_patch(Rectangle(corner, width, height, fill=False, color="lime", linewidth=0.8))
@@ -162,7 +162,7 @@ def _spacing(record: BlockAttention) -> float:
 
 @dataclass
 class InputConfig:
-    """How images become the input of a model: `img_size` is the side of a square, or the shorter side."""
+    """Preprocessing of a model: `img_size` is the side of a square, or the shorter side."""
 
     img_size: int
     mean: tuple[float, float, float]

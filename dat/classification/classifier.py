@@ -45,7 +45,7 @@ class Classifier:
         print(classifier.predict("photo.jpg").label)
 
     Attributes:
-        config: configuration; of an exported file `data` alone.
+        config: configuration; only `data` for an exported file.
         class_names: label i is the i-th; none before training.
         model: in evaluation mode; None for an exported file and before training.
         path: of the checkpoint or exported file; None before training.

@@ -9,7 +9,6 @@ from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, check_config
 from dat.engine.config import load_config
 from dat.utils.errors import CheckpointError, DataError
-from dat.utils.files import write_json
 
 
 def train(options: argparse.Namespace) -> None:
@@ -32,7 +31,7 @@ def predict(options: argparse.Namespace) -> None:
     from dat.classification.predict import predict
     from dat.utils.media import Frames, find_media
 
-    # Without the results of an earlier call.
+    # Results of an earlier call are left out.
     frames = Frames(find_media(options.sources, exclude=options.out), options.every)
     classifier = Classifier.from_checkpoint(options.model, options.overrides, options.device, options.trust)
     names = ("out", "threshold", "classes", "crops", "sheet", "batch_size")
@@ -51,6 +50,7 @@ def export(options: argparse.Namespace) -> None:
 
 def audit(options: argparse.Namespace) -> None:
     from dat.classification.audit import audit, draw_samples, format_summaries, read_source, summarize
+    from dat.engine.audit import finish_audit
 
     config = read_source(Path(options.data), options.overrides)
     found = audit(config.data)
@@ -58,13 +58,9 @@ def audit(options: argparse.Namespace) -> None:
     summaries = {name: summarize(part, class_names, config.data.img_size) for name, part in found.items()}
     print(format_summaries(summaries, config.data.img_size))
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "audit.json", summaries)
     for name, part in found.items():
         draw_samples(part, class_names, options.out / f"samples_{name}.png", options.samples)
-    stops = any(part.stops for part in found.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
-    if stops:
-        sys.exit(1)
+    finish_audit(summaries, options.out)
 
 
 def report(options: argparse.Namespace) -> None:

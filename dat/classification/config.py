@@ -22,7 +22,7 @@ class ModelConfig:
 
 @dataclass
 class SplitConfig:
-    """Where the images of a split are: by default a folder with one folder of images per class, or a tar of the same.
+    """The images of a split: by default a folder with one folder of images per class, or a tar of the same.
 
     `path` is relative to `data.root`, or names a dataset of another library:
     hfds/NAME: a dataset of the Hugging Face hub, or a folder that its package `datasets` loads. `split`, `image_key`

@@ -1,4 +1,4 @@
-"""Samples and batches of a split's images, with augmentation that depends on (seed, epoch, index) alone."""
+"""Samples and batches of a split's images, with augmentation that depends on (seed, epoch, index) only."""
 
 from dataclasses import asdict
 from functools import partial
@@ -96,7 +96,7 @@ class EvalImages(Dataset[tuple[Tensor, int, int]]):
 class MixPairs:
     """Collates training samples and mixes them by two, the first with the second and so on, with timm's Mixup.
 
-    The draw for a pair depends on (seed, epoch, index of its first image) alone: neither on the other images of the
+    The draw for a pair depends on (seed, epoch, index of its first image) only: neither on the other images of the
     batch, nor on how the images of a step are divided into batches of an even number.
     """
 

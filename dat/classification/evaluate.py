@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         model: images [B, 3, H, W] to logits [B, K]; left in the mode in which it came.
-        loader: see eval_loader; each process has its share.
+        loader: see eval_loader; each process evaluates a part of the images.
         distributed, amp: as in training.
         skipped: collects unreadable images.
     Raises:
@@ -53,7 +53,7 @@ def evaluate(
                 logits = model.forward(images[readable].to(device, non_blocking=True))
             found.append(_results(logits.float(), labels[readable], index[readable]))
     model.train(training)
-    parts = [part for share in gather(found) for part in share]
+    parts = [part for results in gather(found) for part in results]
     if not parts:
         raise DataError("data.val: no image can be read")
     return Results.join(parts)

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from dat.classification.classifier import Classifier
-from dat.classification.sheet import sheet_title
+from dat.classification.draw import sheet_title
 from dat.utils.errors import ConfigError
 from dat.utils.files import file_name, write_csv, write_json
 from dat.utils.media import Frames

@@ -19,7 +19,7 @@ from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.images import UNREADABLE, open_image, to_rgb
 
-# Where one place holds all images, one of so many of each class is for validation.
+# Without separate splits, every fifth image of each class is held out for validation.
 HELD_OUT = 5
 
 
@@ -66,10 +66,10 @@ class Split:
         return self.reader.filename(self.indices[index]) or f"image {index}"
 
 
-# (data, data.train or data.val, the model's class names or None) to (reader, name of each label, left out), see Split.
-# What it raises beside UserError becomes a DataError that names the split.
+# Maps (data, data.train or data.val, the model's class names or None) to (reader, name of each label, left out), see
+# Split. Errors other than UserError become a DataError that names the split.
 Read = Callable[[DataConfig, SplitConfig, Sequence[str] | None], tuple[Any, list[str], list[str]]]
-# By the name that opens `data.train.path`, as in wds/FOLDER: the reader, and the packages that it needs.
+# {prefix of `data.train.path`, such as "wds" in wds/FOLDER: (reader, packages that it needs)}
 READERS: dict[str, tuple[Read, str]] = {}
 
 
@@ -124,7 +124,7 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
     if place.is_file() and place.suffix != ".tar":
         raise DataError(f"{key}: {place} is a file that is not a .tar")
-    # timm knows PNG and JPEG only, and takes no extensions for a .tar.
+    # timm supports PNG and JPEG only, and takes no extensions for a .tar.
     add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
     options: dict[str, Any] = {}
     left_out: list[str] = []
@@ -148,7 +148,7 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     one .tar in it.
 
     Raises:
-        DataError: none of these; names what is there.
+        DataError: none of these exists; the message lists the folders and tars found.
     """
     root = Path(data.root)
     found = {split: _named_places(root, split, getattr(data, split).path) for split in ("train", "val")}
@@ -228,7 +228,7 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
 
 
 def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:
-    """Extensions of image files, also of those that are images by content alone, and all other files, not hidden ones.
+    """Extensions of image files, including those that only their content identifies, and all other visible files.
 
     Only files in class folders count.
     """

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dat.classification.config import ClassificationConfig
+from dat.classification.draw import draw_mistakes
 from dat.classification.readers import Split
 from dat.classification.results import Results, flat_metrics
-from dat.classification.sheet import draw_mistakes
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError
@@ -66,7 +66,7 @@ def write_report(
 
 
 def read_results(folder: Path) -> tuple[Results, list[str]]:
-    """Results of a run's best epoch so far, and the class names. Raises DataError or CheckpointError without."""
+    """Results of a run's best epoch so far, and the class names. Raises DataError or CheckpointError if absent."""
     path = folder / "results.npz"
     if not path.is_file():
         raise DataError(f"{path}: does not exist, the run was not evaluated yet")

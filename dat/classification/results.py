@@ -62,7 +62,7 @@ class Results:
         return counts
 
     def mistakes(self) -> np.ndarray:
-        """Positions of the images whose label is not the most probable class, by decreasing score of that."""
+        """Positions of the images whose label is not the most probable class, by decreasing score."""
         wrong = np.flatnonzero(~self.correct(1))
         return wrong[np.argsort(-self.scores[wrong, 0], kind="stable")]
 
@@ -104,7 +104,7 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of metrics.json but those of classes; those of other labels as "real top1"."""
+    """The numbers of metrics.json without those of classes; nested ones are named like "real top1"."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict) and name != "per_class":

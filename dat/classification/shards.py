@@ -42,7 +42,7 @@ class Shards:
 
     def __getitem__(self, index: int) -> bytes:
         shard, start, size = self.places[index].tolist()
-        # Opened for each sample, as image files are, so that workers and threads share no position in a file.
+        # Opened for each sample, as image files are, so that workers and threads have separate file positions.
         with open(self.paths[shard], "rb") as file:
             file.seek(start)
             return file.read(size)

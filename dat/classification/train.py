@@ -1,7 +1,7 @@
 """Trains a classifier: python -m classification.train CONFIG [key.path=value ...]
 
-Also under torchrun, one process per GPU. Killed at any moment, the same command with train.resume=true goes on; also
-with another number of processes, if train.batch_size x train.accumulate x processes stays.
+It runs under torchrun too, with one process per GPU. After an interruption the same command with train.resume=true
+continues the run, also with another number of processes if train.batch_size x train.accumulate x processes stays.
 """
 
 from typing import Any

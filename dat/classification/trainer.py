@@ -19,12 +19,12 @@ from dat.classification.data import (
     make_transform,
     train_loader,
 )
+from dat.classification.draw import draw_predictions
 from dat.classification.evaluate import evaluate
 from dat.classification.model import build_classifier
 from dat.classification.readers import Split
 from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
-from dat.classification.sheet import draw_predictions
 from dat.engine.distributed import Distributed
 from dat.engine.loaders import EpochBatchSampler
 from dat.engine.task import first_few
@@ -103,7 +103,7 @@ class ClassificationTrainer(Trainer):
         self._warn(self.skipped)
 
     def save(self, name: str, weights_only: bool = False) -> None:
-        """As Trainer.save; also writes the list of unreadable images."""
+        """Writes a checkpoint like Trainer.save, and the list of unreadable images."""
         self.skipped.write(self.distributed)
         super().save(name, weights_only)
 

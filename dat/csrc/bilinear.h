@@ -18,7 +18,7 @@ struct Level {
   int start;
 };
 
-// What `interpolate` does to one number at a time. The CPU kernels pass vectors instead, with conversions of their own.
+// Arithmetic of `interpolate` on one number at a time. The CPU kernels pass vectors with their own conversions instead.
 template <typename Real_>
 struct Scalar {
   using Real = Real_;
@@ -39,12 +39,12 @@ struct Axis {
 };
 
 // `pixel` is a coordinate in pixels, 0 at the centre of the first; `factor` is its derivative with respect to the location
-// that slopes are wanted for. NaN, infinite and far away pixels are outside, never undefined.
+// that slopes refer to. NaN, infinite and far away pixels are outside, never undefined.
 template <typename Number, typename Real = typename Number::Real, typename Int = typename Number::Int>
 DAT_HOST_DEVICE Axis<Real, Int> interpolate_pixel(Real pixel, Real factor, Int size) {
   const Real zero = {}, one = zero + 1, before = zero - 2, after = Number::to_real(size + 1);
   const Int none = {}, last = size - 1;
-  // The comparison is false for NaN, which goes to -2: two pixels before the map, where nothing is sampled.
+  // The comparison is false for NaN, which becomes -2: two pixels before the map, where nothing is sampled.
   pixel = pixel > before ? pixel : before;
   pixel = pixel < after ? pixel : after;
   // Truncation and a correction: floor() is a library call on machines without SSE4.1.

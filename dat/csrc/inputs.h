@@ -1,4 +1,4 @@
-// What the registrations of the sampling ops for CPU and CUDA tensors check and prepare alike.
+// Checks and preparation of inputs that the CPU and CUDA registrations of the sampling ops have in common.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,17 +15,17 @@ namespace dat {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Levels of the flat list (h_0, w_0, h_1, ...), which must have S cells.
+// Levels of the flat list (h_0, w_0, h_1, ...), which must have S pixels.
 inline std::vector<Level> make_levels(const char* op, const std::vector<int64_t>& shapes, int64_t S) {
   // Rows are counted in 32 bits; bytes and elements are not.
-  STD_TORCH_CHECK(S < INT32_MAX, op, ": the levels must have fewer than 2**31 cells, got ", S);
+  STD_TORCH_CHECK(S < INT32_MAX, op, ": the levels must have fewer than 2**31 pixels, got ", S);
   std::vector<Level> levels;
   int64_t start = 0;
   for (size_t l = 0; l + 1 < shapes.size(); l += 2) {
     levels.push_back({static_cast<int>(shapes[l]), static_cast<int>(shapes[l + 1]), static_cast<int>(start)});
     start += shapes[l] * shapes[l + 1];
   }
-  STD_TORCH_CHECK(start == S, op, ": shapes must have S = ", S, " cells, got ", start);
+  STD_TORCH_CHECK(start == S, op, ": shapes must have S = ", S, " pixels, got ", start);
   return levels;
 }
 

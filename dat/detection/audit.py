@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dat.detection.config import DetectionConfig
+from dat.detection.data.audit_split import SplitAudit, audit_split, compare
 from dat.detection.data.readers import Split
-from dat.detection.data.statistics import SplitAudit, audit_split, compare
 from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
@@ -20,11 +20,11 @@ from dat.utils.plots import draw_grid, save_plot
 MOST_DETECTIONS = 100
 
 
-def audit(config: DetectionConfig, show_progress: bool = False) -> dict[str, SplitAudit]:
+def audit(config: DetectionConfig) -> dict[str, SplitAudit]:
     """Audits "train" and "val" of the data of a configuration."""
     root = Path(config.data.root)
     splits: dict[str, Split] = {"train": config.data.train, "val": config.data.val}
-    found = {name: audit_split(root, split, show_progress) for name, split in splits.items()}
+    found = {name: audit_split(root, split) for name, split in splits.items()}
     compare(found["train"], found["val"])
     for split in found.values():
         most = max((len(record.boxes) for record in split.annotations.records), default=0)
@@ -96,8 +96,8 @@ def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
     return "\n".join([*lines, *format_problems(summary["problems"])])
 
 
-def draw_samples(found: SplitAudit, path: Path, count: int) -> bool:
-    """Writes a sheet of `count` annotated images, evenly chosen; False when none can be read."""
+def draw_samples(found: SplitAudit, path: Path, count: int) -> None:
+    """Writes a sheet of `count` evenly chosen annotated images, if any can be read."""
     annotations = found.annotations
     readable = sorted((record for same in found.hashes.values() for record in same), key=lambda record: record.id)
     chosen = np.linspace(0, len(readable) - 1, min(count, len(readable))).astype(int)
@@ -107,7 +107,6 @@ def draw_samples(found: SplitAudit, path: Path, count: int) -> bool:
         images.append((drawn, record.path.name))
     if images:
         draw_grid(images, path, columns=4, inches=4)
-    return bool(images)
 
 
 def draw_sizes(found: dict[str, SplitAudit], config: DetectionConfig, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Detectors in checkpoints, which carry configuration and classes beside the weights."""
+"""Detectors in checkpoints, which hold configuration and classes beside the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dat.utils.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Detector:
+class LoadedDetector:
     """The content of a checkpoint: model in evaluation mode, configuration, and classes (label i is the i-th)."""
 
     model: BaseDETR
@@ -34,7 +34,7 @@ def detector_state(config: DetectionConfig, categories: Sequence[Category]) -> d
     }
 
 
-def load_detector(path: Path, device: torch.device) -> Detector:
+def load_detector(path: Path, device: torch.device) -> LoadedDetector:
     """The detector of a checkpoint, with its averaged weights where it has them.
 
     Raises CheckpointError for anything but a detection checkpoint whose weights fit its configuration.
@@ -45,11 +45,11 @@ def load_detector(path: Path, device: torch.device) -> Detector:
         config = from_dict(DetectionConfig, trained.config, str(path))
         check_config(config)
     model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
-    return Detector(model.to(device).eval(), config, categories)
+    return LoadedDetector(model.to(device).eval(), config, categories)
 
 
 def check_categories(ids: Any, names: Sequence[str], path: Path) -> tuple[Category, ...]:
-    """The classes of a file. Raises CheckpointError unless there is one integer of its own for each name."""
+    """The classes of a file. Raises CheckpointError unless there is one unique integer for each name."""
     integers = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if not integers or len(ids) != len(names) or len(set(ids)) < len(ids):
         raise CheckpointError(f"{path}: its category_ids should be {len(names)} different integers, one for each class")

@@ -9,7 +9,6 @@ from dat.detection.config import DetectionConfig, check_config
 from dat.detection.detector import Detector
 from dat.engine.config import load_config
 from dat.utils.errors import ConfigError, DataError
-from dat.utils.files import write_json
 
 
 def train(options: argparse.Namespace) -> None:
@@ -38,7 +37,7 @@ def predict(options: argparse.Namespace) -> None:
     from dat.detection.predict import Output, choose_targets, predict
     from dat.utils.media import Frames, find_media
 
-    # Without the results of an earlier call.
+    # Results of an earlier call are left out.
     media = find_media(options.sources, exclude=options.out)
     targets = choose_targets(media, options.out)
     detector = Detector.from_checkpoint(options.model, options.overrides, options.device, options.trust, options.top_k)
@@ -74,25 +73,22 @@ def serve(options: argparse.Namespace) -> None:
 
 def audit(options: argparse.Namespace) -> None:
     from dat.detection.audit import audit, draw_samples, draw_sizes, format_summary, summarize
+    from dat.engine.audit import finish_audit
 
     folder = Path(options.data).is_dir()
     source, root = (options.config, [f"data.root={options.data}"]) if folder else (options.data, [])
     config = load_config(DetectionConfig, source, [*root, *options.overrides])
     check_config(config)
-    found = audit(config, show_progress=True)
+    found = audit(config)
     val = config.data.val
     summaries = {name: summarize(split, val.size, val.max_size) for name, split in found.items()}
     for name, summary in summaries.items():
         print(format_summary(name, summary, val.size))
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "audit.json", summaries)
     for name, split in found.items():
         draw_samples(split, options.out / f"samples_{name}.png", options.samples)
     draw_sizes(found, config, options.out / "boxes.png")
-    stops = any(split.stops for split in found.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {options.out}")
-    if stops:
-        sys.exit(1)
+    finish_audit(summaries, options.out)
 
 
 def report(options: argparse.Namespace) -> None:

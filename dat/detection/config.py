@@ -74,8 +74,8 @@ class DataConfig:
 class LossConfig:
     """Costs of the assignment, weights of the losses, alpha of the focal loss (of the loss, not of the cost).
 
-    `cost_class` and `weight_class` null: those of the paper of `model.kind`, 2 for deformable_detr and 1 for detr.
-    `focal_alpha` is of deformable_detr alone, `no_object_weight`, of that class in the cross-entropy, of detr.
+    `cost_class`, `weight_class`: null uses the paper's value. `focal_alpha` applies to sigmoid detectors only;
+    `no_object_weight` weights the no-object class in softmax detectors.
     """
 
     cost_class: float | None = None
@@ -118,9 +118,6 @@ def check_config(config: DetectionConfig) -> None:
     """Raises ConfigError for values that cannot work, before anything is written."""
     data = config.data
     check_train_config(config)
-    at_least_1 = [
-        "data.val.top_k",
-    ]
     at_least_0 = [
         *("data.train.max_pixels", "data.cache_gib"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
@@ -136,7 +133,7 @@ def check_config(config: DetectionConfig) -> None:
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
         *_keys("data", "val.size", "val.max_size", "pad_multiple"),
     ]
-    check_range(config, at_least_1, 1)
+    check_range(config, ["data.val.top_k"], 1)
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)

@@ -19,9 +19,9 @@ from dat.utils.errors import CheckpointError
 
 
 def keep_classes(state: dict[str, Tensor], model: BaseDETR, ids: Sequence[int]) -> dict[str, Tensor]:
-    """`state` of `model` with the rows `ids` of its class heads alone, and the last, "no object", where there is one.
+    """`state` of `model` with only the rows `ids` of its class heads, and the last, "no object", where there is one.
 
-    The encoder of a model in two stages tells objects from background by its first row, which stays the first.
+    The encoder of a two-stage model separates objects from background by its first row, which stays the first.
     """
     last = [model.num_classes] if model.scores == "softmax" else []
     rows = torch.tensor([*ids, *last])

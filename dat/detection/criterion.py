@@ -17,10 +17,9 @@ from dat.detection.config import LossConfig
 from dat.detection.matcher import HungarianMatcher, Matches, Scores, Targets, check_scores
 from dat.detection.models.base import BaseDETR
 
-PAPER_WEIGHTS = {
-    "sigmoid": {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
-    "softmax": {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
-}
+PAPER_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+# The weight of "loss_ce", which differs between Deformable DETR and DETR.
+CLASS_WEIGHTS: dict[Scores, float] = {"sigmoid": 2.0, "softmax": 1.0}
 
 
 class Normalizers(NamedTuple):
@@ -91,7 +90,7 @@ class SetCriterion(nn.Module):
             if name not in known:
                 raise ValueError(f"weights has {name!r}, its keys should be among {known}")
         self.num_classes, self.matcher, self.scores = num_classes, matcher, scores
-        self.weight_dict = PAPER_WEIGHTS[scores] | (weights or {})
+        self.weight_dict = PAPER_WEIGHTS | {"loss_ce": CLASS_WEIGHTS[scores]} | (weights or {})
         self.focal_alpha, self.focal_gamma, self.no_object_weight = focal_alpha, focal_gamma, no_object_weight
 
     def forward(
@@ -114,7 +113,7 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         stacks = [(self._stack(layers), targets, ["", *(f"_{i}" for i in range(len(layers) - 1))])]
         if "enc_outputs" in outputs:
-            # The encoder tells objects from background: every object is of class 0.
+            # The encoder only separates objects from background: every object is of class 0.
             binary = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             stacks.append((self._stack([outputs["enc_outputs"]]), binary, ["_enc"]))
         losses: dict[str, Tensor] = {}
@@ -143,7 +142,7 @@ class SetCriterion(nn.Module):
         return layers.sum((predicted - wanted).abs().sum(-1)) / normalizers.boxes
 
     def loss_giou(self, layers: Layers, normalizers: Normalizers) -> Tensor:
-        """1 less the generalised IoU."""
+        """1 minus the generalised IoU."""
         predicted, wanted = (box_convert(boxes, "cxcywh", "xyxy") for boxes in layers.matched_boxes)
         return layers.sum(1 - generalized_iou(predicted, wanted)) / normalizers.boxes
 
@@ -208,7 +207,7 @@ def _flat_indices(matches: Matches, targets: Targets) -> Tensor:
 
 def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
     """The losses of a model; values that `loss` leaves open are those of the model's paper."""
-    paper = PAPER_WEIGHTS[model.scores]["loss_ce"]
+    paper = CLASS_WEIGHTS[model.scores]
     cost_class, weight_class = (paper if x is None else x for x in (loss.cost_class, loss.weight_class))
     return SetCriterion(
         model.num_classes,

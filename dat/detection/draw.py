@@ -44,7 +44,7 @@ def draw_boxes(
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two images of the same size beside each other, or wide ones one above the other."""
+    """Joins two images of the same size side by side, or wide ones one above the other."""
     gap = 6
     wide = left.width > 1.5 * left.height
     size = (left.width, 2 * left.height + gap) if wide else (2 * left.width + gap, left.height)
@@ -62,7 +62,7 @@ def _write(
     color: str,
     size: tuple[int, int],
 ) -> None:
-    """Writes text on a coloured ground above the corner of a box, moved until it is inside the image."""
+    """Draws text on a coloured background above the corner of a box, shifted to lie inside the image."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(corner[0], size[0] - width))

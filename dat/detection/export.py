@@ -27,7 +27,7 @@ from dat.export.export import EXAMPLE, Samples, check_path, check_sizes, export_
 from dat.export.graph import Graph, Tensors
 from dat.utils.errors import ConfigError
 
-# Scores so close may be in another order in another program.
+# Scores closer than this may be in another order in the exported program.
 TIE = 2e-4
 # Compiled models take sides that the strides of all maps divide: otherwise sizes are rounded up from map to map, and
 # inductor reasons about such expressions for hours.
@@ -134,9 +134,9 @@ def difference(wanted: Tensors, found: Tensors) -> dict[str, float]:
     for scores, labels, boxes, queries, *others in zip(*wanted, *found, strict=True):
         worst["scores"] = max(worst["scores"], _largest(scores - others[0]))
         own = (labels[:, None] == others[1]) & (queries[:, None] == others[3])
-        # In two stages, queries that tie may have changed places: either may have found an object.
+        # Queries of a two-stage model that tie may be swapped: either may have found an object.
         same = own | (labels[:, None] == others[1]) & ((scores[:, None] - others[0]).abs() < TIE)
-        # Scores so near to the last one that the detection may be missing.
+        # Detections with scores this close to the last one may be missing.
         near = scores - scores[-1:] < TIE
         judged, there = own.any(1) | ~near, same.any(1)
         if not there[judged].all():

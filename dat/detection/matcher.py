@@ -14,7 +14,7 @@ from dat.utils.errors import NonFiniteError
 from dat.utils.finite import check_finite
 
 Scores = Literal["sigmoid", "softmax"]
-# Of each image an open dictionary: "boxes" [n, 4], "labels" [n], and whatever else a loss may need.
+# A dictionary for each image: "boxes" [n, 4], "labels" [n], and any other entries that a loss needs.
 Targets = list[dict[str, Any]]
 Matches = list[tuple[Tensor, Tensor]]
 
@@ -51,7 +51,7 @@ class HungarianMatcher:
             targets: B times "labels" [T_i] and "boxes" [T_i, 4], cxcywh; T_i may be 0, or more than Q.
 
         Returns:
-            B times (query indices, target indices), both int64 [min(Q, T_i)] on the CPU, by rising query.
+            B times (query indices, target indices), both int64 [min(Q, T_i)] on the CPU, by increasing query index.
 
         Raises:
             NonFiniteError: naming the first of the tensors that holds NaN or infinity.
@@ -83,10 +83,8 @@ class HungarianMatcher:
         return self.cost_class * class_cost + self.cost_box * distance - self.cost_giou * giou
 
 
-def _focal_cost(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
-    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
-    return positive - negative
+def _focal_cost(p: Tensor) -> Tensor:
+    return 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
 
 
 def _assign(costs: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:

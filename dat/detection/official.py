@@ -83,7 +83,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path") -> bool:
-    """Loads a whole detector to go on from: an official checkpoint, transformers' weights or a run's own checkpoint.
+    """Loads a whole detector to fine-tune: an official checkpoint, transformers' weights or a run's own checkpoint.
 
     Everything but the class heads must fit. They are loaded if they fit, and stay new if the checkpoint has another
     number of classes. Averaged weights are preferred where a checkpoint has them.

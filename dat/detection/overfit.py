@@ -17,10 +17,10 @@ from dat.detection.data import Annotations, Category, read_dataset, resized_size
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
-from dat.utils.errors import ConfigError, DataError
+from dat.utils.errors import DataError
 from dat.utils.files import read_jsonl
 
-# AP at which a run ends, and AP that it should reach.
+# AP at which a run ends, and the AP that it should reach.
 ENOUGH, TARGET = 0.95, 0.9
 
 STEPS = 800
@@ -33,14 +33,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
 
     Raises UserError for a configuration that cannot work.
     """
-    if count < 1:
-        raise ConfigError(f"--overfit is {count}, should be at least 1")
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
     some = choose(read_dataset(Path(config.data.root), config.data.train), count)
     output = Path(config.output)
-    # An earlier try left them.
+    # Removes the checkpoints of an earlier attempt.
     if distributed.main:
         for name in ("last.pth", "best.pth"):
             (output / name).unlink(missing_ok=True)
@@ -165,4 +163,4 @@ def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:
             counted[f"show objects below 6 pixels at data.val.size={config.data.val.size}"].append(record.id)
         if (box_iou(boxes, boxes).triu(1) > 0.9).any():
             counted["have the same box annotated twice or nearly so"].append(record.id)
-    return [f"{len(ids)} images {what}, such as image {ids[0]}" for what, ids in counted.items()]
+    return [f"{len(ids)} images {problem}, such as image {ids[0]}" for problem, ids in counted.items()]

@@ -21,7 +21,7 @@ OVERLAPS = {"IoU 0.5": (0, "-"), "IoU 0.75": (5, "--")}
 def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     """Draws a panel for each class, a dot where F1 is highest; of many classes those with most objects."""
     names = [category.name for category in evaluation.annotations.categories]
-    objects = [of_class["objects"] for of_class in evaluation.metrics()["per_class"].values()]
+    objects = [metrics["objects"] for metrics in evaluation.metrics()["per_class"].values()]
     shown = sorted(sorted(range(len(names)), key=lambda label: -objects[label])[:MOST_CLASSES])
     columns = min(len(shown), max(3, math.isqrt(len(shown) - 1) + 1))
     rows = -(-len(shown) // columns)

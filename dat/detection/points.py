@@ -74,7 +74,7 @@ def detect_with_points(detector: Detector, image: Image.Image) -> tuple[Detectio
     height, width = detector.input_size(image)
     assert detector.config is not None
     multiple = detector.config.data.pad_multiple
-    # From 0..1 of the model's input, padding included, to pixels of the image.
+    # Converts 0..1 of the model's input, padding included, to pixels of the image.
     padded = torch.tensor([-(-side // multiple) * multiple for side in (width, height)])
     factor = padded * torch.tensor([image.width / width, image.height / height])
     queries = detections.queries
@@ -100,7 +100,7 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
     columns = levels + 1 if levels > 1 else 1
     image, names = detections.image, detections.class_names
     figure, axes = create_figure(
-        min(len(detections), ROWS), columns, image, "where each detection sampled, by attention weight"
+        min(len(detections), ROWS), columns, image, "sampling points of each detection, by attention weight"
     )
     for i, row in enumerate(axes.reshape(-1, columns)):
         # Sizes and colours of all panels of a row are on one scale.
@@ -112,9 +112,9 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
             _draw_box(panel, detections.boxes[i].tolist(), COLORS[int(detections.labels[i]) % len(COLORS)])
             draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
             draw_star(panel, *points.references[i].tolist())
-            share = weights.sum().item() / points.weights[i].sum().item()
+            fraction = weights.sum().item() / points.weights[i].sum().item()
             name = f"{names[i]} {detections.scores[i]:.2f}" if level is None else f"level {level}"
-            panel.set_title(f"{name}, {share:.0%}", fontsize=7, parse_math=False)
+            panel.set_title(f"{name}, {fraction:.0%}", fontsize=7, parse_math=False)
     save_figure(figure, path)
 
 

@@ -1,11 +1,11 @@
-"""From a model's outputs to detections in pixels."""
+"""Converts the outputs of a model to detections in pixels."""
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from dat.detection.matcher import Scores, check_scores
-from dat.ops.sizes import shorter
+from dat.ops.sizes import sym_min
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def post_process(
         outputs, sizes, scores, top_k: see best_detections.
 
     Returns:
-        B times "scores" [k], falling, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
+        B times "scores" [k], decreasing, "labels" [k] and "boxes" [k, 4], xyxy in pixels, not clipped to the image;
         k is top_k or the number of candidates, whichever is less.
     """
     values, labels, boxes, _ = best_detections(outputs, sizes, scores, top_k)
@@ -38,7 +38,7 @@ def best_detections(
         top_k: how many are kept at most.
 
     Returns:
-        scores [B, k], falling, labels [B, k], boxes [B, k, 4], xyxy in pixels, and the queries [B, k] that gave them.
+        scores [B, k], decreasing, labels [B, k], boxes [B, k, 4], xyxy in pixels, and their queries [B, k].
     """
     check_scores(scores)
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
@@ -47,11 +47,11 @@ def best_detections(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if scores == "sigmoid":
         candidates = logits.to(dtype).sigmoid().flatten(1)
-        values, index = candidates.topk(shorter(top_k, candidates.shape[1]))
+        values, index = candidates.topk(sym_min(top_k, candidates.shape[1]))
         query, labels = index // logits.shape[2], index % logits.shape[2]
     else:
         values, best = logits.to(dtype).softmax(-1)[..., :-1].max(-1)
-        values, query = values.topk(shorter(top_k, values.shape[1]))
+        values, query = values.topk(sym_min(top_k, values.shape[1]))
         labels = best.gather(1, query)
     height, width = sizes.to(boxes.device, dtype).unbind(1)
     corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]

@@ -18,12 +18,12 @@ COLUMNS = ("image_id", "file_name", "frame", "category_id", "label", "score", "x
 
 @dataclass(frozen=True)
 class Output:
-    """The folder of a prediction, and what goes into it besides the tables.
+    """The folder of a prediction, and the images that are written to it.
 
     Attributes:
         folder: of all files.
         targets: for each image its annotated image, for each video the folder of its frames.
-        threshold: lowest score of what is drawn and cut out.
+        threshold: lowest score of detections that are drawn and cropped.
         crops: also cut out detections.
         points: also draw their sampling points.
     """
@@ -52,7 +52,7 @@ class Output:
     def _cut(self, drawn: Detections, target: Path) -> None:
         image, relative = drawn.image, target.relative_to(self.folder).with_suffix("")
         for i, (name, box) in enumerate(zip(drawn.class_names, drawn.boxes.tolist(), strict=True), 1):
-            # At least one pixel.
+            # A crop has at least one pixel.
             left, top = min(int(box[0]), image.width - 1), min(int(box[1]), image.height - 1)
             right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
             folder = self.folder / "crops" / file_name(name)

@@ -22,7 +22,7 @@ from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
     "training loss": [("train", "loss")],
-    "parts of the loss, last layer": [("train", name) for name in PAPER_WEIGHTS["sigmoid"]],
+    "parts of the loss, last layer": [("train", name) for name in PAPER_WEIGHTS],
     "average precision": [("val", name) for name in ("AP50", "AP", "APs", "APm", "APl")],
     "learning rate": [("train", "lr")],
 }
@@ -34,7 +34,7 @@ MOST_PREDICTIONS = 16
 def write_report(
     folder: Path, config: DetectionConfig, evaluation: Evaluation | None, metrics: dict[str, Any], text: str = ""
 ) -> list[Path]:
-    """Draws what there is of a run or an evaluation and writes report.html; returns the paths of the images.
+    """Draws the plots of a run or an evaluation and writes report.html; returns the paths of the images.
 
     Args:
         folder: where the files go; its log.jsonl, if there is one, gives the training curves.

@@ -3,9 +3,9 @@
     python -m detection.train CONFIG [key.path=value ...] [--overfit N]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
 
-Writes to `output`: config.yaml, last.pth, best.pth, train.log, log.jsonl, tensorboard/; in the end metrics.json and, of
-the best epoch, whose detections are in detections.json, plots, pictures and report.html, a page of them all. With
---overfit N it learns N training images by heart instead, into `output`/overfit, and says what is wrong where it cannot.
+Writes to `output`: config.yaml, last.pth, best.pth, train.log, log.jsonl, tensorboard/; at the end metrics.json,
+detections.json, plots, images and report.html of the best epoch. With --overfit N it instead overfits N training images
+in `output`/overfit, and prints the likely reasons if that fails.
 """
 
 from pathlib import Path

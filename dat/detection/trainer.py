@@ -14,7 +14,7 @@ from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, trai
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.models import BaseDETR, build_model
-from dat.detection.recipe import parameter_groups
+from dat.detection.param_groups import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
 from dat.engine.task import first_few

@@ -1,8 +1,12 @@
 """The problems that an audit of a dataset finds, by kind, with examples."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from dat.utils.files import write_json
 
 
 @dataclass
@@ -42,3 +46,12 @@ def format_problems(problems: Iterable[dict[str, Any]]) -> list[str]:
         lines.append(f"  {mark}: {problem['kind']} ({problem['count']})")
         lines += [f"      {example}" for example in problem["examples"][:3]]
     return lines
+
+
+def finish_audit(summaries: dict[str, dict[str, Any]], out: Path) -> None:
+    """Writes audit.json, prints the verdict, and exits with code 1 if training would stop on any split."""
+    write_json(out / "audit.json", summaries)
+    stops = any(summary["stops_training"] for summary in summaries.values())
+    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {out}")
+    if stops:
+        sys.exit(1)

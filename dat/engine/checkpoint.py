@@ -77,7 +77,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Reads what save_checkpoint wrote, on the CPU; keys of its configuration get their current names.
+    """Reads a checkpoint to the CPU; old keys of its configuration get their current names.
 
     Args:
         path: checkpoint file.

@@ -1,4 +1,4 @@
-"""The frame of every command: errors that a user can fix are printed as one line."""
+"""Runs commands: errors that a user can fix are printed as one line."""
 
 import os
 import sys

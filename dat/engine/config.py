@@ -20,11 +20,11 @@ T = TypeVar("T")
 # Sides of images as models get them, in pixels, and processes that read images.
 LARGEST_SIDE, MOST_WORKERS = 4096, 256
 
-# In an installed package configs/ is inside it, in a checkout beside it.
+# An installed package contains configs/; in a checkout the folder is beside the package.
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
-# In a file, not in the schema.
+# The key of a file's base, which is not in the schema.
 _BASE = "base"
 
 # Pairs of keys of which one replaces the other; 0 stands for "not given".
@@ -39,7 +39,7 @@ def find_config(name: str | Path) -> Path:
 
     Args:
         name: path of a YAML file, or the path below configs/ without its ending ("detection/finetune"); the folder may
-            be left out where one file alone has the name.
+            be left out where only one file has the name.
 
     Raises:
         ConfigError: no such file or name, or a name of several; lists the nearest names.
@@ -67,7 +67,7 @@ def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys. A dataclass with a class
             attribute `variants`, {kind: dataclass}, is read as the one that its key `kind` names.
-        path: YAML file, or a name that find_config knows.
+        path: YAML file, or a name as for find_config.
         overrides: "key.path=value", the value read as YAML.
     Raises:
         ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type,
@@ -102,11 +102,11 @@ def rename_keys(data: dict[str, Any], saved: bool = False) -> dict[str, Any]:
     return data
 
 
-def apply_overrides(config: T, overrides: Iterable[str], source: str = "command line") -> T:
+def apply_overrides(config: T, overrides: Iterable[str]) -> T:
     """A copy of a configuration, such as a checkpoint's, with "key.path=value" overrides. Raises ConfigError."""
     data = to_dict(config)
     _apply_overrides(type(config), overrides, data)
-    return from_dict(type(config), data, source)
+    return from_dict(type(config), data, "command line")
 
 
 def keyword_overrides(schema: type, values: dict[str, Any]) -> list[str]:
@@ -240,6 +240,7 @@ def _apply_overrides(schema: type, overrides: Iterable[str], data: dict[str, Any
     """Writes "key.path=value" overrides into `data`."""
     given: dict[str, Any] = {}
     overrides = list(overrides)
+    # Applied to an empty configuration first, to see which of two alternatives the overrides themselves give.
     for override in overrides:
         _apply_override(schema, override, given)
     _clear_alternatives(data, given)
@@ -252,7 +253,7 @@ def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override should read key.path=value")
     kind = _check_key(schema, key, list(_known_keys(schema)))
-    # text is taken as it stands: YAML would read 0001 as 1
+    # Text is taken verbatim: YAML would read 0001 as 1.
     value = text if kind is str else _read_value(override, text)
     *parents, leaf = key.split(".")
     for depth, name in enumerate(parents):
@@ -351,7 +352,7 @@ def _shown(value: Any) -> str:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """`value` as `kind`. Raises ValueError whose message says what the value should be."""
+    """`value` as `kind`. Raises ValueError whose message describes the expected value."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return _floats(value)

@@ -63,7 +63,9 @@ class Distributed:
 
 
 def setup_distributed(device: str = "auto") -> Distributed:
-    """Joins torchrun's processes, if it started this one, and picks the device; "auto" is cuda or else cpu.
+    """Joins the process group of torchrun, if there is one, and picks the device; "auto" is cuda or else cpu.
+
+    Further calls return the same process group.
 
     Raises:
         ConfigError: a device that this machine does not have.
@@ -74,6 +76,10 @@ def setup_distributed(device: str = "auto") -> Distributed:
     allowed = [name for name, available in known.items() if available]
     if device.split(":")[0] not in allowed:
         raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
+    if torch.distributed.is_initialized():
+        # Detector.train sets up twice, but a process can join only one group.
+        device = f"cuda:{torch.cuda.current_device()}" if device.startswith("cuda") else device.split(":")[0]
+        return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device))
     found = init_distributed_device_so(device)
     return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
 

@@ -60,7 +60,7 @@ class RunLogger:
         lines = self.output / "log.jsonl"
         self._known = _keep_until(lines, resume_step)
         self._lines = self._closing.enter_context(lines.open("a", encoding="utf-8"))
-        # From step 1 on also in a new run: one that ended before its first checkpoint may have left events.
+        # A new run purges from step 1 on: a run that ended before its first checkpoint may have left events.
         self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=(resume_step or 0) + 1)
         self._closing.callback(self._board.close)
 

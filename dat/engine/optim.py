@@ -140,9 +140,9 @@ def can_skip_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """optimizer.step(), which leaves weights and state alone where `skip`, a scalar on the device, is 1.
+    """optimizer.step(), which keeps weights and state if `skip`, a scalar on the device, is 1.
 
-    `found_inf` is what torch.amp.GradScaler sets for fused optimizers: the only way to skip without synchronising.
+    torch.amp.GradScaler sets `found_inf` for fused optimizers: it is the only way to skip without synchronising.
     """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Where a training run stands, and the values of its steps on their way from the device."""
+"""The progress of a training run, and the values of its steps while they are copied from the device."""
 
 import math
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], steps_per_epoch: int) -> "Progress":
-        """Of a checkpoint; those of earlier versions lack `closed`, or have one number of seconds."""
+        """Reads the progress from a checkpoint; earlier versions lack `closed`, or have a single number of seconds."""
         defaults = {"closed": state["epoch"] * steps_per_epoch, "train_seconds": state.get("seconds", 0.0)}
         known = defaults | state
         return cls(**{name: known[name] for name in vars(cls()) if name in known})
 
     @property
     def seconds(self) -> float:
-        """Of training and evaluation so far, in all sessions of the run."""
+        """Seconds of training and evaluation so far, over all sessions of the run."""
         return self.train_seconds + self.eval_seconds
 
     def add(self, values: Sequence[float]) -> None:
@@ -56,16 +56,16 @@ class Progress:
         return means
 
     def seconds_left(self, total_steps: int) -> float:
-        """Until the last step, evaluations included, at the speed so far."""
+        """Seconds until the last step, evaluations included, at the average speed so far."""
         return self.seconds / self.step * (total_steps - self.step)
 
     def images_per_second(self, images_per_step: int) -> float:
-        """In training, over all sessions of the run."""
+        """Training throughput, averaged over all sessions of the run."""
         return self.step * images_per_step / max(self.train_seconds, 1e-9)
 
 
 class StepRecord:
-    """Values of a step on their way to the host, and what the step can be repeated with if one is not finite.
+    """Values of a step that are copied to the host, with its batches to repeat the step if a value is not finite.
 
     Nothing waits for the device before `read`.
     """
@@ -74,7 +74,7 @@ class StepRecord:
         self.step, self.batches, self.normalizers = step, batches, normalizers
         self.copied = None
         if values.is_cuda:
-            # To pinned memory, so that the copy runs beside the next kernels.
+            # The copy goes to pinned memory, so that it overlaps with the next kernels.
             self.values = values.to("cpu", non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()
@@ -88,6 +88,6 @@ class StepRecord:
 
 
 def format_seconds(seconds: float) -> str:
-    """h:mm:ss."""
+    """Formats a duration as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -19,7 +19,7 @@ def seed_everything(seed: int, *counters: int) -> None:
 def seed_device(device: torch.device, seed: int, *counters: int) -> None:
     """Seeds torch's generator of one device, which draws dropout there, from a seed and counters.
 
-    Much cheaper than seed_everything, for every step: it leaves numpy, Python and all other devices alone.
+    Much cheaper than seed_everything, for every step: it does not touch numpy, Python and other devices.
     """
     derived = derive_seed(seed, *counters)
     if device.type == "cuda":
@@ -46,7 +46,7 @@ def isolated_rng(seed: int, *counters: int) -> Iterator[None]:
 
 def derive_seed(seed: int, *counters: int) -> int:
     """A seed in 0 .. 2**63 - 1 for one purpose of a run, such as the order of one epoch."""
-    # With the number of counters: numpy pads with zeros, so that (seed, 5) and (seed, 5, 0) would be the same.
+    # The number of counters is included: numpy pads with zeros, so that (seed, 5) and (seed, 5, 0) would be the same.
     sequence = np.random.SeedSequence([seed, len(counters), *counters])
     return int(sequence.generate_state(1, dtype=np.uint64)[0] >> np.uint64(1))
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 
 class Task(ABC):
-    """What a subclass of Trainer defines."""
+    """The methods and attributes that a subclass of Trainer defines."""
 
     # "detection" or "classification".
     kind: ClassVar[str]
@@ -81,12 +81,12 @@ class Task(ABC):
         return len(batches)
 
     def describe_classes(self) -> str:
-        """Further lines at the head of the log."""
+        """Further lines at the start of the log."""
         return ""
 
 
-def first_few(items: Sequence[Any], limit: int = 8) -> str:
-    """A list for an error message: "[1, 2]", or its first items and their number."""
-    if len(items) <= limit:
+def first_few(items: Sequence[Any]) -> str:
+    """A list for an error message: "[1, 2]", or the first eight items and their number."""
+    if len(items) <= 8:
         return str(list(items))
-    return f"{str(list(items[:limit]))[:-1]}, ... {len(items)} in all]"
+    return f"{str(list(items[:8]))[:-1]}, ... {len(items)} in all]"

@@ -26,7 +26,7 @@ class TrainConfig:
     `eval_epochs`: evaluate after every so many epochs and after the last. `checkpoint_steps`: steps between checkpoints
         within an epoch, 0: only at its end. `log_steps`: steps between lines of log.jsonl.
     Report: `pictures` validation images and `worst` mistakes to draw.
-    `resume`: go on from last.pth in `output`, if there is one. `workers`: processes that read images.
+    `resume`: continue from last.pth in `output`, if it exists. `workers`: processes that read images.
     `device`: auto, cpu, cuda or mps. `wandb_project`: project of Weights & Biases for the same numbers, "": none.
     """
 

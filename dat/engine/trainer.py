@@ -53,7 +53,7 @@ class Trainer(Task):
     Args:
         config: of the task; `config.train` is a TrainConfig.
         distributed: this process; None: setup_distributed(config.train.device).
-        resume: checkpoint to go on from.
+        resume: checkpoint to continue from.
     Raises:
         ConfigError, CheckpointError: arguments that do not fit together, or a checkpoint of another run.
     """
@@ -125,8 +125,6 @@ class Trainer(Task):
         layout = self.memory_format if images else torch.preserve_format
         return tensor.to(self.device, non_blocking=True, memory_format=layout)
 
-    # The run.
-
     def run(self, until: float = math.inf) -> dict[str, Any]:
         """Trains to the last step, or until `metric` reaches `until`, and writes the results.
 
@@ -142,11 +140,11 @@ class Trainer(Task):
             self.logger.info(self._describe())
             for warning in self.warnings:
                 self.logger.warning(warning)
-            with stop_on_sigterm() as stop:
+            with stop_on_sigterm() as self.stop:
                 while progress.closed < self.total_steps and progress.best < until:
                     # A run that was stopped between the last step of an epoch and its evaluation lacks only that.
                     if progress.step < self._end_of_epoch():
-                        self.train_epoch(stop)
+                        self.train_epoch()
                     self.finish_epoch()
             metrics = self.report()
             self.distributed.barrier()
@@ -159,14 +157,13 @@ class Trainer(Task):
         progress = self.progress
         return min(progress.step - progress.step_in_epoch + self.steps_per_epoch, self.total_steps)
 
-    def train_epoch(self, stop: StopSignal) -> None:
+    def train_epoch(self) -> None:
         """The rest of the current epoch. "last.pth" is also written before the evaluation, which may fail."""
         progress, train = self.progress, self.config.train
         self.sampler.set_position(progress.epoch, progress.step_in_epoch)
         end, images = self._end_of_epoch(), self.sampler.images
         batches = iter(self.loader)
         self.wrapped.train()
-        self.stop = stop
         self._clock = (time.perf_counter(), progress.step)
         description, done = f"epoch {progress.epoch + 1}/{self.epochs}", progress.step_in_epoch * images
         with self.logger.progress(self.steps_per_epoch * images, description, done) as bar:
@@ -184,7 +181,7 @@ class Trainer(Task):
                 if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
                     self.save("last.pth")
                 if stopping:
-                    stop.exit(self.distributed)
+                    self.stop.exit(self.distributed)
 
     def train_step(self, batches: Sequence[Any]) -> None:
         """One optimizer step; its gradients are those of one batch of all images of all processes.
@@ -199,7 +196,7 @@ class Trainer(Task):
         try:
             normalizers = self.normalizers(batches)
             values = self._backward(self.wrapped, batches, normalizers, step)
-        # The matcher notices it first.
+        # The matcher may raise before the loss is computed.
         except NonFiniteError:
             self._read_pending()
             self._trace_non_finite(batches, step)
@@ -253,7 +250,7 @@ class Trainer(Task):
         self.progress.add([*losses, norm])
 
     def _raise_non_finite(self, record: StepRecord) -> None:
-        """Raises NonFiniteError for the first tensor of the step that is not finite, as far as this process knows."""
+        """Raises NonFiniteError for the first tensor of the step that is not finite on this process."""
         self._trace_non_finite(record.batches, record.step)
         where = f"step {record.step}, {', '.join(map(self.describe_batch, record.batches))}"
         if self.reads_late:
@@ -317,7 +314,7 @@ class Trainer(Task):
         return f", {self.metric} {value:.4g}, best {progress.best:.4g}"
 
     def evaluation_model(self) -> Any:
-        """The model with averaged weights, if there are any, that this process can run alone."""
+        """The model with averaged weights, if there are any, that one process can run."""
         model = self.model if self.ema is None else self.ema.module
         if is_sharded(model):
             weights = whole_tensors(model.state_dict())
@@ -401,8 +398,6 @@ class Trainer(Task):
             self.ema.foreach = False
         return self.model
 
-    # What is logged.
-
     def report(self) -> dict[str, Any]:
         """Writes metrics.json, images and report.html of the best epoch on the main process; returns the metrics."""
         progress, results = self.progress, self.output / self.results_file
@@ -479,4 +474,5 @@ def _checkpoint_gradients(model: Any) -> None:
         model.set_grad_checkpointing()
     # timm's models refuse by an assertion, or lack the method.
     except (AssertionError, AttributeError) as error:
-        raise ConfigError(f"train.grad_checkpointing is true, which {type(model).__name__} does not know") from error
+        name = type(model).__name__
+        raise ConfigError(f"train.grad_checkpointing=true is not supported by {name}; set it to false") from error

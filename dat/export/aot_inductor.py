@@ -13,7 +13,7 @@ from dat.utils.errors import CheckpointError
 
 # Key of our JSON text in the package's own metadata.
 KEY = "dat"
-# By name of an input: its dtype, and for each axis the smallest size, of which all are multiples, and the largest.
+# {name of an input: (dtype, for each axis the smallest size, of which all are multiples, and the largest)}
 Inputs = dict[str, tuple[str, list[tuple[int, int]]]]
 
 
@@ -22,7 +22,7 @@ def write_compiled(program: Any, inputs: Inputs, metadata: dict[str, Any], path:
 
     Args:
         program: takes tensors, returns a tuple of tensors.
-        inputs: what the compiled model accepts; it does not check its inputs itself.
+        inputs: dtypes and sizes that the compiled model accepts; it does not check its inputs itself.
         metadata: JSON values to store.
         path: of the package.
     """

@@ -52,7 +52,7 @@ class Samples:
             if source is not None:
                 raise
             return cls((_generate(0), _generate(1)), "generated images")
-        # Of a single image the second is the mirror image.
+        # The mirror image stands in for a missing second image.
         return cls((found[0], found[-1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)), str(place))
 
     def batches(self, sizes: Sequence[int]) -> list[Tensor]:
@@ -115,7 +115,7 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compile
     """Exports a model, runs the file on samples, and moves it to `path` if it gives torch's results.
 
     Args:
-        graph: what to export.
+        graph: model to export.
         samples: inputs to compare on.
         path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
         compiled: write a package of AOTInductor instead of torch.export.
@@ -235,6 +235,6 @@ def _write_compiled(graph: Graph, path: Path) -> None:
         inputs[name] = (str(example.dtype), sizes)
     try:
         write_compiled(_program(graph), inputs, graph.metadata, path)
-    # There is no compiler, it fails, or torch does.
+    # The compiler is missing, or it or torch fails with errors of any type.
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile this model: {one_line(error)}") from error

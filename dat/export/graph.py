@@ -27,18 +27,18 @@ class Normalize(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """A module in evaluation mode on the CPU, and what an exporter needs to know of it.
+    """A module in evaluation mode on the CPU, and the description that an exporter needs.
 
     Attributes:
         module: takes tensors, returns a tuple of tensors; includes pre- and post-processing.
         inputs: names of its inputs, in order, each with the names of its axes of variable size, such as {0: "batch"}.
-        outputs: the same of its outputs. An axis turns out fixed if its size does not depend on the inputs.
+        outputs: the same for its outputs. An axis turns out fixed if its size does not depend on the inputs.
         example: inputs to trace with; their values do not matter. No axis of variable size, of a map in the model
             either, should be 1 long, which broadcasts.
         metadata: JSON values that are stored in the file; see `dat.export.runtime.Exported`.
         difference: (outputs of torch, outputs of the file) -> largest differences by name.
         tolerances: largest allowed differences, by name.
-        multiples: by name of an axis, the number of which its size is a multiple.
+        multiples: {name of an axis: number of which its size is a multiple}.
     """
 
     module: nn.Module

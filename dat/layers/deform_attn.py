@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
-from dat.ops.sizes import longer
+from dat.ops.sizes import sym_max
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of a query and a key, over all images and groups, for which the MLP of "log_cpb" runs at a time.
@@ -138,7 +138,7 @@ class DeformableAttention(nn.Module):
             query: [B, H, W, C], the projected queries.
         """
         H, W, C = query.shape[1:]
-        # A compiler decides itself what to recompute.
+        # Compilers choose which values to recompute themselves.
         if torch.compiler.is_compiling() or math.prod(self.key_size((H, W))) * C <= LARGE_MAP:
             offset = self._offsets(query)
         else:
@@ -175,7 +175,7 @@ class DeformableAttention(nn.Module):
             return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
         x = query.permute(0, 3, 1, 2)
         if self.unpadded:
-            x = F.pad(x, (0, longer(self.stride - W, 0), 0, longer(self.stride - H, 0)))
+            x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))
         # The groups have the same weights; repeating these avoids copying the queries to put groups into the batch.
         conv = self.offset_conv
         weight, bias = conv.weight.repeat(groups, 1, 1, 1), None if conv.bias is None else conv.bias.repeat(groups)
@@ -194,7 +194,7 @@ class DeformableAttention(nn.Module):
         if factor < 0:
             # A single key's reference is infinite, and the clamp moves it to 1, as in the official code.
             return (centers / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
-        steps = longer(length - 1, 1)
+        steps = sym_max(length - 1, 1)
         return centers / steps * 2 - 1 + offset.tanh() * (factor / steps)
 
     def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class DeformableAttention(nn.Module):
         """Positions of the queries along a side of `length`."""
         if self.release == "2022":
             return _centers(length, like) / length * 2 - 1
-        return torch.arange(length, dtype=like.dtype, device=like.device) / longer(length - 1, 1) * 2 - 1
+        return torch.arange(length, dtype=like.dtype, device=like.device) / sym_max(length - 1, 1) * 2 - 1
 
 
 def _centers(length: int, like: Tensor) -> Tensor:

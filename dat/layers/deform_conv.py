@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-# torch has no public way to tell a size that a graph fixes from a symbolic one.
+# torch has no public way to distinguish a size that a graph fixes from a symbolic one.
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -49,7 +49,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
-        # A compiler decides itself what to recompute.
+        # Compilers choose which values to recompute themselves.
         if torch.compiler.is_compiling():
             return self._rows(x, 0, H)
         images = max(CHUNK // max(H * W * self.fc1.out_features, 1), 1)

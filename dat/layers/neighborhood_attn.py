@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.ops import neighborhood_attn
-from dat.ops.sizes import longer
+from dat.ops.sizes import sym_max
 
 
 class NeighborhoodAttention(nn.Module):
@@ -57,7 +57,7 @@ class NeighborhoodAttention(nn.Module):
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         _, H, W, _ = x.shape
         reach = self.kernel_size * self.dilation
-        down, right = (longer(length, reach) - length for length in (H, W))
+        down, right = (sym_max(length, reach) - length for length in (H, W))
         # An exported graph serves maps of every size, so it always pads.
         if torch.compiler.is_exporting() or down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))

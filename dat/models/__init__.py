@@ -1,4 +1,4 @@
-"""Backbones, registered with timm on import, and what reads the official configurations and checkpoints."""
+"""Backbones, registered with timm on import, and readers of the official configurations and checkpoints."""
 
 from dat.models import official as official
 from dat.models.dat import DAT as DAT

@@ -260,7 +260,7 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of `indices` do not need; returns the indices as stage numbers."""
+        """Remove the modules that the features of `indices` do not need; returns the indices as stage numbers."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -288,7 +288,7 @@ class DAT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's, after converting official names and tables for another image or window size."""
+        """Loads a state dict after converting official names and tables for another image or window size."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 

@@ -1,6 +1,6 @@
 """Save and upload models as timm's hub folders: config.json, model.safetensors and a model card.
 
-A classifier trained here goes to the hub by
+To upload a classifier trained with this project:
 
     state = torch.load("runs/mine/best.pth", weights_only=True)
     names, data = state["class_names"], state["config"]["data"]

@@ -102,7 +102,7 @@ def _stage(config: Mapping[str, Any], i: int, release: str) -> StageConfig:
         config["dims"][i],
         config["heads"][i],
         window_size=config["window_sizes"][i],
-        # -1 stands in stages without D blocks, which do not use it.
+        # Stages without D blocks have -1 and do not use it.
         num_groups=max(config["groups"][i], 1),
         # The code of 2022 ignores this key.
         kernel_size=config["ksizes"][i] if release == "2023" else _DEFAULTS["ksizes"][i],

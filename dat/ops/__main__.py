@@ -1,4 +1,4 @@
-"""What a bug report should contain: `python -m dat.ops` tells what is available here and why, and tests itself.
+"""The report of `python -m dat.ops` for bug reports: it lists the available back ends and tests the ops.
 
 The self-test compares each op, forward and backward, in every dtype on every device with the float64 reference.
 It takes seconds; the exit code is 1 where it fails.
@@ -62,7 +62,7 @@ def _cpu_name() -> str:
 
 
 def libraries() -> dict[str, str]:
-    """Where each library is or why it is not in use, and the architectures of the CUDA library's machine code."""
+    """The path of each library or the reason why it is unused, and the architectures of the CUDA library."""
     found = {}
     for name, why in MISSING.items():
         path = find(name)
@@ -81,7 +81,7 @@ def architectures(library: Path) -> str | None:
 def covers(built: str, capability: tuple[int, int]) -> bool:
     """Whether code built for the list `built` runs on a device of a compute capability.
 
-    Machine code runs on later devices of its major version ("9.0a" on its own alone), PTX on all later ones.
+    Machine code runs on later devices of its major version ("9.0a" only on its own), PTX on all later ones.
     """
     for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
         version = int(major), int(minor)

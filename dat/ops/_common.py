@@ -1,4 +1,4 @@
-"""What several ops share: checks of arguments, dtypes, derivatives, vmap rules and FLOPs."""
+"""Helpers of several ops: checks of arguments, dtypes, derivatives, vmap rules and FLOPs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -105,7 +105,7 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
         setup_context(ctx, args, out)
         return out
 
-    # The name is what a graph of gradients and the profiler show.
+    # Autograd graphs and the profiler show this name.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
 
@@ -143,7 +143,7 @@ def second_derivatives(
     def input_of(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        # A view stands for the tensor alone, without the others that it may have been computed from or into.
+        # Differentiate with respect to a view, so that gradients stop at this tensor.
         return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
 
     with torch.enable_grad():
@@ -164,7 +164,7 @@ def second_derivatives(
 
 
 def register_batching(name: str, dims: Sequence[int], outputs: Sequence[int]) -> None:
-    """A vmap rule for an op that takes the items of one dimension each by itself: what is mapped over joins it.
+    """A vmap rule for an op that is independent along one dimension: the mapped dimension is merged into it.
 
     `dims` has that dimension of each tensor argument, `outputs` for each output the argument that it is batched like.
     """
@@ -183,7 +183,7 @@ def register_batching(name: str, dims: Sequence[int], outputs: Sequence[int]) ->
 
         def split(out: Tensor, like: int) -> tuple[Tensor, int | None]:
             source = many[like]
-            # What an op has nothing to say about comes back empty, without a batch dimension.
+            # Outputs for absent optional inputs are empty and have no batch dimension.
             if source is None or out.ndim == 1:
                 return out, None
             return out.unflatten(dims[like], (info.batch_size, source.shape[1 + dims[like]])), dims[like]

@@ -26,7 +26,7 @@ def load(name: str) -> str | None:
 
 
 def load_all() -> dict[str, str | None]:
-    """Load what this torch can use; warns once where the CPU library is missing."""
+    """Load the libraries that this torch can use; warns once where the CPU library is missing."""
     missing = {"_C_cpu": load("_C_cpu")}
     if torch.version.cuda is None:
         missing["_C_cuda"] = "this torch has no CUDA"

@@ -269,7 +269,7 @@ def switch(model: nn.Module) -> Switch:
     """Make the multi-scale deformable attention inside `model` sample with `dat.ops`.
 
     transformers' kernel layer `MultiScaleDeformableAttention` (Deformable DETR, Grounding DINO, RT-DETR and others) is
-    replaced in this model alone. Other modules call a function or an autograd function by one of the names that
+    replaced in this model only. Other modules call a function or an autograd function by one of the names that
     transformers (Mask2Former, OneFormer, RT-DETR v2, D-FINE, DEIMv2), mmcv, LW-DETR, RF-DETR and the official
     repository gave it: there the name is replaced in the module's file, for every model of that file.
 
@@ -283,7 +283,7 @@ def switch(model: nn.Module) -> Switch:
     sites = {(id(owner), name): (owner, name, new) for module in model.modules() for owner, name, new in _sites(module)}
     if not sites:
         raise ValueError(
-            f"model must hold multi-scale deformable attention that dat.ops.compat knows, got {type(model).__name__}"
+            f"model must hold multi-scale deformable attention that dat.ops.compat supports, got {type(model).__name__}"
         )
     replaced = []
     for owner, name, new in sites.values():

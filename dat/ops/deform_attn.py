@@ -52,7 +52,7 @@ def deform_attn(
         key, value: [B, h, N, c], at N deformed positions, in the dtype of `query`.
         positions: [B, g, N, 2], (x, y) in -1..1, one set for each group of h/g heads; float32 or float64.
         table: [h, T_h, T_w], any floating dtype; the bias of (query q, key n) is its bilinear value, zero outside, at
-            (grid(q) - positions[n]) / 2, where -1 and 1 are the centres of the table's corner cells. None: no bias.
+            (grid(q) - positions[n]) / 2, where -1 and 1 are the centres of the table's corner entries. None: no bias.
         size: (H, W) of the query map.
         scale: factor of the scores.
         align_corners: grid(q) is i/(H-1)*2-1 (release 2023), else (i+.5)/H*2-1 (release 2022).
@@ -109,7 +109,7 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, 
         raise TypeError(f"key and value must be {query.dtype} as query is, got {key.dtype} and {value.dtype}")
     if positions.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"positions must be float32 or float64 (half precision moves keys by whole cells), got {positions.dtype}"
+            f"positions must be float32 or float64 (half precision moves keys by whole pixels), got {positions.dtype}"
         )
     for name, tensor in (("key", key), ("value", value), ("positions", positions), ("table", table)):
         if tensor is not None:
@@ -214,7 +214,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.size, ctx.scale, ctx.align_corners = inputs
     ctx.mark_non_differentiable(output[1])
-    # Without it the logarithms would get a gradient of zeros.
+    # Otherwise `lse` would get a gradient of zeros instead of None.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
@@ -251,13 +251,13 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
             grad, *tensors, size=(H, W), scale=ctx.scale, align_corners=ctx.align_corners
         )
 
-    # The output and its logarithms follow from the other arguments, to which their share of the gradient goes.
+    # `out` and `lse` are functions of the other inputs, so their gradients are accounted for there.
     return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None, None
 
 
 _attend = differentiable("deform_attn", _setup_context, _autograd)
 _attend_backward = differentiable("deform_attn_backward", _setup_second, _second_autograd)
-# The table has no batch: heads are what all tensors have.
+# The table has no batch dimension, so batches are merged into the heads, which all tensors have.
 register_batching("deform_attn", dims=(1, 1, 1, 1, 0), outputs=(0, 0))
 register_batching("deform_attn_backward", dims=(1, 1, 1, 1, 1, 0, 1, 1), outputs=(1, 2, 3, 4, 5))
 

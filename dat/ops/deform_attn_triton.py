@@ -57,7 +57,7 @@ def prepare_kernel(table, positions, coefficients, key_pixels, pixels, coordinat
     tl.store(coefficients + index * 4 + 1, b - a, mask=inside)
     tl.store(coefficients + index * 4 + 2, c - a, mask=inside)
     tl.store(coefficients + index * 4 + 3, (d - c) - (b - a), mask=inside)
-    # No key beyond 64 meets the table, and NaN goes there too.
+    # No key beyond 64 meets the table; NaN is clamped there too.
     position = tl.load(positions + index, mask=index < coordinates, other=0.0)
     position = tl.minimum(tl.where(position > -64.0, position, -64.0), 64.0)
     unit = tl.where(index % 2 == 0, T_w - 1, T_h - 1).to(tl.float32) * 0.25
@@ -72,7 +72,7 @@ def _floats(pair):
 
 @triton.jit
 def _of_head(key_pixels, coefficients, row, h, group_heads, N, T_h, T_w):
-    """Where the keys and the coefficients of a head start, as pairs of numbers."""
+    """Pointers to the keys and the coefficients of a head, as pairs of numbers."""
     pairs = tl.pointer_type(tl.int64)
     key_pixels = key_pixels.to(pairs) + row // group_heads * N
     return key_pixels, coefficients.to(pairs) + row % h * (T_h + 3) * (T_w + 3) * 2
@@ -126,7 +126,7 @@ def forward_kernel(
     key += image * k_image + head * k_head
     value += image * v_image + head * v_head
     q = _rows(query + image * q_image + head * q_head, queries, q_row, channels, C, queries < HW)
-    # A scale of 0 leaves the biases alone.
+    # With a scale of 0 only the biases remain.
     scale = tl.where(scale == 0.0, 1e-30, scale)
     inverse_scale = 1.0 / scale
     top = tl.full([M], float("-inf"), tl.float32)
@@ -140,7 +140,7 @@ def forward_kernel(
         if BIASED:
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             bias = tl.trans(a + fx * b + fy * (c + fx * d)) * inverse_scale
-        # Where the product's sums start, biases get its layout: maxima and sums over keys stay within a warp.
+        # As the initial accumulator, biases get the product's layout: maxima and sums over keys stay within a warp.
         scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * scale
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -231,14 +231,14 @@ def key_kernel(
             slope_x, slope_y = b + fy * d, c + fx * d
         p = _exp(scores, log_total[None, :])
         value_sums += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
-        by_scores = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
-        key_sums += tl.dot(by_scores.to(q.dtype), q, input_precision=PRECISION)
+        score_grads = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
+        key_sums += tl.dot(score_grads.to(q.dtype), q, input_precision=PRECISION)
         if BIASED:
-            x_sums += by_scores * slope_x
-            y_sums += by_scores * slope_y
+            x_sums += score_grads * slope_x
+            y_sums += score_grads * slope_y
             at = grad_scores + (keys - first_key)[:, None] * HW + queries[None, :]
             pairs = inside[:, None] & (queries < HW)[None, :]
-            tl.store(at, by_scores.to(grad_scores.dtype.element_ty), mask=pairs)
+            tl.store(at, score_grads.to(grad_scores.dtype.element_ty), mask=pairs)
     sums += ((part * rows + row) * (last_key - first_key) - first_key) * (2 * C + 2)
     _store_rows(sums, key_sums * scale, keys, 2 * C + 2, channels, C, inside)
     _store_rows(sums + C, value_sums, keys, 2 * C + 2, channels, C, inside)
@@ -335,7 +335,7 @@ class Axis:
 
 
 class Launch:
-    """What the kernels of one call have in common."""
+    """The arguments that all kernels of one call have in common."""
 
     def __init__(
         self, query: Tensor, key: Tensor, positions: Tensor, table: Tensor | None, size: list[int], align_corners: bool
@@ -394,7 +394,7 @@ class TableGradient:
         self.parts = launch.table.new_empty(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
-        """Add what follows from the gradients [rows, last - first, H*W] of the scores of keys first..last."""
+        """Add the contributions of the gradients [rows, last - first, H*W] of the scores of keys first..last."""
         launch, parts = self.launch, len(self.parts)
         images = launch.rows // launch.heads[0]
         length = ceil_div(images * ceil_div(last - first, TABLE_KEYS), parts)

@@ -1,4 +1,4 @@
-"""FLOP formulas of the ops for fvcore's counter; torch's own, FlopCounterMode, knows the ops without them.
+"""FLOP formulas of the ops for fvcore's counter; torch's own, FlopCounterMode, supports the ops already.
 
 fvcore.nn.FlopCountAnalysis(model, inputs).set_op_handle(**dat.ops.flops.fvcore_handles())
 """

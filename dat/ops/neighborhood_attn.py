@@ -20,7 +20,7 @@ from dat.ops._common import (
     untraced,
 )
 from dat.ops._library import LIBRARY
-from dat.ops.sizes import longer
+from dat.ops.sizes import sym_max
 
 LIBRARY.define(
     "neighborhood_attn(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, SymInt width, "
@@ -52,7 +52,7 @@ def neighborhood_attn(
     Args:
         query, key, value: [B, h, H*W, c] of a map of `size`, row by row; float32, float64, bfloat16 or float16. Under
             autocast float32 is cast to its dtype.
-        bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: what is added to the score of a neighbour that
+        bias: [h, 2*kernel_size-1, 2*kernel_size-1], any floating dtype: the bias of the score of a neighbour that
             is (dy, dx) * dilation pixels away, at [kernel_size-1+dy, kernel_size-1+dx]. None: nothing.
         size: (H, W). A side shorter than kernel_size * dilation is filled up, below and to the right, with pixels of
             zero query, key and value; they are attended to, and not returned.
@@ -74,7 +74,7 @@ def neighborhood_attn(
     query, key, value = autocast(query), autocast(key), autocast(value)
     _check(query, key, value, bias, (H, W), kernel_size, dilation)
     bias = None if bias is None else cast(bias, sum_dtype(query))
-    padded_H, padded_W = (longer(length, kernel_size * dilation) for length in (H, W))
+    padded_H, padded_W = (sym_max(length, kernel_size * dilation) for length in (H, W))
     down, right = padded_H - H, padded_W - W
     if down or right:
         query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))
@@ -231,13 +231,13 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 _attend = differentiable("neighborhood_attn", _setup_context, _autograd)
 _attend_backward = differentiable("neighborhood_attn_backward", _setup_second, _second_autograd)
-# The bias has no batch: heads are what all tensors have.
+# The bias has no batch dimension, so batches are merged into the heads, which all tensors have.
 register_batching("neighborhood_attn", dims=(1, 1, 1, 0), outputs=(0,))
 register_batching("neighborhood_attn_backward", dims=(1, 1, 1, 1, 0), outputs=(1, 2, 3, 4))
 
 
 def _product_flops(query: Any, kernel_size: int) -> int:
-    """Of one product of queries and neighbours, two for each multiply-add."""
+    """FLOPs of one product of queries and neighbours, two for each multiply-add."""
     B, h, pixels, c = query
     return 2 * B * h * pixels * kernel_size**2 * c
 

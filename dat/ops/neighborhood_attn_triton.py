@@ -1,6 +1,6 @@
 """Triton kernels of `neighborhood_attn` for GPUs; imported with the first call, as triton is not needed elsewhere.
 
-A program takes a tile of 8 x 8 queries (or of keys) and goes through the pixels around it a block at a time: with a
+A program takes a tile of 8 x 8 queries (or of keys) and loops over the pixels around it one block at a time: with a
 window of 7 x 7 these are 14 x 14 pixels, in seven blocks of 2 x 16. No two programs add to the same number, so that
 sums are always taken in the same order.
 """
@@ -141,7 +141,7 @@ def _bias_sums(grad_scores, row, column, key_row, key_column, DTYPE: tl.constexp
                ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Sums [SIDE, SIDE] of a block's gradients by displacement.
 
-    They are two products with matrices of zeros and ones, which say what pairs of columns, then of rows, are summed.
+    They are two products with matrices of zeros and ones, which select the pairs of columns, then of rows, to sum.
     """
     places = tl.arange(0, SIDE)
     tile_row, block_row = tl.min(tl.reshape(row, (TILE, TILE)), 1), tl.min(tl.reshape(key_row, (ROWS, COLUMNS)), 1)
@@ -149,10 +149,10 @@ def _bias_sums(grad_scores, row, column, key_row, key_column, DTYPE: tl.constexp
     block_column = tl.min(tl.reshape(key_column, (ROWS, COLUMNS)), 0)
     dx = tl.reshape(block_column[None, :] - tile_column[:, None] + K - 1, (TILE * COLUMNS,))
     dy = tl.reshape(block_row[None, :] - tile_row[:, None] + K - 1, (TILE * ROWS,))
-    by_columns = tl.permute(tl.reshape(grad_scores.to(DTYPE), (TILE, TILE, ROWS, COLUMNS)), (0, 2, 1, 3))
-    by_columns = tl.reshape(by_columns, (TILE * ROWS, TILE * COLUMNS))
-    of_rows = tl.dot(by_columns, (dx[:, None] == places[None, :]).to(DTYPE), input_precision="tf32x3")
-    return tl.dot((dy[None, :] == places[:, None]).to(tl.float32), of_rows, input_precision="tf32x3")
+    column_pairs = tl.permute(tl.reshape(grad_scores.to(DTYPE), (TILE, TILE, ROWS, COLUMNS)), (0, 2, 1, 3))
+    column_pairs = tl.reshape(column_pairs, (TILE * ROWS, TILE * COLUMNS))
+    row_sums = tl.dot(column_pairs, (dx[:, None] == places[None, :]).to(DTYPE), input_precision="tf32x3")
+    return tl.dot((dy[None, :] == places[:, None]).to(tl.float32), row_sums, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -189,7 +189,7 @@ def _backward_queries(
         total = total * shrink + tl.sum(p, 1)
         mean = mean * shrink + tl.sum(p * tl.dot(g, tl.trans(v), input_precision="tf32x3"), 1)
         top = higher
-    # Of pixels outside the map, which have no neighbours, nothing is kept.
+    # Pixels outside the map have no neighbours; their values are set to zero.
     log_sum = tl.where(inside, _finite(top) + tl.log(total), 0.0)
     mean = tl.where(inside, mean / total, 0.0)
     query_sums = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)

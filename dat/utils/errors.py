@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Base of errors whose message alone says what to change."""
+    """Base of errors whose message says what to change; no traceback is needed."""
 
 
 class ConfigError(UserError, ValueError):

@@ -12,24 +12,9 @@ from timm.utils import natural_key
 
 from dat.utils.errors import DataError
 
-IMAGE_EXTENSIONS = frozenset(
-    (
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    )
-)
+IMAGE_EXTENSIONS = frozenset((
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+))  # fmt: skip
 
 
 @contextmanager

@@ -61,10 +61,10 @@ def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = Non
 
 
 def to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """An image in RGB, from all that stands for one.
+    """Converts a path, image, array or tensor to an RGB image.
 
     Args:
-        source: a path; a PIL image of any mode, whose EXIF orientation is followed; an array [H, W], [H, W, 1],
+        source: a path; a PIL image of any mode, whose EXIF orientation is applied; an array [H, W], [H, W, 1],
             [H, W, 3] or [H, W, 4] of uint8; or a tensor [1, H, W], [3, H, W] or [4, H, W] of uint8, or of floats 0 to
             1. Four channels are RGB and alpha, which is dropped.
 

@@ -121,7 +121,7 @@ def test_what_is_not_possible_is_named(settings):
         train(from_dict(ClassificationConfig, settings, "test"))
     settings["train"].update(fsdp=False, grad_checkpointing=True)
     settings["model"]["backbone"] = {"name": "dla46_c"}
-    with pytest.raises(ConfigError, match=r"train.grad_checkpointing is true, which DLA does not know"):
+    with pytest.raises(ConfigError, match=r"train.grad_checkpointing=true is not supported by DLA; set it to false"):
         train(from_dict(ClassificationConfig, settings, "test"))
 
 

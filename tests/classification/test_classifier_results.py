@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dat.classification import sheet
+from dat.classification import draw as drawing
 from dat.classification.config import ClassificationConfig, TrainConfig
 from dat.classification.evaluate import open_v2, real_accuracy
 from dat.classification.readers import open_place
@@ -75,8 +75,10 @@ def test_classes_of_one_name_are_kept_apart(found):
 def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     split = open_place(pictures / "val", "here")
     found = results([0, 0, 1, 1, 2, 2], [[0], [0], [1], [2], [2], [1]])
-    drawn, draw = [], sheet.draw_grid
-    monkeypatch.setattr(sheet, "draw_grid", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path)))
+    drawn, draw = [], drawing.draw_grid
+    monkeypatch.setattr(
+        drawing, "draw_grid", lambda shown, path: (drawn.extend(t for _, t in shown), draw(shown, path))
+    )
     config = ClassificationConfig(train=TrainConfig(worst=1))
     names = split.class_names
     metrics = found.summarize(names, epoch=3, real={"top1": 12.5})

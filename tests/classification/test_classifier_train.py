@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from dat.classification import sheet
+from dat.classification import draw as drawing
 from dat.classification.config import ClassificationConfig
 from dat.classification.data import MixPairs, TrainImages, make_transform, train_loader
 from dat.classification.readers import open_place
@@ -94,13 +94,13 @@ def test_fine_tuning_takes_another_number_of_classes(settings, pictures, tmp_pat
 def test_a_sheet_shows_the_best_on_validation_pictures(settings, pictures, tmp_path, monkeypatch):
     (pictures / "val/red/1.png").write_text("not a picture")
     titles = []
-    draw = sheet.draw_grid
+    draw = drawing.draw_grid
 
     def draw_grid(drawn, path):
         titles.extend(title for _, title in drawn)
         draw(drawn, path)
 
-    monkeypatch.setattr(sheet, "draw_grid", draw_grid)
+    monkeypatch.setattr(drawing, "draw_grid", draw_grid)
     # worst=0: no other sheet is drawn
     run(settings, epochs=1, pictures=4, worst=0)
     # pictures 0, 1, 3 and 5 of 6 in order of classes, and the last cannot be read

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dat.detection import HungarianMatcher, SetCriterion, official
-from dat.detection.criterion import PAPER_WEIGHTS
+from dat.detection.criterion import CLASS_WEIGHTS
 
 # Arguments of small detectors.
 SMALL = {
@@ -97,7 +97,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 def run(model: nn.Module, mask: Tensor, targets: list[dict[str, Tensor]]) -> tuple[dict, dict[str, Tensor], Tensor]:
     """Outputs, losses and their total in float64, in training."""
     outputs = model.double().train()(torch.zeros(2, 3, *mask.shape[1:]), mask)
-    matcher = HungarianMatcher(cost_class=PAPER_WEIGHTS[model.scores]["loss_ce"], scores=model.scores)
+    matcher = HungarianMatcher(cost_class=CLASS_WEIGHTS[model.scores], scores=model.scores)
     criterion = SetCriterion(model.num_classes, matcher, model.scores)
     losses = criterion(outputs, targets)
     return outputs, losses, criterion.total(losses)

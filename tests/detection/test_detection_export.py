@@ -208,7 +208,7 @@ def test_mistakes_are_said_and_nothing_is_written(checkpoint, tmp_path, argument
     assert not list(tmp_path.iterdir())
 
 
-def test_strangers_files_are_refused_in_one_line(exported, tmp_path):
+def test_untrusted_files_are_refused_in_one_line(exported, tmp_path):
     path = tmp_path / "model.onnx"
     whole = exported.read_bytes()
     path.write_bytes(whole)

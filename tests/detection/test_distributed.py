@@ -9,6 +9,7 @@ from coco_scenes import write_json, write_scenes
 from commands import dat
 from processes import run_processes
 
+from dat.detection import Detector
 from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.utils.errors import ConfigError
@@ -101,6 +102,20 @@ def test_more_processes_than_images_to_evaluate(one_size, tmp_path):
     assert codes == [0] * 4, errors
     results = json.loads((tmp_path / "run/detections.json").read_text())
     assert len({result["image_id"] for result in results}) == 3
+
+
+def train_and_evaluate(config, folder):
+    detector = Detector.from_config(config, output=folder / "run", epochs=1, pictures=0, worst=0)
+    trained = detector.train()
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps([trained, detector.evaluate()]))
+
+
+def test_the_python_class_trains_and_evaluates_in_several_processes(one_size, tmp_path):
+    codes, errors, _ = run_processes(2, train_and_evaluate, tmp_path, one_size, tmp_path)
+    assert codes == [0, 0], errors
+    trained, evaluated = json.loads((tmp_path / "0.json").read_text())
+    assert trained["AP"] == evaluated["AP"]
+    assert json.loads((tmp_path / "1.json").read_text()) == [{}, {}]
 
 
 def run_sharded(config, folder, *overrides):

@@ -1,4 +1,4 @@
-"""--overfit learns a few images by heart, or says what is wrong."""
+"""--overfit overfits a few images, or prints the likely reasons if that fails."""
 
 import json
 from dataclasses import replace

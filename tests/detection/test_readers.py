@@ -7,7 +7,7 @@ import pytest
 
 from dat.detection.config import TrainDataConfig, ValDataConfig
 from dat.detection.data import Annotations, Category, ImageRecord, read_coco, read_dataset, readers, register_reader
-from dat.detection.data.statistics import audit_split
+from dat.detection.data.audit_split import audit_split
 from dat.utils.errors import DataError
 
 TRAIN = TrainDataConfig(annotations="train.json", images="images")

@@ -59,7 +59,7 @@ class Bias {
     }
   }
 
-  // Writes the bias of queries first .. first + count, a row of `scores` for each key; what lies beyond is overwritten too.
+  // Writes the bias of queries first .. first + count, a row of `scores` for each key; the rest of a row is overwritten too.
   void fill(Real* scores, int64_t first, int64_t count) {
     args_.unit_step ? fill_rows<true>(scores, first, count) : fill_rows<false>(scores, first, count);
   }
@@ -102,7 +102,7 @@ class Bias {
   bool narrow_ = false;
   int64_t first_ = 0, count_ = 0;
   Real x_[kBlock], y_[kBlock];
-  // With unit_step: the column of query 0, whose fraction is every query's.
+  // With unit_step, the column of query 0; its fraction is that of every query.
   int64_t start_[kBlock];
   Real fraction_[kBlock];
   // The table row above the one that the queries of a map row look up, and how far below it they do.
@@ -123,7 +123,7 @@ class Bias {
     return {query / args_.W, column, offset, left < count - offset ? left : count - offset};
   }
 
-  // No key further away meets the table, and pixels of those left fit in integers. NaN goes far away too.
+  // No key further away meets the table, and pixels of the others fit in integers. NaN is clamped too.
   static DAT_HOST_DEVICE Real clamp(Real x) {
     x = x > -64 ? x : Real(-64);
     return x < 64 ? x : Real(64);
@@ -210,7 +210,7 @@ class Bias {
     return left + at.fraction * (right - left);
   }
 
-  // Spreads what key n's queries have collected over the table and its position.
+  // Scatters the gradients collected for key n into the table and the key's position.
   void close(int64_t n) {
     if (open_[n] < -kRowMargin) return;
     Real *sums = rows_ + 2 * n * row_size() + kRowPadding, *weighted = sums + row_size();

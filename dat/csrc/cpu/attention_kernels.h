@@ -220,7 +220,7 @@ void forward(const AttentionArgs& args, const AttentionPart& part, const Rows<vo
   }
 }
 
-// One block of keys after the other meets all queries of the part. What lies apart in memory is copied side by side first.
+// Loops over blocks of keys, each with all queries of the part. Strided rows are first copied to contiguous memory.
 template <typename Real>
 class Backward {
  public:

@@ -15,7 +15,7 @@
 namespace dat {
 namespace {
 
-// `count` coordinates -1..1 of a side of `length` queries, which may go on beyond the last, in the reference's own steps.
+// Writes `count` coordinates of a side of `length` queries, -1..1 or beyond, with the arithmetic of the reference.
 template <typename Real>
 void write_grid(Real* grid, int64_t count, int64_t length, bool align_corners) {
   const Real last = static_cast<Real>(std::max<int64_t>(length - 1, 1));
@@ -80,7 +80,7 @@ struct Inputs {
 
   bool empty() const { return query.numel() == 0 || args.N == 0; }
 
-  // In the dtype of the sums, with c filled up to the multiple that kernels take; no copy where it is so already.
+  // Casts to the dtype of the sums and pads c to the multiple that kernels take; copies only where needed.
   Tensor rows(const Tensor& tensor) const {
     const int64_t missing = std::max<int64_t>((c + 15) / 16, 1) * 16 - c;
     Tensor wide = torch::stable::to(tensor, dtype);
@@ -136,7 +136,7 @@ class Result {
     part_bytes_ = written_.stride(0) * (args.is_double ? sizeof(double) : sizeof(float));
   }
 
-  // Where one of the parts writes.
+  // Returns the output rows of one part.
   Rows<void> part(int64_t index) {
     char* start = static_cast<char*>(written_.mutable_data_ptr()) + index * part_bytes_;
     return {start, written_.stride(1), written_.stride(2), written_.stride(3)};
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> forward(
   const AttentionArgs& args = inputs.args;
   const std::vector<int64_t> layout = {args.B, args.h, args.H * args.W};
   if (inputs.empty()) {
-    // No keys: their sum is zero, and its logarithm what an empty sum's is.
+    // Without keys the output is zero and the log-sum-exp that of an empty sum.
     const double none = -std::numeric_limits<double>::infinity();
     Tensor lse = torch::stable::new_empty(inputs.positions, layout);
     return {zeros(query), torch::stable::fill_(lse, none)};
@@ -206,7 +206,7 @@ struct Sums {
         torch::stable::new_zeros(inputs.key, {args.B, args.h, parts, args.T_h + 2 * kRowMargin, args.T_w + 2 * kMargin});
   }
 
-  // Where part `unit` of [B, h, parts] writes.
+  // Returns the gradients that part `unit` of [B, h, parts] writes.
   AttentionGrads of(const AttentionArgs& args, int64_t unit) {
     const int64_t bytes = args.is_double ? sizeof(double) : sizeof(float);
     const auto at = [&](Tensor& tensor, int64_t numbers) {

@@ -75,7 +75,7 @@ struct Work {
   }
 };
 
-// Adds up what the parts know of the gradient by the keys (or values), always in the same order.
+// Sums the parts' gradients with respect to the keys (or values), always in the same order.
 void add_windows(const Work& work, const char* sums, void* to) {
   const NeighborhoodArgs& args = work.args;
   const int64_t pixel = args.heads * args.C, real = real_bytes(args), bytes = value_bytes(args);

@@ -38,7 +38,7 @@ DAT_HOST_DEVICE int64_t window_start(int64_t index, int64_t length, int64_t kern
 }
 
 // Outputs of a part's backward. grad_query is [B, H * W, heads, C] in the dtype of the query; the others are sums over
-// this part alone, in Real: grad_key and grad_value [window rows of the part, columns, C], grad_bias of the shape of a
+// this part only, in Real: grad_key and grad_value [window rows of the part, columns, C], grad_bias of the shape of a
 // head's bias.
 struct NeighborhoodGrads {
   HeadPixels out;

@@ -9,7 +9,7 @@
 namespace dat {
 namespace {
 
-// As views of a projection to query, key and value are; anything else is copied.
+// Strided views of a fused qkv projection are used as they are; other layouts are copied.
 Tensor with_channels_side_by_side(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) < 2 ? tensor : torch::stable::contiguous(tensor);
 }
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   check_dtype(kOp, grad, "grad", query, "query");
   grad = with_channels_side_by_side(grad);
   Tensor grad_query = new_pixels(inputs.query), grad_key = new_pixels(inputs.key), grad_value = new_pixels(inputs.value);
-  // Where there is no bias the dtype is still that of the sums.
+  // Without a bias its empty gradient still has the dtype of the sums.
   const std::vector<int64_t> bias_size =
       bias ? std::vector<int64_t>{bias->size(0), bias->size(1), bias->size(2)} : std::vector<int64_t>{0};
   Tensor grad_bias = torch::stable::new_empty(inputs.query, bias_size, real_type(inputs.query));

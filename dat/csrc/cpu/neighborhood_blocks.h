@@ -145,7 +145,7 @@ Multiply<Real> choose_multiply(int64_t rows, int64_t taps) {
   }
 }
 
-// A row of pixels that goes into rows [begin, end) of sums, each with factors of its own.
+// A row of pixels that is added to rows [begin, end) of sums, to each with its own factors.
 template <typename Real>
 struct Source {
   const Real* pixels;

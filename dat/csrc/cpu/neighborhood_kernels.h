@@ -105,13 +105,13 @@ class Neighborhood {
   }
 
  private:
-  // A register of queries (or of keys): its first column, where its column stands in scores, and the shifts from queries to
-  // their keys that occur.
+  // A register of queries (or of keys): its first column, the index of that column in scores, and the range of shifts from
+  // queries to their keys.
   struct Block {
     int64_t x, place, first, taps;
     // Whether a border moves some of the windows.
     bool masked;
-    // For queries: how far their windows begin before them.
+    // For queries, the distance from the start of their windows to them.
     I reach;
   };
 
@@ -205,14 +205,14 @@ class Neighborhood {
     return block;
   }
 
-  // Which of the rows [first, first + count) of queries have key row r in their windows.
+  // Finds the rows among [first, first + count) of queries that have key row r in their windows.
   void rows_with(int64_t r, int64_t first, int64_t count, int64_t& begin, int64_t& end) const {
     begin = 0, end = count;
     while (window(first + begin) + K <= r) begin++;
     while (window(first + end - 1) > r) end--;
   }
 
-  // Products of queries with their keys, or of anything that has their places.
+  // Products of queries with their keys, or of other tensors with the same layout.
   void multiply_rows(int64_t first, int64_t count, const Block& block, const Real* pixels, const Real* others, Real* to) {
     for (int64_t r = window(first); r < window(first + count - 1) + K; r++) {
       int64_t begin, end;
@@ -229,7 +229,7 @@ class Neighborhood {
     }
   }
 
-  // Where the scores of query row first + m with key row r, `shift` columns to the right, stand.
+  // Returns the index of the scores of query row first + m with key row r, `shift` columns to the right.
   int64_t score(int64_t first, int64_t m, int64_t r, int64_t shift) const {
     return (m * K + r - window(first + m)) * window_step + (shift + K - 1) * tap_step;
   }
@@ -262,7 +262,7 @@ class Neighborhood {
     for_scores(block, scores, [&](V s, int64_t) { return s * factor; });
   }
 
-  // Replaces the scores of a block, which begin at `scores`, by what `function` says of them and of their places.
+  // Replaces the scores of a block, which begin at `scores`, by `function` of the scores and their indices.
   template <typename F>
   DAT_HOST_DEVICE void for_scores(const Block& block, Real* scores, F function) {
     for (int64_t a = 0; a < K; a++) {
@@ -317,7 +317,7 @@ class Neighborhood {
     }
   }
 
-  // Adds what rows of queries say of the gradients by the keys and values in their windows.
+  // Adds the contributions of rows of queries to the gradients of the keys and values in their windows.
   void add_queries(int64_t first, int64_t count) {
     const int64_t begin = window(first), end = window(first + count - 1) + K;
     for (int64_t r = begin; r < end; r += kRows) {

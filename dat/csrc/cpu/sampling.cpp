@@ -139,7 +139,7 @@ void backward_apart(const SampleArgs& args, const SampleGrads& grads, int64_t pa
   if (parts > 1) add_parts(args, shared.get(), parts, grad_value);
 }
 
-// For few samples: sums apart would take longer to copy than to add to.
+// Used for few samples, for which copying separate sums would take longer than adding to them.
 void backward_in_place(const SampleArgs& args, const SampleGrads& grads, void* grad_value) {
   const int64_t row = args.H * args.D, bytes = row * value_bytes(args);
   torch::stable::parallel_for(0, args.B * args.S, 1024, [&](int64_t begin, int64_t end) {

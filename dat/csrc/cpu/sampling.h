@@ -30,7 +30,7 @@ struct SampleArgs {
   bool narrow;
 };
 
-// Gradients: `out` is given, the others are written, each in the dtype of what it is the gradient of. grad_reference [B, Q,
+// Gradients: `out` is given, the others are written, each in the dtype of its tensor. grad_reference [B, Q,
 // H, L, 2 or 4] holds each head's contribution, in Real, or is null if not needed.
 struct SampleGrads {
   const void* out;

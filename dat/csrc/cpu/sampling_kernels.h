@@ -46,7 +46,7 @@ DAT_HOST_DEVICE void softmax(Real* logits, int64_t padded) {
 }
 
 // Walks over the rows (query, head) of a part: one row at a time or, where a row has few samples, as many rows as fill a
-// register with theirs. Sample k of row i stands at i * count + k in every array.
+// register with theirs. Sample k of row i is element i * count + k of every array.
 template <typename T, typename Real, bool kBackward>
 class Batch {
  public:

@@ -199,7 +199,7 @@ struct Sum<Real, 1> {
   static DAT_HOST_DEVICE Real of(Vec<Real, 1> v) { return v[0]; }
 };
 
-// The largest of all lanes; what NaN does is left open.
+// Maximum over all lanes; the result is unspecified for NaN.
 template <typename Real, int N>
 struct Max {
   static DAT_HOST_DEVICE Real of(Vec<Real, N> v) {

@@ -71,9 +71,9 @@ __device__ __forceinline__ void scatter(
   }
 }
 
-// Sums the inner products over the lanes of a group and puts them, or with kAdd adds them, to `sums`. Lanes first trade
-// corners, so that each goes on with fewer of them: with four lanes or more lane 2 * i + j ends up with the corner in row i
-// and column j.
+// Sums the inner products over the lanes of a group and puts them, or with kAdd adds them, to `sums`. Lanes first exchange
+// corners, so that each continues with fewer of them: with four lanes or more lane 2 * i + j ends up with the corner in row
+// i and column j.
 template <int kLanes, bool kAdd, typename Real>
 __device__ __forceinline__ void put_dots(const Real (&dot)[4], int lane, Corners<Real>& sums) {
   const auto put_sum = [&](int corner, Real x) { sums.x[corner] = kAdd ? sums.x[corner] + x : x; };
@@ -153,7 +153,7 @@ __device__ __forceinline__ void backward_samples(
     const Corners<Real> dots = stage.dots[group][slot];
     source.put_grad(grads, first + slot, dots.x);
   }
-  // A lane goes on to prepare the slots that it alone has read since the lanes met.
+  // No synchronisation: a lane next prepares only slots that it alone has read since the last one.
 }
 
 template <typename Rows, template <typename> typename Source_>

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
     Tensor& grad_value) {
-  // Tensors of a batch outlive its kernels: memory goes back to the stream that they run on.
+  // Tensors of a batch may be freed before its kernels end: their memory is reused on the same stream only.
   std::tuple<Tensor, Tensor> sorted;
   const auto sort = [&](int64_t size, const auto& fill) {
     Tensor keys = torch::stable::new_empty(pixels, {size}, ScalarType::Int);

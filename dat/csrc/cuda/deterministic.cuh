@@ -13,7 +13,7 @@ struct Batch {
 
   DAT_HOST_DEVICE int64_t samples_of_unit(const Geometry& g) const { return queries * g.samples(); }
   DAT_HOST_DEVICE int64_t size(const Geometry& g) const { return units * samples_of_unit(g); }
-  // Where the first sample of a unit is among all; from query to query it is H * L * P on.
+  // Returns the index of a unit's first sample among all; the stride between queries is H * L * P.
   DAT_HOST_DEVICE int64_t origin(const Geometry& g, int64_t unit) const {
     return ((unit / g.H * g.Q + first_query) * g.H + unit % g.H) * g.samples();
   }
@@ -24,7 +24,7 @@ struct Batch {
 
 constexpr int kSortThreads = 256;
 
-// What the backward kernels kept of every sample; weights are null where all are one.
+// Values that the backward kernels saved for every sample; weights are null where all are one.
 template <typename Real>
 struct KeptInput {
   Pointer<const Real> pixels, weights;

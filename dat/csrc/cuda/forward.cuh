@@ -5,7 +5,7 @@
 
 namespace dat {
 
-// What samples that read nothing read, at any channel of a slice.
+// Zeros that out-of-bounds samples load.
 constexpr int kZeroBytes = 512;
 static __device__ const uint4 kZeros[kZeroBytes / sizeof(uint4)] = {};
 

@@ -1,4 +1,4 @@
-// Sizes of a call, and which lanes work on what.
+// Sizes of a call, and the assignment of lanes to channels.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct Geometry {
   // Divides by P where samples are counted below 2**31 / P, otherwise 0: 2**31 / P, rounded up.
   unsigned points_inverse;
   bool align_corners;
-  // Where the queries are the pixels of the levels a block takes a tile of them, whose samples fall close together and are
-  // found in the L1 cache; otherwise a run of them.
+  // If the queries are the pixels of the levels, a block takes a tile of them, whose samples lie close together and hit the
+  // L1 cache; otherwise it takes consecutive queries.
   bool tiled;
   int tile_height;
   int first_tile[kMaxLevels];
@@ -38,7 +38,7 @@ struct Geometry {
   }
 };
 
-// Fills in what follows from the sizes. At most kMaxLevels levels, and fewer than 2**31 samples of a head.
+// Computes the fields that depend on the sizes. At most kMaxLevels levels, and fewer than 2**31 samples of a head.
 inline Geometry make_geometry(
     int64_t B, int64_t H, int64_t D, int64_t Q, int64_t P, const std::vector<Level>& levels, bool align_corners) {
   Geometry g = {};
@@ -72,8 +72,8 @@ __device__ __forceinline__ int64_t query_of(const Geometry& g, int64_t count, un
   return inside ? level.start + static_cast<int64_t>(y) * level.width + x : -1;
 }
 
-// How a group of lanes shares a row of channels: every lane takes `kVectors` packs of `kWidth`. A masked layout fits any D:
-// lanes skip channels past the end and go over the row in as many slices as it takes.
+// How a row of channels is split among a group of lanes: every lane takes `kVectors` packs of `kWidth`. A masked layout fits
+// any D: lanes skip channels past the end and loop over the slices of the row.
 template <typename T_, int kLanes_, int kVectors_, int kWidth_, bool kMasked_>
 struct Rows {
   using T = T_;
@@ -87,8 +87,8 @@ struct Rows {
   static constexpr int kSlots = kLanes < 4 ? 4 : kLanes;
   static constexpr int kThreads = kLanes < 4 ? 64 * kLanes : 256;
   static constexpr int kGroups = kThreads / kLanes;
-  // Blocks that are to share a multiprocessor, by the registers that their threads need. Without such a number the compiler
-  // spills some for the sake of more blocks.
+  // Resident blocks of a multiprocessor, limited by the registers of their threads. Without this bound the compiler spills
+  // registers to fit more blocks.
   static constexpr int kRegisters = kVectors > 1 ? 128 : kLanes < 4 ? 96 : 80;
   static constexpr int kBlocks = 65536 / (kThreads * kRegisters);
 
@@ -101,7 +101,7 @@ struct alignas(16) Corners {
   Real x[4];
 };
 
-// Where a sample's rows are: the low row of the low column, and the steps to the high ones.
+// Addresses of a sample's four corners: the low row of the low column, and the steps to the high ones.
 template <typename Origin, typename Delta>
 struct alignas(16) Steps {
   Origin origin;

@@ -34,7 +34,7 @@ constexpr auto rows_of() {
   return Rows<T, packs / each, each, kWidth, false>();
 }
 
-// Whether the distance between the rows of a sample fits what an unmasked layout keeps it in.
+// Whether the row stride fits in the int used by unmasked layouts.
 inline bool steps_fit(const Geometry& g) {
   int64_t width = 1;
   for (int l = 0; l < g.L; l++) width = std::max<int64_t>(width, g.levels[l].width);
@@ -147,7 +147,7 @@ struct Order {
   Pointer<const int64_t> samples;
 };
 
-// Samples sorted at a time; what that takes of memory is some 30 bytes for each.
+// Samples sorted at a time; each takes about 30 bytes of memory.
 constexpr int64_t kMaxBatch = int64_t(1) << 23;
 
 inline std::vector<Batch> batches(const Geometry& g, int64_t most) {

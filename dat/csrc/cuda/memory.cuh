@@ -41,7 +41,7 @@ __device__ __forceinline__ To* view(T* pointer) {
 constexpr unsigned kWarp = 0xffffffffu;
 constexpr int kVectorBytes = 16;
 
-// What sums of T are kept in.
+// Accumulator type for T.
 template <typename T>
 struct RealOf {
   using type = float;

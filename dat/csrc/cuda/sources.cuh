@@ -1,8 +1,8 @@
-// Where samples come from and their gradients go: given points (deform_sample), or offsets and logits (ms_deform_attn).
+// Inputs of samples and outputs of their gradients: given points (deform_sample), or offsets and logits (ms_deform_attn).
 //
-// A source is what one group of lanes works on, in head `h` of image `b`. `sample(i)` is sample i of `count()`, of which the
+// A source is the work of one group of lanes, in head `h` of image `b`. `sample(i)` is sample i of `count()`, of which the
 // group's lanes take turns: `put_grad` and `sample` are called by the same lane for the same i. `row(i)` is the row of the
-// output that it goes to.
+// output that it is added to.
 #pragma once
 
 #include "geometry.cuh"
@@ -165,17 +165,17 @@ __device__ __forceinline__ void put_either(Pointer<char> numbers, bool narrow, i
 template <typename Real>
 struct AttentionInput {
   Pointer<const Real> reference;
-  // In the type of the values where they are narrow, otherwise in Real.
+  // Stored in the type of the values if `narrow`, otherwise in Real.
   Pointer<const char> offsets, logits;
   bool narrow;
   bool boxes;
-  // Of a box's size that an offset of one means: half of it, divided by the number of points.
+  // Fraction of the box size that an offset of 1 corresponds to: 0.5 / num_points.
   Real box_share;
 };
 
 template <typename Real>
 struct AttentionGrads {
-  // As offsets and logits.
+  // In the layout of offsets and logits.
   Pointer<char> grad_offsets, grad_logits;
   // Gradients by attention weights on their way to those by logits; may be `grad_logits` itself.
   Pointer<Real> grad_weights;
@@ -200,7 +200,7 @@ struct Attention {
   const Pointer<const Real> reference;
   const Pointer<const char> offsets, logits;
   Real max, scale;
-  // What this lane's samples add to the sum of weights times their gradients.
+  // Contribution of this lane's samples to the sum of weights times their gradients.
   Real total = 0;
 
   // Groups without a query go through the shuffles with the samples of the first one.

@@ -1,4 +1,4 @@
-// Tensors to kernel arguments, and what both registrations for CUDA share.
+// Conversion of tensors to kernel arguments, and helpers of both CUDA registrations.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -137,7 +137,7 @@ void with_type(const char* op, const Tensor& value, const Call& call) {
   }
 }
 
-// Adds the gradient by value in the same order every time, from what the backward kernels kept of the samples.
+// Adds grad_value in the same order every time, from the samples that the backward kernels saved.
 cudaError_t sum_deterministically(
     const Geometry& g, const Tensor& pixels, const std::optional<Tensor>& weights, bool row_per_sample, const Tensor& grad,
     Tensor& grad_value);

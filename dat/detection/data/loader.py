@@ -1,7 +1,7 @@
 """Data sets and loaders for training and evaluation.
 
-What a training sample is depends on (seed, epoch, index) alone, and the order of the samples on (seed, epoch): neither
-the number of workers nor an interruption changes them.
+A training sample depends on (seed, epoch, index) only, and the order of the samples on (seed, epoch) only: neither the
+number of workers nor an interruption changes them.
 """
 
 import math
@@ -35,10 +35,10 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Items are asked for as (epoch, index) or (epoch, index, most rows, most columns).
+    """Images and targets, indexed by (epoch, index) or (epoch, index, maximum height, maximum width).
 
     A target has "boxes" [n, 4] cxcywh in 0..1 of the image, "labels" [n], "image_id", "size" (height, width) in pixels
-    of the image file, and whatever else the reader and the transform put in.
+    of the image file, and any other entries that the reader and the transform add.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DetectionDataset(Dataset[Sample]):
         image, target = read_sample(record, None if self.cache is None else self.cache.get(record.path))
         if canvas:
             target["canvas"] = Canvas(*canvas)
-        # Without workers this runs in the training process, whose own generator must not move.
+        # Without workers this runs in the training process, whose generator must not advance.
         with isolated_rng(self.seed, epoch, index):
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
@@ -75,7 +75,7 @@ class AspectRatioBatchSampler(EpochBatchSampler):
     """Batches of the keys of a DetectionDataset whose images have similar aspect ratios, so that little is padding.
 
     The steps of an epoch, which images they take and in which order, depend on seed, epoch and the number of images of
-    a step alone. Steps are all upright or all wide except for the images left over from both kinds; a remainder that
+    a step only. Steps are all upright or all wide except for the images left over from both kinds; a remainder that
     fills no step is left out of that epoch. All batches have `batch_size` images, unless the data set is smaller than a
     step: then its images are dealt evenly, and repeated where that is needed.
 

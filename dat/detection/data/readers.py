@@ -19,10 +19,10 @@ class Split(Protocol):
 
 
 class Reader(NamedTuple):
-    """A format.
+    """A reader of one format.
 
-    `recognises(root, split)` tells by the look of a folder whether it is of this format. `read(root, split, problems)`
-    reads a split and adds its problems to `problems`, which may raise at the first that would stop training.
+    `recognises(root, split)` returns whether a folder has this format. `read(root, split, problems)` reads a split and
+    adds its problems to `problems`, which may raise at the first that would stop training.
     """
 
     name: str
@@ -69,7 +69,7 @@ def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | No
 def read_strictly(
     read: Callable[[Findings], Annotations], categories: tuple[Category, ...] | None = None
 ) -> Annotations:
-    """What `read` gives; raises DataError at the first problem. Arguments as in Reader and read_dataset."""
+    """Calls `read`, and raises DataError at the first problem. Arguments as in Reader and read_dataset."""
     problems = FirstProblem()
     found = read(problems)
     if categories is not None and found.categories != categories:

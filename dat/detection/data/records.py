@@ -80,7 +80,7 @@ class Annotations:
 
 
 class Sample(NamedTuple):
-    """An image [3, H, W] and its target, an open dictionary: "boxes", "labels" and whatever else there is."""
+    """An image [3, H, W] and its target, a dictionary of "boxes", "labels" and any other entries."""
 
     image: Tensor
     target: dict[str, Any]
@@ -91,8 +91,8 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> tv_tensors.Im
 
     Args:
         path: of the file.
-        size: (width, height) by its annotations; EXIF orientation is followed where that gives this size. None: EXIF
-            orientation is always followed.
+        size: (width, height) by its annotations; EXIF orientation is applied where that gives this size. None: EXIF
+            orientation is always applied.
 
     Raises:
         DataError: a file that cannot be decoded, or has another size.

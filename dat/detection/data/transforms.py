@@ -15,7 +15,7 @@ from dat.detection.config import TrainDataConfig, ValDataConfig
 
 @dataclass(frozen=True)
 class Canvas:
-    """The most that a training image may measure, in pixels: put into a target, it limits the last resize."""
+    """The maximum size of a training image in pixels: as an entry of the target it limits the last resize."""
 
     height: int
     width: int

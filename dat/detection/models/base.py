@@ -1,4 +1,4 @@
-"""Common ground of the detectors: configuration, call, the backbone's maps, padding masks and heads."""
+"""Base class of the detectors: configuration, forward arguments, backbone features, padding masks and heads."""
 
 import dataclasses
 from collections.abc import Sequence

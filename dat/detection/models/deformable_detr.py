@@ -24,7 +24,7 @@ from dat.detection.models.transformer import (
     inverse_sigmoid,
     reference_grid,
 )
-from dat.ops.sizes import shorter
+from dat.ops.sizes import sym_min
 
 
 @dataclass
@@ -150,7 +150,7 @@ class DeformableDETR(BaseDETR):
         self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(num_heads)])
         self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(num_heads)])
         if not self.two_stage:
-            # Without a proposal's size the first boxes are small: sigmoid(-2) of the image.
+            # Without proposals the initial boxes are small: sigmoid(-2) of the image.
             first: Any = self.bbox_embed[0]
             nn.init.constant_(first[-1].bias[2:], -2.0)
 
@@ -162,7 +162,7 @@ class DeformableDETR(BaseDETR):
         return levels, resize_masks(mask, levels)
 
     def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
-        """As in BaseDETR; with two_stage also "enc_outputs", the predictions of every position of the levels."""
+        """See BaseDETR; two_stage adds "enc_outputs", the predictions of every position of the levels."""
         B = levels[0].shape[0]
         shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
@@ -201,8 +201,8 @@ class DeformableDETR(BaseDETR):
 
     def _proposed_queries(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Content [B, Q, C], position [B, Q, C] and reference boxes [B, Q, 4] of the best proposals."""
-        # The encoder is trained to tell objects from background by class 0 alone.
-        top = logits[..., 0].topk(shorter(self.num_queries, logits.shape[1]), dim=1).indices
+        # The encoder is trained to separate objects from background by class 0 only.
+        top = logits[..., 0].topk(sym_min(self.num_queries, logits.shape[1]), dim=1).indices
         reference = boxes.gather(1, top[..., None].expand(-1, -1, 4)).detach().sigmoid()
         encoding = sine_encoding(reference, self.pos_trans.in_features // 4).to(logits.dtype)
         pos, content = self.pos_trans_norm(self.pos_trans(encoding)).chunk(2, -1)

@@ -56,6 +56,6 @@ def check_model(config: ModelConfig) -> None:
         with torch.device("meta"):
             build_model(config, num_classes=1, weights=False)
     except ConfigError as error:
-        # A backbone that computes while it is made cannot be made without memory; that alone is no mistake.
+        # A backbone that computes during construction cannot be built on the meta device, which is not an error.
         if not isinstance(error.__cause__, RuntimeError):
             raise

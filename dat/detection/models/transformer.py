@@ -73,10 +73,10 @@ class DeformableDecoderLayer(TransformerLayer):
         return self.norm3(x + self.mlp(x))
 
 
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) with both terms at least eps, so that 0 and 1 stay finite."""
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """log(x / (1 - x)) with both terms at least 1e-5, so that 0 and 1 stay finite."""
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5))
 
 
 def reference_grid(shapes: Shapes, masks: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,14 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
 
 
 def read_categories(path: Path) -> tuple[Category, ...]:
-    """The categories of an annotation file alone, in the order of their ids. Raises DataError as read_coco does."""
+    """Reads only the categories of an annotation file, sorted by id. Raises DataError as read_coco does."""
     return read_strictly(
         lambda problems: Annotations(path, _categories(path, _read_json(path), problems), ())
     ).categories
 
 
 def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
-    """The annotations that could be read; whatever is wrong goes to `problems`."""
+    """Parses the annotations that can be read, and adds all problems to `problems`."""
     data: dict[str, Any] = {}
     with collecting(problems, "annotation file"):
         data = _read_json(path)

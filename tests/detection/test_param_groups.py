@@ -6,7 +6,7 @@ from dat.detection.config import TrainConfig
 from dat.detection.models import build_model
 from dat.detection.models.backbone import build_backbone
 from dat.detection.models.deformable_detr import DeformableDETRConfig
-from dat.detection.recipe import backbone_scales, parameter_groups
+from dat.detection.param_groups import backbone_scales, parameter_groups
 
 SMALL = {
     "num_queries": 5,

@@ -1,4 +1,4 @@
-"""What a split of a data set holds, and all that is wrong with it, where training stops at the first problem."""
+"""Reads a split of a data set and collects all of its problems, where training stops at the first."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dat.detection.data.readers import Split, collecting, find_reader
 from dat.detection.data.records import Annotations, ImageRecord, load_image
 from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
+from dat.utils.progress import progress_bar
 
 
 @dataclass
 class SplitAudit(Findings):
-    """A split: what could be read of it, its readable images by the digest of the file, and files that it lacks."""
+    """A split as far as it can be read; `hashes`: readable images by digest, `unlisted`: files that no split lists."""
 
     annotations: Annotations
     hashes: dict[str, list[ImageRecord]] = field(default_factory=lambda: defaultdict(list))
@@ -48,7 +48,7 @@ class SplitAudit(Findings):
         return np.bincount(np.concatenate(labels), minlength=len(self.annotations.categories))
 
 
-def audit_split(root: Path, split: Split, show_progress: bool = False) -> SplitAudit:
+def audit_split(root: Path, split: Split) -> SplitAudit:
     """Reads a split of the data set in `root` and every image of it, and collects the problems."""
     found = SplitAudit(Annotations(root / split.annotations, (), ()))
     with collecting(found, "annotation file"):
@@ -60,10 +60,7 @@ def audit_split(root: Path, split: Split, show_progress: bool = False) -> SplitA
         return found
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
-        hidden = None if show_progress else True
-        for record, digest, kind, example in tqdm(
-            results, total=len(records), desc="images", leave=False, disable=hidden
-        ):
+        for record, digest, kind, example in progress_bar(results, total=len(records), desc="images", leave=False):
             if kind:
                 found.add(kind, example, stops=True)
             else:
@@ -77,7 +74,7 @@ def audit_split(root: Path, split: Split, show_progress: bool = False) -> SplitA
 
 
 def compare(train: SplitAudit, val: SplitAudit) -> None:
-    """Adds to `val` what only both splits show: other categories, and images of training.
+    """Adds to `val` the problems that only both splits together show: other categories, and training images.
 
     Files that the other split lists are no longer among the unlisted ones.
     """
