@@ -3,11 +3,10 @@
 import sys
 from typing import Any
 
-from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
     """A tqdm bar with tqdm's arguments; it is hidden where neither a terminal nor a notebook shows it."""
-    in_notebook = tqdm is not tqdm_asyncio
+    in_notebook = "ipykernel" in sys.modules
     return tqdm(*arguments, disable=not (in_notebook or sys.stderr.isatty()), **options)

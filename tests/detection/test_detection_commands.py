@@ -465,7 +465,7 @@ def test_warnings_about_the_data_reach_the_log_of_the_run(config_file, scenes, t
     write_json(scenes / "train.json", data)
     dat("detect", "train", config_file, "train.epochs=1")
     assert (tmp_path / "run/train.log").read_text().count("warning: ") == 1
-    assert "train.json: dropped 1 boxes" in (tmp_path / "run/train.log").read_text()
+    assert "train.json: empty box, dropped (1)" in (tmp_path / "run/train.log").read_text()
 
 
 def test_sigterm_to_the_whole_group_saves_and_resumes(config_file, tmp_path):
