@@ -83,7 +83,9 @@ def compare(checkpoint: Path, out: Path, form: str) -> str:
     pair, _ = Samples.read(None, Path("nowhere")).batches([UNSEEN[kind]])
     images = torch.cat([pair, pair.flip(-1)])[:3]
     if kind == "classification":
-        graph = classification_export.classifier_graph(Classifier.from_checkpoint(checkpoint, device="cpu"), True)
+        classifier = Classifier.from_checkpoint(checkpoint, device="cpu")
+        model, data = classifier.trained_model(), classifier.config.data
+        graph = classification_export.classifier_graph(model, data, classifier.class_names, True)
         side = exported.metadata["img_size"]
         inputs = (images[..., :side, :side] if form == "compiled" else images,)
     else:

@@ -33,17 +33,6 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imports_at_the_top(path):
-    """Modules of the package that a file imports when it is itself imported."""
-    for node in ast.parse(path.read_text()).body:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        yield from (name for name in names if name.split(".")[0] == "dat")
-
-
 @pytest.mark.parametrize("room", ALLOWED)
 def test_a_room_imports_only_rooms_below_it(room):
     files = sorted((ROOT / "dat" / room).rglob("*.py"))
@@ -62,7 +51,7 @@ def test_no_two_modules_import_each_other():
         for path in (ROOT / "dat").rglob("*.py")
     }
     # A package's __init__ re-exports its modules: what they import from the package itself is not an edge to them.
-    edges = {name: {n for n in imports_at_the_top(path) if n in modules} for name, path in modules.items()}
+    edges = {name: {n for n in imports(path) if n in modules} for name, path in modules.items()}
     edges = {
         name: {n for n in found if not name.startswith(f"{n}.") and n != name}
         for name, found in edges.items()

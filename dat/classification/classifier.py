@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from dat.classification.config import ClassificationConfig, check_config
 from dat.classification.data import make_transform
+from dat.classification.evaluate import evaluate_split, open_v2, real_accuracy
 from dat.classification.graph import TOP, ClassifierGraph
 from dat.classification.model import build_classifier
+from dat.classification.readers import open_split
+from dat.classification.report import write_report
 from dat.engine.checkpoint import build_and_load, checkpoint_errors, read_trained
 from dat.engine.config import apply_overrides, from_dict, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
 from dat.utils.images import to_image
 
@@ -205,11 +209,26 @@ class Classifier:
             "top1" and "top5" in percent, "loss", "per_class", ...; in other processes of torchrun than the first an
             empty dictionary.
         """
-        from dat.classification.evaluate import evaluate_classifier
-
-        self.trained_model()
-        changed = replace(self, config=self._configure(data, overrides))
-        return evaluate_classifier(changed, None if out is None else Path(out), real, None if v2 is None else Path(v2))
+        model, config, names = self.trained_model(), self._configure(data, overrides), self.class_names
+        split = open_split(config.data, "val", names)
+        with checkpoint_errors(str(self.path)):
+            results, more = evaluate_split(model, config, split, self.distributed)
+            metrics = results.summarize(names, **more)
+            if real is not None:
+                metrics["real"] = real_accuracy(results, split, real)
+            if v2 is not None:
+                other = open_v2(Path(v2), len(names))
+                metrics["v2"] = evaluate_split(model, config, other, self.distributed)[0].metrics()
+        if not self.distributed.main:
+            return {}
+        if out is not None:
+            out = Path(out)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "metrics.json", metrics)
+            # Last, since drawing takes time, and may fail.
+            text = f"{self.path} on {len(results.index)} images\n{split.note}".strip()
+            write_report(out, config, names, results, split, metrics, text)
+        return metrics
 
     def export(self, path: str | Path, **options: Any) -> str:
         """Writes .onnx, or .pt2 of torch.export or AOTInductor; options and errors as in `export_classifier`.
@@ -219,7 +238,7 @@ class Classifier:
         """
         from dat.classification.export import export_classifier
 
-        return export_classifier(self, Path(path), **options)
+        return export_classifier(self.trained_model(), self.config.data, self.class_names, Path(path), **options)
 
     def trained_model(self) -> nn.Module:
         """The model. Raises ConfigError for an exported file and before training."""

@@ -12,16 +12,13 @@ from timm.data import RealLabelsImagenet
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dat.classification.classifier import Classifier
+from dat.classification.config import ClassificationConfig
 from dat.classification.data import EvalImages, SkippedImages, eval_loader, make_transform
-from dat.classification.readers import Split, open_place, open_split
-from dat.classification.report import write_report
+from dat.classification.readers import Split, open_place
 from dat.classification.results import Results
-from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.distributed import Distributed, gather
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
-from dat.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -68,42 +65,20 @@ def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) ->
     return Results(index.numpy(), labels.numpy(), *(value.cpu().numpy() for value in values))
 
 
-def evaluate_split(classifier: Classifier, split: Split) -> tuple[Results, dict[str, float]]:
+def evaluate_split(
+    model: nn.Module, config: ClassificationConfig, split: Split, distributed: Distributed
+) -> tuple[Results, dict[str, float]]:
     """The results of a split and, with loading, {"images_per_second", "seconds"}; warns of unreadable images."""
-    data, train, distributed = classifier.config.data, classifier.config.train, classifier.distributed
+    data, train = config.data, config.train
     images = EvalImages(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
     loader = eval_loader(images, train.eval_batch_size, train.workers, distributed.device.type == "cuda")
     skipped = SkippedImages(split, path=None)
     start = time.perf_counter()
-    with checkpoint_errors(classifier.path or "the model"):
-        results = evaluate(classifier.trained_model(), loader, distributed, train.amp, skipped)
+    results = evaluate(model, loader, distributed, train.amp, skipped)
     seconds = time.perf_counter() - start
     if warning := skipped.write(distributed):
         logger.warning(f"warning: {warning}")
     return results, {"images_per_second": round(len(results.index) / seconds, 2), "seconds": round(seconds, 2)}
-
-
-def evaluate_classifier(
-    classifier: Classifier, out: Path | None = None, real: str | None = None, v2: Path | None = None
-) -> dict[str, Any]:
-    """See Classifier.evaluate, whose configuration is that of `classifier` here."""
-    names = classifier.class_names
-    split = open_split(classifier.config.data, "val", names)
-    results, more = evaluate_split(classifier, split)
-    metrics = results.summarize(names, **more)
-    if real is not None:
-        metrics["real"] = real_accuracy(results, split, real)
-    if v2 is not None:
-        metrics["v2"] = evaluate_split(classifier, open_v2(v2, len(names)))[0].metrics()
-    if not classifier.distributed.main:
-        return {}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "metrics.json", metrics)
-        # Last, since drawing takes time, and may fail.
-        text = f"{classifier.path} on {len(results.index)} images\n{split.note}".strip()
-        write_report(out, classifier.config, names, results, split, metrics, text)
-    return metrics
 
 
 def real_accuracy(results: Results, split: Split, path: str) -> dict[str, float]:

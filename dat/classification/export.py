@@ -7,20 +7,21 @@ Input: "images" [B, 3, H, W] uint8, RGB, resized and cropped (metadata: "img_siz
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dat.classification.classifier import Classifier
+from dat.classification.config import DataConfig
 from dat.classification.graph import ClassifierGraph
 from dat.export.export import EXAMPLE, Samples, check_path, check_sizes, export_checked
 from dat.export.graph import Graph, Tensors
 
 
 def export_classifier(
-    classifier: Classifier,
+    model: nn.Module,
+    data: DataConfig,
+    class_names: Sequence[str],
     path: Path,
     compiled: bool = False,
     images: Path | None = None,
@@ -29,7 +30,9 @@ def export_classifier(
     """Exports a classifier, after the file gave torch's results at two sizes, alone and in pairs.
 
     Args:
-        classifier: from a checkpoint.
+        model: images [B, 3, H, W] to logits [B, K].
+        data: how images are resized and normalised.
+        class_names: label i is the i-th.
         path: .onnx, or .pt2 for torch.export.
         compiled: .pt2 is a package of AOTInductor: machine code for processors such as this one.
         images: an image or a folder to check on; None: the validation data, or generated images where it is missing.
@@ -43,8 +46,7 @@ def export_classifier(
         ExportError: the model cannot be exported, or the file gives other results.
     """
     check_path(path, compiled)
-    model = deepcopy(classifier.trained_model()).cpu()
-    data = classifier.config.data
+    model = deepcopy(model).cpu()
     edges = check_sizes(sizes, data.img_size)
     samples = Samples.read(images, Path(data.root) / data.val.path)
     batches = samples.batches(edges)
@@ -52,7 +54,7 @@ def export_classifier(
     side = data.img_size
     if not any_size:
         batches = [batch[:, :, :side, :side] for batch in samples.batches([side])]
-    graph = classifier_graph(replace(classifier, model=model), any_size)
+    graph = classifier_graph(model, data, class_names, any_size)
     worst = export_checked(graph, [(batch,) for batch in batches], path, compiled)
     kind = "package" if compiled else "model"
     at = f"shortest edges {edges[0]} and {edges[1]}" if any_size else f"{side} pixels, the only size of the {kind}"
@@ -62,12 +64,11 @@ def export_classifier(
     )
 
 
-def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
+def classifier_graph(model: nn.Module, data: DataConfig, class_names: Sequence[str], any_size: bool) -> Graph:
     """A classifier for the exporter; `any_size`: of images, else only that of the configuration."""
-    data = classifier.config.data
     metadata = {
         "kind": "classification",
-        "class_names": list(classifier.class_names),
+        "class_names": list(class_names),
         "img_size": data.img_size,
         "crop_pct": data.crop_pct,
         "crop_mode": data.crop_mode,
@@ -77,7 +78,7 @@ def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
     }
     shape = EXAMPLE if any_size else (EXAMPLE[0], 3, data.img_size, data.img_size)
     return Graph(
-        ClassifierGraph(classifier.trained_model(), data, len(classifier.class_names)).eval(),
+        ClassifierGraph(model, data, len(class_names)).eval(),
         {"images": {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}},
         {name: {0: "batch"} for name in ("logits", "scores", "labels")},
         (torch.zeros(shape, dtype=torch.uint8),),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dat.classification.config import ClassificationConfig
-from dat.classification.draw import draw_mistakes
+from dat.classification.draw import draw_mistakes, draw_predictions
 from dat.classification.readers import Split
 from dat.classification.results import Results, flat_metrics
 from dat.engine.checkpoint import load_checkpoint
@@ -35,7 +35,7 @@ def write_report(
     """Draws the plots of a run or an evaluation, and writes report.html; returns the images that it shows.
 
     Args:
-        folder: of the files; its log.jsonl gives the training curves, its predictions.png goes into the page.
+        folder: of the files; its log.jsonl gives the training curves.
         config: of the run.
         class_names: of the model.
         results, split: of the best epoch, and its images; None where there are none.
@@ -59,7 +59,8 @@ def write_report(
     if results is not None and split is not None:
         draw_mistakes(results, split, class_names, paths["worst"], config.train.worst)
         page.add_photos("Worst mistakes", [paths["worst"]])
-    page.add_photos("Predictions", [paths["predictions"]])
+        draw_predictions(results, split, class_names, paths["predictions"], config.train.pictures)
+        page.add_photos("Predictions", [paths["predictions"]])
     page.add_config(config)
     page.write(folder / "report.html")
     return [path for path in paths.values() if path.is_file()]

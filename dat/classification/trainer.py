@@ -8,7 +8,6 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, TrainConfig
 from dat.classification.data import (
     EvalImages,
@@ -19,7 +18,6 @@ from dat.classification.data import (
     make_transform,
     train_loader,
 )
-from dat.classification.draw import draw_predictions
 from dat.classification.evaluate import evaluate
 from dat.classification.model import build_classifier
 from dat.classification.readers import Split
@@ -119,10 +117,6 @@ class ClassificationTrainer(Trainer):
         return self.results.summarize(self.class_names)
 
     def write_report(self, metrics: dict[str, Any], text: str) -> list[Path]:
-        if self.config.train.pictures:
-            classifier = Classifier.from_checkpoint(self.output / "best.pth", device=self.device)
-            path = self.output / "predictions.png"
-            draw_predictions(classifier, self.val_set, self.config.train.pictures, path)
         return write_report(self.output, self.config, self.class_names, self.results, self.val_set, metrics, text)
 
     def format_metrics(self, metrics: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     names = split.class_names
     metrics = found.summarize(names, epoch=3, real={"top1": 12.5})
     pictures = write_report(tmp_path, config, names, found, split, metrics)
-    assert {path.name for path in pictures} == {"confusion.png", "worst.png"}
+    assert {path.name for path in pictures} == {"confusion.png", "worst.png", "predictions.png"}
     assert drawn == ["red 87%\n(is green)"]
     assert metrics["top1"] == pytest.approx(66.667, abs=0.01)
     assert metrics["epoch"] == 3
