@@ -86,7 +86,7 @@ def evaluate_split(classifier: Classifier, split: Split) -> tuple[Results, dict[
 def evaluate_classifier(
     classifier: Classifier, out: Path | None = None, real: str | None = None, v2: Path | None = None
 ) -> dict[str, Any]:
-    """See Classifier.evaluate, whose configuration is that of `classifier` here."""
+    """See Classifier.evaluate; the configuration is that of `classifier`."""
     names = classifier.class_names
     split = open_split(classifier.config.data, "val", names)
     results, more = evaluate_split(classifier, split)
@@ -100,7 +100,7 @@ def evaluate_classifier(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "metrics.json", metrics)
-        # Last, since drawing takes time, and may fail.
+        # The report is written last, since drawing takes time and may fail.
         text = f"{classifier.path} on {len(results.index)} images\n{split.note}".strip()
         write_report(out, classifier.config, names, results, split, metrics, text)
     return metrics

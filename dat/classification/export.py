@@ -26,7 +26,7 @@ def export_classifier(
     images: Path | None = None,
     sizes: Sequence[int] | None = None,
 ) -> str:
-    """Exports a classifier, after the file gave torch's results at two sizes, alone and in pairs.
+    """Exports a classifier, after checking that the file gives torch's results at two sizes, in batches of 1 and 2.
 
     Args:
         classifier: from a checkpoint.
@@ -63,7 +63,7 @@ def export_classifier(
 
 
 def classifier_graph(classifier: Classifier, any_size: bool) -> Graph:
-    """A classifier for the exporter; `any_size`: of images, else only that of the configuration."""
+    """A classifier for the exporter; `any_size`: it takes images of any size, else only `data.img_size`."""
     data = classifier.config.data
     metadata = {
         "kind": "classification",
