@@ -36,8 +36,8 @@ DESCRIPTIONS = {
     "evaluate": "Prints the metrics by class, and writes metrics.json, plots, images and report.html. Runs under "
     "torchrun too.",
     "predict": "Writes annotated images and tables of all predictions (JSON and CSV) into the folder --out.",
-    "export": "Writes the model with its pre- and post-processing. The file is put in place only after it gave torch's "
-    "results on real images, at two sizes, alone and in pairs.",
+    "export": "Writes the model with its pre- and post-processing. The file is written only if it gives torch's "
+    "results on real images, at two sizes and batch sizes 1 and 2.",
     "serve": "/ is the page, /detect the endpoint for programs, /openapi.json its description: curl --data-binary "
     '@photo.jpg -H "Content-Type: image/jpeg" "http://127.0.0.1:8000/detect?threshold=0.3"',
     "audit": "Prints statistics of the data and all problems; writes audit.json and sheets of sample images. The "
@@ -182,7 +182,7 @@ def _add_export(parser: argparse.ArgumentParser, detect: bool) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: only this machine)")
     parser.add_argument(
         "--port", type=_at_least(0, 65535), default=8000, help="port to listen at, 0: a free one (8000)"
     )

@@ -24,7 +24,7 @@ from dat.utils.images import UNREADABLE, open_image, to_rgb
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
 
-# A class of fewer images gives a warning.
+# Classes with fewer images give a warning.
 FEW = 10
 
 
@@ -70,7 +70,7 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
     def check(index: int) -> tuple[int, str, Any]:
         """The index, the file's digest, and the image's size, mode and class, or an error."""
         try:
-            # Threads take turns, as a tar is one open file for all.
+            # A tar is one open file for all threads, so they read one at a time.
             with lock:
                 file, label = split.open(index)
                 with file:
@@ -114,7 +114,7 @@ def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) 
 
 
 def _find_training_images(train: SplitAudit, val: SplitAudit) -> None:
-    """Adds the validation images that are training images too."""
+    """Adds a problem for validation images that are training images too."""
     if train.split is not None and val.split is not None:
         for digest in val.hashes.keys() & train.hashes.keys():
             here, there = val.hashes[digest], train.hashes[digest]

@@ -105,12 +105,12 @@ class MixPairs:
         self.seed = seed
 
     def __call__(self, samples: list[Any]) -> list[Tensor]:
-        """Samples of TrainImages as those of train_loader, labels [B, num_classes] float."""
+        """Collates samples of TrainImages to a batch as in train_loader, with labels [B, num_classes] float."""
         images, labels, index, used, epoch = default_collate(samples)
         targets = []
         for first in range(0, len(images), 2):
             pair = slice(first, first + 2)
-            # The third counter makes other draws than those of the image's augmentation.
+            # The third counter makes these draws independent of the image's augmentation.
             with isolated_rng(self.seed, int(epoch[first]), int(index[first]), 1):
                 images[pair], mixed = self.mixup(images[pair], labels[pair])
             targets.append(mixed)

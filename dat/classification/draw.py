@@ -11,7 +11,7 @@ from dat.utils.plots import draw_grid, thumbnail
 
 
 def sheet_title(label: str, score: float, truth: str | None = None) -> str:
-    """Label and score of a prediction and, below them, the true label if it is another."""
+    """Label and score of a prediction and, below them, the true label if it differs."""
     title = f"{label[:18]} {100 * score:.0f}%"
     return title if truth in (None, label) else f"{title}\n(is {truth[:16]})"
 

@@ -27,7 +27,7 @@ def export_classifier(
     images: Path | None = None,
     sizes: Sequence[int] | None = None,
 ) -> str:
-    """Exports a classifier, after the file gave torch's results at two sizes, alone and in pairs.
+    """Exports a classifier, after checking that the file gives torch's results at two sizes, in batches of 1 and 2.
 
     Args:
         model: images [B, 3, H, W] to logits [B, K].

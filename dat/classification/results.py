@@ -31,7 +31,7 @@ class Results:
 
     @classmethod
     def join(cls, parts: Sequence["Results"]) -> "Results":
-        """The results of several batches or processes, one at least."""
+        """Joins the results of one or more batches or processes."""
         joined = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
         order = np.argsort(joined[0], kind="stable")
         return cls(*(array[order] for array in joined))

@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def make_loss(train: TrainConfig) -> nn.Module:
-    """The loss of logits [B, K] and labels [B] or soft labels [B, K]; mixup has smoothed the latter already."""
+    """The loss of logits [B, K] and labels [B] or soft labels [B, K]; Mixup smooths the latter itself."""
     smoothing = 0.0 if train.mixup or train.cutmix else train.smoothing
     if train.loss == "bce":
         return BinaryCrossEntropy(smoothing=smoothing)

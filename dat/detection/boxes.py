@@ -20,7 +20,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     intersection = _area(low.maximum(other_low), high.minimum(other_high))
     union = _area(low, high) + _area(other_low, other_high) - intersection
     hull = _area(low.minimum(other_low), high.maximum(other_high))
-    # A larger number would count next to the areas of small boxes.
+    # A larger eps would not be negligible next to the areas of small boxes.
     eps = torch.finfo(boxes.dtype).tiny
     return intersection / (union + eps) - (hull - union) / (hull + eps)
 

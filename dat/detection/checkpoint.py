@@ -26,12 +26,12 @@ class LoadedDetector:
 
 def detector_state(config: DetectionConfig, categories: Sequence[Category]) -> dict[str, Any]:
     """Entries of a checkpoint beside the weights, from which `load_detector` builds the detector."""
-    return {
-        "kind": "detection",
-        "config": to_dict(config),
-        "class_names": [category.name for category in categories],
-        "category_ids": [category.id for category in categories],
-    }
+    return {"kind": "detection", "config": to_dict(config), **class_state(categories)}
+
+
+def class_state(categories: Sequence[Category]) -> dict[str, list[Any]]:
+    """The classes as entries of checkpoints and exported files."""
+    return {"class_names": [c.name for c in categories], "category_ids": [c.id for c in categories]}
 
 
 def load_detector(path: Path, device: torch.device) -> LoadedDetector:

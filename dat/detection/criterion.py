@@ -165,7 +165,7 @@ class SetCriterion(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
             totals /= dist.get_world_size()
-        # An empty batch divides zeros.
+        # The lower bounds avoid 0 / 0 for an empty batch.
         return Normalizers(totals[0].clamp(min=1.0), totals[1].clamp(min=torch.finfo(torch.float32).tiny))
 
     def _weight(self, name: str) -> float:
@@ -206,7 +206,7 @@ def _flat_indices(matches: Matches, targets: Targets) -> Tensor:
 
 
 def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
-    """The losses of a model; values that `loss` leaves open are those of the model's paper."""
+    """The losses of a model; values that are null in `loss` are those of the model's paper."""
     paper = CLASS_WEIGHTS[model.scores]
     cost_class, weight_class = (paper if x is None else x for x in (loss.cost_class, loss.weight_class))
     return SetCriterion(

@@ -184,7 +184,7 @@ class Detector:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "metrics.json", metrics)
             write_json(out / "detections.json", results)
-            # Last, since drawing takes its time and may fail.
+            # The report is written last, since drawing takes time and may fail.
             write_report(out, config, evaluation, metrics, f"{self.path} on {annotations.path}")
         return metrics
 
@@ -281,7 +281,7 @@ class Detector:
         return [found[i] for i in range(len(images))]
 
     def _check(self, outputs: Sequence[Tensor], batch: int) -> None:
-        """Raises CheckpointError unless these are detections of so many images."""
+        """Raises CheckpointError unless these are detections of `batch` images."""
         shape = (batch, *outputs[0].shape[1:2]) if outputs else ()
         expected = [shape, shape, (*shape, 4), shape]
         if len(shape) < 2 or [tuple(output.shape) for output in outputs] != expected:

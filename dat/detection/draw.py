@@ -30,7 +30,7 @@ def draw_boxes(
     font = ImageFont.load_default(round(13 * unit))
     draw = ImageDraw.Draw(image)
     labels = {category.id: label for label, category in enumerate(categories)}
-    # The highest scores are drawn last, over the others.
+    # The highest scores are drawn last, on top of the others.
     for result in sorted(results, key=lambda result: result.get("score", 1.0)):
         label = labels[result["category_id"]]
         color = COLORS[label % len(COLORS)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dat.detection.checkpoint import class_state
 from dat.detection.config import DataConfig, DetectionConfig
 from dat.detection.data import Category
 from dat.detection.graph import DetectorGraph, PaddedDetectorGraph, pad_images
@@ -44,7 +45,7 @@ def export_detector(
     sizes: Sequence[int] | None = None,
     top_k: int | None = None,
 ) -> str:
-    """Exports a detector, after the file gave torch's results at two sizes, alone and in pairs.
+    """Exports a detector, after checking that the file gives torch's results at two sizes, in batches of 1 and 2.
 
     Args:
         model: in evaluation mode, on the CPU.
@@ -91,8 +92,7 @@ def detector_graph(model: BaseDETR, data: DataConfig, categories: Sequence[Categ
     """A detector for the exporter, as ONNX or torch.export program."""
     metadata: dict[str, Any] = {
         "kind": "detection",
-        "class_names": [category.name for category in categories],
-        "category_ids": [category.id for category in categories],
+        **class_state(categories),
         "size": data.val.size,
         "max_size": data.val.max_size,
         "mean": list(data.mean),
@@ -111,7 +111,7 @@ def detector_graph(model: BaseDETR, data: DataConfig, categories: Sequence[Categ
 
 
 def padded_graph(graph: Graph, model: BaseDETR, data: DataConfig, top_k: int, multiple: int) -> Graph:
-    """The graph of a detector for the compiler, of padded images whose sides are multiples of a number."""
+    """The graph of a detector for AOTInductor; it takes padded images whose sides are multiples of a number."""
     images, sizes = graph.example
     return replace(
         graph,

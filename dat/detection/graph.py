@@ -52,7 +52,7 @@ class DetectorGraph(nn.Module):
         if self.pad_multiple == 1:
             return x, None
         height, width = x.shape[-2:]
-        # Written so that torch.export can reason about it.
+        # torch.export can reason about this form of rounding up.
         down, right = (((side - 1) // self.pad_multiple + 1) * self.pad_multiple - side for side in (height, width))
         padding = (0, right, 0, down)
         return F.pad(x, padding), F.pad(torch.zeros_like(x[:, 0]), padding, value=1.0) > 0

@@ -75,16 +75,14 @@ class HungarianMatcher:
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
         target_boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True).to(dtype)
         probabilities = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(-1)
-        of_target = probabilities.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
-        class_cost = _focal_cost(of_target) if self.scores == "sigmoid" else -of_target
+        p = probabilities.gather(2, labels[:, None].expand(-1, logits.shape[1], -1))
+        class_cost = -p
+        if self.scores == "sigmoid":
+            class_cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
         corners, target_corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes, target_boxes))
         giou = generalized_iou(corners[:, :, None], target_corners[:, None])
         distance = torch.cdist(boxes, target_boxes, p=1)
         return self.cost_class * class_cost + self.cost_box * distance - self.cost_giou * giou
-
-
-def _focal_cost(p: Tensor) -> Tensor:
-    return 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
 
 
 def _assign(costs: Tensor, outputs: dict[str, Tensor], targets: Targets) -> Matches:

@@ -58,7 +58,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
 
 
 def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
-    """The configuration of such a run: no augmentation, dropout or weight decay, and its own schedule."""
+    """The configuration of an overfitting run: no augmentation, dropout or weight decay, and its own schedule."""
     train, data = config.train, config.data
     backbone = {name: 0.0 if "drop" in name else value for name, value in config.model.backbone.items()}
     plain = replace(
@@ -151,7 +151,7 @@ def class_agnostic(annotations: Annotations, results: Sequence[dict[str, Any]]) 
 
 
 def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:
-    """Objects that the model cannot learn."""
+    """Reasons in the data why the model cannot learn some objects."""
     counted: dict[str, list[int]] = defaultdict(list)
     for record in annotations.records:
         boxes = torch.from_numpy(record.boxes[~record.crowd])

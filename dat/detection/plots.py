@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dat.detection.evaluation import MEDIUM, SMALL, Evaluation
 from dat.utils.plots import save_plot
 
-# Most classes that are drawn: those with most objects.
+# Maximum number of classes that are drawn, those with most objects.
 MOST_CLASSES = 100
 
 # Index of an overlap among COCO's ten, and the style of its line.
@@ -65,7 +65,7 @@ def _draw_class(axes: Axes, evaluation: Evaluation, label: int, with_text: bool)
 def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None:
     """Draws how many annotated and predicted boxes have which size, with COCO's limits of small, medium and large.
 
-    The size of an object is the square root of its area as annotated, the one that AP goes by; crowds are left out.
+    The size of an object is the square root of its area as annotated, which AP uses too; crowds are left out.
 
     Args:
         evaluation: holds the annotations and results to draw.
@@ -91,7 +91,7 @@ def draw_box_sizes(evaluation: Evaluation, threshold: float, path: Path) -> None
         axes.text(math.sqrt(low * high), 0.98, text, **where)
     axes.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="square root of the area, pixels of the file")
     axes.set_ylabel("boxes")
-    # The texts stand above the bars.
+    # Leave room for the texts above the bars.
     axes.set_ylim(bottom=0, top=1.3 * max(axes.get_ylim()[1], 1))
     ticks = [MEDIUM if i == 7 else 2**i for i in range(0, 14, 1 if edges[-1] < 2000 else 2)]
     axes.set_xticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])

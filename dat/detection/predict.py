@@ -65,7 +65,7 @@ def choose_targets(media: Sequence[Media], out: Path) -> dict[Media, Path]:
     """The annotated image of each image, and the folder for each video. Raises ConfigError if one is a source."""
     targets = [out / (one.name if one.is_video else Path(one.name).with_suffix(".png")) for one in media]
     if len(set(targets)) < len(targets):
-        # There are photo.jpg and photo.png.
+        # Keep the suffix where photo.jpg and photo.png would collide.
         targets = [out / (one.name if one.is_video else f"{one.name}.png") for one in media]
     sources = {one.path.resolve() for one in media}
     for target in targets:

@@ -46,7 +46,9 @@ def write_report(
     model, average = config.model, metrics.get("AP")
     page = Page(f"{model.backbone['name']}, {model.kind}" + ("" if average is None else f", AP {average:.3f}"), text)
     if evaluation is not None:
-        page.sections.append(Section("Figures", tables=[_metrics_table(metrics), _class_table(evaluation, metrics)]))
+        shown = {name: value for name, value in metrics.items() if name != "per_class"}
+        tables = [Table(list(shown), [list(shown.values())]), _class_table(evaluation, metrics)]
+        page.sections.append(Section("Figures", tables=tables))
     images = [folder / "curve.png"]
     draw_curves(folder / "log.jsonl", images[0], CURVES)
     page.add_picture("Training", images[0])
@@ -83,11 +85,6 @@ def _add_evaluation(page: Page, folder: Path, train: TrainConfig, evaluation: Ev
     text = f"Detections of score {threshold:g} or more beside the annotations."
     page.add_photos("Predictions", predictions[:MOST_PREDICTIONS], text)
     return [*path.values(), *predictions]
-
-
-def _metrics_table(metrics: dict[str, Any]) -> Table:
-    shown = {name: value for name, value in metrics.items() if name != "per_class"}
-    return Table(list(shown), [list(shown.values())])
 
 
 def _class_table(evaluation: Evaluation, metrics: dict[str, Any]) -> Table:

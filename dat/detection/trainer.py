@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dat.detection.checkpoint import class_state
 from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
@@ -101,11 +102,7 @@ class DetectionTrainer(Trainer):
         return format_table(metrics)
 
     def class_state(self) -> dict[str, Any]:
-        categories = self.train_set.categories
-        return {
-            "class_names": [category.name for category in categories],
-            "category_ids": [category.id for category in categories],
-        }
+        return class_state(self.train_set.categories)
 
     def describe_data(self) -> str:
         train, val = len(self.train_set.records), len(self.val_set.records)

@@ -14,7 +14,7 @@ from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MATCH_IOU, match_detections
 from dat.utils.plots import draw_grid
 
-# Objects that no detection of this score found are missed; detections below it are no mistakes.
+# An object is missed if no detection of at least this score finds it; detections below it are no mistakes.
 THRESHOLD = 0.3
 
 
@@ -61,7 +61,7 @@ def draw_worst(annotations: Annotations, results: Sequence[dict[str, Any]], path
     false = [mistake for mistake in mistakes if not mistake.missed and mistake.score >= THRESHOLD]
     shown = missed[: count - min(len(false), count // 2)]
     shown += false[: count - len(shown)]
-    # A sheet of an earlier call must not stay.
+    # Remove the sheet of an earlier call.
     path.unlink(missing_ok=True)
     if shown:
         images = [(_crop(annotations, mistake), _title(annotations, mistake)) for mistake in shown]
@@ -102,7 +102,7 @@ def _crop(annotations: Annotations, mistake: Mistake) -> Image.Image:
     record = mistake.record
     x, y, w, h = mistake.entry["bbox"]
     side = round(max(3 * max(w, h), 0.25 * max(record.width, record.height)))
-    # Inside the image where the image is large enough.
+    # Shift the crop into the image where the image is large enough.
     left = max(0, min(round(x + (w - side) / 2), record.width - side))
     top = max(0, min(round(y + (h - side) / 2), record.height - side))
     corners = (left, top, min(record.width, left + side), min(record.height, top + side))

@@ -58,7 +58,7 @@ class Distributed:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Inside it, backward passes of a wrapped model accumulate gradients without averaging over processes."""
+        """A context in which backward passes accumulate gradients without averaging over processes."""
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
@@ -187,7 +187,7 @@ class StopSignal:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Inside the block SIGTERM only sets the signal's `received`."""
+    """A context in which SIGTERM only sets the signal's `received`."""
     stop = StopSignal()
     # Python handles signals in the main thread only.
     if threading.current_thread() is not threading.main_thread():

@@ -66,7 +66,7 @@ class RunLogger:
 
     def _attach(self, handler: logging.Handler) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        # On the root logger, because warnings of timm and torch belong in train.log too.
+        # Handlers are added to the root logger, because train.log includes warnings of timm and torch.
         logging.getLogger().addHandler(handler)
         self._logger.setLevel(logging.INFO)
         self._closing.callback(handler.close)
@@ -95,7 +95,7 @@ class RunLogger:
         for name, number in numbers.items():
             self._board.add_scalar(f"{kind}/{name}", number, step)
         if self._wandb is not None:
-            # Not as wandb's own step, which may not decrease: a resumed run repeats some steps.
+            # wandb's own step may not decrease, but a resumed run repeats some steps.
             self._wandb.log({"step": step, **{f"{kind}/{name}": number for name, number in numbers.items()}})
 
     def figure(self, tag: str, image: str | Path | np.ndarray, step: int) -> None:

@@ -107,7 +107,7 @@ def make_scheduler(
     """
     warmup_steps = min(warmup_steps, total_steps)
     base = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    # The first step already moves: a rate of 0 would waste it.
+    # The first step has a rate above 0, which would waste it.
     warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
     if kind == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=min_lr, t_in_epochs=False, **warmup)

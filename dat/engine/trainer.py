@@ -158,7 +158,7 @@ class Trainer(Task):
         return min(progress.step - progress.step_in_epoch + self.steps_per_epoch, self.total_steps)
 
     def train_epoch(self) -> None:
-        """The rest of the current epoch. "last.pth" is also written before the evaluation, which may fail."""
+        """Trains to the end of the epoch. "last.pth" is also written before the evaluation, which may fail."""
         progress, train = self.progress, self.config.train
         self.sampler.set_position(progress.epoch, progress.step_in_epoch)
         end, images = self._end_of_epoch(), self.sampler.images
@@ -243,7 +243,7 @@ class Trainer(Task):
             self._read(record)
 
     def _read(self, record: StepRecord) -> None:
-        """Takes the values of a step, whose weights are still in place, into the log. Raises NonFiniteError."""
+        """Adds the values of a step to the log while its weights are in place. Raises NonFiniteError."""
         *losses, _, norm = self.latest = record.read()
         if not all(map(math.isfinite, self.latest)):
             self._raise_non_finite(record)
@@ -351,7 +351,7 @@ class Trainer(Task):
             save_checkpoint(self.output / name, {**self._state(), **tensors})
 
     def _state(self) -> dict[str, Any]:
-        """The entries of a checkpoint beside tensors."""
+        """The entries of a checkpoint other than tensors."""
         return {
             "kind": self.kind,
             "config": to_dict(self.config),
@@ -370,7 +370,7 @@ class Trainer(Task):
         for name, now in self.class_state().items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")
-        # Earlier versions did not save it.
+        # Earlier versions did not save the number of images.
         images = state.get("images_per_step", self.sampler.images)
         if images != self.sampler.images:
             raise CheckpointError(
@@ -441,7 +441,7 @@ class Trainer(Task):
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _status(self) -> str:
-        """The end of the progress bar."""
+        """The text at the end of the progress bar."""
         loss = f"loss {self.latest[0]:.3f}, " if self.latest else ""
         left = format_seconds(self.progress.seconds_left(self.total_steps)) if self.progress.train_seconds else "?"
         return f"{loss}lr {self._current_lr():.1e}, {peak_memory(self.device):.1f} GiB, run ends in {left}"
@@ -472,7 +472,7 @@ class Trainer(Task):
 def _checkpoint_gradients(model: Any) -> None:
     try:
         model.set_grad_checkpointing()
-    # timm's models refuse by an assertion, or lack the method.
+    # timm's models raise an AssertionError or lack the method.
     except (AssertionError, AttributeError) as error:
         name = type(model).__name__
         raise ConfigError(f"train.grad_checkpointing=true is not supported by {name}; set it to false") from error

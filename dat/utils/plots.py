@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from dat.utils.files import atomic_write, read_jsonl
 
-# A confusion matrix of more classes is drawn without their names, or without the counts.
+# Confusion matrices of more classes are drawn without class names, or without counts.
 NAMED, NUMBERED = 100, 20
 
 

@@ -72,7 +72,7 @@ class DetectionDataset(Dataset[Sample]):
 
 
 class AspectRatioBatchSampler(EpochBatchSampler):
-    """Batches of the keys of a DetectionDataset whose images have similar aspect ratios, so that little is padding.
+    """Batches of the keys of a DetectionDataset whose images have similar aspect ratios, so that padding is small.
 
     The steps of an epoch, which images they take and in which order, depend on seed, epoch and the number of images of
     a step only. Steps are all upright or all wide except for the images left over from both kinds; a remainder that

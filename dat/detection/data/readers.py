@@ -100,7 +100,7 @@ class FirstProblem(Findings):
 
 @contextmanager
 def collecting(problems: Findings, kind: str) -> Iterator[None]:
-    """Inside it a DataError becomes a problem of this kind that stops training."""
+    """Turns a DataError inside the block into a problem of this kind that stops training."""
     try:
         yield
     except DataError as error:

@@ -26,7 +26,7 @@ def resized_size(
 ) -> tuple[int, int]:
     """(height, width) at which the shortest edge is `shortest`, or the longest `max_size` where it would be longer.
 
-    Never more than the canvas.
+    The result fits into the canvas.
     """
     scale = min(shortest / min(height, width), max_size / max(height, width))
     if canvas is not None:

@@ -40,13 +40,13 @@ class ModelConfig:
     decoder_depth: int = 6
     mlp_dim: int = 1024
     drop_rate: float = 0.1
-    # Sensible only for a backbone that starts from trained weights.
+    # Freezing makes sense only for a backbone with pretrained weights.
     freeze_batch_norm: bool = True
     freeze: list[str] = field(default_factory=list)
 
     @property
     def num_maps(self) -> int:
-        """How many maps the backbone gives where `backbone` has no out_indices."""
+        """Number of maps of the backbone if `backbone` has no out_indices."""
         return 1
 
     def arguments(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class BaseDETR(nn.Module):
         raise NotImplementedError
 
     def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
-        """Everything after the backbone: levels [B, C, h, w] and masks [B, h, w] to forward's outputs."""
+        """Computes forward's outputs from levels [B, C, h, w] and masks [B, h, w]."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

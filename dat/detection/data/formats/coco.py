@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dat.detection.data.readers import Split, collecting, read_strictly, register_reader
+from dat.detection.data.readers import collecting, read_strictly, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -192,12 +192,8 @@ def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]:
     )
 
 
-def _recognises(root: Path, split: Split) -> bool:
-    return (root / split.annotations).is_file()
-
-
-def _read(root: Path, split: Split, problems: Findings) -> Annotations:
-    return parse_coco(root / split.annotations, root / split.images, problems)
-
-
-register_reader("coco", _recognises, _read)
+register_reader(
+    "coco",
+    recognises=lambda root, split: (root / split.annotations).is_file(),
+    read=lambda root, split, problems: parse_coco(root / split.annotations, root / split.images, problems),
+)
