@@ -84,7 +84,9 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     metrics = found.summarize(names, epoch=3, real={"top1": 12.5})
     pictures = write_report(tmp_path, config, names, found, split, metrics)
     assert {path.name for path in pictures} == {"confusion.png", "worst.png", "predictions.png"}
-    assert drawn == ["red 87%\n(is green)"]
+    # The worst mistake, then all six predictions.
+    assert drawn[0] == "red 87%\n(is green)"
+    assert [title.split()[0] for title in drawn[1:]] == ["blue", "blue", "green", "red", "red", "green"]
     assert metrics["top1"] == pytest.approx(66.667, abs=0.01)
     assert metrics["epoch"] == 3
     assert [row["top1"] for row in metrics["per_class"].values()] == [100.0, 50.0, 50.0]
@@ -94,7 +96,7 @@ def test_files_of_a_report(pictures, tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert "dat_tiny, top-1 66.67%" in page
     assert "real top1" in page
-    assert page.count('src="data:image/') == 2
+    assert page.count('src="data:image/') == 3
     # a perfect model has no mistakes to show, and those of before are not shown again
     perfect = results([0], [[0]])
     write_report(tmp_path, config, names, perfect, split, perfect.summarize(names))
