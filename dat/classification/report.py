@@ -51,11 +51,11 @@ def write_report(
         tables = [Table(list(flat), [list(flat.values())]), Table(columns, rows)]
         page.sections.append(Section("Figures", tables=tables))
     draw_curves(folder / "log.jsonl", paths["curve"], CURVES)
-    page.add_picture("Training", paths["curve"])
+    page.add_image("Training", paths["curve"])
     if results is not None:
         counts = results.confusion(len(class_names))
         draw_confusion(counts, class_names, class_names, paths["confusion"])
-        page.add_picture("Confusions", paths["confusion"], tables=[confusion_table(counts, class_names, class_names)])
+        page.add_image("Confusions", paths["confusion"], tables=[confusion_table(counts, class_names, class_names)])
     if results is not None and split is not None:
         draw_mistakes(results, split, class_names, paths["worst"], config.train.worst)
         page.add_photos("Worst mistakes", [paths["worst"]])

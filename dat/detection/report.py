@@ -51,7 +51,7 @@ def write_report(
         page.sections.append(Section("Figures", tables=tables))
     images = [folder / "curve.png"]
     draw_curves(folder / "log.jsonl", images[0], CURVES)
-    page.add_picture("Training", images[0])
+    page.add_image("Training", images[0])
     if evaluation is not None:
         images += _add_evaluation(page, folder, config.train, evaluation)
     page.add_config(config)
@@ -64,7 +64,7 @@ def _add_evaluation(page: Page, folder: Path, train: TrainConfig, evaluation: Ev
     annotations, results, threshold = evaluation.annotations, evaluation.results, train.picture_threshold
     path = {name: folder / f"{name}.png" for name in ("precision_recall", "confusion", "box_sizes", "worst")}
     draw_precision_recall(evaluation, path["precision_recall"])
-    page.add_picture("Precision and recall", path["precision_recall"])
+    page.add_image("Precision and recall", path["precision_recall"])
 
     counts = count_confusions(annotations, results, threshold)
     names = [category.name for category in annotations.categories]
@@ -74,10 +74,10 @@ def _add_evaluation(page: Page, folder: Path, train: TrainConfig, evaluation: Ev
         f"Detections of score {threshold:g} or more, whatever their class, and objects that they overlap by at least "
         f"{MATCH_IOU:g}: true class (row) and predicted class (column)."
     )
-    page.add_picture("Confusions", path["confusion"], text, [confusion_table(counts, rows, columns)])
+    page.add_image("Confusions", path["confusion"], text, [confusion_table(counts, rows, columns)])
 
     draw_box_sizes(evaluation, threshold, path["box_sizes"])
-    page.add_picture("Box sizes", path["box_sizes"])
+    page.add_image("Box sizes", path["box_sizes"])
 
     draw_worst(annotations, results, path["worst"], train.worst)
     page.add_photos("Worst mistakes", [path["worst"]])

@@ -50,7 +50,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     """An image file to embed, unchanged or, if it is a `photo` or made of photographs, as JPEG."""
 
     path: Path
@@ -75,7 +75,7 @@ class Section:
     heading: str
     text: str = ""
     tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
+    images: Sequence[EmbeddedImage] = ()
     verbatim: str = ""
 
 
@@ -87,16 +87,18 @@ class Page:
     text: str = ""
     sections: list[Section] = field(default_factory=list)
 
-    def add_picture(self, heading: str, path: Path, text: str = "", tables: Sequence[Table] = ()) -> None:
+    def add_image(self, heading: str, path: Path, text: str = "", tables: Sequence[Table] = ()) -> None:
         """Adds a section with a plot, if the file exists."""
         if path.is_file():
-            self.sections.append(Section(heading, text, tables, [Picture(path)]))
+            self.sections.append(Section(heading, text, tables, [EmbeddedImage(path)]))
 
     def add_photos(self, heading: str, paths: Sequence[Path], text: str = "") -> None:
         """Adds a section with those of the photographs that exist; several are captioned with their names."""
-        pictures = [Picture(path, path.stem if len(paths) > 1 else "", photo=True) for path in paths if path.is_file()]
-        if pictures:
-            self.sections.append(Section(heading, text, pictures=pictures))
+        images = [
+            EmbeddedImage(path, path.stem if len(paths) > 1 else "", photo=True) for path in paths if path.is_file()
+        ]
+        if images:
+            self.sections.append(Section(heading, text, images=images))
 
     def add_config(self, config: Any) -> None:
         """Adds a section with a configuration (a dataclass) as YAML."""
@@ -183,10 +185,10 @@ _TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=
 {% endfor %}
 </table></div>
 {% endfor %}
-{% for picture in section.pictures %}
-<figure><img src="{{ picture.uri() }}" alt="{{ picture.caption or section.heading }}">
-{% if picture.caption %}
-<figcaption>{{ picture.caption }}</figcaption>
+{% for image in section.images %}
+<figure><img src="{{ image.uri() }}" alt="{{ image.caption or section.heading }}">
+{% if image.caption %}
+<figcaption>{{ image.caption }}</figcaption>
 {% endif %}
 </figure>
 {% endfor %}

@@ -40,7 +40,7 @@ def write_shard(path, samples):
 
 
 def samples(first, count, label=lambda i: str(i % 3), extension="png"):
-    """Picture i has the red of i, and the class i mod 3."""
+    """Image i has the red of i, and the class i mod 3."""
     files = {}
     for i in range(first, first + count):
         files |= {f"{i:03}.{extension}": picture(i), f"{i:03}.cls": label(i).encode()}

@@ -29,7 +29,7 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-    def pictures(self):
+    def images(self):
         """The embedded images."""
         sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
         assert all(source.startswith("data:image/") for source in sources)
@@ -51,7 +51,7 @@ def test_every_text_is_escaped(tmp_path):
     found = Reader(tmp_path / "report.html")
     assert found.text.count(NASTY) >= 9
     assert "script" not in {tag for tag, _ in found.tags}
-    assert len(found.pictures()) == 2
+    assert len(found.images()) == 2
     addresses = [v for _, attributes in found.tags for k, v in attributes.items() if k in ("src", "href", "onerror")]
     assert all(address.startswith(("data:", "#part")) for address in addresses)
     policy = next(a["content"] for tag, a in found.tags if tag == "meta" and "http-equiv" in a)
@@ -63,14 +63,14 @@ def test_pictures_are_inside_and_photographs_are_small(tmp_path):
     Image.new("RGB", (2500, 40), "red").save(plot)
     Image.new("RGBA", (3600, 900), "blue").save(photo)
     page = Page("title")
-    page.add_picture("plot", plot)
+    page.add_image("plot", plot)
     page.add_photos("photographs", [photo])
     # what was not drawn has no section
-    page.add_picture("absent", tmp_path / "absent.png")
+    page.add_image("absent", tmp_path / "absent.png")
     page.add_photos("absent", [tmp_path / "absent.png"])
     page.write(tmp_path / "report.html")
     assert [section.heading for section in page.sections] == ["plot", "photographs"]
-    drawn = Reader(tmp_path / "report.html").pictures()
+    drawn = Reader(tmp_path / "report.html").images()
     assert [(image.format, image.size) for image in drawn] == [("PNG", (2500, 40)), ("JPEG", (MOST_PIXELS, 450))]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png", "plot.png", "report.html"]
 
