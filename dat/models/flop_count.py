@@ -32,7 +32,7 @@ def flops(model: nn.Module | str, size: tuple[int, int] | None = None, max_depth
         try:
             from fvcore.nn import FlopCountAnalysis, flop_count_table
         except ImportError as error:
-            raise ImportError("counting FLOPs needs fvcore: pip install fvcore") from error
+            raise ImportError("counting FLOPs needs fvcore: pip install fvcore", name="fvcore") from error
         analysis = FlopCountAnalysis(model.eval(), _inputs(model, size)).set_op_handle(**fvcore_handles())
         # fvcore counts no element-wise ops and would list them; modules left out by pruning are never called.
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
