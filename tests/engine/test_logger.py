@@ -128,6 +128,8 @@ def test_weights_and_biases_need_their_package(tmp_path, monkeypatch):
 
 def test_the_progress_bar_shows_in_notebooks(tmp_path, monkeypatch):
     logger = RunLogger(tmp_path)
+    # The notebook's tests import it in this process.
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     assert logger.progress(10, "epoch 1").disable
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     bar = logger.progress(10, "epoch 1")
