@@ -541,7 +541,7 @@ class Method(nn.Module):
 
 def test_a_model_that_cannot_be_switched_is_refused():
     for model in (nn.Linear(1, 1), Method()):
-        message = rf"must hold .* attention that dat\.ops\.compat knows, got {type(model).__name__}"
+        message = rf"must hold .* attention that dat\.ops\.compat supports, got {type(model).__name__}"
         with pytest.raises(ValueError, match=message):
             compat.switch(model)
     for build in (rt_detr_v2, d_fine):
