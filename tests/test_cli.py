@@ -83,6 +83,8 @@ def test_configurations_are_found_by_name():
         find_config("finetun")
     with pytest.raises(ConfigError, match="demo: several configurations have this name: classification/demo, "):
         find_config("demo")
+    for task in ("classification", "detection"):
+        assert find_config("demo", task).parent.name == task
 
 
 @pytest.mark.parametrize("name", ["dat_nano", "deformable_detr_dat_nano"])

@@ -119,9 +119,7 @@ class Classifier:
             overrides: keys of the configuration: output="runs/mine", epochs=10 (those of train need no prefix),
                 data__img_size=96, or **{"data.img_size": 96}.
         """
-        named = not Path(name_or_path).suffix and "/" not in str(name_or_path)
-        path = f"classification/{name_or_path}" if named else name_or_path
-        config = load_config(ClassificationConfig, path, keyword_overrides(ClassificationConfig, overrides))
+        config = load_config(ClassificationConfig, name_or_path, keyword_overrides(ClassificationConfig, overrides))
         check_config(config)
         return cls(config)
 

@@ -109,6 +109,7 @@ class TrainConfig(BaseTrainConfig):
 
 @dataclass
 class ClassificationConfig:
+    folder = "classification"
     output: str = "runs/classification"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)

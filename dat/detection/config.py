@@ -107,6 +107,7 @@ class TrainConfig(BaseTrainConfig):
 
 @dataclass
 class DetectionConfig:
+    folder = "detection"
     output: str = "runs/detection"
     seed: int = 0
     model: ModelConfig = field(default_factory=DeformableDETRConfig)

@@ -34,12 +34,13 @@ _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | Path, folder: str = "") -> Path:
     """The file of a configuration: a path, or the name of one that is installed, such as "finetune".
 
     Args:
         name: path of a YAML file, or the path below configs/ without its ending ("detection/finetune"); the folder may
             be left out where only one file has the name.
+        folder: of configs/, whose files come first where several have the name.
 
     Raises:
         ConfigError: no such file or name, or a name of several; lists the nearest names.
@@ -48,6 +49,8 @@ def find_config(name: str | Path) -> Path:
         return Path(name)
     paths = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
     found = [key for key in paths if str(name) in (key, key.rpartition("/")[2])]
+    if f"{folder}/{name}" in paths:
+        return paths[f"{folder}/{name}"]
     if len(found) == 1:
         return paths[found[0]]
     if found:
@@ -66,14 +69,15 @@ def load_config(schema: type[T], path: str | Path, overrides: Iterable[str] = ()
 
     Args:
         schema: dataclass of nested dataclasses; a field typed dict[str, Any] takes any keys. A dataclass with a class
-            attribute `variants`, {kind: dataclass}, is read as the one that its key `kind` names.
+            attribute `variants`, {kind: dataclass}, is read as the one that its key `kind` names. A class attribute
+            `folder` is passed on to find_config.
         path: YAML file, or a name as for find_config.
         overrides: "key.path=value", the value read as YAML.
     Raises:
         ConfigError: missing file, invalid YAML, unknown key (with the nearest known one), a value of another type,
             both steps and epochs in one place, or files that are each other's base.
     """
-    data = rename_keys(_read_with_base(schema, find_config(path), []))
+    data = rename_keys(_read_with_base(schema, find_config(path, getattr(schema, "folder", "")), []))
     _apply_overrides(schema, overrides, data)
     return from_dict(schema, data, str(path))
 
