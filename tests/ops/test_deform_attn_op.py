@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -321,8 +322,10 @@ def test_memory_is_a_fraction_of_the_scores(table):
     tensors, grad = sample.tensors(), output_gradient(sample)
     scores = 4 * 64 * 64 * 1024 * 4
     differentiated(deform_attn, tensors, sample, grad)
-    peak = peak_bytes(lambda: differentiated(deform_attn, tensors, sample, grad), torch.device("cpu"))
-    assert peak is None or peak < scores / 4
+    run = partial(differentiated, deform_attn, tensors, sample, grad)
+    # Other threads of the process may allocate meanwhile, which only adds.
+    peaks = [peak_bytes(run, torch.device("cpu")) for _ in range(3)]
+    assert None in peaks or min(peaks) < scores / 4
 
 
 @pytest.mark.parametrize(
