@@ -26,7 +26,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "deform_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, Tensor? table, "
-    "Tensor out, Tensor lse, SymInt[] size, float scale, bool align_corners, bool deterministic) "
+    "Tensor out, Tensor lse, SymInt[] size, float scale, bool align_corners) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -148,7 +148,6 @@ def _backward(
     size: list[int],
     scale: float,
     align_corners: bool,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = size
     grad_query, grad_key, grad_value, *others = reference.deform_attn_backward(
@@ -192,8 +191,8 @@ def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arg
     from dat.ops import deform_attn_triton
 
     with torch.cuda.device_of(query):
-        # Their sums are always taken in the same order, whether that is asked for or not.
-        firsts = deform_attn_triton.backward(grad, query, key, value, *args[:-1])
+        # Their sums are always taken in the same order, so there is no deterministic mode to ask for.
+        firsts = deform_attn_triton.backward(grad, query, key, value, *args)
     return *(_laid_out(first, like) for first, like in zip(firsts, (query, key, value), strict=False)), *firsts[3:]
 
 
@@ -224,14 +223,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
         return (None,) * 8
     *tensors, out, lse = ctx.saved_tensors
     grad_query, grad_key, grad_value, grad_positions, grad_table = _attend_backward(
-        grad,
-        *tensors,
-        out,
-        lse,
-        ctx.size,
-        ctx.scale,
-        ctx.align_corners,
-        torch.are_deterministic_algorithms_enabled(),
+        grad, *tensors, out, lse, ctx.size, ctx.scale, ctx.align_corners
     )
     if tensors[4] is None:
         grad_positions = grad_table = None
@@ -239,7 +231,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, _, ctx.size, ctx.scale, ctx.align_corners, _ = inputs
+    *tensors, _, _, ctx.size, ctx.scale, ctx.align_corners = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -252,7 +244,7 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
         )
 
     # `out` and `lse` are functions of the other inputs, so their gradients are accounted for there.
-    return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None, None
+    return *second_derivatives(backward, ctx.saved_tensors, cotangents), None, None, None, None, None
 
 
 _attend = differentiable("deform_attn", _setup_context, _autograd)

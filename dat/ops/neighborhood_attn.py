@@ -28,7 +28,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "neighborhood_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, "
-    "SymInt width, int kernel_size, int dilation, float scale, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)"
+    "SymInt width, int kernel_size, int dilation, float scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -160,8 +160,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *nu
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, ...]:
-    # The last number says whether to be deterministic, which torch does for the reference by itself.
-    *firsts, grad_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers[:-1]))
+    *firsts, grad_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers))
     return *(_heads_last(query).copy_(first) for first in firsts), grad_bias
 
 
@@ -187,8 +186,8 @@ def _cuda_backward(
         return _backward(grad, query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 
-    # Their sums are always taken in the same order.
-    return neighborhood_attn_triton.backward(grad, query, key, value, bias, *numbers[:-1])
+    # Their sums are always taken in the same order, so there is no deterministic mode to ask for.
+    return neighborhood_attn_triton.backward(grad, query, key, value, bias, *numbers)
 
 
 @torch.library.register_fake("dat::neighborhood_attn", lib=LIBRARY)
@@ -212,12 +211,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Under gradient checkpointing they can be had only once.
     tensors = ctx.saved_tensors
-    *firsts, grad_bias = _attend_backward(grad, *tensors, *ctx.numbers, torch.are_deterministic_algorithms_enabled())
+    *firsts, grad_bias = _attend_backward(grad, *tensors, *ctx.numbers)
     return *firsts, None if tensors[3] is None else grad_bias, *(None for _ in ctx.numbers)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.numbers = inputs[5:-1]
+    ctx.numbers = inputs[5:]
     ctx.save_for_backward(*inputs[:5])
 
 
@@ -226,7 +225,7 @@ def _second_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
         return reference.neighborhood_attn_backward(*tensors, **_options(*ctx.numbers))
 
     seconds = second_derivatives(backward, ctx.saved_tensors, cotangents)
-    return *seconds, *(None for _ in ctx.numbers), None
+    return *seconds, *(None for _ in ctx.numbers)
 
 
 _attend = differentiable("neighborhood_attn", _setup_context, _autograd)

@@ -234,7 +234,7 @@ def test_opcheck_of_forward_and_backward(sample, device):
     torch.library.opcheck(torch.ops.dat.deform_attn, (*tensors, *options), test_utils=checks, **tolerance)
     if sample.dtype == torch.float64 and sample.name.startswith(("own-table-torch", "no-table", "strided-rows")):
         out, lse = (t.detach() for t in torch.ops.dat.deform_attn(*tensors, *options))
-        args = output_gradient(sample, device), *tensors, out, lse, *options, False
+        args = output_gradient(sample, device), *tensors, out, lse, *options
         torch.library.opcheck(torch.ops.dat.deform_attn_backward, args)
 
 

@@ -229,7 +229,7 @@ def test_opcheck_of_forward_and_backward(sample, device):
     torch.library.opcheck(torch.ops.dat.neighborhood_attn, args, atol=TOLERANCE[sample.dtype], rtol=0)
     if sample.dtype == torch.float64:
         grad = torch.randn(leaves[0].shape, dtype=torch.float64, device=device)
-        torch.library.opcheck(torch.ops.dat.neighborhood_attn_backward, (grad, *args, False))
+        torch.library.opcheck(torch.ops.dat.neighborhood_attn_backward, (grad, *args))
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])

@@ -36,9 +36,10 @@ def backward_arguments(name):
     args = ARGUMENTS[name]()
     out = getattr(torch.ops.dat, name)(*args)
     if name == "deform_attn":
-        return [torch.rand_like(out[0]), *args[:5], *out, *args[5:], False]
-    middle = [True] if name == "ms_deform_attn" else []
-    return [torch.rand_like(out), *args, *middle, False]
+        return [torch.rand_like(out[0]), *args[:5], *out, *args[5:]]
+    # with_reference and deterministic of the sampling ops.
+    options = {"deform_sample": [False], "ms_deform_attn": [True, False]}.get(name, [])
+    return [torch.rand_like(out), *args, *options]
 
 
 ARGUMENTS = {

@@ -250,7 +250,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The CPU's sums are always taken in a fixed order.
 Gradients backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, Tensor positions, std::optional<Tensor> table, Tensor out,
-    Tensor lse, std::vector<int64_t> size, double scale, bool align_corners, bool /*deterministic*/) {
+    Tensor lse, std::vector<int64_t> size, double scale, bool align_corners) {
   check(query, key, value, positions, table, size);
   check_shape(kOp, grad, "grad", {query.size(0), query.size(1), query.size(2), query.size(3)});
   check_shape(kOp, out, "out", {query.size(0), query.size(1), query.size(2), query.size(3)});

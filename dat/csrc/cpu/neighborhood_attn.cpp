@@ -81,7 +81,7 @@ Tensor forward(
 // The CPU's sums are always taken in a fixed order.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, int64_t height, int64_t width,
-    int64_t kernel, int64_t dilation, double scale, bool /*deterministic*/) {
+    int64_t kernel, int64_t dilation, double scale) {
   check(query, key, value, bias, height, width, kernel, dilation);
   const Inputs inputs(query, key, value, bias, height, width, kernel, dilation, scale);
   check_shape(kOp, grad, "grad", {query.size(0), query.size(1), query.size(2), query.size(3)});
