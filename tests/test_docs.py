@@ -135,6 +135,7 @@ def test_python_runs(page, workplace):
     run_python(page, workplace)
 
 
+@pytest.mark.long
 def test_commands_run_and_python_that_reads_their_files(workplace):
     found = commands()
     assert len(found) >= 20

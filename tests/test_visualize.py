@@ -136,24 +136,10 @@ def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dat_nano", "dat_pp_nano"])
-def test_command_draws_a_model_by_its_name(name, image_file, tmp_path):
+def test_command_draws_a_model_by_its_name(name, image_file, tmp_path, capsys):
     out = tmp_path / "new" / "out.png"
-    command = [
-        sys.executable,
-        "-m",
-        "dat.visualize",
-        name,
-        image_file,
-        "--query",
-        "59",
-        "20",
-        "--out",
-        out,
-        "--size",
-        "64",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    visualize.main([name, str(image_file), "--query", "59", "20", "--out", str(out), "--size", "64"])
+    assert capsys.readouterr().err == ""
     assert [path.name for path in out.parent.iterdir()] == ["out.png"]
     with Image.open(out) as drawn:
         assert drawn.width > 1000

@@ -1,9 +1,5 @@
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -236,15 +232,6 @@ def test_opcheck_of_forward_and_backward(sample, device):
         out, lse = (t.detach() for t in torch.ops.dat.deform_attn(*tensors, *options))
         args = output_gradient(sample, device), *tensors, out, lse, *options
         torch.library.opcheck(torch.ops.dat.deform_attn_backward, args)
-
-
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_kernels_of_every_instruction_set(capability):
-    """Those that this process does not use, in one that may not use better ones."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equal_the_reference or numbers_have_no_bias"]
-    env = {**os.environ, "DAT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 13])

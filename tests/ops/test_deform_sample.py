@@ -1,8 +1,5 @@
-import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -208,70 +205,6 @@ def test_more_threads_than_heads_share_them(threads, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for ours, exact in zip(first, with_threads(1, sample), strict=True):
         close(ours, exact.double(), TOLERANCE[dtype])
-
-
-# Batches of one, several and many rows, whole and broken registers, for vectors of any width.
-EVERY_WIDTH = """
-import sys, torch
-from dataclasses import replace
-sys.path[:0] = ["tests"]
-from ops.samples import SAMPLES
-from dat.ops import deform_sample, reference
-
-for L, P in ((1, 1), (1, 3), (2, 3), (1, 9), (3, 7)):
-    for D in (1, 5, 24, 96):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            sample = replace(SAMPLES[0], D=D, P=P, shapes=((5, 7), (3, 1), (1, 1))[:L], dtype=dtype)
-            value, *rest = (t.requires_grad_() for t in sample.tensors())
-            out = deform_sample(value, sample.shapes, *rest)
-            grad = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
-            found = out, *torch.autograd.grad(out, (value, *rest), grad)
-            exact = [t.detach().double() for t in (value, *rest)]
-            expected = (
-                reference.deform_sample(exact[0], sample.shapes, *exact[1:]),
-                *reference.deform_sample_backward(grad.double(), exact[0], sample.shapes, *exact[1:]),
-            )
-            for ours, theirs in zip(found, expected):
-                limit = {8: 1e-12, 4: 5e-6, 2: 1e-2}[dtype.itemsize] * theirs.abs().max()
-                assert (ours.double() - theirs).abs().max() <= limit, sample
-"""
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_kernels_of_narrower_vectors(capability):
-    environment = {**os.environ, "DAT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", EVERY_WIDTH], env=environment, check=True)
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
-def test_kernels_of_every_instruction_set(capability, tmp_path):
-    """A process takes the best that the machine has and DAT_CPU_CAPABILITY allows; the report tests the ops with it."""
-    run = subprocess.run(
-        [sys.executable, "-m", "dat.ops", "--json", tmp_path / "report.json"],
-        env={**os.environ, "DAT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    used = json.loads((tmp_path / "report.json").read_text())["processor"]["instruction set"]
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    assert order.index(used) <= order.index(capability)
-    assert used == capability or capability not in torch.backends.cpu.get_cpu_capability()
-
-
-def test_unknown_instruction_sets_are_refused():
-    run = subprocess.run(
-        [sys.executable, "-m", "dat.ops"],
-        env={**os.environ, "DAT_CPU_CAPABILITY": "avx2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 1
-    assert "DAT_CPU_CAPABILITY must be DEFAULT, AVX2 or AVX512, got avx2" in run.stdout + run.stderr
 
 
 @every_device

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -230,26 +227,6 @@ def test_opcheck_of_forward_and_backward(sample, device):
     if sample.dtype == torch.float64:
         grad = torch.randn(leaves[0].shape, dtype=torch.float64, device=device)
         torch.library.opcheck(torch.ops.dat.neighborhood_attn_backward, (grad, *args))
-
-
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
-def test_every_instruction_set(capability):
-    """A process takes the best that the machine has and DAT_CPU_CAPABILITY allows."""
-    names = (
-        "torch.float32",
-        "strided-torch.bfloat16",
-        "kernel-7",
-        "dilation-2-torch.float16",
-        "several-bands-and-registers",
-    )
-    code = (
-        "from ops.test_neighborhood_attn import *\n"
-        f"for sample in [s for s in SAMPLES if s.name in {names}]:\n"
-        "    test_forward_and_gradients_equal_the_reference_in_float64(sample, 'cpu')\n"
-    )
-    path = os.pathsep.join(sys.path)
-    env = {**os.environ, "DAT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 @pytest.mark.parametrize("threads", [2, 5, 13])
