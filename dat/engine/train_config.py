@@ -23,8 +23,9 @@ class TrainConfig:
     Speed and memory: `amp`; `grad_checkpointing` recomputes layers in the backward pass; `fsdp` splits weights,
         gradients and optimizer state among the processes (FSDP2); `compile`: torch.compile; `channels_last`: memory
         format of images and weights.
-    `eval_epochs`: evaluate after every so many epochs and after the last. `checkpoint_steps`: steps between checkpoints
-        within an epoch, 0: only at its end. `log_steps`: steps between lines of log.jsonl.
+    `eval_epochs`: evaluate after every so many epochs and after the last. `early_stop`: stop after so many evaluations
+        without a new best (AP, top1), 0: never. `checkpoint_steps`: steps between checkpoints within an epoch, 0: only
+        at its end. `log_steps`: steps between lines of log.jsonl.
     Report: `pictures` validation images and `worst` mistakes to draw.
     `resume`: continue from last.pth in `output`, if it exists. `workers`: processes that read images.
     `device`: auto, cpu, cuda or mps. `wandb_project`: project of Weights & Biases for the same numbers, "": none.
@@ -54,6 +55,7 @@ class TrainConfig:
     compile: bool = False
     channels_last: bool = False
     eval_epochs: int = 1
+    early_stop: int = 0
     checkpoint_steps: int = 0
     log_steps: int = 20
     pictures: int = 8
@@ -74,7 +76,7 @@ def check_train_config(config: Any) -> None:
     check(1, "batch_size", "accumulate", "eval_batch_size", "decay_epochs", "eval_epochs", "log_steps")
     check(0 if train.steps else 1, "epochs")
     check(0, "steps", "lr_batch_size", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
-    check(0, "checkpoint_steps", "pictures", "worst")
+    check(0, "early_stop", "checkpoint_steps", "pictures", "worst")
     check(0, "workers", high=MOST_WORKERS)
     check(0, "min_lr_scale", "ema_decay", high=1)
     check(0, "layer_decay", high=1, exclusive=True)
