@@ -52,6 +52,7 @@ def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple
 class TrainImages(Dataset[tuple[Tensor, int, int, int, int]]):
     """Item (epoch, index) is (image, label, index, used, epoch); the next readable image replaces an unreadable one.
 
+    An index beyond the number n of images is that of image index % n, with its own augmentation.
     `used` is the index that was read in the end; every image from `index` up to it is unreadable.
     """
 

@@ -160,7 +160,7 @@ class Detector:
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
         val = config.data.val
-        annotations = read_dataset(Path(config.data.root), val, self.categories)
+        annotations = read_dataset(Path(config.data.root), val, self.categories, config.data.single_class)
         with checkpoint_errors(str(self.path)):
             results = detect(
                 model,

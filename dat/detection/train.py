@@ -24,8 +24,8 @@ def train(config: DetectionConfig) -> dict[str, Any]:
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    root = Path(config.data.root)
-    train_set = read_dataset(root, config.data.train)
-    val_set = read_dataset(root, config.data.val, train_set.categories)
+    root, single_class = Path(config.data.root), config.data.single_class
+    train_set = read_dataset(root, config.data.train, single_class=single_class)
+    val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
     resume = prepare_output(config.output, config.train.resume, distributed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume).run()

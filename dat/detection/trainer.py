@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,7 @@ from dat.detection.models import BaseDETR, build_model
 from dat.detection.param_groups import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
+from dat.engine.imbalance import class_weights
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
@@ -48,10 +50,19 @@ class DetectionTrainer(Trainer):
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)
         self.warnings = [warning for warning in (train_set.warning, val_set.warning) if warning]
-        self.criterion = build_criterion(self.model, config.train.loss)
+        self.criterion = build_criterion(self.model, config.train.loss, self._class_weights())
         self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
             self.cache.fill([*train_set.records, *val_set.records])
+
+    def _class_weights(self) -> Tensor | None:
+        given = self.config.train.class_weights
+        if given is None:
+            return None
+        names = [category.name for category in self.train_set.categories]
+        labels = np.concatenate([record.labels[~record.crowd] for record in self.train_set.records])
+        counts = np.bincount(labels, minlength=len(names))
+        return class_weights(given, names, counts)
 
     def build_loaders(self) -> tuple[AspectRatioBatchSampler, DataLoader[Batch], DataLoader[Batch]]:
         loader, sampler = train_loader(self.train_set, self.config, self.distributed, self.cache)

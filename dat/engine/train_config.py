@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dat.engine.config import MOST_WORKERS, check_range
+from dat.engine.imbalance import ClassWeights
+from dat.utils.errors import ConfigError
 
 
 @dataclass
@@ -19,6 +21,8 @@ class TrainConfig:
         backbone once more than that of the layer above.
     Schedule: linear warm-up over `warmup_epochs` or `warmup_steps`; then "cosine" down to `min_lr_scale` * lr, or
         "step": times 0.1 at each of `decay_epochs`.
+    Loss: `class_weights` of the classification loss: "balanced", inverse to the number of examples of each class, or
+        {name: weight} of some classes, the others weighing 1; null: none.
     `clip_grad`: largest norm of the gradients, 0: not clipped. `ema_decay`: of averaged weights, 0: none.
     Speed and memory: `amp`; `grad_checkpointing` recomputes layers in the backward pass; `fsdp` splits weights,
         gradients and optimizer state among the processes (FSDP2); `compile`: torch.compile; `channels_last`: memory
@@ -42,6 +46,7 @@ class TrainConfig:
     lr_scaling: Literal["sqrt", "linear"] = "sqrt"
     layer_decay: float = 1.0
     weight_decay: float = 1e-4
+    class_weights: ClassWeights | None = None
     clip_grad: float = 0.0
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
@@ -82,3 +87,6 @@ def check_train_config(config: Any) -> None:
     check(0, "layer_decay", high=1, exclusive=True)
     check(0, "lr", exclusive=True)
     check_range(config, ["seed"], 0)
+    for name, weight in train.class_weights.items() if isinstance(train.class_weights, dict) else ():
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"train.class_weights has {weight} for {name!r}, should be at least 0")
