@@ -1,6 +1,6 @@
 """Training of classifiers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dat.classification.data import (
     MixPairs,
     SkippedImages,
     TrainImages,
+    UserTransform,
     eval_loader,
     make_transform,
     train_loader,
@@ -28,6 +29,7 @@ from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import balanced_factors, class_weights
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 
@@ -63,6 +65,7 @@ def make_loss(train: TrainConfig, weights: Tensor | None = None) -> nn.Module:
 class ClassificationTrainer(Trainer):
     """A run that trains a classifier of the classes of `train_set`, and evaluates it on `val_set`.
 
+    `transform`: of the user, before the other augmentation, see UserTransform.
     The other arguments and errors are those of Trainer.
     """
 
@@ -77,8 +80,10 @@ class ClassificationTrainer(Trainer):
         val_set: Split,
         distributed: Distributed | None = None,
         resume: Path | None = None,
+        transform: Callable[..., Any] | None = None,
     ):
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
+        self.transform = transform
         super().__init__(config, distributed, resume)
         self.loss_function = make_loss(config.train, self._class_weights()).to(self.device)
         self.skipped = SkippedImages(train_set, self.output / "skipped.txt", resumed=resume is not None)
@@ -101,7 +106,10 @@ class ClassificationTrainer(Trainer):
         sampler = EpochBatchSampler(
             len(self.train_set), train.batch_size, seed, rank, world_size, train.accumulate, factors
         )
-        samples = TrainImages(self.train_set, make_transform(data, training=True), seed)
+        augment = make_transform(data, training=True)
+        if self.transform is not None:
+            augment = UserTransform(self.transform, augment)
+        samples = TrainImages(self.train_set, augment, seed)
         mix = MixPairs(train, len(self.class_names), seed) if train.mixup or train.cutmix else None
         loader = train_loader(samples, sampler, train.workers, pin, mix)
         val_samples = EvalImages(self.val_set, make_transform(data, training=False), rank, world_size)
@@ -157,7 +165,7 @@ class ClassificationTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set), len(self.val_set)
-        note = f"; {self.val_set.note}" if self.val_set.note else ""
+        note = describe_transform(self.transform) + (f"; {self.val_set.note}" if self.val_set.note else "")
         return f"{train} training and {val} validation images, {len(self.class_names)} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:

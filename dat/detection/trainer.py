@@ -1,7 +1,7 @@
 """Training of detectors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dat.detection.param_groups import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import class_weights
+from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
@@ -28,6 +29,7 @@ from dat.utils.files import write_json
 class DetectionTrainer(Trainer):
     """A run that trains a detector on `train_set` and evaluates it on `val_set`, of the same categories.
 
+    `transform`: of the user, before the other augmentation, see UserTransform.
     The other arguments and errors are those of Trainer.
     """
 
@@ -45,8 +47,9 @@ class DetectionTrainer(Trainer):
         val_set: Annotations,
         distributed: Distributed | None = None,
         resume: Path | None = None,
+        transform: Callable[..., Any] | None = None,
     ):
-        self.train_set, self.val_set = train_set, val_set
+        self.train_set, self.val_set, self.transform = train_set, val_set, transform
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)
         self.warnings = [warning for warning in (train_set.warning, val_set.warning) if warning]
@@ -65,7 +68,7 @@ class DetectionTrainer(Trainer):
         return class_weights(given, names, counts)
 
     def build_loaders(self) -> tuple[AspectRatioBatchSampler, DataLoader[Batch], DataLoader[Batch]]:
-        loader, sampler = train_loader(self.train_set, self.config, self.distributed, self.cache)
+        loader, sampler = train_loader(self.train_set, self.config, self.distributed, self.cache, self.transform)
         return sampler, loader, val_loader(self.val_set, self.config, self.distributed, self.cache)
 
     def build_model(self, weights: bool = True) -> nn.Module:
@@ -117,7 +120,8 @@ class DetectionTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set.records), len(self.val_set.records)
-        return f"{train} training and {val} validation images, {len(self.train_set.categories)} classes"
+        classes, note = len(self.train_set.categories), describe_transform(self.transform)
+        return f"{train} training and {val} validation images, {classes} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:
         return f"images {first_few([target['image_id'] for target in batch[-1]])}"

@@ -221,9 +221,13 @@ def make_loader(
 
 
 def train_loader(
-    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+    annotations: Annotations,
+    config: DetectionConfig,
+    distributed: Distributed,
+    cache: ImageCache | None = None,
+    first: Callable[..., Any] | None = None,
 ) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
-    """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
+    """The loader of this process's batches, augmented by `first` and then as `data.train` says, and its sampler."""
     data, split, train = config.data, config.data.train, config.train
     factors = None
     if split.balance:
@@ -243,7 +247,7 @@ def train_loader(
     mixing = None
     if split.mosaic or split.mixup or split.copy_paste or split.scale_jitter:
         mixing = Mixing(split, train.epochs or math.ceil(train.steps / sampler.steps))
-    transform = train_transform(split, data.mean, data.std)
+    transform = train_transform(split, data.mean, data.std, first)
     dataset = DetectionDataset(annotations.records, transform, config.seed, cache, mixing)
     return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda"), sampler
 

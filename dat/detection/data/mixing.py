@@ -110,7 +110,8 @@ def _fit(sample: Sample, size: Sequence[int], scale: float) -> tuple[int, int]:
     """(height, width) of the image at a scale, where 1 is the largest that fits into `size`."""
     height, width = sample.image.shape[-2:]
     ratio = scale * min(size[0] / height, size[1] / width)
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
+    # torch cannot resize uint8 images to a single pixel.
+    return max(2, round(height * ratio)), max(2, round(width * ratio))
 
 
 def _draw(
