@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from dat.detection.config import TrainDataConfig
 from dat.detection.data import AspectRatioBatchSampler, DetectionDataset, make_loader, read_coco, train_transform
 from dat.detection.data.cache import ImageCache
-from dat.detection.data.mixing import MIN_SIDE, Mixing, copy_paste, mixup, mosaic, place
+from dat.detection.data.mixing import MIN_SIDE, Mixing, _draw, copy_paste, mixup, mosaic, place
 from dat.detection.data.records import Sample
 from dat.engine.seeds import isolated_rng
 
@@ -97,8 +97,6 @@ def test_small_remainders_are_dropped():
     image, target = place(whole, (100, 100), (1.0, 1.0))
     assert torch.equal(image, whole.image)
     assert target["labels"].tolist() == [0, 1]
-    from dat.detection.data.mixing import _draw
-
     canvas = torch.zeros(3, 100, 100, dtype=torch.uint8)
     target = _draw(canvas, whole, (100, 100), (-18, 0), (0, 0, 100, 100))
     assert target["labels"].tolist() == [1]

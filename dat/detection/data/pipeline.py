@@ -30,7 +30,7 @@ class UserTransform(nn.Module):
 
     def forward(self, image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # A user's function may return a new dictionary.
-        kept = {key: target.pop(key) for key in ("canvas",) if key in target}
+        canvas = {"canvas": target.pop("canvas")} if "canvas" in target else {}
         found = self.transform(image, target)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
             raise ConfigError(f"transform: gave a {type(found).__name__}, should give (image, target)")
@@ -49,7 +49,7 @@ class UserTransform(nn.Module):
             raise ConfigError(f"transform: gave boxes of an image of {tuple(boxes.canvas_size)}, the image is {size}")
         if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1]:
             raise ConfigError(f"transform: gave labels {_kind(labels)} for {len(boxes)} boxes, should be one for each")
-        return image.as_subclass(tv_tensors.Image), {**target, **kept}
+        return image.as_subclass(tv_tensors.Image), {**target, **canvas}
 
 
 class _Albumentations:
