@@ -123,7 +123,7 @@ def changed(**entries):
         (lambda image, target: (image[:1], target), r"gave an image uint8 \[1, 80, 120\]"),
         (
             lambda image, target: (image[:, :, :60], target),
-            r"boxes of an image of \(80, 120\), the image is \(80, 60\)",
+            r"gave boxes of an image of \(80, 120\), the image is \(80, 60\)",
         ),
         (changed(boxes=torch.zeros(2, 4)), r"gave boxes float32 \[2, 4\], should be tv_tensors.BoundingBoxes"),
         (changed(labels=torch.zeros(3)), r"gave labels float32 \[3\] for 2 boxes"),
