@@ -23,7 +23,7 @@ def test_balanced_weights_are_inverse_to_the_counts_and_1_on_average():
 
 def test_weights_by_name():
     assert class_weights({"emu": 3.0, "cat": 0.0}, NAMES, np.ones(3)).tolist() == [0, 1, 3]
-    with pytest.raises(ConfigError, match="train.class_weights has 'cats', its keys should be class names, as 'cat'"):
+    with pytest.raises(ConfigError, match=r"train.class_weights has 'cats', its keys should be class names, as 'cat'"):
         class_weights({"cats": 3.0}, NAMES, np.ones(3))
 
 
