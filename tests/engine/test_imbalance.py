@@ -9,6 +9,7 @@ import torch
 from dat.detection.data import AspectRatioBatchSampler
 from dat.engine.imbalance import balanced_factors, class_weights, draw_images, drawn_images, repeat_factors
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.seeds import derive_seed
 from dat.utils.errors import ConfigError
 
 NAMES = ["cat", "dog", "emu"]
@@ -61,6 +62,13 @@ def test_every_image_is_drawn_where_no_factor_is_less_than_1():
     factors = 1 + generator.random(50)
     for _ in range(100):
         assert set(draw_images(generator.permutation(50), factors, generator) % 50) == set(range(50))
+
+
+def test_without_factors_the_order_is_the_permutation_of_seed_and_epoch():
+    sampler = EpochBatchSampler(20, 4, seed=1)
+    sampler.set_position(2)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(derive_seed(1, 2)))
+    assert [index for batch in sampler for _, index in batch] == order.tolist()
 
 
 def by_index(factors, batch_size=6, rank=0, world_size=1, accumulate=1):
