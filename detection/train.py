@@ -26,9 +26,9 @@ def main(options: argparse.Namespace) -> None:
         return
 
     distributed = setup_distributed(config.train.device)
-    root = Path(config.data.root)
-    train_set = read_dataset(root, config.data.train)
-    val_set = read_dataset(root, config.data.val, train_set.categories)
+    root, single_class = Path(config.data.root), config.data.single_class
+    train_set = read_dataset(root, config.data.train, single_class=single_class)
+    val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
 
     # None, or the checkpoint that train.resume=true continues from.
     resume = prepare_output(config.output, config.train.resume, distributed)

@@ -163,13 +163,18 @@ class Classifier:
         ]
         return [Prediction(*top[0], top) for top in tops]
 
-    def train(self, data: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    def train(
+        self, data: str | Path | None = None, transform: Callable[..., Any] | None = None, **overrides: Any
+    ) -> dict[str, Any]:
         """Trains in the folder `output` of the configuration; afterwards this is the classifier of the best epoch.
 
         A classifier from a checkpoint starts from its weights; give another `output`.
 
         Args:
             data: folder of the data (`data.root`); None: that of the configuration.
+            transform: augmentation before that of `data.augment`: an albumentations.Compose, or a callable that maps a
+                PIL image in RGB to one, as those of torchvision.transforms.v2. Its randomness should be torch's,
+                numpy's or Python's global one, then the run is reproducible. A run is resumed with the same one.
             overrides: as for from_config.
 
         Returns:
@@ -181,7 +186,7 @@ class Classifier:
         if self.path is not None:
             self.trained_model()
             config.model.backbone["checkpoint_path"] = str(self.path)
-        metrics = train(config)
+        metrics = train(config, transform)
         best = Path(config.output) / "best.pth"
         vars(self).update(vars(Classifier.from_checkpoint(best, device=config.train.device)))
         return metrics

@@ -85,7 +85,7 @@ class TrainConfig(BaseTrainConfig):
 
     `mixup` and `cutmix` are timm's alphas, 0: off. They are drawn for each pair of images (timm's mode "pair"), so that
     they do not depend on how a step is split into batches and processes. With them, `smoothing` is applied by timm's
-    Mixup.
+    Mixup. `class_weights` needs the cross-entropy. `balance`: draw all classes equally often.
     """
 
     epochs: int = 300
@@ -105,6 +105,7 @@ class TrainConfig(BaseTrainConfig):
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
+    balance: bool = False
 
 
 @dataclass
@@ -129,5 +130,7 @@ def check_config(config: ClassificationConfig) -> None:
     check_range(config, ("data.crop_pct",), 0, 1, exclusive=True)
     if augment.scale[0] > augment.scale[1] or augment.ratio[0] > augment.ratio[1]:
         raise ConfigError("data.augment.scale and ratio should be [smallest, largest]")
+    if train.class_weights is not None and train.loss != "cross_entropy":
+        raise ConfigError(f"train.class_weights needs train.loss=cross_entropy, it is {train.loss}")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size is {train.batch_size}, should be even with train.mixup or train.cutmix")

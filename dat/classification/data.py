@@ -1,11 +1,13 @@
 """Samples and batches of a split's images, with augmentation that depends on (seed, epoch, index) only."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
@@ -16,6 +18,7 @@ from dat.classification.config import DataConfig, TrainConfig
 from dat.classification.readers import Split
 from dat.engine.distributed import Distributed, gather
 from dat.engine.loaders import EpochBatchSampler, loader_options
+from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.images import UNREADABLE
@@ -45,6 +48,36 @@ def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> 
     return transform
 
 
+class UserTransform:
+    """Calls a user's augmentation of an image before the other.
+
+    Args:
+        first: maps a PIL image in RGB to one, or is an albumentations.Compose.
+        then: the other, as make_transform gives it.
+
+    Raises:
+        ConfigError: when called: the result of `first` is not a PIL image in RGB.
+    """
+
+    def __init__(self, first: Callable[..., Any], then: Callable[[Image.Image], Tensor]) -> None:
+        self.first, self.then = first, then
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if is_albumentations(self.first):
+            found = run_albumentations(self.first, np.array(image))["image"]
+            if isinstance(found, np.ndarray) and found.dtype == np.uint8:
+                found = Image.fromarray(found)
+        else:
+            found = self.first(image)
+        if not isinstance(found, Image.Image) or found.mode != "RGB":
+            kind = found.mode if isinstance(found, Image.Image) else getattr(found, "dtype", type(found).__name__)
+            raise ConfigError(
+                f"transform: gave an image of {kind}, should be a PIL image in RGB (albumentations: uint8 [H, W, 3]); "
+                "data.mean and data.std normalise it afterwards"
+            )
+        return self.then(found)
+
+
 def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple[int]:
     return (max(1, *level_fn(level, hparams)),)
 
@@ -52,6 +85,7 @@ def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple
 class TrainImages(Dataset[tuple[Tensor, int, int, int, int]]):
     """Item (epoch, index) is (image, label, index, used, epoch); the next readable image replaces an unreadable one.
 
+    An index beyond the number n of images is that of image index % n, with its own augmentation.
     `used` is the index that was read in the end; every image from `index` up to it is unreadable.
     """
 

@@ -49,6 +49,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def labels(self) -> np.ndarray:
+        """The class [n] of every image; no image is decoded."""
+        return np.array(self.numbers)[reader_labels(self.reader)[self.indices]]
+
     def open(self, index: int) -> tuple[Any, int]:
         """The open file of an image, and its class. Raises one of UNREADABLE."""
         file, label = self.reader[self.indices[index]]
@@ -192,8 +196,7 @@ def _hold_out(split: Split, place: Path, validation: bool) -> Split:
     """Leaves in `split` every fifth image of each class, for validation, or the others, for training."""
     reader, seen = split.reader, Counter[int]()
     indices: list[int] = []
-    for index in range(len(reader)):
-        label = int(reader.samples[index][1] if place.is_dir() else reader.targets[index])
+    for index, label in enumerate(reader_labels(reader).tolist()):
         seen[label] += 1
         if (seen[label] % HELD_OUT == 0) == validation:
             indices.append(index)
@@ -206,6 +209,25 @@ def _hold_out(split: Split, place: Path, validation: bool) -> Split:
     # Files left out are listed once, with the images for training.
     split.indices, split.left_out = indices, [] if validation else split.left_out
     return split
+
+
+def reader_labels(reader: Any) -> np.ndarray:
+    """The label [n] of every image of a reader, without its file where the reader has a list of them."""
+    if isinstance(reader, WebReader):
+        return reader.labels
+    # timm's readers of the hub, of tars and of folders.
+    if hasattr(reader, "iter_targets"):
+        return np.array(list(reader.iter_targets()))
+    if hasattr(reader, "targets"):
+        return np.array(reader.targets)
+    if hasattr(reader, "samples"):
+        return np.array([label for _, label in reader.samples])
+    labels = []
+    for index in range(len(reader)):
+        file, label = reader[index]
+        file.close()
+        labels.append(int(label))
+    return np.array(labels)
 
 
 def _number_classes(split: Split, class_names: Sequence[str] | None, where: str) -> Split:

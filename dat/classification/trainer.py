@@ -1,9 +1,11 @@
 """Training of classifiers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,6 +16,7 @@ from dat.classification.data import (
     MixPairs,
     SkippedImages,
     TrainImages,
+    UserTransform,
     eval_loader,
     make_transform,
     train_loader,
@@ -24,7 +27,9 @@ from dat.classification.readers import Split
 from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
+from dat.engine.imbalance import balanced_factors, class_weights
 from dat.engine.loaders import EpochBatchSampler
+from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 
@@ -32,17 +37,35 @@ from dat.engine.trainer import Trainer
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def make_loss(train: TrainConfig) -> nn.Module:
-    """The loss of logits [B, K] and labels [B] or soft labels [B, K]; Mixup smooths the latter itself."""
+class WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """Cross-entropy with class weights, whose mean is over images and not over their weights.
+
+    The mean then does not depend on how the images of a step are split into batches, and is the same for soft labels.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits, labels, self.weight, reduction="none", label_smoothing=self.label_smoothing
+        ).mean()
+
+
+def make_loss(train: TrainConfig, weights: Tensor | None = None) -> nn.Module:
+    """The loss of logits [B, K] and labels [B] or soft labels [B, K]; Mixup smooths the latter itself.
+
+    `weights` [K]: of the classes.
+    """
     smoothing = 0.0 if train.mixup or train.cutmix else train.smoothing
     if train.loss == "bce":
         return BinaryCrossEntropy(smoothing=smoothing)
+    if weights is not None:
+        return WeightedCrossEntropy(weights, label_smoothing=smoothing)
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
 class ClassificationTrainer(Trainer):
     """A run that trains a classifier of the classes of `train_set`, and evaluates it on `val_set`.
 
+    `transform`: of the user, before the other augmentation, see UserTransform.
     The other arguments and errors are those of Trainer.
     """
 
@@ -57,21 +80,36 @@ class ClassificationTrainer(Trainer):
         val_set: Split,
         distributed: Distributed | None = None,
         resume: Path | None = None,
+        transform: Callable[..., Any] | None = None,
     ):
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
-        self.loss_function = make_loss(config.train)
+        self.transform = transform
         super().__init__(config, distributed, resume)
+        self.loss_function = make_loss(config.train, self._class_weights()).to(self.device)
         self.skipped = SkippedImages(train_set, self.output / "skipped.txt", resumed=resume is not None)
         self.val_skipped = SkippedImages(val_set, self.output / "skipped_val.txt")
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
             self.warnings = [f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}"]
 
+    def _class_weights(self) -> Tensor | None:
+        given = self.config.train.class_weights
+        if given is None:
+            return None
+        counts = np.bincount(self.train_set.labels(), minlength=len(self.class_names))
+        return class_weights(given, self.class_names, counts)
+
     def build_loaders(self) -> tuple[EpochBatchSampler, DataLoader[Any], DataLoader[Any]]:
         data, train, seed = self.config.data, self.config.train, self.config.seed
         rank, world_size, pin = self.distributed.rank, self.distributed.world_size, self.device.type == "cuda"
-        sampler = EpochBatchSampler(len(self.train_set), train.batch_size, seed, rank, world_size, train.accumulate)
-        samples = TrainImages(self.train_set, make_transform(data, training=True), seed)
+        factors = balanced_factors(self.train_set.labels(), len(self.class_names)) if train.balance else None
+        sampler = EpochBatchSampler(
+            len(self.train_set), train.batch_size, seed, rank, world_size, train.accumulate, factors
+        )
+        augment = make_transform(data, training=True)
+        if self.transform is not None:
+            augment = UserTransform(self.transform, augment)
+        samples = TrainImages(self.train_set, augment, seed)
         mix = MixPairs(train, len(self.class_names), seed) if train.mixup or train.cutmix else None
         loader = train_loader(samples, sampler, train.workers, pin, mix)
         val_samples = EvalImages(self.val_set, make_transform(data, training=False), rank, world_size)
@@ -127,7 +165,7 @@ class ClassificationTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set), len(self.val_set)
-        note = f"; {self.val_set.note}" if self.val_set.note else ""
+        note = describe_transform(self.transform) + (f"; {self.val_set.note}" if self.val_set.note else "")
         return f"{train} training and {val} validation images, {len(self.class_names)} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:

@@ -24,7 +24,7 @@ def audit(config: DetectionConfig) -> dict[str, SplitAudit]:
     """Audits "train" and "val" of the data of a configuration."""
     root = Path(config.data.root)
     splits: dict[str, Split] = {"train": config.data.train, "val": config.data.val}
-    found = {name: audit_split(root, split) for name, split in splits.items()}
+    found = {name: audit_split(root, split, config.data.single_class) for name, split in splits.items()}
     compare(found["train"], found["val"])
     for split in found.values():
         most = max((len(record.boxes) for record in split.annotations.records), default=0)

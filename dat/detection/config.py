@@ -22,6 +22,11 @@ class TrainDataConfig:
     `max_pixels`: most pixels of a batch of one process, padding included, so that its memory is bounded; 0: no limit.
     `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
     sides from `crop_min` to `crop_max` pixels.
+    `mosaic`, `mixup`, `copy_paste`: probabilities of these, see dat.detection.data.mixing; the last `close_mosaic`
+    epochs are without mosaic and mixup, as in YOLOX. `scale_jitter` [smallest, largest]: large-scale jitter of images
+    without mosaic, [0.1, 2.0] in arXiv:2012.07177; []: none.
+    `balance`: images of a class that fewer than this share of the images show are repeated within an epoch, as in LVIS,
+    which has 0.001; 0: no image is. See dat.engine.imbalance.repeat_factors.
     """
 
     annotations: str = "annotations/instances_train2017.json"
@@ -36,6 +41,12 @@ class TrainDataConfig:
     crop_min: int = 384
     crop_max: int = 600
     photometric: float = 0.0
+    mosaic: float = 0.0
+    mixup: float = 0.0
+    copy_paste: float = 0.0
+    close_mosaic: int = 0
+    scale_jitter: list[float] = field(default_factory=list)
+    balance: float = 0.0
 
 
 @dataclass
@@ -57,6 +68,7 @@ class DataConfig:
     """`cache` "memory": decoded images stay in memory, `cache_gib` of them at most for each process.
 
     With more than fit in, the first of the training file stay.
+    `single_class`: all objects are of one class, "object".
     """
 
     root: str = "data/coco"
@@ -66,6 +78,7 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # The sides of batches are padded to a multiple of this many pixels.
     pad_multiple: int = 1
+    single_class: bool = False
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 4.0
 
@@ -120,14 +133,24 @@ def check_config(config: DetectionConfig) -> None:
     data = config.data
     check_train_config(config)
     at_least_0 = [
-        *("data.train.max_pixels", "data.cache_gib"),
+        *("data.train.max_pixels", "data.train.close_mosaic", "data.cache_gib"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
         *("data.mean", "train.loss.focal_alpha"),
-        *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
+        *_keys(
+            "data.train",
+            "horizontal_flip",
+            "vertical_flip",
+            "crop",
+            "photometric",
+            "mosaic",
+            "mixup",
+            "copy_paste",
+            "balance",
+        ),
         "train.picture_threshold",
     ]
     sides = [
@@ -138,7 +161,10 @@ def check_config(config: DetectionConfig) -> None:
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
-    check_range(config, ["data.std"], 0, exclusive=True)
+    check_range(config, ["data.std", "data.train.scale_jitter"], 0, exclusive=True)
+    jitter = data.train.scale_jitter
+    if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
+        raise ConfigError(f"data.train.scale_jitter is {jitter}, should be [] or [smallest, largest]")
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):
             raise ConfigError(f"{key} is empty, should list one or more sizes")

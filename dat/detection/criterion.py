@@ -71,6 +71,8 @@ class SetCriterion(nn.Module):
         weights: of losses in `total`; those of the papers that are not given keep the papers' weights.
         focal_alpha, focal_gamma: of the focal loss.
         no_object_weight: of the class "no object" in the cross-entropy.
+        class_weights: [num_classes], of the classification loss of queries that are matched with an object of the
+            class, as in class-balanced losses (arXiv:1901.05555); None: 1.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class SetCriterion(nn.Module):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         no_object_weight: float = 0.1,
+        class_weights: Tensor | None = None,
     ):
         super().__init__()
         check_scores(scores)
@@ -92,6 +95,7 @@ class SetCriterion(nn.Module):
         self.num_classes, self.matcher, self.scores = num_classes, matcher, scores
         self.weight_dict = PAPER_WEIGHTS | {"loss_ce": CLASS_WEIGHTS[scores]} | (weights or {})
         self.focal_alpha, self.focal_gamma, self.no_object_weight = focal_alpha, focal_gamma, no_object_weight
+        self.class_weights = class_weights
 
     def forward(
         self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None
@@ -110,6 +114,10 @@ class SetCriterion(nn.Module):
         """
         if normalizers is None:
             normalizers = self.normalizers(targets, outputs["pred_logits"].shape[1], outputs["pred_logits"].device)
+        if self.class_weights is not None:
+            # Before the encoder's targets forget their classes.
+            weights = self.class_weights.to(outputs["pred_logits"].device, non_blocking=True)
+            targets = [{**t, "class_weights": weights[t["labels"]]} for t in targets]
         layers = [outputs, *outputs.get("aux_outputs", ())]
         stacks = [(self._stack(layers), targets, ["", *(f"_{i}" for i in range(len(layers) - 1))])]
         if "enc_outputs" in outputs:
@@ -130,11 +138,19 @@ class SetCriterion(nn.Module):
         if self.scores == "sigmoid":
             one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
             loss = sigmoid_focal_loss(logits, one_hot, self.focal_alpha, self.focal_gamma)
-            return layers.sum(loss) / normalizers.boxes
+            return layers.sum(self._weight_objects(loss, layers)) / normalizers.boxes
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object_weight
         loss = F.cross_entropy(logits.transpose(1, 2), classes, weight, reduction="none")
-        return layers.sum(loss) / normalizers.class_weights
+        return layers.sum(self._weight_objects(loss, layers)) / normalizers.class_weights
+
+    def _weight_objects(self, loss: Tensor, layers: Layers) -> Tensor:
+        """The loss [L * B, Q, ...], where that of every matched query is multiplied by the weight of its object."""
+        if self.class_weights is None:
+            return loss
+        weights = loss.new_ones(loss.shape[:2])
+        weights[layers.image, layers.query] = torch.cat([t["class_weights"] for t in layers.targets])[layers.target]
+        return loss * weights.view(*weights.shape, *(1,) * (loss.ndim - 2))
 
     def loss_bbox(self, layers: Layers, normalizers: Normalizers) -> Tensor:
         """L1 distance of cxcywh boxes."""
@@ -156,11 +172,16 @@ class SetCriterion(nn.Module):
         They are the same whatever is matched, and means over the processes, whose gradients are averaged.
         """
         boxes = sum(len(t["labels"]) for t in targets)
-        matched = sum(min(len(t["labels"]), num_queries) for t in targets)
-        unmatched = len(targets) * num_queries - matched
+        matched = [min(len(t["labels"]), num_queries) for t in targets]
+        unmatched = len(targets) * num_queries - sum(matched)
+        weights: list[float] = [*matched]
+        if self.class_weights is not None:
+            # With more objects than queries, the matched ones are taken to weigh as much as all on average.
+            means = [self.class_weights[t["labels"].cpu()].double().mean().item() for t in targets]
+            weights = [count * mean if count else 0.0 for count, mean in zip(matched, means, strict=True)]
         # MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        totals = torch.tensor([boxes, matched + self.no_object_weight * unmatched], dtype=dtype)
+        totals = torch.tensor([boxes, sum(weights) + self.no_object_weight * unmatched], dtype=dtype)
         totals = totals.to(device, non_blocking=True)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
@@ -205,7 +226,7 @@ def _flat_indices(matches: Matches, targets: Targets) -> Tensor:
     return torch.stack([torch.cat(part) for part in zip(*rows, strict=True)])
 
 
-def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
+def build_criterion(model: BaseDETR, loss: LossConfig, class_weights: Tensor | None = None) -> SetCriterion:
     """The losses of a model; values that are null in `loss` are those of the model's paper."""
     paper = CLASS_WEIGHTS[model.scores]
     cost_class, weight_class = (paper if x is None else x for x in (loss.cost_class, loss.weight_class))
@@ -216,4 +237,5 @@ def build_criterion(model: BaseDETR, loss: LossConfig) -> SetCriterion:
         weights={"loss_ce": weight_class, "loss_bbox": loss.weight_box, "loss_giou": loss.weight_giou},
         focal_alpha=loss.focal_alpha,
         no_object_weight=loss.no_object_weight,
+        class_weights=class_weights,
     )

@@ -123,13 +123,19 @@ class Detector:
             found += self._detect([to_image(image) for image in images[start : start + batch_size]])
         return [one.select(one.scores >= threshold) for one in found]
 
-    def train(self, data: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    def train(
+        self, data: str | Path | None = None, transform: Callable[..., Any] | None = None, **overrides: Any
+    ) -> dict[str, Any]:
         """Trains in the folder `output` of the configuration; afterwards this is the detector of the best epoch.
 
         A detector from a checkpoint starts from its weights; give another `output`.
 
         Args:
             data: folder of the data (`data.root`); None: that of the configuration.
+            transform: augmentation before that of `data.train`: an albumentations.Compose with bbox_params of format
+                pascal_voc, or a callable as of torchvision.transforms.v2, which maps (image uint8 [3, H, W], {"boxes"
+                tv_tensors.BoundingBoxes XYXY, "labels"}) to the same. Its randomness should be torch's, numpy's or
+                Python's global one, then the run is reproducible. A run is resumed with the same one.
             overrides: as for from_config.
 
         Returns:
@@ -140,7 +146,7 @@ class Detector:
         config = self._configure(data, overrides)
         if self.path is not None:
             config = replace(config, model=replace(config.model, checkpoint_path=str(self.path)))
-        metrics = train(config)
+        metrics = train(config, transform)
         self.path = Path(config.output) / "best.pth"
         self._load_checkpoint(self.path, setup_distributed(config.train.device))
         return metrics
@@ -160,7 +166,7 @@ class Detector:
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
         val = config.data.val
-        annotations = read_dataset(Path(config.data.root), val, self.categories)
+        annotations = read_dataset(Path(config.data.root), val, self.categories, config.data.single_class)
         with checkpoint_errors(str(self.path)):
             results = detect(
                 model,

@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import box_iou
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Annotations, Category, read_dataset, resized_size
+from dat.detection.data import Annotations, merge_classes, read_dataset, resized_size
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
@@ -36,7 +36,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
-    some = choose(read_dataset(Path(config.data.root), config.data.train), count)
+    some = choose(read_dataset(Path(config.data.root), config.data.train, single_class=config.data.single_class), count)
     output = Path(config.output)
     # Removes the checkpoints of an earlier attempt.
     if distributed.main:
@@ -69,6 +69,11 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
         vertical_flip=0.0,
         crop=0.0,
         photometric=0.0,
+        mosaic=0.0,
+        mixup=0.0,
+        copy_paste=0.0,
+        scale_jitter=[],
+        balance=0.0,
     )
     batch_size = min(train.batch_size, count)
     return replace(
@@ -89,6 +94,8 @@ def overfit_config(config: DetectionConfig, count: int) -> DetectionConfig:
             weight_decay=0.0,
             layer_decay=1.0,
             ema_decay=0.0,
+            class_weights=None,
+            early_stop=0,
             eval_epochs=max(1, STEPS // 20 * batch_size // count),
             pictures=min(count, train.pictures),
             resume=False,
@@ -145,9 +152,7 @@ def diagnose(
 
 def class_agnostic(annotations: Annotations, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """average_precision as if all classes were one."""
-    records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
-    one = replace(annotations, categories=(Category(1, "object"),), records=records)
-    return average_precision(one, [{**result, "category_id": 1} for result in results])
+    return average_precision(merge_classes(annotations), [{**result, "category_id": 1} for result in results])
 
 
 def _about_data(config: DetectionConfig, annotations: Annotations) -> list[str]:

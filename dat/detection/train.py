@@ -8,6 +8,7 @@ detections.json, plots, images and report.html of the best epoch. With --overfit
 in `output`/overfit, and prints the likely reasons if that fails.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
 
-def train(config: DetectionConfig) -> dict[str, Any]:
+def train(config: DetectionConfig, transform: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Runs a whole training, or the rest of it; returns the metrics of its best epoch, as Trainer.run does.
+
+    `transform`: of the user, before the other augmentation, see UserTransform.
 
     Raises UserError, before anything is written, for configurations that cannot work.
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    root = Path(config.data.root)
-    train_set = read_dataset(root, config.data.train)
-    val_set = read_dataset(root, config.data.val, train_set.categories)
+    root, single_class = Path(config.data.root), config.data.single_class
+    train_set = read_dataset(root, config.data.train, single_class=single_class)
+    val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
     resume = prepare_output(config.output, config.train.resume, distributed)
-    return DetectionTrainer(config, train_set, val_set, distributed, resume).run()
+    return DetectionTrainer(config, train_set, val_set, distributed, resume, transform).run()

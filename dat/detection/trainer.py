@@ -1,10 +1,11 @@
 """Training of detectors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,8 @@ from dat.detection.models import BaseDETR, build_model
 from dat.detection.param_groups import parameter_groups
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
+from dat.engine.imbalance import class_weights
+from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
@@ -26,6 +29,7 @@ from dat.utils.files import write_json
 class DetectionTrainer(Trainer):
     """A run that trains a detector on `train_set` and evaluates it on `val_set`, of the same categories.
 
+    `transform`: of the user, before the other augmentation, see UserTransform.
     The other arguments and errors are those of Trainer.
     """
 
@@ -43,18 +47,28 @@ class DetectionTrainer(Trainer):
         val_set: Annotations,
         distributed: Distributed | None = None,
         resume: Path | None = None,
+        transform: Callable[..., Any] | None = None,
     ):
-        self.train_set, self.val_set = train_set, val_set
+        self.train_set, self.val_set, self.transform = train_set, val_set, transform
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)
         self.warnings = [warning for warning in (train_set.warning, val_set.warning) if warning]
-        self.criterion = build_criterion(self.model, config.train.loss)
+        self.criterion = build_criterion(self.model, config.train.loss, self._class_weights())
         self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
             self.cache.fill([*train_set.records, *val_set.records])
 
+    def _class_weights(self) -> Tensor | None:
+        given = self.config.train.class_weights
+        if given is None:
+            return None
+        names = [category.name for category in self.train_set.categories]
+        labels = np.concatenate([record.labels[~record.crowd] for record in self.train_set.records])
+        counts = np.bincount(labels, minlength=len(names))
+        return class_weights(given, names, counts)
+
     def build_loaders(self) -> tuple[AspectRatioBatchSampler, DataLoader[Batch], DataLoader[Batch]]:
-        loader, sampler = train_loader(self.train_set, self.config, self.distributed, self.cache)
+        loader, sampler = train_loader(self.train_set, self.config, self.distributed, self.cache, self.transform)
         return sampler, loader, val_loader(self.val_set, self.config, self.distributed, self.cache)
 
     def build_model(self, weights: bool = True) -> nn.Module:
@@ -106,7 +120,8 @@ class DetectionTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set.records), len(self.val_set.records)
-        return f"{train} training and {val} validation images, {len(self.train_set.categories)} classes"
+        classes, note = len(self.train_set.categories), describe_transform(self.transform)
+        return f"{train} training and {val} validation images, {classes} classes{note}"
 
     def describe_batch(self, batch: Batch) -> str:
         return f"images {first_few([target['image_id'] for target in batch[-1]])}"

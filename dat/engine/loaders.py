@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from dat.engine.imbalance import draw_images, drawn_images
 from dat.engine.seeds import derive_seed
 
 
@@ -28,12 +30,22 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
         seed: seed of the run.
         rank, world_size: index of this process, and the number of processes.
         accumulate: batches per step and process.
+        factors: how often each sample is drawn in an epoch, None: once; sample i at its r-th time has the index
+            i + r * length, so that it is augmented anew.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        factors: np.ndarray | None = None,
     ) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.factors = length, batch_size, seed, factors
+        self.drawn = length if factors is None else drawn_images(factors)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.epoch, self.first_step = 0, 0
 
@@ -49,7 +61,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     @property
     def steps(self) -> int:
         """Steps per epoch."""
-        return max(1, self.length // self.images)
+        return max(1, self.drawn // self.images)
 
     def __len__(self) -> int:
         """Batches of this process in the next iteration."""
@@ -59,7 +71,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
         epoch = self.epoch
-        order = order.repeat(-(-self.images // self.length))[: self.steps * self.images]
+        order = torch.from_numpy(draw_images(order.numpy(), self.factors, np.random.default_rng((self.seed, epoch))))
+        order = order.repeat(-(-self.images // self.drawn))[: self.steps * self.images]
         batches = order.view(self.steps, self.accumulate, self.world_size, self.batch_size)
         for batch in batches[self.first_step :, :, self.rank].flatten(0, 1):
             yield [(epoch, index) for index in batch.tolist()]

@@ -14,8 +14,8 @@ class Progress:
     """The state of a run that its checkpoints hold beside tensors.
 
     `closed` is the step at the end of the last epoch whose evaluation, if it was due, is done. `best` is the best value
-    of the trainer's metric. `sums` add up the logged values of `summed` steps since the last line of the log; `loss` is
-    the mean loss of that line.
+    of the trainer's metric, and `stale` the number of evaluations since. `sums` add up the logged values of `summed`
+    steps since the last line of the log; `loss` is the mean loss of that line.
     """
 
     step: int = 0
@@ -24,6 +24,7 @@ class Progress:
     closed: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    stale: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     loss: float = math.nan

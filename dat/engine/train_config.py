@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dat.engine.config import MOST_WORKERS, check_range
+from dat.engine.imbalance import ClassWeights
+from dat.utils.errors import ConfigError
 
 
 @dataclass
@@ -19,12 +21,15 @@ class TrainConfig:
         backbone once more than that of the layer above.
     Schedule: linear warm-up over `warmup_epochs` or `warmup_steps`; then "cosine" down to `min_lr_scale` * lr, or
         "step": times 0.1 at each of `decay_epochs`.
+    Loss: `class_weights` of the classification loss: "balanced", inverse to the number of examples of each class, or
+        {name: weight} of some classes, the others weighing 1; null: none.
     `clip_grad`: largest norm of the gradients, 0: not clipped. `ema_decay`: of averaged weights, 0: none.
     Speed and memory: `amp`; `grad_checkpointing` recomputes layers in the backward pass; `fsdp` splits weights,
         gradients and optimizer state among the processes (FSDP2); `compile`: torch.compile; `channels_last`: memory
         format of images and weights.
-    `eval_epochs`: evaluate after every so many epochs and after the last. `checkpoint_steps`: steps between checkpoints
-        within an epoch, 0: only at its end. `log_steps`: steps between lines of log.jsonl.
+    `eval_epochs`: evaluate after every so many epochs and after the last. `early_stop`: stop after so many evaluations
+        without a new best (AP, top1), 0: never. `checkpoint_steps`: steps between checkpoints within an epoch, 0: only
+        at its end. `log_steps`: steps between lines of log.jsonl.
     Report: `pictures` validation images and `worst` mistakes to draw.
     `resume`: continue from last.pth in `output`, if it exists. `workers`: processes that read images.
     `device`: auto, cpu, cuda or mps. `wandb_project`: project of Weights & Biases for the same numbers, "": none.
@@ -41,6 +46,7 @@ class TrainConfig:
     lr_scaling: Literal["sqrt", "linear"] = "sqrt"
     layer_decay: float = 1.0
     weight_decay: float = 1e-4
+    class_weights: ClassWeights | None = None
     clip_grad: float = 0.0
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
@@ -54,6 +60,7 @@ class TrainConfig:
     compile: bool = False
     channels_last: bool = False
     eval_epochs: int = 1
+    early_stop: int = 0
     checkpoint_steps: int = 0
     log_steps: int = 20
     pictures: int = 8
@@ -74,9 +81,12 @@ def check_train_config(config: Any) -> None:
     check(1, "batch_size", "accumulate", "eval_batch_size", "decay_epochs", "eval_epochs", "log_steps")
     check(0 if train.steps else 1, "epochs")
     check(0, "steps", "lr_batch_size", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
-    check(0, "checkpoint_steps", "pictures", "worst")
+    check(0, "early_stop", "checkpoint_steps", "pictures", "worst")
     check(0, "workers", high=MOST_WORKERS)
     check(0, "min_lr_scale", "ema_decay", high=1)
     check(0, "layer_decay", high=1, exclusive=True)
     check(0, "lr", exclusive=True)
     check_range(config, ["seed"], 0)
+    for name, weight in train.class_weights.items() if isinstance(train.class_weights, dict) else ():
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"train.class_weights has {weight} for {name!r}, should be at least 0")

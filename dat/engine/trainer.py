@@ -126,7 +126,7 @@ class Trainer(Task):
         return tensor.to(self.device, non_blocking=True, memory_format=layout)
 
     def run(self, until: float = math.inf) -> dict[str, Any]:
-        """Trains to the last step, or until `metric` reaches `until`, and writes the results.
+        """Trains to the last step, until `metric` reaches `until` or stops rising, and writes the results.
 
         Returns:
             metrics.json of the best epoch on the main process, {} on the others.
@@ -141,11 +141,13 @@ class Trainer(Task):
             for warning in self.warnings:
                 self.logger.warning(warning)
             with stop_on_sigterm() as self.stop:
-                while progress.closed < self.total_steps and progress.best < until:
+                while progress.closed < self.total_steps and progress.best < until and not self._stopped_early():
                     # A run that was stopped between the last step of an epoch and its evaluation lacks only that.
                     if progress.step < self._end_of_epoch():
                         self.train_epoch()
                     self.finish_epoch()
+            if self._stopped_early():
+                self.logger.info(self._stopped_early())
             metrics = self.report()
             self.distributed.barrier()
             return metrics
@@ -307,11 +309,24 @@ class Trainer(Task):
         self.logger.log("val", progress.step, epoch=progress.epoch, **numbers)
         value = metrics[self.metric] or 0.0
         if value > progress.best:
-            progress.best, progress.best_epoch = value, progress.epoch
+            progress.best, progress.best_epoch, progress.stale = value, progress.epoch, 0
             if self.distributed.main:
                 self.save_results(self.output / self.results_file)
             self.save("best.pth", weights_only=True)
+        else:
+            progress.stale += 1
         return f", {self.metric} {value:.4g}, best {progress.best:.4g}"
+
+    def _stopped_early(self) -> str:
+        """Why the run ends before its last step; "": it does not."""
+        progress, most = self.progress, self.config.train.early_stop
+        if not most or progress.stale < most or progress.closed >= self.total_steps:
+            return ""
+        return (
+            f"stopped early, after epoch {progress.epoch} of {self.epochs}: {self.metric} has not risen above "
+            f"{progress.best:.4g}, of epoch {progress.best_epoch}, in {progress.stale} evaluations "
+            f"(train.early_stop={most})"
+        )
 
     def evaluation_model(self) -> Any:
         """The model with averaged weights, if there are any, that one process can run."""
@@ -413,7 +428,8 @@ class Trainer(Task):
         }
         write_json(self.output / "metrics.json", metrics)
         with errors_as_warnings(self.logger.warning, f"python -m {self.kind}.report {self.output}"):
-            for path in self.write_report(metrics, self._describe_run()):
+            text = "\n".join(filter(None, [self._describe_run(), self._stopped_early()]))
+            for path in self.write_report(metrics, text):
                 tag = path.relative_to(self.output).with_suffix("").as_posix()
                 self.logger.figure(tag, path, progress.step)
         table = self.format_metrics(metrics)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from dat.classification import Classifier
 from dat.classification import draw as drawing
-from dat.classification.config import ClassificationConfig
-from dat.classification.data import MixPairs, TrainImages, make_transform, train_loader
+from dat.classification.config import ClassificationConfig, check_config
+from dat.classification.data import MixPairs, TrainImages, UserTransform, make_transform, train_loader
 from dat.classification.readers import open_place
 from dat.classification.train import train
-from dat.classification.trainer import make_loss
+from dat.classification.trainer import ClassificationTrainer, make_loss
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.command import main_guard
 from dat.engine.config import from_dict
@@ -314,3 +317,129 @@ def test_losses_are_least_at_the_smoothed_labels(loss, mixup):
     right = {"cross_entropy": torch.log, "bce": torch.logit}[loss](soft)
     for k in range(4):
         assert function(right, targets) < function(right + torch.eye(4)[[k, k]], targets)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_do_not_depend_on_the_split_of_a_step(soft):
+    config = ClassificationConfig()
+    config.train.mixup = config.train.cutmix = config.train.smoothing = 0
+    function = make_loss(config.train, torch.tensor([0.5, 2.0, 1.0]))
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 1, 0, 2, 0])
+    targets = torch.eye(3)[labels] if soft else labels
+    expected = (torch.tensor([0.5, 2.0, 1.0])[labels] * -logits.log_softmax(1)[range(6), labels]).mean()
+    torch.testing.assert_close(function(logits, targets), expected)
+    halves = (function(logits[:3], targets[:3]) + function(logits[3:], targets[3:])) / 2
+    torch.testing.assert_close(halves, expected)
+
+
+def test_training_on_rare_classes(settings, pictures, tmp_path):
+    """Two of eight blue images are left; balanced epochs show blue as often as the others."""
+    for number in range(2, 8):
+        (pictures / f"train/blue/{number}.png").unlink()
+    drawn = []
+
+    class Recorded(ClassificationTrainer):
+        def compute_loss(self, batch, outputs, normalizers):
+            drawn.extend(self.train_set.name(index) for index in batch[3].tolist())
+            return super().compute_loss(batch, outputs, normalizers)
+
+    plain = {"epochs": 6, "mixup": 0, "cutmix": 0, "batch_size": 6, "checkpoint_steps": 0}
+    settings["train"] |= plain | {"balance": True, "class_weights": {"blue": 3, "red": 0.5}}
+    config = from_dict(ClassificationConfig, settings, "test")
+    check_config(config)
+    splits = [open_place(pictures / name, name, ["blue", "green", "red"]) for name in ("train", "val")]
+    trainer = Recorded(config, *splits)
+    assert trainer.loss_function.weight.tolist() == [3, 1, 0.5]
+    trainer.run()
+    assert len(drawn) == 6 * 18
+    assert all(abs(sum(name in one for one in drawn) - 36) < 8 for name in ("blue", "green", "red"))
+    assert max(Counter(drawn).values()) > 15
+    settings["train"]["class_weights"] = "balanced"
+    balanced = ClassificationTrainer(from_dict(ClassificationConfig, settings, "test"), *splits)
+    torch.testing.assert_close(balanced.loss_function.weight, torch.tensor([3.0, 0.75, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_weights": {"pink": 2.0}}, "train.class_weights has 'pink', its keys should be class names"),
+        ({"class_weights": {"blue": -1.0}}, "train.class_weights has -1.0 for 'blue', should be at least 0"),
+        (
+            {"class_weights": "balance"},
+            "train.class_weights is 'balance', should be one of balanced or keys and values",
+        ),
+        ({"class_weights": "balanced", "loss": "bce"}, "train.class_weights needs train.loss=cross_entropy, it is bce"),
+        ({"early_stop": -1}, "train.early_stop is -1, should be at least 0"),
+    ],
+)
+def test_options_that_cannot_work_are_named(settings, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(settings, **changes)
+
+
+def test_a_balanced_run_resumes_to_the_same_weights(settings, pictures, tmp_path, monkeypatch):
+    (pictures / "train/blue/7.png").unlink()
+    options = {"balance": True, "class_weights": "balanced"}
+    run(settings | {"output": str(tmp_path / "whole")}, **options, workers=1)
+    step = Trainer.train_step
+
+    def stopped(self, batches):
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, **options)
+    monkeypatch.undo()
+    run(settings, **options, resume=True)
+    whole, resumed = (load_checkpoint(tmp_path / name / "last.pth")["state_dict"] for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Shifting:
+    """Takes and gives what albumentations.Compose does."""
+
+    def __init__(self):
+        self.processors = {}
+
+    def set_random_seed(self, seed):
+        self.seed = seed % 256
+
+    def __call__(self, image):
+        return {"image": (image + self.seed).astype("uint8")}
+
+
+def test_a_classifier_trains_with_a_pipeline(settings, write_config, tmp_path):
+    calls = []
+
+    def transform(image):
+        calls.append(image.mode)
+        return image.rotate(90)
+
+    def trained(name, transform):
+        classifier = Classifier.from_config(write_config(settings), epochs=1, output=str(tmp_path / name))
+        classifier.train(transform=transform)
+        return load_checkpoint(tmp_path / name / "last.pth")["state_dict"]
+
+    pipelines = {"none": None, "rotated": transform, "a": Shifting(), "b": Shifting()}
+    results = [trained(*pipeline) for pipeline in pipelines.items()]
+    assert calls == ["RGB"] * 24
+    assert "augmented by function first" in (tmp_path / "rotated/train.log").read_text()
+    same = [[all(torch.equal(a[name], b[name]) for name in a) for b in results] for a in results]
+    assert same == [[True, False, False, False], [False, True, False, False], [False, False, True, True],
+                    [False, False, True, True]]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"transform: gave an image of torch.uint8, should be a PIL image in RGB"):
+        trained("wrong", pil_to_tensor)
+
+
+def test_albumentations_itself_augments_images(pictures):
+    albumentations = pytest.importorskip("albumentations")
+    transform = UserTransform(albumentations.Compose([albumentations.HorizontalFlip(p=0.5)]), lambda image: image)
+    image = Image.open(pictures / "train/red/0.png").convert("RGB")
+    found = []
+    for seed in range(10):
+        with isolated_rng(seed):
+            found.append(transform(image).tobytes())
+    assert set(found) == {image.tobytes(), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()}

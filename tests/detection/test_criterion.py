@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -211,6 +212,70 @@ def test_total_weights():
     assert SetCriterion(4, HungarianMatcher()).total(ones) == 27
     assert SetCriterion(4, HungarianMatcher(), scores="softmax").total(ones) == 24
     assert SetCriterion(4, HungarianMatcher(), weights={"loss_ce": 0.5}).total(ones) == 22.5
+
+
+def weighted(scores, weights, queries=6):
+    """The losses of 4 classes with class weights, their gradient, the outputs, the targets and the classes [2, Q]."""
+    outputs, wanted = layer(2, queries, classes=4 if scores == "sigmoid" else 5), targets(3, 2)
+    matcher = HungarianMatcher(scores=scores)
+    classes = torch.full((2, queries), 4)
+    for row, (query, target) in enumerate(matcher(outputs, wanted)):
+        classes[row, query] = wanted[row]["labels"][target]
+    losses = SetCriterion(4, matcher, scores, class_weights=weights)(outputs, wanted)
+    losses["loss_ce"].backward()
+    return losses, outputs["pred_logits"].grad, outputs, wanted, classes
+
+
+def test_class_weights_of_the_cross_entropy():
+    weights = torch.tensor([0.5, 1.0, 3.0, 0.0])
+    losses, gradient, outputs, _, classes = weighted("softmax", weights)
+    logits = outputs["pred_logits"].detach().requires_grad_()
+    expected = F.cross_entropy(logits.transpose(1, 2), classes, torch.cat((weights, torch.tensor([0.1]))))
+    expected.backward()
+    torch.testing.assert_close(losses["loss_ce"], expected)
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_class_weights_of_the_focal_loss():
+    weights = torch.tensor([0.5, 1.0, 3.0, 0.0])
+    losses, _, outputs, _, classes = weighted("sigmoid", weights)
+    expected = 0.0
+    for logits, label in zip(outputs["pred_logits"].flatten(0, 1).tolist(), classes.flatten().tolist(), strict=True):
+        for k, logit in enumerate(logits):
+            p = 1 / (1 + math.exp(-logit))
+            focal = 0.25 * (1 - p) ** 2 * -math.log(p) if k == label else 0.75 * p**2 * -math.log(1 - p)
+            expected += focal * (1.0 if label == 4 else weights[label].item()) / 5
+    assert losses["loss_ce"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+def test_class_weights_of_1_change_no_bit_and_boxes_have_none(scores):
+    plain, gradient, *_ = weighted(scores, None)
+    ones, other, *_ = weighted(scores, torch.ones(4))
+    assert torch.equal(gradient, other)
+    assert all(torch.equal(plain[name], ones[name]) for name in plain)
+    heavy, *_ = weighted(scores, torch.full((4,), 9.0))
+    assert heavy["loss_ce"] != plain["loss_ce"]
+    assert all(torch.equal(plain[name], heavy[name]) for name in ("loss_bbox", "loss_giou"))
+
+
+def test_proposals_of_the_encoder_have_the_weights_of_their_objects():
+    """Its targets have one class only, but an object of a rare class is as rare there."""
+    outputs, wanted = layer(1, 3), [{"labels": torch.tensor([2]), "boxes": targets(1)[0]["boxes"]}]
+    proposals = layer(1, 1, seed=3)
+    losses = {
+        weight: SetCriterion(4, HungarianMatcher(), class_weights=torch.tensor([1.0, 1.0, weight, 1.0]))(
+            outputs | {"enc_outputs": proposals}, wanted
+        )
+        for weight in (1.0, 2.0)
+    }
+    torch.testing.assert_close(losses[2.0]["loss_ce_enc"], 2 * losses[1.0]["loss_ce_enc"])
+
+
+def test_class_weights_with_more_objects_than_queries():
+    losses, *_ = weighted("softmax", torch.ones(4), queries=1)
+    plain, *_ = weighted("softmax", None, queries=1)
+    assert torch.equal(losses["loss_ce"], plain["loss_ce"])
 
 
 def test_no_object_weight():

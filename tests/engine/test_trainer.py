@@ -246,11 +246,55 @@ def test_a_run_ends_when_it_is_good_enough(tmp_path):
     assert make(tmp_path, epochs=9).run(until=5)["steps"] == 6
 
 
+class Plateau(ToyTrainer):
+    """Its score rises at the second evaluation only."""
+
+    def evaluate(self):
+        return super().evaluate() | {"score": 0.5 if self.progress.epoch > 1 else 0.25}
+
+    def write_report(self, metrics, text):
+        self.text = text
+        return []
+
+
+def test_a_run_stops_when_its_metric_no_longer_rises(tmp_path):
+    make(tmp_path / "whole", trainer=Plateau, epochs=9, ema_decay=0.9).run()
+    stopping = make(tmp_path / "run", trainer=Plateau, epochs=9, ema_decay=0.9, early_stop=3)
+    metrics = stopping.run()
+    assert (metrics["epoch"], metrics["epochs"], metrics["steps"]) == (2, 5, 15)
+    reason = "stopped early, after epoch 5 of 9: score has not risen above 0.5, of epoch 2, in 3 evaluations"
+    assert reason in stopping.text
+    assert reason in (tmp_path / "run/train.log").read_text()
+
+    resumed = make(tmp_path / "run", True, Plateau, epochs=9, ema_decay=0.9, early_stop=3)
+    assert resumed.run()["steps"] == 15
+    assert (tmp_path / "run/train.log").read_text().count(reason) == 2
+    going_on = make(tmp_path / "run", True, Plateau, epochs=9, ema_decay=0.9)
+    assert going_on.run()["steps"] == 27
+    assert "stopped early" not in going_on.text
+    assert_same(*(load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "run")))
+
+
+def test_evaluations_without_a_rise_are_counted_across_an_interruption(tmp_path, monkeypatch):
+    step = Plateau.train_step
+
+    def interrupted(self, batches):
+        if self.progress.step == 10:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    monkeypatch.setattr(Plateau, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, trainer=Plateau, epochs=9, early_stop=3).run()
+    monkeypatch.undo()
+    assert make(tmp_path, True, Plateau, epochs=9, early_stop=3).run()["epochs"] == 5
+
+
 def test_checkpoints_of_earlier_versions_are_resumed(tmp_path):
     """Without the classes of a toy, there is one number of seconds, no end of an epoch, and other names of keys."""
     make(tmp_path / "run", epochs=1).run()
     state = torch.load(tmp_path / "run/last.pth", weights_only=True)
-    for name in ("closed", "train_seconds", "eval_seconds", "sums", "summed", "images_per_step", "loss"):
+    for name in ("closed", "stale", "train_seconds", "eval_seconds", "sums", "summed", "images_per_step", "loss"):
         del state[name]
     for name in ("steps", "warmup_steps", "eval_batch_size", "schedule", "channels_last", "min_lr_scale"):
         del state["config"]["train"][name]

@@ -12,7 +12,15 @@ from dat.detection.data.loader import (
     val_loader,
 )
 from dat.detection.data.readers import read_dataset, register_reader
-from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, read_sample
+from dat.detection.data.records import (
+    Annotations,
+    Category,
+    ImageRecord,
+    Sample,
+    load_image,
+    merge_classes,
+    read_sample,
+)
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "Sample",
     "load_image",
     "make_loader",
+    "merge_classes",
     "read_categories",
     "read_coco",
     "read_dataset",

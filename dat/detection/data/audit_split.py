@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dat.detection.data.readers import Split, collecting, find_reader
-from dat.detection.data.records import Annotations, ImageRecord, load_image
+from dat.detection.data.records import Annotations, ImageRecord, load_image, merge_classes
 from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -48,11 +48,13 @@ class SplitAudit(Findings):
         return np.bincount(np.concatenate(labels), minlength=len(self.annotations.categories))
 
 
-def audit_split(root: Path, split: Split) -> SplitAudit:
+def audit_split(root: Path, split: Split, single_class: bool = False) -> SplitAudit:
     """Reads a split of the data set in `root` and every image of it, and collects the problems."""
     found = SplitAudit(Annotations(root / split.annotations, (), ()))
     with collecting(found, "annotation file"):
         found.annotations = find_reader(root, split).read(root, split, found)
+        if single_class:
+            found.annotations = merge_classes(found.annotations)
     _check_objects(found)
     records, folder = found.annotations.records, root / split.images
     if not folder.is_dir():

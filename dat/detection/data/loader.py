@@ -19,9 +19,11 @@ from torchvision.ops import box_convert
 
 from dat.detection.config import DetectionConfig
 from dat.detection.data.cache import ImageCache
+from dat.detection.data.mixing import Mixing
 from dat.detection.data.records import Annotations, ImageRecord, Sample, read_sample
 from dat.detection.data.transforms import Canvas, resized_size, train_transform, val_transform
 from dat.engine.distributed import Distributed
+from dat.engine.imbalance import draw_images, repeat_factors
 from dat.engine.loaders import EpochBatchSampler, loader_options
 from dat.engine.seeds import isolated_rng
 
@@ -37,6 +39,8 @@ class Batch(NamedTuple):
 class DetectionDataset(Dataset[Sample]):
     """Images and targets, indexed by (epoch, index) or (epoch, index, maximum height, maximum width).
 
+    An index beyond the number n of images is that of image index % n, with its own augmentation.
+
     A target has "boxes" [n, 4] cxcywh in 0..1 of the image, "labels" [n], "image_id", "size" (height, width) in pixels
     of the image file, and any other entries that the reader and the transform add.
     """
@@ -47,20 +51,24 @@ class DetectionDataset(Dataset[Sample]):
         transform: Callable[..., Any],
         seed: int,
         cache: ImageCache | None = None,
+        mixing: Mixing | None = None,
     ):
-        self.records, self.transform, self.seed, self.cache = records, transform, seed, cache
+        self.records, self.transform, self.seed, self.cache, self.mixing = records, transform, seed, cache, mixing
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
         epoch, index, *canvas = key
-        record = self.records[index]
-        image, target = read_sample(record, None if self.cache is None else self.cache.get(record.path))
-        if canvas:
-            target["canvas"] = Canvas(*canvas)
+        record = self.records[index % len(self)]
         # Without workers this runs in the training process, whose generator must not advance.
         with isolated_rng(self.seed, epoch, index):
+            sample = self._read(record)
+            if self.mixing is not None:
+                sample = self.mixing(sample, epoch, self._draw)
+            image, target = sample
+            if canvas:
+                target["canvas"] = Canvas(*canvas)
             image, target = self.transform(image, target)
         height, width = image.shape[-2:]
         boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
@@ -69,6 +77,13 @@ class DetectionDataset(Dataset[Sample]):
         return Sample(
             image.as_subclass(Tensor), {**target, "image_id": record.id, "size": (record.height, record.width)}
         )
+
+    def _read(self, record: ImageRecord) -> Sample:
+        return read_sample(record, None if self.cache is None else self.cache.get(record.path))
+
+    def _draw(self) -> Sample:
+        """A random sample, before augmentation."""
+        return self._read(self.records[int(torch.randint(len(self), ()))])
 
 
 class AspectRatioBatchSampler(EpochBatchSampler):
@@ -81,7 +96,7 @@ class AspectRatioBatchSampler(EpochBatchSampler):
 
     Args:
         records: of the data set.
-        batch_size, seed, rank, world_size, accumulate: see EpochBatchSampler.
+        batch_size, seed, rank, world_size, accumulate, factors: see EpochBatchSampler.
         max_pixels: of a batch with its padding, 0: no limit. Each image is then limited to an equal part of them, of
             the mean shape of its batch.
         pad_multiple: of the sides of a batch, in pixels.
@@ -97,8 +112,9 @@ class AspectRatioBatchSampler(EpochBatchSampler):
         accumulate: int = 1,
         max_pixels: int = 0,
         pad_multiple: int = 1,
+        factors: np.ndarray | None = None,
     ):
-        super().__init__(len(records), batch_size, seed, rank, world_size, accumulate)
+        super().__init__(len(records), batch_size, seed, rank, world_size, accumulate, factors)
         self.aspect = np.array([record.width / record.height for record in records])
         self.max_pixels, self.pad_multiple = max_pixels, pad_multiple
 
@@ -112,11 +128,11 @@ class AspectRatioBatchSampler(EpochBatchSampler):
     def _steps(self) -> list[np.ndarray]:
         """The images of every step of the epoch."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.aspect))
+        order = draw_images(generator.permutation(self.length), self.factors, generator)
         size, parts = self.images, self.accumulate * self.world_size
         if len(order) < size:
             return [np.resize(order, -(-len(order) // parts) * parts)]
-        wide = self.aspect[order] > 1
+        wide = self._aspects(order) > 1
         steps, rest = [], []
         for kind in (order[wide], order[~wide]):
             whole = len(kind) // size * size
@@ -131,9 +147,12 @@ class AspectRatioBatchSampler(EpochBatchSampler):
         steps: list[np.ndarray] = []
         for start in range(0, len(order), 10 * self.images):
             chunk = order[start : start + 10 * self.images]
-            chunk = chunk[np.argsort(self.aspect[chunk], kind="stable")]
+            chunk = chunk[np.argsort(self._aspects(chunk), kind="stable")]
             steps += np.split(chunk, len(chunk) // self.images)
         return steps
+
+    def _aspects(self, indices: np.ndarray) -> np.ndarray:
+        return self.aspect[indices % self.length]
 
     def _canvas(self, batch: np.ndarray) -> tuple[int, ...]:
         """(rows, columns) that an image of the batch may have at most, () without a limit."""
@@ -141,7 +160,8 @@ class AspectRatioBatchSampler(EpochBatchSampler):
             return ()
         multiple = self.pad_multiple
         pixels = self.max_pixels / len(batch)
-        aspect = math.sqrt(self.aspect[batch].min() * self.aspect[batch].max())
+        aspects = self._aspects(batch)
+        aspect = math.sqrt(aspects.min() * aspects.max())
         rows = max(1, math.floor(math.sqrt(pixels / aspect) / multiple)) * multiple
         return rows, max(1, math.floor(pixels / rows / multiple)) * multiple
 
@@ -201,12 +221,18 @@ def make_loader(
 
 
 def train_loader(
-    annotations: Annotations, config: DetectionConfig, distributed: Distributed, cache: ImageCache | None = None
+    annotations: Annotations,
+    config: DetectionConfig,
+    distributed: Distributed,
+    cache: ImageCache | None = None,
+    first: Callable[..., Any] | None = None,
 ) -> tuple[DataLoader[Batch], AspectRatioBatchSampler]:
-    """The loader of this process's batches, augmented as `data.train` says, and its sampler."""
+    """The loader of this process's batches, augmented by `first` and then as `data.train` says, and its sampler."""
     data, split, train = config.data, config.data.train, config.train
-    transform = train_transform(split, data.mean, data.std)
-    dataset = DetectionDataset(annotations.records, transform, config.seed, cache)
+    factors = None
+    if split.balance:
+        labels = [record.labels[~record.crowd] for record in annotations.records]
+        factors = repeat_factors(labels, len(annotations.categories), split.balance)
     sampler = AspectRatioBatchSampler(
         annotations.records,
         train.batch_size,
@@ -216,7 +242,13 @@ def train_loader(
         train.accumulate,
         split.max_pixels,
         data.pad_multiple,
+        factors,
     )
+    mixing = None
+    if split.mosaic or split.mixup or split.copy_paste or split.scale_jitter:
+        mixing = Mixing(split, train.epochs or math.ceil(train.steps / sampler.steps))
+    transform = train_transform(split, data.mean, data.std, first)
+    dataset = DetectionDataset(annotations.records, transform, config.seed, cache, mixing)
     return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda"), sampler
 
 

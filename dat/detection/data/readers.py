@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dat.detection.data.records import Annotations, Category
+from dat.detection.data.records import Annotations, Category, merge_classes
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
@@ -52,18 +52,26 @@ def find_reader(root: Path, split: Split) -> Reader:
     )
 
 
-def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | None = None) -> Annotations:
+def read_dataset(
+    root: Path, split: Split, categories: tuple[Category, ...] | None = None, single_class: bool = False
+) -> Annotations:
     """Reads and checks a split of the data set in the folder `root`, in whichever format it is.
 
     Args:
         root: folder of the data set.
         split: where in it the annotations and the images are.
         categories: those that the split must have (a validation split: those of training); None: any.
+        single_class: give all objects one class, see merge_classes.
 
     Raises:
         DataError: a folder of no known format, malformed annotations, absent images, other categories.
     """
-    return read_strictly(lambda problems: find_reader(root, split).read(root, split, problems), categories)
+
+    def read(problems: Findings) -> Annotations:
+        found = find_reader(root, split).read(root, split, problems)
+        return merge_classes(found) if single_class else found
+
+    return read_strictly(read, categories)
 
 
 def read_strictly(

@@ -1,6 +1,6 @@
 """Images and their objects as every reader gives them, and the samples that models are trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,12 @@ class Annotations:
             "annotations": [{"id": number, **entry} for number, entry in enumerate(objects, start=1)],
             "categories": [{"id": c.id, "name": c.name} for c in self.categories],
         }
+
+
+def merge_classes(annotations: Annotations) -> Annotations:
+    """The annotations with all objects of one class, "object", whose category id is 1."""
+    records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
+    return replace(annotations, categories=(Category(1, "object"),), records=records)
 
 
 class Sample(NamedTuple):

@@ -1,6 +1,6 @@
 """Augmentation of images and boxes with torchvision.transforms.v2, as DETR (arXiv:2005.12872) is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from dat.detection.config import TrainDataConfig, ValDataConfig
+from dat.detection.data.pipeline import UserTransform
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,18 @@ def _per_object(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
     return tuple(x for x in values if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor))
 
 
-def train_transform(split: TrainDataConfig, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
+def train_transform(
+    split: TrainDataConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    first: Callable[..., Any] | None = None,
+) -> v2.Compose:
     """Flips, colour distortion, and a resize or (probability `crop`) resize, crop, resize; then normalises.
 
     Maps (image uint8, {"boxes", "labels", ...}) to float32; all randomness is torch's. Boxes smaller than a pixel are
-    dropped in the end, with their rows of the target's other tensors.
+    dropped in the end, with their rows of the target's other tensors. `first`: of the user, see UserTransform.
     """
-    steps: list[nn.Module] = []
+    steps: list[nn.Module] = [] if first is None else [UserTransform(first)]
     if split.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(split.horizontal_flip))
     if split.vertical_flip:
