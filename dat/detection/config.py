@@ -22,6 +22,9 @@ class TrainDataConfig:
     `max_pixels`: most pixels of a batch of one process, padding included, so that its memory is bounded; 0: no limit.
     `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
     sides from `crop_min` to `crop_max` pixels.
+    `tiles`: larger images are cut into windows with sides of this many pixels, which overlap by the fraction
+    `tile_overlap` and are samples of their own; 0: none. A window has the objects of which a fraction of at least
+    `tile_visible` is inside. `tile_empty`: fraction of the windows without objects that are kept.
     """
 
     annotations: str = "annotations/instances_train2017.json"
@@ -36,13 +39,21 @@ class TrainDataConfig:
     crop_min: int = 384
     crop_max: int = 600
     photometric: float = 0.0
+    tiles: int = 0
+    tile_overlap: float = 0.25
+    tile_visible: float = 0.5
+    tile_empty: float = 0.1
 
 
 @dataclass
 class ValDataConfig:
     """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`.
 
-    `top_k`: how many detections of an image count; COCO's own limit is 100 of a class.
+    `top_k`: how many detections of an image, or of a tile, count; COCO's own limit is 100 of a class.
+    `tiles`: larger images are searched in windows with sides of this many pixels, which overlap by the fraction
+    `tile_overlap`, and with `whole_image` once as a whole, for objects larger than the overlap; 0: as a whole only.
+    `nms`: detections are dropped whose IoU with a better one of their class is larger; 1: none.
+    `one_class`: only the best class of each query counts.
     """
 
     annotations: str = "annotations/instances_val2017.json"
@@ -50,6 +61,11 @@ class ValDataConfig:
     size: int = 800
     max_size: int = 1333
     top_k: int = 100
+    tiles: int = 0
+    tile_overlap: float = 0.25
+    whole_image: bool = True
+    nms: float = 1.0
+    one_class: bool = False
 
 
 @dataclass
@@ -120,7 +136,7 @@ def check_config(config: DetectionConfig) -> None:
     data = config.data
     check_train_config(config)
     at_least_0 = [
-        *("data.train.max_pixels", "data.cache_gib"),
+        *("data.train.max_pixels", "data.train.tiles", "data.val.tiles", "data.cache_gib"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
@@ -128,6 +144,7 @@ def check_config(config: DetectionConfig) -> None:
     fractions = [
         *("data.mean", "train.loss.focal_alpha"),
         *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
+        *_keys("data", "train.tile_visible", "train.tile_empty", "val.nms"),
         "train.picture_threshold",
     ]
     sides = [
@@ -138,6 +155,8 @@ def check_config(config: DetectionConfig) -> None:
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
+    # Windows that overlap by more would be a great many.
+    check_range(config, ["data.train.tile_overlap", "data.val.tile_overlap"], 0, 0.9)
     check_range(config, ["data.std"], 0, exclusive=True)
     for key in ("data.train.sizes", "data.train.crop_resize"):
         if not get_value(config, key):

@@ -3,8 +3,10 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dat.detection.checkpoint import check_categories, load_detector
-from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_dataset, resized_size, val_loader
+from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
+from dat.detection.data import Annotations, Category, read_dataset, resized_size, val_loader
 from dat.detection.detections import Detections
+from dat.detection.draw import open_record
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
 from dat.detection.models.base import BaseDETR
+from dat.detection.post_process import select_detections
+from dat.detection.tiles import detect_in_tiles
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
@@ -33,6 +38,9 @@ from dat.utils.images import to_image
 # Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
 Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
+# Keys of data.val that predict takes.
+OPTIONS = ("tiles", "tile_overlap", "whole_image", "nms", "one_class")
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +53,7 @@ class Detector:
         config: configuration; None for an exported file.
         model: in evaluation mode; None for an exported file and before training.
         size, max_size: pixels of the shortest and longest edge of the model's input.
+        val: options of predictions; see `options`.
         run: the model with its pre- and post-processing; see Run.
     """
 
@@ -53,6 +62,7 @@ class Detector:
     config: DetectionConfig | None = None
     model: BaseDETR | None = None
     size = max_size = 0
+    val = ValDataConfig()
     run: Run | None = None
 
     @classmethod
@@ -100,28 +110,72 @@ class Detector:
         check_config(detector.config)
         return detector
 
-    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8) -> Any:
+    @classmethod
+    def of(
+        cls,
+        model: BaseDETR,
+        config: DetectionConfig,
+        categories: tuple[Category, ...],
+        distributed: Distributed,
+        top_k: int | None = None,
+        path: Path | None = None,
+    ) -> "Detector":
+        """A detector of a model, which becomes one in evaluation mode; `path`: the checkpoint that errors name."""
+        detector = cls()
+        detector.path, detector.categories, detector.distributed = path, categories, distributed
+        detector._set_model(model, config, top_k)
+        return detector
+
+    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8, **options: Any) -> Any:
         """Detects objects.
 
         Args:
             images: an image or a list of images, as `dat.utils.images.to_image` takes them: a path, a PIL image, an
                 array [H, W, 3] of uint8, or a tensor [3, H, W].
             threshold: lowest score of a detection, 0 to 1.
-            batch_size: images in memory; those of equal input size run together.
+            batch_size: images, or tiles of one image, in memory; those of equal input size run together.
+            options: tiles=800, tile_overlap=0.25, whole_image=False, nms=0.6, one_class=True: instead of those of the
+                configuration; see ValDataConfig.
 
         Returns:
             Detections of the image, or a list of them.
 
         Raises:
             DataError: an image that cannot be used.
+            ConfigError: an option that does not exist or cannot work.
             CheckpointError: the model fails.
         """
         if not isinstance(images, (list, tuple)):
-            return self.predict([images], threshold, batch_size)[0]
+            return self.predict([images], threshold, batch_size, **options)[0]
+        val = self.options(**options)
+        detect = partial(self._detect, nms=val.nms, one_class=val.one_class)
         found: list[Detections] = []
-        for start in range(0, len(images), batch_size):
-            found += self._detect([to_image(image) for image in images[start : start + batch_size]])
+        if val.tiles:
+            tiles = val.tiles, val.tile_overlap, val.whole_image, batch_size, val.nms
+            found = [detect_in_tiles(detect, to_image(image), *tiles) for image in images]
+        else:
+            for start in range(0, len(images), batch_size):
+                found += detect([to_image(image) for image in images[start : start + batch_size]])
         return [one.select(one.scores >= threshold) for one in found]
+
+    def options(self, **changes: Any) -> ValDataConfig:
+        """The options of predictions (those of the checkpoint, or the defaults for an exported file) with changes.
+
+        detector.val = detector.options(tiles=800) sets them for all predictions; `predict` takes them for one call.
+
+        Raises:
+            ConfigError: an option that does not exist or cannot work.
+        """
+        if not changes:
+            return self.val
+        unknown = changes.keys() - set(OPTIONS)
+        if unknown:
+            raise ConfigError(f"predict has no option {min(unknown)!r}, there are {', '.join(OPTIONS)}")
+        named = {f"data.val.{name}": value for name, value in changes.items()}
+        config = DetectionConfig(data=DataConfig(val=self.val))
+        config = apply_overrides(config, keyword_overrides(DetectionConfig, named))
+        check_config(config)
+        return config.data.val
 
     def train(self, data: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
         """Trains in the folder `output` of the configuration; afterwards this is the detector of the best epoch.
@@ -162,18 +216,24 @@ class Detector:
         val = config.data.val
         annotations = read_dataset(Path(config.data.root), val, self.categories)
         with checkpoint_errors(str(self.path)):
-            results = detect(
-                model,
-                val_loader(annotations, config, distributed),
-                self.categories,
-                distributed.device,
-                config.train.amp,
-                val.top_k,
-            )
+            if val.tiles:
+                detector = Detector.of(model, config, self.categories, distributed, path=self.path)
+                results = detector.detect_all(annotations)
+            else:
+                results = detect(
+                    model,
+                    val_loader(annotations, config, distributed),
+                    self.categories,
+                    distributed.device,
+                    config.train.amp,
+                    val.top_k,
+                    val.nms,
+                    val.one_class,
+                )
         results = gather_results(results)
         if not distributed.main:
             return {}
-        evaluation = Evaluation.of(annotations, results)
+        evaluation = Evaluation.of(annotations, results, every=val.tiles > 0)
         metrics = evaluation.metrics()
         if annotations.warning:
             logger.warning(f"warning: {annotations.warning}")
@@ -198,6 +258,15 @@ class Detector:
 
         model = deepcopy(self._trained()).cpu()
         return export_detector(model, self._configure(), self.categories, Path(path), **options)
+
+    def detect_all(self, annotations: Annotations) -> list[dict[str, Any]]:
+        """COCO results of this process's images of a data set, searched one by one, of any score."""
+        assert self.config is not None
+        results: list[dict[str, Any]] = []
+        for record in annotations.records[self.distributed.rank :: self.distributed.world_size]:
+            found = self.predict(open_record(record), 0.0, self.config.train.eval_batch_size)
+            results += found.to_coco(record.id)
+        return results
 
     def input_size(self, image: Image.Image) -> tuple[int, int]:
         """(height, width) to which an image is resized for the model."""
@@ -225,16 +294,20 @@ class Detector:
         self, path: Path, distributed: Distributed, top_k: int | None = None, overrides: Sequence[str] = ()
     ) -> None:
         self.distributed = distributed
-        loaded, device = load_detector(path, distributed.device), distributed.device
+        loaded = load_detector(path, distributed.device)
         self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
-        self.config = self._configure(overrides=overrides)
-        data, amp = self.config.data, self.config.train.amp
+        self._set_model(loaded.model, self._configure(overrides=overrides), top_k)
+
+    def _set_model(self, model: BaseDETR, config: DetectionConfig, top_k: int | None) -> None:
+        self.model, self.config, self.val = model, config, config.data.val
+        data, amp, device = config.data, config.train.amp, self.distributed.device
         self.size, self.max_size = data.val.size, data.val.max_size
-        graph = DetectorGraph(loaded.model, data, top_k or data.val.top_k).to(device).eval()
+        graph = DetectorGraph(model, data, top_k or data.val.top_k).to(device).eval()
 
         @torch.inference_mode()
         def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-            with checkpoint_errors(path), amp_context(device, amp):
+            errors = nullcontext() if self.path is None else checkpoint_errors(self.path)
+            with errors, amp_context(device, amp):
                 return graph(images.to(device), sizes.to(device))
 
         self.run = run
@@ -261,7 +334,7 @@ class Detector:
             raise CheckpointError(f"{self.path}: its metadata has {name} {value!r}, should be 1 to {LARGEST_SIDE}")
         return value
 
-    def _detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def _detect(self, images: Sequence[Image.Image], nms: float = 1.0, one_class: bool = False) -> list[Detections]:
         """Detections of any score; images that are resized to equal sizes run together."""
         if self.run is None:
             raise ConfigError("this detector is not trained yet; call train, or use Detector.from_checkpoint")
@@ -274,7 +347,8 @@ class Detector:
             sizes = torch.tensor([(images[i].height, images[i].width) for i in members])
             outputs = [output.cpu() for output in self.run(batch, sizes)]
             self._check(outputs, len(batch))
-            for i, scores, labels, boxes, queries in zip(members, *outputs, strict=True):
+            for i, *values in zip(members, *outputs, strict=True):
+                scores, labels, boxes, queries = select_detections(values, nms, one_class)
                 limits = torch.tensor([images[i].width, images[i].height] * 2)
                 clipped = boxes.float().clamp(min=0).minimum(limits)
                 found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)

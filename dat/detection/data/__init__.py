@@ -12,7 +12,16 @@ from dat.detection.data.loader import (
     val_loader,
 )
 from dat.detection.data.readers import read_dataset, register_reader
-from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, read_sample
+from dat.detection.data.records import (
+    Annotations,
+    Category,
+    ImageRecord,
+    Sample,
+    load_image,
+    load_record,
+    read_sample,
+)
+from dat.detection.data.tiles import cut_into_windows, tile_windows
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
 __all__ = [
@@ -24,7 +33,9 @@ __all__ = [
     "ImageRecord",
     "SameSizeBatchSampler",
     "Sample",
+    "cut_into_windows",
     "load_image",
+    "load_record",
     "make_loader",
     "read_categories",
     "read_coco",
@@ -32,6 +43,7 @@ __all__ = [
     "read_sample",
     "register_reader",
     "resized_size",
+    "tile_windows",
     "train_loader",
     "train_transform",
     "val_loader",

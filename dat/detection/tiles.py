@@ -1,0 +1,135 @@
+"""Detection of small objects in large images: in overlapping tiles, whose detections are merged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_area, box_iou
+
+from dat.detection.boxes import coverage
+from dat.detection.data import tile_windows
+from dat.detection.data.tiles import Window
+from dat.detection.detections import Detections
+
+# Boxes of one class in different tiles are of one object if they overlap by more than this IoU, or if one that a border
+# cuts lies in the other by more than this fraction of its area.
+SAME_IOU, SAME_COVERAGE = 0.5, 0.7
+# A box touches a border from which it is at most this fraction of the tile's side away.
+TOUCH = 0.02
+
+
+def detect_in_tiles(
+    detect: Callable[[Sequence[Image.Image]], list[Detections]],
+    image: Image.Image,
+    size: int,
+    overlap: float = 0.25,
+    whole_image: bool = True,
+    batch_size: int = 8,
+    nms: float = 1.0,
+) -> Detections:
+    """Detects objects in overlapping tiles; an image that fits into one is searched as it is.
+
+    A box that touches the border to a neighbour is dropped if the neighbour shows more of its object: if the box begins
+    inside the neighbour, not at its border. An object no larger than the overlap is whole in one of the tiles. A larger
+    one may be found in parts; these are dropped where a better detection of their class holds them, in another tile or
+    in the whole image. Of detections of one object in several tiles the one of highest score is kept.
+
+    Args:
+        detect: detections of images, of any score, with boxes in pixels of each.
+        image: in RGB.
+        size: sides of the tiles in pixels.
+        overlap: fraction of `size` by which neighbours overlap at least, 0 to less than 1.
+        whole_image: also search the whole image; boxes with a side larger than the overlap count.
+        batch_size: tiles in memory.
+        nms: IoU above which boxes of one class in different tiles are of one object, 0.5 at most.
+
+    Returns:
+        Detections by decreasing score; `queries` are those of the tile that each was found in.
+    """
+    windows = tile_windows(image.width, image.height, size, overlap)
+    if len(windows) == 1:
+        return detect([image])[0]
+    parts: list[Detections] = []
+    for start in range(0, len(windows), batch_size):
+        chosen = windows[start : start + batch_size]
+        crops = [image.crop(window) for window in chosen]
+        parts += [_place(part, window, image) for part, window in zip(detect(crops), chosen, strict=True)]
+    touching = [_touching(part.boxes, window, image.size) for part, window in zip(parts, windows, strict=True)]
+    neighbours = _neighbours(windows)
+    for i, (part, touches) in enumerate(zip(parts, touching, strict=True)):
+        kept = ~_seen_better(part.boxes, touches, neighbours[i])
+        parts[i], touching[i] = part.select(kept), touches[kept]
+    if whole_image:
+        found = detect([image])[0]
+        sides = found.boxes[:, 2:] - found.boxes[:, :2]
+        parts.append(found.select(sides.amax(1) > overlap * size))
+        windows.append((0, 0, *image.size))
+        touching.append(torch.zeros(len(parts[-1]), 4, dtype=torch.bool))
+    return _merge(parts, windows, [touches.any(1) for touches in touching], min(nms, SAME_IOU))
+
+
+def _place(part: Detections, window: Window, image: Image.Image) -> Detections:
+    """The detections of a tile, as detections of the image."""
+    left, top, *_ = window
+    return replace(part, image=image, boxes=part.boxes + torch.tensor([left, top, left, top]))
+
+
+def _touching(boxes: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """Which borders of its tile each box touches, [n, 4] bool; the borders of the image itself cut nothing."""
+    edges = torch.tensor(window)
+    near = (boxes - edges).abs() <= TOUCH * (edges[2:] - edges[:2]).max()
+    return near & (edges != torch.tensor([0, 0, *size]))
+
+
+def _neighbours(windows: Sequence[Window]) -> list[list[Window | None]]:
+    """For each window its neighbours on the left, above, on the right and below."""
+    columns, rows = (sorted({window[axis] for window in windows}) for axis in (0, 1))
+    at = {window[:2]: window for window in windows}
+    found = []
+    for left, top, *_ in windows:
+        x, y = columns.index(left), rows.index(top)
+        places = ((x - 1, y), (x, y - 1), (x + 1, y), (x, y + 1))
+        inside = [0 <= i < len(columns) and 0 <= j < len(rows) for i, j in places]
+        found.append([at[columns[i], rows[j]] if ok else None for (i, j), ok in zip(places, inside, strict=True)])
+    return found
+
+
+def _seen_better(boxes: Tensor, touching: Tensor, neighbours: Sequence[Window | None]) -> Tensor:
+    """Which boxes touch a border behind which a neighbour shows more of them, [n] bool."""
+    better = torch.zeros(len(boxes), dtype=torch.bool)
+    for side, window in enumerate(neighbours):
+        if window is not None:
+            # The neighbour on the right shows more of a box that begins right of its own left border.
+            opposite = (side + 2) % 4
+            inwards = 1 if side >= 2 else -1
+            margin = TOUCH * max(window[2] - window[0], window[3] - window[1])
+            better |= touching[:, side] & (inwards * (boxes[:, opposite] - window[opposite]) > margin)
+    return better
+
+
+def _merge(
+    parts: Sequence[Detections], windows: Sequence[Window], cut: Sequence[Tensor], same_iou: float
+) -> Detections:
+    """The best detection of each object; `cut`: for each window, which of its detections a border cuts."""
+    scores, labels, boxes, queries = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "labels", "boxes", "queries")
+    )
+    cuts, rank = torch.cat(list(cut)), torch.empty(len(scores), dtype=torch.long)
+    # A whole object is preferred to a part of it unless its score is less than half; among equals the largest is first.
+    order = box_area(boxes).argsort(descending=True)
+    order = order[torch.where(cuts, scores / 2, scores)[order].argsort(descending=True, stable=True)]
+    rank[order] = torch.arange(len(order))
+    members, corners = torch.arange(len(scores)).split([len(part) for part in parts]), torch.tensor(windows)
+    kept = []
+    for i, own in enumerate(members):
+        overlapping = (corners[:, :2] < corners[i, 2:]).all(1) & (corners[i, :2] < corners[:, 2:]).all(1)
+        overlapping[i] = False
+        other = torch.cat([own[:0], *(members[j] for j in overlapping.nonzero().flatten().tolist())])
+        same = box_iou(boxes[own], boxes[other]) > same_iou
+        same |= cuts[own, None] & (coverage(boxes[own], boxes[other]) > SAME_COVERAGE)
+        same &= (labels[own, None] == labels[other]) & (rank[other] < rank[own, None])
+        kept.append(~same.any(1))
+    everything = replace(parts[0], scores=scores, labels=labels, boxes=boxes, queries=queries).select(torch.cat(kept))
+    return everything.select(everything.scores.argsort(descending=True, stable=True))
