@@ -25,7 +25,9 @@ def draw_boxes(
 ) -> Image.Image:
     """The image, enlarged where it is small, with the boxes of COCO results or annotations (a "score" is optional)."""
     scale = max(1, -(-MIN_EDGE // max(image.size)))
-    image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    # Both would copy an image that may be large; only resize always does.
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     unit = max(image.size) / MIN_EDGE
     font = ImageFont.load_default(round(13 * unit))
     draw = ImageDraw.Draw(image)

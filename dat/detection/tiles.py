@@ -33,8 +33,9 @@ def detect_in_tiles(
 
     A box that touches the border to a neighbour is dropped if the neighbour shows more of its object: if the box begins
     inside the neighbour, not at its border. An object no larger than the overlap is whole in one of the tiles. A larger
-    one may be found in parts; these are dropped where a better detection of their class holds them, in another tile or
-    in the whole image. Of detections of one object in several tiles the one of highest score is kept.
+    one may be found in parts; these are dropped where another detection of their class holds them, in another tile or
+    in the whole image. Of the detections of one object in several tiles the one of highest score is kept, a tile's
+    rather than the reduced image's, and that rather than a part's, unless its score is less than half of the other.
 
     Args:
         detect: detections of images, of any score, with boxes in pixels of each.
@@ -117,9 +118,13 @@ def _merge(
         torch.cat([getattr(part, name) for part in parts]) for name in ("scores", "labels", "boxes", "queries")
     )
     cuts, rank = torch.cat(list(cut)), torch.empty(len(scores), dtype=torch.long)
-    # A whole object is preferred to a part of it unless its score is less than half; among equals the largest is first.
+    # A tile is preferred to the reduced image, and that to a part of an object, unless its score is less than half.
+    reduced = [window == (0, 0, *parts[0].image.size) for window in windows]
+    weights = torch.cat([part.scores * (0.5 if whole else 1) for part, whole in zip(parts, reduced, strict=True)])
+    weights[cuts] /= 4
+    # Among equals the largest is first.
     order = box_area(boxes).argsort(descending=True)
-    order = order[torch.where(cuts, scores / 2, scores)[order].argsort(descending=True, stable=True)]
+    order = order[weights[order].argsort(descending=True, stable=True)]
     rank[order] = torch.arange(len(order))
     members, corners = torch.arange(len(scores)).split([len(part) for part in parts]), torch.tensor(windows)
     kept = []
