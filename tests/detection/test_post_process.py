@@ -2,7 +2,8 @@ import pytest
 import torch
 from detr_inputs import load_fixture, part
 
-from dat.detection import post_process, select_detections
+from dat.detection import post_process
+from dat.detection.post_process import select_detections
 
 
 @pytest.mark.parametrize(("name", "scores"), [("deformable_detr_micro", "sigmoid"), ("detr_losses", "softmax")])
@@ -60,7 +61,7 @@ def test_selection_among_detections():
     found = torch.arange(5, 0, -1) / 5, torch.tensor([0, 1, 0, 0, 0]), boxes, torch.tensor([4, 4, 1, 2, 3])
 
     def kept(**options):
-        scores, labels, _, queries = select_detections(found, **options)
+        _, labels, _, queries = select_detections(found, **options)
         return [(int(label), int(query)) for label, query in zip(labels, queries, strict=True)]
 
     everything = [(0, 4), (1, 4), (0, 1), (0, 2), (0, 3)]
