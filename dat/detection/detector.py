@@ -151,8 +151,11 @@ class Detector:
         detect = partial(self._detect, nms=val.nms, one_class=val.one_class)
         found: list[Detections] = []
         if val.tiles:
-            tiles = val.tiles, val.tile_overlap, val.whole_image, batch_size, val.nms
-            found = [detect_in_tiles(detect, to_image(image), *tiles) for image in images]
+            for image in map(to_image, images):
+                whole_size = self.input_size(image) if val.whole_image else None
+                found.append(
+                    detect_in_tiles(detect, image, val.tiles, val.tile_overlap, whole_size, batch_size, val.nms)
+                )
         else:
             for start in range(0, len(images), batch_size):
                 found += detect([to_image(image) for image in images[start : start + batch_size]])

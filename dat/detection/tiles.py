@@ -25,7 +25,7 @@ def detect_in_tiles(
     image: Image.Image,
     size: int,
     overlap: float = 0.25,
-    whole_image: bool = True,
+    whole_size: tuple[int, int] | None = None,
     batch_size: int = 8,
     nms: float = 1.0,
 ) -> Detections:
@@ -42,7 +42,8 @@ def detect_in_tiles(
         image: in RGB.
         size: sides of the tiles in pixels.
         overlap: fraction of `size` by which neighbours overlap at least, 0 to less than 1.
-        whole_image: also search the whole image; boxes with a side larger than the overlap count.
+        whole_size: (height, width) to which the whole image is reduced and searched too, for objects with a side larger
+            than the overlap; None: it is not.
         batch_size: tiles in memory.
         nms: IoU above which boxes of one class in different tiles are of one object, 0.5 at most.
 
@@ -62,8 +63,10 @@ def detect_in_tiles(
     for i, (part, touches) in enumerate(zip(parts, touching, strict=True)):
         kept = ~_seen_better(part.boxes, touches, neighbours[i])
         parts[i], touching[i] = part.select(kept), touches[kept]
-    if whole_image:
-        found = detect([image])[0]
+    if whole_size is not None:
+        # Pillow needs no copy of the large image, which a tensor would be.
+        small = image.resize(whole_size[::-1], Image.Resampling.BILINEAR)
+        found = _place(detect([small])[0], (0, 0, *image.size), image)
         sides = found.boxes[:, 2:] - found.boxes[:, :2]
         parts.append(found.select(sides.amax(1) > overlap * size))
         windows.append((0, 0, *image.size))
@@ -72,9 +75,10 @@ def detect_in_tiles(
 
 
 def _place(part: Detections, window: Window, image: Image.Image) -> Detections:
-    """The detections of a tile, as detections of the image."""
-    left, top, *_ = window
-    return replace(part, image=image, boxes=part.boxes + torch.tensor([left, top, left, top]))
+    """The detections of a window, which may have been resized, as detections of the image."""
+    left, top, right, bottom = window
+    scale = torch.tensor([(right - left) / part.image.width, (bottom - top) / part.image.height] * 2)
+    return replace(part, image=image, boxes=part.boxes * scale + torch.tensor([left, top, left, top]))
 
 
 def _touching(boxes: Tensor, window: Window, size: tuple[int, int]) -> Tensor:

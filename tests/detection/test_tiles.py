@@ -33,17 +33,15 @@ def paint(size, objects):
     return image
 
 
-def find(images, score=lambda box: 0.9, largest=100):
-    """Every rectangle of one colour; larger images are reduced to this longest side first, as for a model."""
+def find(images, score=lambda box: 0.9):
+    """Every rectangle of one colour, if more than half of it is left at its border."""
     found = []
     for image in images:
-        factor = max(1, max(image.size) / largest)
-        small = image.resize((round(image.width / factor), round(image.height / factor)), Image.Resampling.NEAREST)
         boxes, labels = [], []
         for label, color in enumerate(COLORS):
-            areas, _ = ndimage.label((np.asarray(small) == color).all(2))
+            areas, _ = ndimage.label(np.abs(np.asarray(image, int) - color).sum(2) < 90)
             for rows, columns in ndimage.find_objects(areas):
-                boxes.append([factor * side for side in (columns.start, rows.start, columns.stop, rows.stop)])
+                boxes.append([columns.start, rows.start, columns.stop, rows.stop])
                 labels.append(label)
         scores = torch.tensor([score(box) for box in boxes])
         order = scores.argsort(descending=True, stable=True)
@@ -54,6 +52,11 @@ def find(images, score=lambda box: 0.9, largest=100):
         )
         found.append(Detections(image, *values, torch.arange(len(boxes)), CATEGORIES))
     return found
+
+
+def reduced(image):
+    """(height, width) with a longest side of 100 pixels."""
+    return tuple(round(side * 100 / max(image.size)) for side in (image.height, image.width))
 
 
 def objects_of(found):
@@ -85,7 +88,7 @@ def test_an_object_no_larger_than_the_overlap_is_found_once_wherever_it_is(side,
     for x in range(0, 230 - side + 1, 9):
         for y in range(0, 170 - side + 1, 26):
             image = paint((230, 170), [(x, y, x + side, y + side, 1)])
-            found = detect_in_tiles(find, image, 100, 0.4, whole_image, 3)
+            found = detect_in_tiles(find, image, 100, 0.4, reduced(image) if whole_image else None, 3)
             assert objects_of(found) == [(x, y, x + side, y + side, 1)]
 
 
@@ -99,14 +102,14 @@ def test_many_objects_of_two_classes():
             left, top = x + rng.integers(0, 45 - width), y + rng.integers(0, 45 - height)
             objects.append((left, top, left + width, top + height, int(rng.integers(2))))
     image = paint((601, 467), objects)
-    for whole_image in (True, False):
-        assert objects_of(detect_in_tiles(find, image, 100, 0.4, whole_image)) == sorted(objects)
+    for whole_size in (reduced(image), None):
+        assert objects_of(detect_in_tiles(find, image, 100, 0.4, whole_size)) == sorted(objects)
 
 
 @pytest.mark.parametrize("box", [(20, 30, 130, 120), (70, 60, 135, 125), (5, 80, 229, 95), (0, 0, 230, 170)])
 def test_an_object_larger_than_the_overlap_is_found_in_the_whole_image(box):
     image = paint((230, 170), [(*box, 0)])
-    found = detect_in_tiles(find, image, 100, 0.25)
+    found = detect_in_tiles(find, image, 100, 0.25, reduced(image))
     ((*corners, label),) = objects_of(found)
     # The whole image is reduced by a factor of 2.3.
     np.testing.assert_allclose(corners, box, atol=3)
@@ -115,7 +118,7 @@ def test_an_object_larger_than_the_overlap_is_found_in_the_whole_image(box):
 
 def test_without_the_whole_image_large_objects_are_found_in_parts():
     box = (20, 30, 190, 120)
-    found = detect_in_tiles(find, paint((230, 170), [(*box, 0)]), 100, 0.25, whole_image=False)
+    found = detect_in_tiles(find, paint((230, 170), [(*box, 0)]), 100, 0.25)
     assert len(found)
     low, high = found.boxes[:, :2].amin(0), found.boxes[:, 2:].amax(0)
     assert [*low.tolist(), *high.tolist()] == list(box)
@@ -129,7 +132,7 @@ def test_an_object_whole_in_one_tile_only_is_not_also_found_in_parts(left, part)
     # A part at most 2 pixels narrower than the overlap cannot be told from an object that the other tile cuts.
     box = (left, 20, left + 60, 30)
     image = paint((160, 100), [(*box, 0)])
-    found = detect_in_tiles(partial(find, score=lambda box: part if box[2] == 100 else 0.5), image, 100, 0.4, False)
+    found = detect_in_tiles(partial(find, score=lambda box: part if box[2] == 100 else 0.5), image, 100, 0.4)
     assert objects_of(found) == [(*box, 0)]
 
 
@@ -144,10 +147,10 @@ def test_classes_do_not_suppress_each_other():
     """The object is blue in the first tile and red in the second."""
 
     def confuse(images):
-        first, second, *whole = find(images)
-        return [first, replace(second, labels=1 - second.labels), *whole]
+        first, second = find(images)
+        return [first, replace(second, labels=1 - second.labels)]
 
-    found = detect_in_tiles(confuse, paint((160, 100), [(70, 20, 90, 40, 0)]), 100, 0.4, whole_image=False)
+    found = detect_in_tiles(confuse, paint((160, 100), [(70, 20, 90, 40, 0)]), 100, 0.4)
     assert objects_of(found) == [(70, 20, 90, 40, 0), (70, 20, 90, 40, 1)]
 
 
@@ -167,11 +170,11 @@ def test_memory_is_that_of_a_batch_of_tiles():
         sizes.append([image.size for image in images])
         return find(images)
 
-    detect_in_tiles(detect, paint((500, 300), []), 100, batch_size=4)
+    detect_in_tiles(detect, paint((500, 300), []), 100, whole_size=(60, 100), batch_size=4)
     *tiles, whole = sizes
     assert max(map(len, tiles)) == 4
     assert {size for batch in tiles for size in batch} == {(100, 100)}
-    assert whole == [(500, 300)]
+    assert whole == [(100, 60)]
 
 
 @pytest.fixture(scope="module")
