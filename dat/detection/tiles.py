@@ -89,15 +89,13 @@ def _touching(boxes: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
 
 
 def _neighbours(windows: Sequence[Window]) -> list[list[Window | None]]:
-    """For each window its neighbours on the left, above, on the right and below."""
-    columns, rows = (sorted({window[axis] for window in windows}) for axis in (0, 1))
-    at = {window[:2]: window for window in windows}
+    """For each window, which are row by row, its neighbours on the left, above, on the right and below."""
+    columns = sum(window[1] == windows[0][1] for window in windows)
     found = []
-    for left, top, *_ in windows:
-        x, y = columns.index(left), rows.index(top)
-        places = ((x - 1, y), (x, y - 1), (x + 1, y), (x, y + 1))
-        inside = [0 <= i < len(columns) and 0 <= j < len(rows) for i, j in places]
-        found.append([at[columns[i], rows[j]] if ok else None for (i, j), ok in zip(places, inside, strict=True)])
+    for i in range(len(windows)):
+        inside = (i % columns > 0, i >= columns, (i + 1) % columns > 0, i + columns < len(windows))
+        places = (i - 1, i - columns, i + 1, i + columns)
+        found.append([windows[place] if ok else None for place, ok in zip(places, inside, strict=True)])
     return found
 
 
