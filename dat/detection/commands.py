@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.detector import OPTIONS, Detector
+from dat.detection.detector import Detector
+from dat.detection.predictor import OPTIONS
 from dat.engine.config import load_config
 from dat.utils.errors import ConfigError, DataError
 

@@ -1,69 +1,34 @@
 """The public class: a detector from a checkpoint, an exported file or a configuration."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from dat.detection.checkpoint import check_categories, load_detector
-from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
-from dat.detection.data import Annotations, Category, read_dataset, resized_size, val_loader
-from dat.detection.detections import Detections
-from dat.detection.draw import open_record
+from dat.detection.config import DetectionConfig, check_config
+from dat.detection.data import read_dataset, val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
-from dat.detection.graph import DetectorGraph, pad_images
+from dat.detection.graph import pad_images
 from dat.detection.models.base import BaseDETR
-from dat.detection.post_process import select_detections
-from dat.detection.tiles import detect_in_tiles
+from dat.detection.predictor import Predictor
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
-from dat.engine.optim import amp_context
-from dat.export.runtime import check_predictions, is_exported, load_exported
+from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
-from dat.utils.images import to_image
-
-# Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
-Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
-# Keys of data.val that predict takes.
-OPTIONS = ("tiles", "tile_overlap", "whole_image", "nms", "one_class")
 
 logger = logging.getLogger(__name__)
 
 
-class Detector:
-    """Detects objects in images; trains, evaluates and exports the model that does.
-
-    Attributes:
-        path: of the checkpoint or exported file; None before training.
-        categories: the classes; label i is the i-th.
-        config: configuration; None for an exported file.
-        model: in evaluation mode; None for an exported file and before training.
-        size, max_size: pixels of the shortest and longest edge of the model's input.
-        val: options of predictions; see `options`.
-        run: the model with its pre- and post-processing; see Run.
-    """
-
-    path: Path | None = None
-    categories: tuple[Category, ...] = ()
-    config: DetectionConfig | None = None
-    model: BaseDETR | None = None
-    size = max_size = 0
-    val = ValDataConfig()
-    run: Run | None = None
+class Detector(Predictor):
+    """Detects objects in images; trains, evaluates and exports the model that does."""
 
     @classmethod
     def from_checkpoint(
@@ -110,76 +75,6 @@ class Detector:
         check_config(detector.config)
         return detector
 
-    @classmethod
-    def of(
-        cls,
-        model: BaseDETR,
-        config: DetectionConfig,
-        categories: tuple[Category, ...],
-        distributed: Distributed,
-        top_k: int | None = None,
-        path: Path | None = None,
-    ) -> "Detector":
-        """A detector of a model, which becomes one in evaluation mode; `path`: the checkpoint that errors name."""
-        detector = cls()
-        detector.path, detector.categories, detector.distributed = path, categories, distributed
-        detector._set_model(model, config, top_k)
-        return detector
-
-    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8, **options: Any) -> Any:
-        """Detects objects.
-
-        Args:
-            images: an image or a list of images, as `dat.utils.images.to_image` takes them: a path, a PIL image, an
-                array [H, W, 3] of uint8, or a tensor [3, H, W].
-            threshold: lowest score of a detection, 0 to 1.
-            batch_size: images, or tiles of one image, in memory; those of equal input size run together.
-            options: tiles=800, tile_overlap=0.25, whole_image=False, nms=0.6, one_class=True: instead of those of the
-                configuration; see ValDataConfig.
-
-        Returns:
-            Detections of the image, or a list of them.
-
-        Raises:
-            DataError: an image that cannot be used.
-            ConfigError: an option that does not exist or cannot work.
-            CheckpointError: the model fails.
-        """
-        if not isinstance(images, (list, tuple)):
-            return self.predict([images], threshold, batch_size, **options)[0]
-        val = self.options(**options)
-        detect = partial(self._detect, nms=val.nms, one_class=val.one_class)
-        found: list[Detections] = []
-        if val.tiles:
-            for image in map(to_image, images):
-                whole_size = self.input_size(image) if val.whole_image else None
-                found.append(
-                    detect_in_tiles(detect, image, val.tiles, val.tile_overlap, whole_size, batch_size, val.nms)
-                )
-        else:
-            for start in range(0, len(images), batch_size):
-                found += detect([to_image(image) for image in images[start : start + batch_size]])
-        return [one.select(one.scores >= threshold) for one in found]
-
-    def options(self, **changes: Any) -> ValDataConfig:
-        """The options of predictions (those of the checkpoint, or the defaults for an exported file) with changes.
-
-        detector.val = detector.options(tiles=800) sets them for all predictions; `predict` takes them for one call.
-
-        Raises:
-            ConfigError: an option that does not exist or cannot work.
-        """
-        if not changes:
-            return self.val
-        unknown = changes.keys() - set(OPTIONS)
-        if unknown:
-            raise ConfigError(f"predict has no option {min(unknown)!r}, there are {', '.join(OPTIONS)}")
-        named = {f"data.val.{name}": value for name, value in changes.items()}
-        config = DetectionConfig(data=DataConfig(val=self.val))
-        config = apply_overrides(config, keyword_overrides(DetectionConfig, named))
-        check_config(config)
-        return config.data.val
-
     def train(self, data: str | Path | None = None, **overrides: Any) -> dict[str, Any]:
         """Trains in the folder `output` of the configuration; afterwards this is the detector of the best epoch.
 
@@ -220,8 +115,8 @@ class Detector:
         annotations = read_dataset(Path(config.data.root), val, self.categories)
         with checkpoint_errors(str(self.path)):
             if val.tiles:
-                detector = Detector.of(model, config, self.categories, distributed, path=self.path)
-                results = detector.detect_all(annotations)
+                predictor = Predictor.of(model, config, self.categories, distributed, path=self.path)
+                results = predictor.detect_all(annotations)
             else:
                 results = detect(
                     model,
@@ -262,19 +157,6 @@ class Detector:
         model = deepcopy(self._trained()).cpu()
         return export_detector(model, self._configure(), self.categories, Path(path), **options)
 
-    def detect_all(self, annotations: Annotations) -> list[dict[str, Any]]:
-        """COCO results of this process's images of a data set, searched one by one, of any score."""
-        assert self.config is not None
-        results: list[dict[str, Any]] = []
-        for record in annotations.records[self.distributed.rank :: self.distributed.world_size]:
-            found = self.predict(open_record(record), 0.0, self.config.train.eval_batch_size)
-            results += found.to_coco(record.id)
-        return results
-
-    def input_size(self, image: Image.Image) -> tuple[int, int]:
-        """(height, width) to which an image is resized for the model."""
-        return resized_size(image.height, image.width, self.size, self.max_size)
-
     def _trained(self) -> BaseDETR:
         if self.model is None:
             state = "an exported file, which only predicts" if self.config is None else "not trained yet"
@@ -301,20 +183,6 @@ class Detector:
         self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
         self._set_model(loaded.model, self._configure(overrides=overrides), top_k)
 
-    def _set_model(self, model: BaseDETR, config: DetectionConfig, top_k: int | None) -> None:
-        self.model, self.config, self.val = model, config, config.data.val
-        data, amp, device = config.data, config.train.amp, self.distributed.device
-        self.size, self.max_size = data.val.size, data.val.max_size
-        graph = DetectorGraph(model, data, top_k or data.val.top_k).to(device).eval()
-
-        @torch.inference_mode()
-        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-            errors = nullcontext() if self.path is None else checkpoint_errors(self.path)
-            with errors, amp_context(device, amp):
-                return graph(images.to(device), sizes.to(device))
-
-        self.run = run
-
     def _load_exported(self, path: Path, top_k: int | None, trust: bool) -> None:
         exported = load_exported(path, "detection", trust)
         metadata = exported.metadata
@@ -336,33 +204,3 @@ class Detector:
         if not isinstance(value, int) or not 1 <= value <= LARGEST_SIDE:
             raise CheckpointError(f"{self.path}: its metadata has {name} {value!r}, should be 1 to {LARGEST_SIDE}")
         return value
-
-    def _detect(self, images: Sequence[Image.Image], nms: float = 1.0, one_class: bool = False) -> list[Detections]:
-        """Detections of any score; images that are resized to equal sizes run together."""
-        if self.run is None:
-            raise ConfigError("this detector is not trained yet; call train, or use Detector.from_checkpoint")
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            groups[self.input_size(image)].append(i)
-        found: dict[int, Detections] = {}
-        for size, members in groups.items():
-            batch = torch.stack([F.resize(F.pil_to_tensor(images[i]), list(size)) for i in members])
-            sizes = torch.tensor([(images[i].height, images[i].width) for i in members])
-            outputs = [output.cpu() for output in self.run(batch, sizes)]
-            self._check(outputs, len(batch))
-            for i, *values in zip(members, *outputs, strict=True):
-                scores, labels, boxes, queries = select_detections(values, nms, one_class)
-                limits = torch.tensor([images[i].width, images[i].height] * 2)
-                clipped = boxes.float().clamp(min=0).minimum(limits)
-                found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)
-        return [found[i] for i in range(len(images))]
-
-    def _check(self, outputs: Sequence[Tensor], batch: int) -> None:
-        """Raises CheckpointError unless these are detections of `batch` images."""
-        shape = (batch, *outputs[0].shape[1:2]) if outputs else ()
-        expected = [shape, shape, (*shape, 4), shape]
-        if len(shape) < 2 or [tuple(output.shape) for output in outputs] != expected:
-            shapes = ", ".join(str(list(output.shape)) for output in outputs)
-            raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
-        scores, labels, boxes, _ = outputs
-        check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))

@@ -13,10 +13,10 @@ from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
-from dat.detection.detector import Detector
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.models import BaseDETR, build_model
 from dat.detection.param_groups import parameter_groups
+from dat.detection.predictor import Predictor
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
 from dat.engine.task import first_few
@@ -88,7 +88,7 @@ class DetectionTrainer(Trainer):
         val, categories = data.val, self.val_set.categories
         if val.tiles:
             training = model.training
-            found = Detector.of(model, self.config, categories, self.distributed).detect_all(self.val_set)
+            found = Predictor.of(model, self.config, categories, self.distributed).detect_all(self.val_set)
             model.train(training)
         else:
             found = detect(model, self.val_loader, categories, self.device, amp, val.top_k, val.nms, val.one_class)
