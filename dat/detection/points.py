@@ -55,7 +55,8 @@ def check_points(detector: Detector) -> None:
     if detector.model is None:
         raise ConfigError(f"{detector.path}: sampling points need a checkpoint, an exported model does not return them")
     if detector.val.tiles:
-        raise ConfigError(f"sampling points are of whole images, not of tiles of {detector.val.tiles} pixels: tiles=0")
+        tiles = f"tiles of {detector.val.tiles} pixels"
+        raise ConfigError(f"sampling points are of whole images, not of {tiles}; --tiles 0 searches none")
     if not has_points(detector):
         raise ConfigError(f"{detector.path}: sampling points need a deformable_detr, this checkpoint is of a detr")
 

@@ -60,15 +60,14 @@ def cut_window(record: ImageRecord, window: Window, visible: float) -> ImageReco
     clipped = boxes.clip(0, np.array([right - left, bottom - top] * 2, np.float32))
     fraction = _areas(clipped) / _areas(boxes)
     kept = (fraction > 0) & (fraction >= visible)
-    return ImageRecord(
-        record.id,
-        record.path,
-        right - left,
-        bottom - top,
-        clipped[kept],
-        record.labels[kept],
-        record.crowd[kept],
-        (record.areas * fraction)[kept].astype(record.areas.dtype),
+    return replace(
+        record,
+        width=right - left,
+        height=bottom - top,
+        boxes=clipped[kept],
+        labels=record.labels[kept],
+        crowd=record.crowd[kept],
+        areas=(record.areas * fraction)[kept].astype(record.areas.dtype),
         window=window,
         whole=record,
     )
