@@ -134,7 +134,9 @@ def _add_evaluate(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_overrides(parser, "changes the configuration that the checkpoint carries, such as data.root=FOLDER")
     parser.add_argument("--out", type=Path, help="folder of the results (evaluation/ beside the checkpoint)")
     _add_device(parser)
-    if not detect:
+    if detect:
+        _add_detection(parser)
+    else:
         text = "also by the reassessed labels of ImageNet (default: timm's copy of real.json; arXiv:2006.07159)"
         parser.add_argument("--real", nargs="?", const="", metavar="FILE", help=text)
         text = "also on the images of ImageNet-V2 (arXiv:1902.10811)"
@@ -162,6 +164,7 @@ def _add_predict(parser: argparse.ArgumentParser, detect: bool) -> None:
     )
     if detect:
         parser.add_argument("--show-points", action="store_true", help="also draw where each detection sampled")
+        _add_detection(parser)
         _add_top_k(parser)
     else:
         parser.add_argument("--sheet", type=_at_least(0), default=48, help="images in predictions.png (48)")
@@ -189,6 +192,7 @@ def _add_serve(parser: argparse.ArgumentParser, detect: bool) -> None:
     parser.add_argument("--max-megabytes", type=_at_least(0.0), default=16.0, help="largest upload (16)")
     parser.add_argument("--max-megapixels", type=_at_least(0.0), default=40.0, help="largest image (40)")
     parser.add_argument("--max-waiting", type=_at_least(1), default=256, help="most requests in the queue (256)")
+    _add_detection(parser)
     _add_top_k(parser)
     _add_trust(parser)
     _add_device(parser)
@@ -234,6 +238,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_top_k(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=_at_least(1), help="most detections of an image (those of the configuration)")
+
+
+def _add_detection(parser: argparse.ArgumentParser) -> None:
+    """Options that replace those of `data.val`."""
+    text = "search larger images in overlapping tiles with sides of this many pixels, such as 800"
+    parser.add_argument("--tiles", type=_at_least(0), metavar="PIXELS", help=f"{text} (as configured, or none)")
+    text = "fraction of a tile by which neighbours overlap (0.25)"
+    parser.add_argument("--tile-overlap", type=_at_least(0.0, 0.9), metavar="FRACTION", help=text)
+    text = "do not also search the whole image, for objects larger than the overlap"
+    parser.add_argument("--tiles-only", dest="whole_image", action="store_false", default=None, help=text)
+    text = "drop detections whose IoU with a better one of their class is larger (as configured, or 1: none)"
+    parser.add_argument("--nms", type=_at_least(0.0, 1.0), metavar="IOU", help=text)
+    text = "only the best class of each query, where detectors may give an object several"
+    parser.add_argument("--one-class-per-object", dest="one_class", action="store_true", default=None, help=text)
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:

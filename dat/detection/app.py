@@ -157,7 +157,7 @@ def create_app(detector: Detector, limits: Limits | None = None) -> FastAPI:
         """Detects objects in the image that is the body of the request."""
         nonlocal waiting
         if points and not has_points(detector):
-            raise HTTPException(400, "points=true: this model has no sampling points")
+            raise HTTPException(400, "points=true: this model has no sampling points, or searches tiles")
         if waiting >= allowed.waiting:
             raise HTTPException(429, f"{waiting} requests are waiting, try again later", {"Retry-After": "5"})
         waiting += 1

@@ -25,6 +25,13 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return intersection / (union + eps) - (hull - union) / (hull + eps)
 
 
+def coverage(boxes: Tensor, others: Tensor) -> Tensor:
+    """The fraction [n, m] of each of n boxes [n, 4] that lies in each of m others [m, 4]; 0 for empty boxes."""
+    boxes = boxes[:, None]
+    low, high = boxes[..., :2].maximum(others[:, :2]), boxes[..., 2:].minimum(others[:, 2:])
+    return _area(low, high) / _area(boxes[..., :2], boxes[..., 2:]).clamp(min=torch.finfo(boxes.dtype).tiny)
+
+
 def _area(low: Tensor, high: Tensor) -> Tensor:
     width, height = (high - low).clamp(min=0).unbind(-1)
     return width * height

@@ -7,6 +7,7 @@ from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.detector import Detector
+from dat.detection.predictor import OPTIONS
 from dat.engine.config import load_config
 from dat.utils.errors import ConfigError, DataError
 
@@ -27,7 +28,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     detector = Detector.from_checkpoint(options.checkpoint, options.overrides, options.device)
     out = options.out or Path(str(detector.path)).parent / "evaluation"
-    metrics = detector.evaluate(out=out)
+    metrics = detector.evaluate(out=out, **{f"data.val.{name}": x for name, x in _prediction(options).items()})
     if metrics:
         print(f"{format_table(metrics)}\nwritten to {out}")
 
@@ -41,6 +42,7 @@ def predict(options: argparse.Namespace) -> None:
     media = find_media(options.sources, exclude=options.out)
     targets = choose_targets(media, options.out)
     detector = Detector.from_checkpoint(options.model, options.overrides, options.device, options.trust, options.top_k)
+    detector.val = detector.options(**_prediction(options))
     if options.show_points:
         check_points(detector)
     frames = Frames(media, options.every)
@@ -68,6 +70,7 @@ def serve(options: argparse.Namespace) -> None:
         raise ConfigError(f'serving needs {error.name}: pip install "dat-vision[serve]"') from error
     detector = Detector.from_checkpoint(options.model, (), options.device, options.trust, options.top_k)
     limits = Limits(round(options.max_megabytes * 2**20), round(options.max_megapixels * 10**6), options.max_waiting)
+    detector.val = detector.options(**_prediction(options))
     serve(detector, options.host, options.port, limits)
 
 
@@ -123,3 +126,8 @@ def convert(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out: {options.out.parent} should be a folder")
     save_checkpoint(options.out, {**detector_state(config, categories), "state_dict": state})
     print(f"{options.out}: {len(categories)} classes of {options.annotations}")
+
+
+def _prediction(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of Detector.predict that the command was given."""
+    return {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}

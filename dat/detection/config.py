@@ -27,6 +27,9 @@ class TrainDataConfig:
     without mosaic, [0.1, 2.0] in arXiv:2012.07177; []: none.
     `balance`: images of a class that fewer than this share of the images show are repeated within an epoch, as in LVIS,
     which has 0.001; 0: no image is. See dat.engine.imbalance.repeat_factors.
+    `tiles`: larger images are cut into windows with sides of this many pixels, which overlap by the fraction
+    `tile_overlap` and are samples of their own; 0: none. A window has the objects of which a fraction of at least
+    `tile_visible` is inside. `tile_empty`: fraction of the windows without objects that are kept.
     """
 
     annotations: str = "annotations/instances_train2017.json"
@@ -47,13 +50,21 @@ class TrainDataConfig:
     close_mosaic: int = 0
     scale_jitter: list[float] = field(default_factory=list)
     balance: float = 0.0
+    tiles: int = 0
+    tile_overlap: float = 0.25
+    tile_visible: float = 0.5
+    tile_empty: float = 0.1
 
 
 @dataclass
 class ValDataConfig:
     """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`.
 
-    `top_k`: how many detections of an image count; COCO's own limit is 100 of a class.
+    `top_k`: how many detections of an image, or of a tile, count; COCO's own limit is 100 of a class.
+    `tiles`: larger images are searched in windows with sides of this many pixels, which overlap by the fraction
+    `tile_overlap`, and with `whole_image` once as a whole, for objects larger than the overlap; 0: as a whole only.
+    `nms`: detections are dropped whose IoU with a better one of their class is larger; 1: none.
+    `one_class`: only the best class of each query counts.
     """
 
     annotations: str = "annotations/instances_val2017.json"
@@ -61,6 +72,11 @@ class ValDataConfig:
     size: int = 800
     max_size: int = 1333
     top_k: int = 100
+    tiles: int = 0
+    tile_overlap: float = 0.25
+    whole_image: bool = True
+    nms: float = 1.0
+    one_class: bool = False
 
 
 @dataclass
@@ -133,24 +149,16 @@ def check_config(config: DetectionConfig) -> None:
     data = config.data
     check_train_config(config)
     at_least_0 = [
-        *("data.train.max_pixels", "data.train.close_mosaic", "data.cache_gib"),
+        *("data.train.max_pixels", "data.train.close_mosaic", "data.cache_gib", "data.train.tiles", "data.val.tiles"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),
     ]
     fractions = [
         *("data.mean", "train.loss.focal_alpha"),
-        *_keys(
-            "data.train",
-            "horizontal_flip",
-            "vertical_flip",
-            "crop",
-            "photometric",
-            "mosaic",
-            "mixup",
-            "copy_paste",
-            "balance",
-        ),
+        *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
+        *_keys("data.train", "mosaic", "mixup", "copy_paste", "balance", "tile_visible", "tile_empty"),
+        "data.val.nms",
         "train.picture_threshold",
     ]
     sides = [
@@ -161,6 +169,8 @@ def check_config(config: DetectionConfig) -> None:
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
+    # Windows that overlap by more would be a great many.
+    check_range(config, ["data.train.tile_overlap", "data.val.tile_overlap"], 0, 0.9)
     check_range(config, ["data.std", "data.train.scale_jitter"], 0, exclusive=True)
     jitter = data.train.scale_jitter
     if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):

@@ -1,59 +1,34 @@
 """The public class: a detector from a checkpoint, an exported file or a configuration."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_dataset, resized_size, val_loader
-from dat.detection.detections import Detections
+from dat.detection.data import read_dataset, val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
-from dat.detection.graph import DetectorGraph, pad_images
+from dat.detection.graph import pad_images
 from dat.detection.models.base import BaseDETR
+from dat.detection.predictor import Predictor
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
-from dat.engine.optim import amp_context
-from dat.export.runtime import check_predictions, is_exported, load_exported
+from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
-from dat.utils.images import to_image
-
-# Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
-Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 logger = logging.getLogger(__name__)
 
 
-class Detector:
-    """Detects objects in images; trains, evaluates and exports the model that does.
-
-    Attributes:
-        path: of the checkpoint or exported file; None before training.
-        categories: the classes; label i is the i-th.
-        config: configuration; None for an exported file.
-        model: in evaluation mode; None for an exported file and before training.
-        size, max_size: pixels of the shortest and longest edge of the model's input.
-        run: the model with its pre- and post-processing; see Run.
-    """
-
-    path: Path | None = None
-    categories: tuple[Category, ...] = ()
-    config: DetectionConfig | None = None
-    model: BaseDETR | None = None
-    size = max_size = 0
-    run: Run | None = None
+class Detector(Predictor):
+    """Detects objects in images; trains, evaluates and exports the model that does."""
 
     @classmethod
     def from_checkpoint(
@@ -100,29 +75,6 @@ class Detector:
         check_config(detector.config)
         return detector
 
-    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8) -> Any:
-        """Detects objects.
-
-        Args:
-            images: an image or a list of images, as `dat.utils.images.to_image` takes them: a path, a PIL image, an
-                array [H, W, 3] of uint8, or a tensor [3, H, W].
-            threshold: lowest score of a detection, 0 to 1.
-            batch_size: images in memory; those of equal input size run together.
-
-        Returns:
-            Detections of the image, or a list of them.
-
-        Raises:
-            DataError: an image that cannot be used.
-            CheckpointError: the model fails.
-        """
-        if not isinstance(images, (list, tuple)):
-            return self.predict([images], threshold, batch_size)[0]
-        found: list[Detections] = []
-        for start in range(0, len(images), batch_size):
-            found += self._detect([to_image(image) for image in images[start : start + batch_size]])
-        return [one.select(one.scores >= threshold) for one in found]
-
     def train(
         self, data: str | Path | None = None, transform: Callable[..., Any] | None = None, **overrides: Any
     ) -> dict[str, Any]:
@@ -168,18 +120,24 @@ class Detector:
         val = config.data.val
         annotations = read_dataset(Path(config.data.root), val, self.categories, config.data.single_class)
         with checkpoint_errors(str(self.path)):
-            results = detect(
-                model,
-                val_loader(annotations, config, distributed),
-                self.categories,
-                distributed.device,
-                config.train.amp,
-                val.top_k,
-            )
+            if val.tiles:
+                predictor = Predictor.of(model, config, self.categories, distributed, path=self.path)
+                results = predictor.detect_all(annotations)
+            else:
+                results = detect(
+                    model,
+                    val_loader(annotations, config, distributed),
+                    self.categories,
+                    distributed.device,
+                    config.train.amp,
+                    val.top_k,
+                    val.nms,
+                    val.one_class,
+                )
         results = gather_results(results)
         if not distributed.main:
             return {}
-        evaluation = Evaluation.of(annotations, results)
+        evaluation = Evaluation.of(annotations, results, every=val.tiles > 0)
         metrics = evaluation.metrics()
         if annotations.warning:
             logger.warning(f"warning: {annotations.warning}")
@@ -205,10 +163,6 @@ class Detector:
         model = deepcopy(self._trained()).cpu()
         return export_detector(model, self._configure(), self.categories, Path(path), **options)
 
-    def input_size(self, image: Image.Image) -> tuple[int, int]:
-        """(height, width) to which an image is resized for the model."""
-        return resized_size(image.height, image.width, self.size, self.max_size)
-
     def _trained(self) -> BaseDETR:
         if self.model is None:
             state = "an exported file, which only predicts" if self.config is None else "not trained yet"
@@ -231,19 +185,9 @@ class Detector:
         self, path: Path, distributed: Distributed, top_k: int | None = None, overrides: Sequence[str] = ()
     ) -> None:
         self.distributed = distributed
-        loaded, device = load_detector(path, distributed.device), distributed.device
+        loaded = load_detector(path, distributed.device)
         self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
-        self.config = self._configure(overrides=overrides)
-        data, amp = self.config.data, self.config.train.amp
-        self.size, self.max_size = data.val.size, data.val.max_size
-        graph = DetectorGraph(loaded.model, data, top_k or data.val.top_k).to(device).eval()
-
-        @torch.inference_mode()
-        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-            with checkpoint_errors(path), amp_context(device, amp):
-                return graph(images.to(device), sizes.to(device))
-
-        self.run = run
+        self._set_model(loaded.model, self._configure(overrides=overrides), top_k)
 
     def _load_exported(self, path: Path, top_k: int | None, trust: bool) -> None:
         exported = load_exported(path, "detection", trust)
@@ -266,32 +210,3 @@ class Detector:
         if not isinstance(value, int) or not 1 <= value <= LARGEST_SIDE:
             raise CheckpointError(f"{self.path}: its metadata has {name} {value!r}, should be 1 to {LARGEST_SIDE}")
         return value
-
-    def _detect(self, images: Sequence[Image.Image]) -> list[Detections]:
-        """Detections of any score; images that are resized to equal sizes run together."""
-        if self.run is None:
-            raise ConfigError("this detector is not trained yet; call train, or use Detector.from_checkpoint")
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            groups[self.input_size(image)].append(i)
-        found: dict[int, Detections] = {}
-        for size, members in groups.items():
-            batch = torch.stack([F.resize(F.pil_to_tensor(images[i]), list(size)) for i in members])
-            sizes = torch.tensor([(images[i].height, images[i].width) for i in members])
-            outputs = [output.cpu() for output in self.run(batch, sizes)]
-            self._check(outputs, len(batch))
-            for i, scores, labels, boxes, queries in zip(members, *outputs, strict=True):
-                limits = torch.tensor([images[i].width, images[i].height] * 2)
-                clipped = boxes.float().clamp(min=0).minimum(limits)
-                found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)
-        return [found[i] for i in range(len(images))]
-
-    def _check(self, outputs: Sequence[Tensor], batch: int) -> None:
-        """Raises CheckpointError unless these are detections of `batch` images."""
-        shape = (batch, *outputs[0].shape[1:2]) if outputs else ()
-        expected = [shape, shape, (*shape, 4), shape]
-        if len(shape) < 2 or [tuple(output.shape) for output in outputs] != expected:
-            shapes = ", ".join(str(list(output.shape)) for output in outputs)
-            raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
-        scores, labels, boxes, _ = outputs
-        check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 
-from dat.detection.data import Category, ImageRecord, load_image
+from dat.detection.data import Category, ImageRecord, load_record
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish too, without black.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -17,7 +17,7 @@ MIN_EDGE = 640
 
 def open_record(record: ImageRecord) -> Image.Image:
     """The image of a record. Raises DataError as load_image does."""
-    return F.to_pil_image(load_image(record.path, (record.width, record.height)))
+    return F.to_pil_image(load_record(record))
 
 
 def draw_boxes(
@@ -25,7 +25,9 @@ def draw_boxes(
 ) -> Image.Image:
     """The image, enlarged where it is small, with the boxes of COCO results or annotations (a "score" is optional)."""
     scale = max(1, -(-MIN_EDGE // max(image.size)))
-    image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    # Both would copy an image that may be large; only resize always does.
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     unit = max(image.size) / MIN_EDGE
     font = ImageFont.load_default(round(13 * unit))
     draw = ImageDraw.Draw(image)

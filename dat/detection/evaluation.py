@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
-from dat.detection.post_process import post_process
+from dat.detection.post_process import best_detections, select_detections
 from dat.engine.distributed import gather
 from dat.engine.optim import amp_context
 
@@ -30,10 +30,12 @@ def detect(
     device: torch.device,
     amp: str = "none",
     top_k: int = 100,
+    nms: float = 1.0,
+    one_class: bool = False,
 ) -> list[dict[str, Any]]:
     """COCO results of every image, at most top_k: image_id, category_id (the file's own), bbox (x, y, w, h), score.
 
-    The model runs in evaluation mode and returns to the mode that it was in.
+    The model runs in evaluation mode and returns to the mode that it was in. `nms`, `one_class`: see select_detections.
     """
     training = model.training
     model.eval()
@@ -41,8 +43,10 @@ def detect(
     for images, mask, targets in batches:
         with amp_context(device, amp):
             outputs = model(images.to(device), None if mask is None else mask.to(device))
-        found = post_process(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
-        for target, detections in zip(targets, found, strict=True):
+        found = best_detections(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
+        for target, *values in zip(targets, *found, strict=True):
+            scores, labels, boxes, _ = select_detections(values, nms, one_class)
+            detections = {"scores": scores, "labels": labels, "boxes": boxes}
             results += to_results(target["image_id"], target["size"], detections, categories)
     model.train(training)
     return results
@@ -82,7 +86,7 @@ class Evaluation:
         annotations, results: compared with each other; results are in COCO's format.
         precision: [T, 101, K, A], the highest at each recall 0, .01, ... 1 or beyond it.
         scores: [T, 101, K, A], of the detection that reaches the recall; 0 where none does.
-        recall: [T, K, A], of all detections.
+        recall: [T, K, A], of 100 detections of a class and image.
     """
 
     annotations: Annotations
@@ -92,14 +96,19 @@ class Evaluation:
     recall: np.ndarray
 
     @classmethod
-    def of(cls, annotations: Annotations, results: list[dict[str, Any]]) -> "Evaluation":
-        """Runs COCO's evaluation; crowds are ignored."""
+    def of(cls, annotations: Annotations, results: list[dict[str, Any]], every: bool = False) -> "Evaluation":
+        """Runs COCO's evaluation; crowds are ignored.
+
+        `every`: AP counts every detection. COCO's counts 100 of a class and image, and large images have more objects.
+        """
         truth = COCO(annotations.to_coco())
         evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        if every:
+            evaluation.params.maxDets = [1, 10, 100, max(100, len(results))]
         evaluation.evaluate()
         evaluation.accumulate()
-        found = {name: np.asarray(evaluation.eval[name])[..., -1] for name in ("precision", "scores", "recall")}
-        return cls(annotations, results, **found)
+        precision, scores, recall = (np.asarray(evaluation.eval[name]) for name in ("precision", "scores", "recall"))
+        return cls(annotations, results, precision[..., -1], scores[..., -1], recall[..., 2])
 
     def metrics(self) -> dict[str, Any]:
         """AP as COCO defines it, 0 to 1; None where there is nothing to find.
@@ -128,9 +137,9 @@ class Evaluation:
         return float(f1[best]), float(self.scores[0, best, label, 0]), float(recall[best]), float(precision[best])
 
 
-def average_precision(annotations: Annotations, results: list[dict[str, Any]]) -> dict[str, Any]:
+def average_precision(annotations: Annotations, results: list[dict[str, Any]], every: bool = False) -> dict[str, Any]:
     """The metrics of an Evaluation."""
-    return Evaluation.of(annotations, results).metrics()
+    return Evaluation.of(annotations, results, every).metrics()
 
 
 def match_detections(

@@ -43,14 +43,20 @@ class Points:
 
 
 def has_points(detector: Detector) -> bool:
-    """Whether the queries of a detector have sampling points: a checkpoint of Deformable DETR and its successors."""
-    return isinstance(detector.model, DeformableDETR)
+    """Whether the queries of a detector have sampling points: a checkpoint of Deformable DETR and its successors.
+
+    The points of tiles would be of other images.
+    """
+    return isinstance(detector.model, DeformableDETR) and not detector.val.tiles
 
 
 def check_points(detector: Detector) -> None:
     """Raises ConfigError for a detector without sampling points."""
     if detector.model is None:
         raise ConfigError(f"{detector.path}: sampling points need a checkpoint, an exported model does not return them")
+    if detector.val.tiles:
+        tiles = f"tiles of {detector.val.tiles} pixels"
+        raise ConfigError(f"sampling points are of whole images, not of {tiles}; --tiles 0 searches none")
     if not has_points(detector):
         raise ConfigError(f"{detector.path}: sampling points need a deformable_detr, this checkpoint is of a detr")
 

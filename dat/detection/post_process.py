@@ -1,8 +1,10 @@
 """Converts the outputs of a model to detections in pixels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import batched_nms, box_convert
 
 from dat.detection.matcher import Scores, check_scores
 from dat.ops.sizes import sym_min
@@ -56,3 +58,24 @@ def best_detections(
     height, width = sizes.to(boxes.device, dtype).unbind(1)
     corners = box_convert(boxes.to(dtype), "cxcywh", "xyxy") * torch.stack((width, height, width, height), 1)[:, None]
     return values, labels, corners.gather(1, query[..., None].expand(-1, -1, 4)), query
+
+
+def select_detections(found: Sequence[Tensor], nms: float = 1.0, one_class: bool = False) -> list[Tensor]:
+    """Selects among the detections of one image, which are given as best_detections gives them.
+
+    Args:
+        found: scores [k], decreasing, labels [k], boxes [k, 4] and queries [k].
+        nms: a detection is dropped if its IoU with a better one of its class is larger; 1: none is.
+        one_class: only the best class of each query is kept; a query of a sigmoid detector may appear under several.
+
+    Returns:
+        Those of the kept detections, in the same order.
+    """
+    scores, labels, boxes, queries = found
+    kept = torch.arange(len(scores), device=scores.device)
+    if one_class:
+        repeated = (queries[:, None] == queries).tril(-1).any(1)
+        kept = kept[~repeated]
+    if nms < 1:
+        kept = kept[batched_nms(boxes[kept].float(), scores[kept].float(), labels[kept], nms).sort().values]
+    return [values[kept] for values in found]

@@ -86,7 +86,7 @@ def predict(
         frames: images and videos.
         output: where results go.
         classes: names of the classes to keep; None: all.
-        batch_size: frames in memory.
+        batch_size: frames, or tiles of one frame, in memory.
 
     Returns:
         Numbers of images and of drawn detections.
@@ -102,8 +102,10 @@ def predict(
     results: list[dict[str, Any]] = []
     images = drawn = 0
     with progress_bar(unit=" images") as bar:
-        for batch in frames.batches(batch_size):
-            for frame, (detections, points) in zip(batch, _detect(detector, batch, output.points), strict=True):
+        for batch in frames.batches(1 if detector.val.tiles else batch_size):
+            for frame, (detections, points) in zip(
+                batch, _detect(detector, batch, output.points, batch_size), strict=True
+            ):
                 images += 1
                 if classes is not None:
                     kept = [i for i, name in enumerate(detections.class_names) if name in classes]
@@ -122,8 +124,10 @@ def predict(
     return images, drawn
 
 
-def _detect(detector: Detector, batch: Sequence[Frame], points: bool) -> list[tuple[Detections, Points | None]]:
+def _detect(
+    detector: Detector, batch: Sequence[Frame], points: bool, batch_size: int
+) -> list[tuple[Detections, Points | None]]:
     images = [frame.image for frame in batch]
     if points:
         return [detect_with_points(detector, image) for image in images]
-    return [(detections, None) for detections in detector.predict(images, threshold=0.0, batch_size=len(images))]
+    return [(detections, None) for detections in detector.predict(images, 0.0, batch_size)]

@@ -130,4 +130,4 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     images, classes = ({x.id for x in group} for group in (annotations.records, annotations.categories))
     if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")
-    return Evaluation.of(annotations, results)
+    return Evaluation.of(annotations, results, every=config.data.val.tiles > 0)

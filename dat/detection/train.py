@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import read_dataset
+from dat.detection.data import cut_into_windows, read_dataset
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
@@ -31,4 +31,5 @@ def train(config: DetectionConfig, transform: Callable[..., Any] | None = None) 
     train_set = read_dataset(root, config.data.train, single_class=single_class)
     val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
     resume = prepare_output(config.output, config.train.resume, distributed)
+    train_set = cut_into_windows(train_set, config.data.train, config.seed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume, transform).run()

@@ -17,6 +17,7 @@ from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.models import BaseDETR, build_model
 from dat.detection.param_groups import parameter_groups
+from dat.detection.predictor import Predictor
 from dat.detection.report import write_report
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import class_weights
@@ -98,15 +99,22 @@ class DetectionTrainer(Trainer):
 
     def evaluate(self) -> dict[str, Any]:
         data, amp, model = self.config.data, self.config.train.amp, self.evaluation_model()
-        found = detect(model, self.val_loader, self.val_set.categories, self.device, amp, data.val.top_k)
+        val, categories = data.val, self.val_set.categories
+        if val.tiles:
+            training = model.training
+            found = Predictor.of(model, self.config, categories, self.distributed).detect_all(self.val_set)
+            model.train(training)
+        else:
+            found = detect(model, self.val_loader, categories, self.device, amp, val.top_k, val.nms, val.one_class)
         self.results = gather_results(found)
-        return average_precision(self.val_set, self.results)
+        return average_precision(self.val_set, self.results, every=val.tiles > 0)
 
     def save_results(self, path: Path) -> None:
         write_json(path, self.results)
 
     def load_metrics(self, path: Path) -> dict[str, Any]:
-        self.evaluation = Evaluation.of(self.val_set, json.loads(path.read_text(encoding="utf-8")))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        self.evaluation = Evaluation.of(self.val_set, results, every=self.config.data.val.tiles > 0)
         return self.evaluation.metrics()
 
     def write_report(self, metrics: dict[str, Any], text: str) -> list[Path]:

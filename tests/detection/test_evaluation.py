@@ -47,6 +47,19 @@ def test_boxes_that_overlap_by_0_6_count_for_ap50_alone(annotations):
     assert metrics["AP75"] == 0
 
 
+def test_more_than_100_objects_of_a_class_in_an_image(scenes):
+    """COCO's evaluation counts 100 detections of each class; every one counts in large images."""
+    data = json.loads((scenes / "val.json").read_text())
+    objects = [{"bbox": [i % 10, i // 10, 1, 1], "category_id": 3, "image_id": 100, "id": i + 1} for i in range(150)]
+    write_json(scenes / "val.json", data | {"annotations": objects})
+    annotations = read_coco(scenes / "val.json", scenes / "images")
+    results = perfect(annotations)
+    assert average_precision(annotations, results)["AP"] == pytest.approx(67 / 101, abs=1e-3)
+    metrics = average_precision(annotations, results, every=True)
+    assert metrics["AP"] == 1
+    assert metrics["AR100"] == pytest.approx(2 / 3, abs=1e-4)
+
+
 def test_no_detections_at_all(annotations):
     assert average_precision(annotations, [])["AP"] == 0
 

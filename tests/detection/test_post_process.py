@@ -3,6 +3,7 @@ import torch
 from detr_inputs import load_fixture, part
 
 from dat.detection import post_process
+from dat.detection.post_process import select_detections
 
 
 @pytest.mark.parametrize(("name", "scores"), [("deformable_detr_micro", "sigmoid"), ("detr_losses", "softmax")])
@@ -52,3 +53,23 @@ def test_sizes_must_fit():
     outputs = {"pred_logits": torch.zeros(2, 1, 1), "pred_boxes": torch.rand(2, 1, 4)}
     with pytest.raises(ValueError, match=r"sizes has shape \(1, 2\), should be \[B, 2\] = \(2, 2\)"):
         post_process(outputs, torch.tensor([[8, 8]]))
+
+
+def test_selection_among_detections():
+    """The query 4 has two classes; the first and third box of class 0 overlap by an IoU of 0.8, the last by 0.5."""
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 8, 10], [50, 0, 60, 10], [0, 0, 5, 10]]).float()
+    found = torch.arange(5, 0, -1) / 5, torch.tensor([0, 1, 0, 0, 0]), boxes, torch.tensor([4, 4, 1, 2, 3])
+
+    def kept(**options):
+        _, labels, _, queries = select_detections(found, **options)
+        return [(int(label), int(query)) for label, query in zip(labels, queries, strict=True)]
+
+    everything = [(0, 4), (1, 4), (0, 1), (0, 2), (0, 3)]
+    assert kept() == everything
+    assert kept(nms=0.85) == everything
+    assert kept(nms=0.6) == [(0, 4), (1, 4), (0, 2), (0, 3)]
+    assert kept(nms=0.0) == [(0, 4), (1, 4), (0, 2)]
+    assert kept(one_class=True) == [(0, 4), (0, 1), (0, 2), (0, 3)]
+    # A detection that its query's better class excludes does not suppress others.
+    assert kept(one_class=True, nms=0.6) == [(0, 4), (0, 2), (0, 3)]
+    assert select_detections([values[:0] for values in found], 0.5, True)[2].shape == (0, 4)

@@ -59,6 +59,12 @@ def test_an_exported_model_finds_what_its_checkpoint_finds(checkpoint, folder, t
     ]
     # boxes beside half a pixel may be rounded the other way
     assert len(keys[0] & keys[1]) > 0.95 * len(keys[0])
+    options = {"tiles": 60, "nms": 0.3, "one_class": True}
+    a, b = (
+        Detector.from_checkpoint(path, device="cpu").predict(folder / "1.png", 0.0, **options)
+        for path in (checkpoint, tmp_path / "model.onnx")
+    )
+    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
 
 
 def test_batches_do_not_change_results(checkpoint, folder, tmp_path):

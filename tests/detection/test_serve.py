@@ -98,6 +98,17 @@ def test_points_of_each_detection(port):
     assert len(found["reference"]) == 2
 
 
+def test_images_are_searched_in_tiles(detector):
+    other = copy.copy(detector)
+    other.val = detector.options(tiles=60)
+    with serving(other, app.Limits()) as port:
+        status, answer = detect(port, encode(draw_image(0)))
+        found = detector.predict(draw_image(0), threshold=0, tiles=60)
+        assert (status, len(answer["detections"])) == (200, len(found))
+        assert json.loads(request(port, "GET", "/model")[1])["points"] is False
+        assert "searches tiles" in detect(port, encode(draw_image(0)), "?points=true")[1]["detail"]
+
+
 def bomb(side):
     """A PNG that says that it has side x side pixels."""
 

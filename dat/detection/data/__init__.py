@@ -18,9 +18,11 @@ from dat.detection.data.records import (
     ImageRecord,
     Sample,
     load_image,
+    load_record,
     merge_classes,
     read_sample,
 )
+from dat.detection.data.tiles import cut_into_windows, tile_windows
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "ImageRecord",
     "SameSizeBatchSampler",
     "Sample",
+    "cut_into_windows",
     "load_image",
+    "load_record",
     "make_loader",
     "merge_classes",
     "read_categories",
@@ -41,6 +45,7 @@ __all__ = [
     "read_sample",
     "register_reader",
     "resized_size",
+    "tile_windows",
     "train_loader",
     "train_transform",
     "val_loader",

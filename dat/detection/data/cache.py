@@ -26,7 +26,7 @@ class ImageCache:
     def fill(self, records: Iterable[ImageRecord]) -> None:
         """Reads images, in order, while there is room for them. Raises DataError for one that cannot be read."""
         chosen = []
-        for record in records:
+        for record in {record.path: record.file for record in records}.values():
             size = 3 * record.width * record.height
             if size > self.free:
                 break

@@ -1,6 +1,6 @@
 """Images and their objects as every reader gives them, and the samples that models are trained on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class ImageRecord:
     """One image and its objects: `boxes` [n, 4] float32 (x0, y0, x1, y1) in pixels, inside the image and not empty.
 
     `labels` [n] int64 index the categories, `crowd` [n] bool marks COCO's iscrowd, `areas` [n] are in pixels.
+    The record of a `window` (left, top, right, bottom) of a `whole` image has the size and the objects of the window.
     """
 
     id: int
@@ -37,6 +38,13 @@ class ImageRecord:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    window: tuple[int, int, int, int] | None = field(default=None, kw_only=True)
+    whole: "ImageRecord | None" = field(default=None, kw_only=True)
+
+    @property
+    def file(self) -> "ImageRecord":
+        """The record of the whole image in the file."""
+        return self.whole or self
 
 
 @dataclass(frozen=True)
@@ -109,13 +117,22 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> tv_tensors.Im
     return tv_tensors.Image(F.pil_to_tensor(image))
 
 
+def load_record(record: ImageRecord, image: Tensor | None = None) -> Tensor:
+    """The image of a record, [3, H, W] uint8; `image`: the file's, if it is in memory already. Raises as load_image."""
+    if image is None:
+        image = load_image(record.path, (record.file.width, record.file.height))
+    if record.window is None:
+        return image
+    left, top, right, bottom = record.window
+    return F.crop(image, top, left, bottom - top, right - left)
+
+
 def read_sample(record: ImageRecord, image: Tensor | None = None) -> Sample:
     """The image and its training target {"boxes" BoundingBoxes XYXY, "labels"}, crowds left out.
 
-    `image`: as load_image gives it, if it is in memory already.
+    `image`: the file's, as load_image gives it, if it is in memory already.
     """
-    if image is None:
-        image = load_image(record.path, (record.width, record.height))
+    image = load_record(record, image)
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(record.boxes[~record.crowd]), format="XYXY", canvas_size=(record.height, record.width)
     )

@@ -1,0 +1,185 @@
+"""Detection in images, and in tiles of large ones, with any model: one in training, of a checkpoint or exported."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
+from dat.detection.data import Annotations, Category, resized_size
+from dat.detection.detections import Detections
+from dat.detection.draw import open_record
+from dat.detection.graph import DetectorGraph
+from dat.detection.models.base import BaseDETR
+from dat.detection.post_process import select_detections
+from dat.detection.tiles import detect_in_tiles
+from dat.engine.checkpoint import checkpoint_errors
+from dat.engine.config import apply_overrides, keyword_overrides
+from dat.engine.distributed import Distributed
+from dat.engine.optim import amp_context
+from dat.export.runtime import check_predictions
+from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.images import to_image
+
+# Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
+Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+# Keys of data.val that predict takes.
+OPTIONS = ("tiles", "tile_overlap", "whole_image", "nms", "one_class")
+
+
+class Predictor:
+    """Detects objects in images with a model.
+
+    Attributes:
+        path: of the checkpoint or exported file; None before training.
+        categories: the classes; label i is the i-th.
+        config: configuration; None for an exported file.
+        model: in evaluation mode; None for an exported file and before training.
+        size, max_size: pixels of the shortest and longest edge of the model's input.
+        val: options of predictions; see `options`.
+        run: the model with its pre- and post-processing; see Run.
+        distributed: the device, and the processes that evaluate together; not set for an exported file.
+    """
+
+    path: Path | None = None
+    categories: tuple[Category, ...] = ()
+    config: DetectionConfig | None = None
+    model: BaseDETR | None = None
+    size = max_size = 0
+    val = ValDataConfig()
+    run: Run | None = None
+    distributed: Distributed
+
+    @classmethod
+    def of(
+        cls,
+        model: BaseDETR,
+        config: DetectionConfig,
+        categories: tuple[Category, ...],
+        distributed: Distributed,
+        path: Path | None = None,
+    ) -> "Predictor":
+        """Predictions of a model, which is set to evaluation mode; `path`: the checkpoint that errors name."""
+        predictor = cls()
+        predictor.path, predictor.categories, predictor.distributed = path, categories, distributed
+        predictor._set_model(model, config)
+        return predictor
+
+    def predict(self, images: Any, threshold: float = 0.5, batch_size: int = 8, **options: Any) -> Any:
+        """Detects objects.
+
+        Args:
+            images: an image or a list of images, as `dat.utils.images.to_image` takes them: a path, a PIL image, an
+                array [H, W, 3] of uint8, or a tensor [3, H, W].
+            threshold: lowest score of a detection, 0 to 1.
+            batch_size: images, or tiles of one image, in memory; those of equal input size run together.
+            options: tiles=800, tile_overlap=0.25, whole_image=False, nms=0.6, one_class=True: instead of those of the
+                configuration; see ValDataConfig.
+
+        Returns:
+            Detections of the image, or a list of them.
+
+        Raises:
+            DataError: an image that cannot be used.
+            ConfigError: an option that does not exist or cannot work.
+            CheckpointError: the model fails.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self.predict([images], threshold, batch_size, **options)[0]
+        val = self.options(**options)
+        detect = partial(self._detect, nms=val.nms, one_class=val.one_class)
+        found: list[Detections] = []
+        if val.tiles:
+            for image in map(to_image, images):
+                whole_size = self.input_size(image) if val.whole_image else None
+                found.append(
+                    detect_in_tiles(detect, image, val.tiles, val.tile_overlap, whole_size, batch_size, val.nms)
+                )
+        else:
+            for start in range(0, len(images), batch_size):
+                found += detect([to_image(image) for image in images[start : start + batch_size]])
+        return [one.select(one.scores >= threshold) for one in found]
+
+    def options(self, **changes: Any) -> ValDataConfig:
+        """The options of predictions (those of the checkpoint, or the defaults for an exported file) with changes.
+
+        detector.val = detector.options(tiles=800) sets them for all predictions; `predict` takes them for one call.
+
+        Raises:
+            ConfigError: an option that does not exist or cannot work.
+        """
+        if not changes:
+            return self.val
+        unknown = changes.keys() - set(OPTIONS)
+        if unknown:
+            raise ConfigError(f"predict has no option {min(unknown)!r}, there are {', '.join(OPTIONS)}")
+        named = {f"data.val.{name}": value for name, value in changes.items()}
+        config = DetectionConfig(data=DataConfig(val=self.val))
+        config = apply_overrides(config, keyword_overrides(DetectionConfig, named))
+        check_config(config)
+        return config.data.val
+
+    def detect_all(self, annotations: Annotations) -> list[dict[str, Any]]:
+        """COCO results of this process's images of a data set, searched one by one, of any score."""
+        assert self.config is not None
+        results: list[dict[str, Any]] = []
+        for record in annotations.records[self.distributed.rank :: self.distributed.world_size]:
+            found = self.predict(open_record(record), 0.0, self.config.train.eval_batch_size)
+            results += found.to_coco(record.id)
+        return results
+
+    def input_size(self, image: Image.Image) -> tuple[int, int]:
+        """(height, width) to which an image is resized for the model."""
+        return resized_size(image.height, image.width, self.size, self.max_size)
+
+    def _set_model(self, model: BaseDETR, config: DetectionConfig, top_k: int | None = None) -> None:
+        self.model, self.config, self.val = model, config, config.data.val
+        data, amp, device = config.data, config.train.amp, self.distributed.device
+        self.size, self.max_size = data.val.size, data.val.max_size
+        graph = DetectorGraph(model, data, top_k or data.val.top_k).to(device).eval()
+
+        @torch.inference_mode()
+        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+            errors = nullcontext() if self.path is None else checkpoint_errors(self.path)
+            with errors, amp_context(device, amp):
+                return graph(images.to(device), sizes.to(device))
+
+        self.run = run
+
+    def _detect(self, images: Sequence[Image.Image], nms: float = 1.0, one_class: bool = False) -> list[Detections]:
+        """Detections of any score; images that are resized to equal sizes run together."""
+        if self.run is None:
+            raise ConfigError("this detector is not trained yet; call train, or use Detector.from_checkpoint")
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[self.input_size(image)].append(i)
+        found: dict[int, Detections] = {}
+        for size, members in groups.items():
+            batch = torch.stack([F.resize(F.pil_to_tensor(images[i]), list(size)) for i in members])
+            sizes = torch.tensor([(images[i].height, images[i].width) for i in members])
+            outputs = [output.cpu() for output in self.run(batch, sizes)]
+            self._check(outputs, len(batch))
+            for i, *values in zip(members, *outputs, strict=True):
+                scores, labels, boxes, queries = select_detections(values, nms, one_class)
+                limits = torch.tensor([images[i].width, images[i].height] * 2)
+                clipped = boxes.float().clamp(min=0).minimum(limits)
+                found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)
+        return [found[i] for i in range(len(images))]
+
+    def _check(self, outputs: Sequence[Tensor], batch: int) -> None:
+        """Raises CheckpointError unless these are detections of `batch` images."""
+        shape = (batch, *outputs[0].shape[1:2]) if outputs else ()
+        expected = [shape, shape, (*shape, 4), shape]
+        if len(shape) < 2 or [tuple(output.shape) for output in outputs] != expected:
+            shapes = ", ".join(str(list(output.shape)) for output in outputs)
+            raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
+        scores, labels, boxes, _ = outputs
+        check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))
