@@ -13,6 +13,8 @@ from dat.engine.train_config import TrainConfig as BaseTrainConfig
 from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
 
+ClassLoss = Literal["focal", "varifocal", "matchability"]
+
 
 @dataclass
 class TrainDataConfig:
@@ -76,6 +78,9 @@ class LossConfig:
 
     `cost_class`, `weight_class`: null uses the paper's value. `focal_alpha` applies to sigmoid detectors only;
     `no_object_weight` weights the no-object class in softmax detectors.
+    `class_loss`: of sigmoid detectors; with "varifocal" (arXiv:2008.13367) and "matchability" (DEIM, arXiv:2412.04234)
+    the score learns the IoU of the box. `one_to_many`: how many of `model.one_to_many_queries` are matched to each
+    target.
     """
 
     cost_class: float | None = None
@@ -86,6 +91,8 @@ class LossConfig:
     weight_giou: float = 2.0
     focal_alpha: float = 0.25
     no_object_weight: float = 0.1
+    class_loss: ClassLoss = "focal"
+    one_to_many: int = 6
 
 
 @dataclass
@@ -134,7 +141,7 @@ def check_config(config: DetectionConfig) -> None:
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
         *_keys("data", "val.size", "val.max_size", "pad_multiple"),
     ]
-    check_range(config, ["data.val.top_k"], 1)
+    check_range(config, ["data.val.top_k", "train.loss.one_to_many"], 1)
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.draw import COLORS
-from dat.detection.models.deformable_detr import DeformableDETR
+from dat.detection.models.deformable import DeformableModel
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
@@ -44,7 +44,7 @@ class Points:
 
 def has_points(detector: Detector) -> bool:
     """Whether the queries of a detector have sampling points: a checkpoint of Deformable DETR and its successors."""
-    return isinstance(detector.model, DeformableDETR)
+    return isinstance(detector.model, DeformableModel)
 
 
 def check_points(detector: Detector) -> None:
