@@ -80,8 +80,8 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """Tensors of an official or transformers' detector under `model`'s names, for `model.load_state_dict`.
 
     A renaming, except that transformers' projections of queries, keys and values are packed into one tensor, that
-    the unused last label of DINO's table is left out, and that the unused counters of batch norm are added or left out
-    to fit `model`.
+    DINO's table of labels loses its unused last one, or is left out if `model` has none, and that the unused counters
+    of batch norm are added or left out to fit `model`.
 
     Args:
         state_dict: the "model" entry of a checkpoint of facebookresearch/detr, fundamentalvision/Deformable-DETR,
@@ -98,8 +98,11 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     for their_name, tensor in state_dict.items():
         name = _rename(their_name, is_detr)
         name = name if is_detr else _rename_heads(name, model)
-        if name == "label_enc.weight" and len(tensor) == getattr(model, "num_classes", 0) + 1:
-            tensor = tensor[:-1]
+        if name == "label_enc.weight":
+            # Only training needs it. The official table has a label more than there are classes.
+            if not hasattr(model, "label_enc"):
+                continue
+            tensor = tensor[:-1] if len(tensor) == getattr(model, "num_classes", 0) + 1 else tensor
         if name in converted and not torch.equal(converted[name], tensor):
             needed = "share_heads=False" if getattr(model, "kind", None) == "dino" else "box_refine=True"
             raise ValueError(f"{their_name} differs from the other layers' heads: it needs a model with {needed}")
