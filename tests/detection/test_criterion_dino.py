@@ -31,7 +31,7 @@ def test_denoising_losses_are_those_of_known_pairs_per_target_and_group(double):
         p = outputs["pred_logits"].sigmoid()
         right = one_hot * p + (1 - one_hot) * (1 - p)
         ce = -((0.25 * one_hot + 0.75 * (1 - one_hot)) * (1 - right) ** 2 * right.log()).sum()
-        # of four targets
+        # There are four targets.
         for name, loss in {"loss_ce": ce, "loss_bbox": bbox, "loss_giou": giou}.items():
             torch.testing.assert_close(losses[name + end], loss / (4 * groups))
     plain = SetCriterion(4, HungarianMatcher())(main, t)

@@ -170,7 +170,7 @@ def test_proposals_are_the_best_of_all_classes():
     scores = found["pred_logits"].amax(-1)
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     torch.testing.assert_close(scores, everything.sort(1, descending=True).values[:, :9])
-    # of 96 + 24 + 6 + 2 positions
+    # There are 96 + 24 + 6 + 2 positions.
     assert everything.shape == (2, 128)
 
 

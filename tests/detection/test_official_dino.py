@@ -1,11 +1,14 @@
 """Names of the official DINO and of detrex' are converted, in full size."""
 
+import json
 import re
 
 import pytest
 import torch
+from commands import dat
 
 from dat.detection import official
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig
 from dat.detection.models import build_model
 from dat.engine.config import load_config
@@ -147,3 +150,34 @@ def test_heads_that_differ_need_a_model_with_one_for_each_layer():
     theirs = {f"class_embed.{i}.bias": torch.full((3,), float(i)) for i in range(2)}
     with pytest.raises(ValueError, match=r"class_embed.1.bias differs .* it needs a model with share_heads=False"):
         official.convert(theirs, model)
+
+
+@pytest.mark.parametrize(("names", "overrides"), [(official_names, []), (detrex_names, ["model.share_heads=false"])])
+def test_the_command_keeps_the_heads_of_the_classes(names, overrides, tmp_path):
+    """Of the encoder too, which scores all classes."""
+    small = ["model.backbone.name=test_resnet", "model.freeze=[]", "model.embed_dim=16", "model.num_queries=5"]
+    overrides = [*small, "model.num_heads=2", "model.encoder_depth=1", "model.decoder_depth=2", *overrides]
+    torch.manual_seed(0)
+    model = build_model(load_config(DetectionConfig, "dino_r50_4scale", overrides).model, 7, weights=False).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    theirs = {alias: tensor for name, tensor in model.state_dict().items() for alias in names(name, 2)}
+    torch.save({"model": theirs}, tmp_path / "theirs.pth")
+    ids = (2, 3, 6)
+    categories = [{"id": i, "name": f"class {i}"} for i in ids]
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    files = ("dino_r50_4scale", tmp_path / "theirs.pth", "--annotations", annotations, "--out", tmp_path / "ours.pth")
+    dat("detect", "convert", *files, *overrides)
+    ours, images = load_detector(tmp_path / "ours.pth", torch.device("cpu")).model, torch.randn(1, 3, 64, 96)
+    assert ours.label_enc.weight.equal(model.label_enc.weight[list(ids)])
+    for key in ("class_embed.0.weight", "enc_out_class_embed.bias"):
+        assert ours.state_dict()[key].equal(model.state_dict()[key][list(ids)])
+    # With all classes, the converted model selects other proposals; here the other classes never win.
+    for head in (*model.class_embed, model.enc_out_class_embed):
+        head.bias.data[[0, 1, 4, 5]] = -100
+    with torch.no_grad():
+        found, wanted = ours(images), model(images)
+    torch.testing.assert_close(found["pred_boxes"], wanted["pred_boxes"])
+    torch.testing.assert_close(found["pred_logits"], wanted["pred_logits"][..., list(ids)])

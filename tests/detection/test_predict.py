@@ -134,12 +134,13 @@ def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_pat
         run(checkpoint, folder / "clip.mp4", "--out", tmp_path / "out")
 
 
-def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["deformable_detr", "dino"])
+def test_points_are_those_that_the_last_layer_sampled(kind, tmp_path, monkeypatch):
     """Reference, offsets and logits are taken from the op's own arguments; images are padded."""
     from dat.engine.checkpoint import load_checkpoint, save_checkpoint
     from dat.layers import ms_deform_attn as layer
 
-    path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3)
+    path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3, kind=kind)
     state = load_checkpoint(path)
     state["config"]["data"]["pad_multiple"] = 32
     save_checkpoint(path, state)

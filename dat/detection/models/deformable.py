@@ -101,16 +101,16 @@ class DeformableModel(BaseDETR):
     scores: ClassVar[Scores] = "sigmoid"
     # Keeps the inverse sigmoids of boxes finite.
     eps: ClassVar[float] = 1e-5
-    # A decoder layer corrects the boxes of the layer before; all layers have the heads of number 0.
+    # Whether a decoder layer corrects the boxes of the layer before, and whether all layers have the same heads.
     box_refine: bool
     share_heads: bool
     class_embed: nn.ModuleList
     bbox_embed: nn.ModuleList
-    # Of the encoder's proposals, and of the labels of denoising queries.
+    # Models with proposals have the first two, and those with denoising the third.
     enc_output: nn.Linear
     enc_output_norm: nn.LayerNorm
     label_enc: nn.Embedding
-    # Of image positions, see sine_position.
+    # Image positions are encoded with these, see sine_position.
     position_temperature: float = 10000.0
     position_anchor: float = 0.5
 

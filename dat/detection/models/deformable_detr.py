@@ -37,12 +37,13 @@ class DeformableDETRConfig(DeformableConfig):
 class DeformableDETR(DeformableModel):
     """Detects objects by deformable attention from a set of queries to the levels of a backbone.
 
+    The arguments that are not listed are those of DeformableModel.
+
     Args:
         box_refine: each decoder layer has its own heads and refines the boxes of the layer before.
         two_stage: queries start from the encoder's highest scoring boxes; needs box_refine.
         mixed_selection: in two stages, take only the positions of queries from the encoder's boxes and learn their
             content (mixed query selection, DINO, arXiv:2203.03605).
-        others: see DeformableModel.
 
     Raises:
         ValueError: for arguments that do not fit together.

@@ -21,6 +21,7 @@ from dat.detection.models.deformable import (
 from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_encoding
 from dat.detection.models.registry import register
+from dat.engine.config import check_range
 from dat.ops.sizes import sym_min
 
 
@@ -39,6 +40,10 @@ class DINOConfig(DeformableConfig):
     position_temperature: float = 20.0
     position_anchor: float = 1.0
 
+    def check(self) -> None:
+        super().check()
+        check_range({"model": self}, ["model.position_temperature"], 0, exclusive=True)
+
 
 @register("dino", DINOConfig)
 class DINO(DeformableModel):
@@ -46,14 +51,13 @@ class DINO(DeformableModel):
 
     The encoder scores all classes. Its best boxes are the references of queries with learned content (mixed query
     selection), whose positions are computed from the boxes anew in each layer. Heads see normalised states, but boxes
-    are refined from states before the norm.
+    are refined from states before the norm. The arguments that are not listed are those of DeformableModel.
 
     Args:
         share_heads: one pair of heads for all decoder layers, instead of one for each layer (detrex).
         share_encoder_heads: the encoder has this pair too, instead of its own.
         position_temperature, position_anchor: of image positions, as in sine_position; 20 and 1 are those of the
             official weights, 10000 and 0.5 those of detrex'.
-        others: see DeformableModel.
 
     Raises:
         ValueError: for arguments that do not fit together.
