@@ -122,8 +122,9 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: "pred_logits" [B, Q, K], "pred_boxes" [B, Q, 4] and, where the model gives them, "aux_outputs",
-                "enc_outputs", "one_to_many_outputs" and "dn_outputs" (denoising queries of these targets, slot by
-                slot), the latter two with their "aux_outputs"; anything else is ignored.
+                "enc_outputs" (of one class, or of all where it has the "positions" that were selected),
+                "one_to_many_outputs" and "dn_outputs" (denoising queries of these targets, slot by slot), the latter
+                two with their "aux_outputs"; anything else is ignored.
             targets: B times "labels" [T_i] int64 and "boxes" [T_i, 4], cxcywh in 0..1.
             normalizers: of all batches of an optimizer step; None: this batch is all of it.
 
@@ -145,8 +146,8 @@ class SetCriterion(nn.Module):
         stacks = [self._stack(outputs, targets)]
         if "enc_outputs" in outputs:
             wanted = targets
-            if not outputs["enc_outputs"].get("class_aware"):
-                # The encoder only separates objects from background: every object is of class 0.
+            if "positions" not in outputs["enc_outputs"]:
+                # The encoder of Deformable DETR only separates objects from background: every object is of class 0.
                 wanted = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             stacks.append(self._stack(outputs["enc_outputs"], wanted, "_enc"))
         if "one_to_many_outputs" in outputs:

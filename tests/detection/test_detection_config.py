@@ -134,8 +134,8 @@ def test_values_that_cannot_work_are_named(override, message):
         (["kind=dino", "position_temperature=0"], "model.position_temperature is 0.0, should be more than 0"),
         (["kind=dino", "denoising=-1"], "model.denoising is -1, should be at least 0"),
         (
-            ["kind=detr", "denoising=100"],
-            "model.denoising is 100, which needs kind=deformable_detr or dino; it is detr",
+            ["kind=detr", "denoising=50"],
+            "model.denoising is 50, which needs kind=deformable_detr or dino; it is detr",
         ),
     ],
 )

@@ -154,7 +154,10 @@ def test_points_are_those_that_the_last_layer_sampled(kind, tmp_path, monkeypatc
     assert detector.input_size(image) == (64, 107)
     # it is the corner of an input of 64 x 128
     scale = torch.tensor([128 * 200 / 107, 64 * 120 / 64])
-    locations = (reference[0, :, None, :, None] + offsets[0] / sizes[:, None]) * scale
+    reference = reference[0, :, None, :, None]
+    # With boxes as references, the four points are in fractions of half their sides.
+    steps = offsets[0] / sizes[:, None] if reference.shape[-1] == 2 else offsets[0] / 4 * reference[..., 2:] / 2
+    locations = (reference[..., :2] + steps) * scale
     torch.testing.assert_close(points.locations, locations[found.queries])
     weights = logits[0].flatten(2).softmax(-1).view_as(logits[0])
     torch.testing.assert_close(points.weights, weights[found.queries])

@@ -134,18 +134,18 @@ class DINO(DeformableModel):
             self.enc_out_class_embed, self.enc_out_bbox_embed = class_head, box_head
 
     def queries(self, encoded: Encoded, denoising: Denoising | None) -> Queries:
-        """Queries of the best proposals, which "enc_outputs" has by falling score."""
+        """Queries of the best proposals, which "enc_outputs" has by falling score, with their positions [B, Q]."""
         own = not self.share_encoder_heads
         class_head = self.enc_out_class_embed if own else self.class_embed[0]
         box_head = self.enc_out_bbox_embed if own else self.bbox_embed[0]
         logits, boxes = self.propose(encoded, class_head, box_head)
         count = sym_min(self.num_queries + self.extra_queries, logits.shape[1])
-        top = logits.amax(-1).topk(count, dim=1).indices[..., None]
-        logits, boxes = (x.gather(1, top.expand(-1, -1, x.shape[-1])) for x in (logits, boxes))
+        top = logits.amax(-1).topk(count, dim=1).indices
+        logits, boxes = (x.gather(1, top[..., None].expand(-1, -1, x.shape[-1])) for x in (logits, boxes))
         boxes = boxes.sigmoid()
         content = self.query_embed.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         content, reference = self.add_denoising(content, boxes.detach(), denoising)
-        proposals = {"pred_logits": logits, "pred_boxes": boxes, "class_aware": True}
+        proposals = {"pred_logits": logits, "pred_boxes": boxes, "positions": top}
         return Queries(content, reference, proposals=proposals)
 
     def query_position(self, reference: Tensor, encoded: Encoded) -> Tensor:
