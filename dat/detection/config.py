@@ -6,7 +6,7 @@ The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and i
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dat.detection.models import ModelConfig, check_model
+from dat.detection.models import DETECTORS, ModelConfig, check_model
 from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.engine.config import LARGEST_SIDE, check_range, get_value
 from dat.engine.train_config import TrainConfig as BaseTrainConfig
@@ -157,6 +157,9 @@ def check_config(config: DetectionConfig) -> None:
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
     check_model(config.model)
+    kind, loss = config.model.kind, config.train.loss.class_loss
+    if loss != "focal" and DETECTORS[kind].scores != "sigmoid":
+        raise ConfigError(f"train.loss.class_loss is {loss!r}, should be 'focal' for model.kind={kind}")
 
 
 def _keys(section: str, *names: str) -> list[str]:

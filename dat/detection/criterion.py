@@ -25,7 +25,7 @@ MATCHABILITY_GAMMA = 1.5
 
 
 class Stack(NamedTuple):
-    """Layers to be matched: see Layers. `repeats`: each target counts this often; `matches`: None where unknown."""
+    """Layers, see there, before they are matched; `matches` are those of denoising, which are known."""
 
     outputs: dict[str, Tensor]
     targets: Targets
@@ -151,11 +151,9 @@ class SetCriterion(nn.Module):
                 wanted = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             stacks.append(self._stack(outputs["enc_outputs"], wanted, "_enc"))
         if "one_to_many_outputs" in outputs:
-            many = [
-                {"labels": t["labels"].repeat(self.one_to_many), "boxes": t["boxes"].repeat(self.one_to_many, 1)}
-                for t in targets
-            ]
-            stacks.append(self._stack(outputs["one_to_many_outputs"], many, "_o2m", self.one_to_many))
+            times = self.one_to_many
+            many = [{**t, "labels": t["labels"].repeat(times), "boxes": t["boxes"].repeat(times, 1)} for t in targets]
+            stacks.append(self._stack(outputs["one_to_many_outputs"], many, "_o2m", times))
         slots = outputs["dn_outputs"]["pred_logits"].shape[1] if "dn_outputs" in outputs else 0
         if slots:
             groups = slots // (2 * max(len(t["labels"]) for t in targets))

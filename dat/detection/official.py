@@ -138,6 +138,8 @@ def load_state(model: nn.Module, theirs: dict[str, Tensor], path: str | Path) ->
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     own = model.state_dict()
+    # Only training needs the labels of denoising queries: a detector that was trained without them fits too.
+    state = {name: tensor for name, tensor in own.items() if name.startswith("label_enc.")} | state
     heads = {name: tensor for name, tensor in own.items() if name.startswith(HEADS)}
     fits = all(name in state and state[name].shape == tensor.shape for name, tensor in heads.items())
     if not fits:

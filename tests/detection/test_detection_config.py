@@ -147,6 +147,22 @@ def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, messa
     assert "\n" not in str(raised.value)
 
 
+def test_detr_has_no_iou_aware_loss():
+    overrides = ["train.loss.class_loss=varifocal"]
+    check_config(load_config(DetectionConfig, "dino_r50_4scale", overrides))
+    with pytest.raises(
+        ConfigError, match=r"train.loss.class_loss is 'varifocal', should be 'focal' for model.kind=detr"
+    ):
+        check_config(load_config(DetectionConfig, "detr_r50", overrides))
+
+
+def test_dinos_class_loss_weighs_less_than_the_cost():
+    config = load_config(DetectionConfig, "dino_r50_4scale")
+    with torch.device("meta"):
+        criterion = build_criterion(build_model(config.model, 3, weights=False), config.train.loss)
+    assert (criterion.weight_dict["loss_ce"], criterion.matcher.cost_class) == (1.0, 2.0)
+
+
 @pytest.mark.parametrize("kind", ["detr", "deformable_detr", "dino"])
 def test_keys_of_other_kinds_are_dropped_at_their_defaults(kind):
     """Older files hold the keys of all kinds."""

@@ -24,8 +24,8 @@ def some_maps(batch=2, seed=0):
     return [torch.randn(batch, *size, generator=generator) for size in sizes]
 
 
-def small_model(kind=DINO, backbone=None, **options):
-    torch.manual_seed(0)
+def small_model(kind=DINO, backbone=None, seed=0, **options):
+    torch.manual_seed(seed)
     model = kind(backbone or FixedFeatures(some_maps()), 5, **(SMALL | options))
     # Weights that start at zero would hide mistakes.
     for parameter in model.parameters():
@@ -263,6 +263,14 @@ def test_small_images_have_fewer_proposals_than_queries():
 def test_arguments_that_do_not_fit(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(FixedFeatures(some_maps()), 5, **(SMALL | options))
+
+
+def test_training_with_denoising_starts_from_weights_without_it():
+    state, model = small_model(denoising=0, seed=1).state_dict(), small_model(denoising=4)
+    labels = model.label_enc.weight.clone()
+    assert official.load_state(model, state, "plain.pth")
+    assert model.label_enc.weight.equal(labels)
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in state.items())
 
 
 def test_official_weights_fit_a_model_without_denoising():
