@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["DETR", "DeformableDETR", "Detector", "HungarianMatcher", "SetCriterion", "official", "post_process"]
+__all__ = ["DETR", "DINO", "DeformableDETR", "Detector", "HungarianMatcher", "SetCriterion", "official", "post_process"]
 
 
 def __getattr__(name: str) -> Any:

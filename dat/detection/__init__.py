@@ -7,10 +7,12 @@ from dat.detection.detector import Detector
 from dat.detection.matcher import HungarianMatcher
 from dat.detection.models.deformable_detr import DeformableDETR
 from dat.detection.models.detr import DETR
+from dat.detection.models.dino import DINO
 from dat.detection.post_process import post_process
 
 __all__ = [
     "DETR",
+    "DINO",
     "DeformableDETR",
     "Detections",
     "Detector",

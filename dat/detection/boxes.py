@@ -17,14 +17,24 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
         [...]; 0 for two empty boxes at the same place.
     """
     low, high, other_low, other_high = boxes[..., :2], boxes[..., 2:], others[..., :2], others[..., 2:]
-    intersection = _area(low.maximum(other_low), high.minimum(other_high))
-    union = _area(low, high) + _area(other_low, other_high) - intersection
+    intersection, union = _overlap(boxes, others)
     hull = _area(low.minimum(other_low), high.maximum(other_high))
     # A larger eps would not be negligible next to the areas of small boxes.
     eps = torch.finfo(boxes.dtype).tiny
     return intersection / (union + eps) - (hull - union) / (hull + eps)
 
 
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of boxes [..., 4], xyxy, whose leading dimensions broadcast: [...]; 0 for two empty boxes."""
+    intersection, union = _overlap(boxes, others)
+    return intersection / (union + torch.finfo(boxes.dtype).tiny)
+
+
+def _overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of the intersections and unions."""
+    low, high, other_low, other_high = boxes[..., :2], boxes[..., 2:], others[..., :2], others[..., 2:]
+    intersection = _area(low.maximum(other_low), high.minimum(other_high))
+    return intersection, _area(low, high) + _area(other_low, other_high) - intersection
 def coverage(boxes: Tensor, others: Tensor) -> Tensor:
     """The fraction [n, m] of each of n boxes [n, 4] that lies in each of m others [m, 4]; 0 for empty boxes."""
     boxes = boxes[:, None]

@@ -6,12 +6,14 @@ The defaults follow Zhu et al., "Deformable DETR" (ICLR 2021), section 5.1 and i
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dat.detection.models import ModelConfig, check_model
+from dat.detection.models import DETECTORS, ModelConfig, check_model
 from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.engine.config import LARGEST_SIDE, check_range, get_value
 from dat.engine.train_config import TrainConfig as BaseTrainConfig
 from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
+
+ClassLoss = Literal["focal", "varifocal", "matchability"]
 
 
 @dataclass
@@ -105,6 +107,9 @@ class LossConfig:
 
     `cost_class`, `weight_class`: null uses the paper's value. `focal_alpha` applies to sigmoid detectors only;
     `no_object_weight` weights the no-object class in softmax detectors.
+    `class_loss`: of sigmoid detectors; with "varifocal" (arXiv:2008.13367) and "matchability" (DEIM, arXiv:2412.04234)
+    the score learns the IoU of the box. `one_to_many`: how many of `model.one_to_many_queries` are matched to each
+    target.
     """
 
     cost_class: float | None = None
@@ -115,6 +120,8 @@ class LossConfig:
     weight_giou: float = 2.0
     focal_alpha: float = 0.25
     no_object_weight: float = 0.1
+    class_loss: ClassLoss = "focal"
+    one_to_many: int = 6
 
 
 @dataclass
@@ -165,7 +172,7 @@ def check_config(config: DetectionConfig) -> None:
         *_keys("data.train", "sizes", "max_size", "crop_resize", "crop_min"),
         *_keys("data", "val.size", "val.max_size", "pad_multiple"),
     ]
-    check_range(config, ["data.val.top_k"], 1)
+    check_range(config, ["data.val.top_k", "train.loss.one_to_many"], 1)
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
@@ -186,6 +193,9 @@ def check_config(config: DetectionConfig) -> None:
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
     check_model(config.model)
+    kind, loss = config.model.kind, config.train.loss.class_loss
+    if loss != "focal" and DETECTORS[kind].scores != "sigmoid":
+        raise ConfigError(f"train.loss.class_loss is {loss!r}, should be 'focal' for model.kind={kind}")
 
 
 def _keys(section: str, *names: str) -> list[str]:

@@ -21,11 +21,11 @@ from dat.utils.errors import CheckpointError
 def keep_classes(state: dict[str, Tensor], model: BaseDETR, ids: Sequence[int]) -> dict[str, Tensor]:
     """`state` of `model` with only the rows `ids` of its class heads, and the last, "no object", where there is one.
 
-    The encoder of a two-stage model separates objects from background by its first row, which stays the first.
+    The encoder of a two-stage Deformable DETR separates objects from background by its first row, which stays there.
     """
     last = [model.num_classes] if model.scores == "softmax" else []
     rows = torch.tensor([*ids, *last])
-    kept = state | {name: tensor[rows] for name, tensor in state.items() if name.startswith("class_embed.")}
+    kept = state | {name: tensor[rows] for name, tensor in state.items() if name.startswith(official.HEADS)}
     if isinstance(model, DeformableDETR) and model.two_stage:
         for name in (f"class_embed.{len(model.class_embed) - 1}.{part}" for part in ("weight", "bias")):
             kept[name] = torch.cat([state[name][:1], kept[name][1:]])

@@ -1,10 +1,11 @@
-"""Checkpoints of the official implementations and of transformers under this project's names."""
+"""Checkpoints of the official implementations, of transformers and of detrex under this project's names."""
 
 import argparse
 import logging
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from dat.utils.errors import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)
 
-_HEADS = "class_embed."
+# Tensors that depend on the classes.
+HEADS = ("class_embed.", "enc_out_class_embed.", "label_enc.")
 
 # Applied in this order; names that none of them matches are already this project's.
 _RENAMES = (
@@ -34,9 +36,30 @@ _RENAMES = (
     (r"^(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"^(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"^(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+    # Names of detrex, and of detectron2's ResNet in it.
+    (r"^neck\.convs\.(\d+)\.conv\.", r"input_proj.\1.0."),
+    (r"^neck\.convs\.(\d+)\.norm\.", r"input_proj.\1.1."),
+    (r"^transformer\.level_embeds$", "level_embed"),
+    (r"^(transformer\.encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
+    (r"^(transformer\.decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn."),
+    (r"^(transformer\.decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn."),
+    (r"^(transformer\.encoder\.layers\.\d+)\.norms\.0\.", r"\1.norm1."),
+    (r"^(transformer\.encoder\.layers\.\d+)\.norms\.1\.", r"\1.norm2."),
+    (r"^(transformer\.decoder\.layers\.\d+)\.norms\.0\.", r"\1.norm2."),
+    (r"^(transformer\.decoder\.layers\.\d+)\.norms\.1\.", r"\1.norm1."),
+    (r"^(transformer\.decoder\.layers\.\d+)\.norms\.2\.", r"\1.norm3."),
+    (r"^(transformer\.(?:en|de)coder\.layers\.\d+)\.ffns\.0\.layers\.0\.0\.", r"\1.linear1."),
+    (r"^(transformer\.(?:en|de)coder\.layers\.\d+)\.ffns\.0\.layers\.1\.", r"\1.linear2."),
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+    (r"^backbone\.stem\.", "backbone."),
+    (r"^(backbone\.res\d\.\d+)\.shortcut\.norm\.", r"\1.downsample.1."),
+    (r"^(backbone\.res\d\.\d+)\.shortcut\.", r"\1.downsample.0."),
+    (r"^(backbone\.res\d\.\d+)\.conv(\d)\.norm\.", r"\1.bn\2."),
     # Names of the official implementations.
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^transformer\.", ""),
+    (r"^tgt_embed\.", "query_embed."),
+    (r"^decoder\.ref_point_head\.", "ref_point_head."),
     # With box refinement the decoder holds the heads too.
     (r"^decoder\.(bbox|class)_embed\.", r"\1_embed."),
     (r"^(encoder|decoder)\.norm\.", r"\1_norm."),
@@ -46,6 +69,8 @@ _RENAMES = (
 # Norms of the decoder in transformers; Deformable DETR's official numbering is the other way round.
 _DETR_NORMS = {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2"}
 _DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm": "norm1"}
+# Stages of detectron2's ResNet.
+_STAGE = re.compile(r"^backbone\.res(\d)\.")
 # Names of transformers' own ResNet.
 _RESNET = re.compile(r"^backbone\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(\w+)\.")
 _PARTS = ("q_proj", "k_proj", "v_proj")
@@ -54,30 +79,33 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors of an official or transformers' detector under `model`'s names, for `model.load_state_dict`.
 
-    A renaming, except that transformers' projections of queries, keys and values are packed into one tensor, and that
-    the unused counters of batch norm are added or left out to fit `model`.
+    A renaming, except that transformers' projections of queries, keys and values are packed into one tensor, that
+    DINO's table of labels loses its unused last one, or is left out if `model` has none, and that the unused counters
+    of batch norm are added or left out to fit `model`.
 
     Args:
-        state_dict: the "model" entry of a checkpoint of facebookresearch/detr or fundamentalvision/Deformable-DETR, or
-            the weights of transformers' DetrForObjectDetection or DeformableDetrForObjectDetection; any part of them,
-            or gradients under the same names. Tensors that have this project's names keep them.
-        model: the DETR or DeformableDETR that is to load them, on timm's model of the same backbone.
+        state_dict: the "model" entry of a checkpoint of facebookresearch/detr, fundamentalvision/Deformable-DETR,
+            IDEA-Research/DINO or detrex' DINO, or the weights of transformers' DetrForObjectDetection or
+            DeformableDetrForObjectDetection; any part of them, or gradients under the same names. Tensors that have
+            this project's names keep them.
+        model: the DETR, DeformableDETR or DINO that is to load them, on timm's model of the same backbone.
 
     Raises:
         ValueError: when the tensors have different heads per decoder layer and `model` one for all.
     """
     is_detr = getattr(model, "kind", None) == "detr"
-    # Deformable DETR lists its one head once for each layer.
-    shared_head = not is_detr and not getattr(model, "box_refine", False)
     converted: dict[str, Tensor] = {}
     for their_name, tensor in state_dict.items():
         name = _rename(their_name, is_detr)
-        if shared_head:
-            name = re.sub(r"^(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.\d+", r"\1.0", name)
+        name = name if is_detr else _rename_heads(name, model)
+        if name == "label_enc.weight":
+            # Only training needs it. The official table has a label more than there are classes.
+            if not hasattr(model, "label_enc"):
+                continue
+            tensor = tensor[:-1] if len(tensor) == getattr(model, "num_classes", 0) + 1 else tensor
         if name in converted and not torch.equal(converted[name], tensor):
-            raise ValueError(
-                f"{their_name} differs from the other layers' heads: it needs a model with box_refine=True"
-            )
+            needed = "share_heads=False" if getattr(model, "kind", None) == "dino" else "box_refine=True"
+            raise ValueError(f"{their_name} differs from the other layers' heads: it needs a model with {needed}")
         converted[name] = tensor
     return _fit_counters(_pack_projections(converted), model)
 
@@ -89,7 +117,7 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
     number of classes. Averaged weights are preferred where a checkpoint has them.
 
     Args:
-        model: a DETR or DeformableDETR.
+        model: a detector.
         path: .pth, .bin or .safetensors file.
         key: name of the path in messages.
 
@@ -110,17 +138,19 @@ def load_state(model: nn.Module, theirs: dict[str, Tensor], path: str | Path) ->
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     own = model.state_dict()
-    heads = {name: tensor for name, tensor in own.items() if name.startswith(_HEADS)}
+    # Only training needs the labels of denoising queries: a detector that was trained without them fits too.
+    state = {name: tensor for name, tensor in own.items() if name.startswith("label_enc.")} | state
+    heads = {name: tensor for name, tensor in own.items() if name.startswith(HEADS)}
     fits = all(name in state and state[name].shape == tensor.shape for name, tensor in heads.items())
     if not fits:
         _logger.warning("%s has other classes: the class heads start anew", path)
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)} | heads
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(HEADS)} | heads
     load_weights(model, state, path)
     return fits
 
 
 def num_classes(theirs: dict[str, Tensor], kind: str, path: str | Path) -> int:
-    """Classes of a detector's tensors, "no object" left out; `kind` is "detr" or "deformable_detr".
+    """Classes of a detector's tensors, "no object" left out; `kind` is that of its configuration.
 
     Raises:
         CheckpointError: not of a detector.
@@ -148,8 +178,26 @@ def _rename(name: str, is_detr: bool) -> str:
     norms = _DETR_NORMS if is_detr else _DEFORMABLE_NORMS
     name = re.sub(r"^(decoder\.\d+)\.(\w+_attn_layer_norm)\.", lambda m: f"{m[1]}.{norms[m[2]]}.", name)
     # The layers of their MLP have no activations between them.
-    name = re.sub(r"^(bbox_embed\.(?:\d+\.)?)layers\.(\d+)", lambda m: f"{m[1]}{2 * int(m[2])}", name)
+    mlps = r"^((?:enc_out_)?bbox_embed\.(?:\d+\.)?|ref_point_head\.)layers\.(\d+)"
+    name = re.sub(mlps, lambda m: f"{m[1]}{2 * int(m[2])}", name)
+    name = _STAGE.sub(lambda m: f"backbone.layer{int(m[1]) - 1}.", name)
     return _RESNET.sub(_resnet_name, name)
+
+
+def _rename_heads(name: str, model: Any) -> str:
+    """A name with the head that `model` has in its place, and the number of a map among all levels."""
+    match = re.match(r"neck\.extra_convs\.(\d+)\.(conv|norm)\.", name)
+    if match is not None:
+        level = len(model.backbone.feature_info.channels()) + int(match[1])
+        return f"input_proj.{level}.{int(match[2] == 'norm')}.{name[match.end() :]}"
+    match = re.match(r"(bbox_embed(?=\.\d+\.\d+\.)|class_embed(?=\.\d+\.))\.(\d+)", name)
+    if match is not None and getattr(model, "kind", None) == "dino" and int(match[2]) == len(model.decoder):
+        # detrex lists the encoder's head after those of the decoder.
+        name, match = f"enc_out_{match[1]}{name[match.end() :]}", None
+    if getattr(model, "share_encoder_heads", False):
+        name = re.sub(r"^enc_out_(class|bbox)_embed\.", r"\1_embed.0.", name)
+    # The one head of a model is listed once for each layer.
+    return f"{match[1]}.0{name[match.end() :]}" if match is not None and model.share_heads else name
 
 
 def _resnet_name(match: re.Match[str]) -> str:

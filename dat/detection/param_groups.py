@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dat.detection.config import TrainConfig
-from dat.detection.models.deformable_detr import DeformableDETR
+from dat.detection.models.deformable import DeformableModel
 from dat.engine.backbones import create_timm_model, without_weights
 from dat.engine.optim import layer_scales, param_groups
 
@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, train: TrainConfig, lr: float, backbone: 
     """
     multipliers = {r"^backbone\.": train.backbone_lr_scale}
     # DETR has no sampling locations.
-    if isinstance(model, DeformableDETR):
+    if isinstance(model, DeformableModel):
         multipliers[r"sampling_offsets|reference_points"] = train.sampling_lr_scale
     scales = backbone_scales(model.backbone, backbone, train.layer_decay) if train.layer_decay < 1 else {}
     scales = {f"backbone.{name}": scale for name, scale in scales.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.draw import COLORS
-from dat.detection.models.deformable_detr import DeformableDETR
+from dat.detection.models.deformable import DeformableModel
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
@@ -47,7 +47,7 @@ def has_points(detector: Detector) -> bool:
 
     The points of tiles would be of other images.
     """
-    return isinstance(detector.model, DeformableDETR) and not detector.val.tiles
+    return isinstance(detector.model, DeformableModel) and not detector.val.tiles
 
 
 def check_points(detector: Detector) -> None:

@@ -15,7 +15,9 @@ from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
+from dat.detection.matcher import Targets
 from dat.detection.models import BaseDETR, build_model
+from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
 from dat.detection.predictor import Predictor
 from dat.detection.report import write_report
@@ -83,18 +85,23 @@ class DetectionTrainer(Trainer):
         targets = [target for *_, targets in batches for target in targets]
         return self.criterion.normalizers(targets, self.model.num_queries, self.device)
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        images, mask, _ = batch
-        return self.to_device(images, images=True), None if mask is None else self.to_device(mask)
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None, None, Denoising | None]:
+        images, mask, targets = batch
+        # Here rather than in the model, so that the numbers of objects do not matter to a compiled one.
+        denoising = self.model.make_denoising(self.on_device(targets)) if self.model.denoising else None
+        return self.to_device(images, images=True), None if mask is None else self.to_device(mask), None, denoising
+
+    def on_device(self, targets: Targets) -> Targets:
+        """The tensors of targets, on the device of the run."""
+        return [
+            {name: self.to_device(value) for name, value in target.items() if isinstance(value, Tensor)}
+            for target in targets
+        ]
 
     def compute_loss(self, batch: Batch, outputs: dict[str, Any], normalizers: Normalizers) -> dict[str, Tensor]:
         """The weighted sum of all layers' losses, and the losses of the last layer."""
         *_, targets = batch
-        on_device = [
-            {name: self.to_device(value) for name, value in target.items() if isinstance(value, Tensor)}
-            for target in targets
-        ]
-        losses = self.criterion(outputs, on_device, normalizers)
+        losses = self.criterion(outputs, self.on_device(targets), normalizers)
         return {"loss": self.criterion.total(losses), **{name: losses[name] for name in self.losses}}
 
     def evaluate(self) -> dict[str, Any]:

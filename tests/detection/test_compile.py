@@ -6,7 +6,7 @@ import torch
 from commands import dat
 from torch import nn
 
-from dat.detection import DETR, DeformableDETR
+from dat.detection import DETR, DINO, DeformableDETR
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.trainer import Trainer
 
@@ -15,8 +15,8 @@ SMALL = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(DETR, {}), (DeformableDETR, {"box_refine": True, "two_stage": True})],
-    ids=["detr", "two-stage"],
+    [(DETR, {}), (DeformableDETR, {"box_refine": True, "two_stage": True}), (DINO, {})],
+    ids=["detr", "two-stage", "dino"],
 )
 def test_one_graph_for_all_sizes(kind, options):
     torch.manual_seed(0)
@@ -35,7 +35,10 @@ def test_one_graph_for_all_sizes(kind, options):
             torch.testing.assert_close(outputs["pred_boxes"], model(images, mask)["pred_boxes"])
 
 
-def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "model", [[], ["model.kind=dino", "model.box_refine=false", "model.two_stage=false"]], ids=["two-stage", "dino"]
+)
+def test_a_compiled_run_has_the_weights_of_another(model, config_file, tmp_path, monkeypatch):
     """And as many graphs as there are kinds of batches, not as many as there are sizes of images."""
     compiled, sizes = [], set()
 
@@ -56,7 +59,7 @@ def test_a_compiled_run_has_the_weights_of_another(config_file, tmp_path, monkey
     torch.compiler.reset()
     # larger, of which no level has the size 1; no dropout
     overrides = ["data.train.sizes=[96,112,128,144,160]", "data.train.max_size=224", "model.drop_rate=0"]
-    overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3"]
+    overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3", *model]
     for run, compile_ in (("eager", "false"), ("compiled", "true")):
         dat("detect", "train", config_file, f"output={tmp_path / run}", f"train.compile={compile_}", *overrides)
     eager, other = (load_checkpoint(tmp_path / run / "last.pth")["state_dict"] for run in ("eager", "compiled"))

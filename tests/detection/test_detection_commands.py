@@ -376,6 +376,36 @@ def test_two_processes_train_and_evaluate(config_file, tmp_path):
         assert result["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
+def test_a_run_with_denoising_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
+    dino = ["model.kind=dino", "model.box_refine=false", "model.two_stage=false", "model.one_to_many_queries=5"]
+    dino += ["train.loss.class_loss=matchability", "train.epochs=2", "train.checkpoint_steps=1"]
+    arguments = [config_file, *dino, "train.grad_checkpointing=true", "train.amp=bf16"]
+    seen, forward = [], SetCriterion.forward
+
+    def spy(self, outputs, *others):
+        seen.append(outputs.keys())
+        return forward(self, outputs, *others)
+
+    class StoppedError(Exception):
+        pass
+
+    def save_and_stop(path, state):
+        save_checkpoint(path, state)
+        raise StoppedError
+
+    monkeypatch.setattr(SetCriterion, "forward", spy)
+    dat("detect", "train", *arguments, f"output={tmp_path}/whole")
+    assert all({"dn_outputs", "one_to_many_outputs"} <= keys for keys in seen)
+    with monkeypatch.context() as patched:
+        patched.setattr("dat.engine.trainer.save_checkpoint", save_and_stop)
+        with pytest.raises(StoppedError):
+            dat("detect", "train", *arguments)
+    dat("detect", "train", *arguments, "train.resume=true")
+    whole, resumed = (load_checkpoint(tmp_path / run / "last.pth")["state_dict"] for run in ("whole", "run"))
+    assert whole.keys() == resumed.keys()
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
 def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1", "train.worst=0", "train.pictures=0"]
     # steps of two batches each

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dat.detection import DETR, DeformableDETR
+from dat.detection import DETR, DINO, DeformableDETR
 from dat.detection.config import DetectionConfig, LossConfig, check_config
 from dat.detection.criterion import build_criterion
 from dat.detection.models import ModelConfig, build_model
@@ -20,7 +20,7 @@ def test_every_configuration_makes_a_model(path):
     check_config(config)
     with torch.device("meta"):
         model = build_model(config.model, 3, weights=False)
-    assert isinstance(model, DETR if path.stem.startswith("detr_") else DeformableDETR)
+    assert isinstance(model, {"detr": DETR, "dino": DINO}.get(path.stem.split("_")[0], DeformableDETR))
     assert model.num_queries == config.model.num_queries
     # none writes over another's run
     assert config.output == f"runs/{path.stem}"
@@ -36,6 +36,8 @@ def test_every_configuration_makes_a_model(path):
         ("deformable_detr_r50", 39_847_265, 40),
         ("deformable_detr_r50_refine", 40_627_260, 41),
         ("deformable_detr_r50_two_stage", 40_959_129, 41),
+        ("dino_r50_4scale", 46_670_526, 47),
+        ("dino_r50_5scale", 47_033_150, 47),
     ],
 )
 def test_parameters_are_those_of_the_papers(name, trained, published):
@@ -55,6 +57,8 @@ def test_parameters_are_those_of_the_papers(name, trained, published):
         ("deformable_detr_r50_single_scale", [32], 1),
         ("deformable_detr_r50_single_scale_dc5", [16], 1),
         ("deformable_detr_r50_two_stage", [8, 16, 32], 4),
+        ("dino_r50_4scale", [8, 16, 32], 4),
+        ("dino_r50_5scale", [4, 8, 16, 32], 5),
     ],
 )
 def test_maps_of_the_variants(name, strides, levels):
@@ -124,7 +128,15 @@ def test_values_that_cannot_work_are_named(override, message):
         (["backbone.name=dat_tiny", "backbone.output_stride=16"], "unexpected keyword argument 'output_stride'"),
         (["backbone.name=resnet5"], "model.backbone.name: no timm model 'resnet5'"),
         (["backbone={}"], "model.backbone: has no 'name'"),
-        (["kind=yolo"], "model.kind is 'yolo', should be one of deformable_detr, detr"),
+        (["kind=yolo"], "model.kind is 'yolo', should be one of deformable_detr, detr, dino"),
+        (["denoising=100"], "model: denoising=100 needs two_stage=True"),
+        (["box_noise=2"], "model.box_noise is 2.0, should be 0 to 1"),
+        (["kind=dino", "position_temperature=0"], "model.position_temperature is 0.0, should be more than 0"),
+        (["kind=dino", "denoising=-1"], "model.denoising is -1, should be at least 0"),
+        (
+            ["kind=detr", "denoising=50"],
+            "model.denoising is 50, which needs kind=deformable_detr or dino; it is detr",
+        ),
     ],
 )
 def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, message):
@@ -135,14 +147,30 @@ def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, messa
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", ["detr", "deformable_detr"])
+def test_detr_has_no_iou_aware_loss():
+    overrides = ["train.loss.class_loss=varifocal"]
+    check_config(load_config(DetectionConfig, "dino_r50_4scale", overrides))
+    with pytest.raises(
+        ConfigError, match=r"train.loss.class_loss is 'varifocal', should be 'focal' for model.kind=detr"
+    ):
+        check_config(load_config(DetectionConfig, "detr_r50", overrides))
+
+
+def test_dinos_class_loss_weighs_less_than_the_cost():
+    config = load_config(DetectionConfig, "dino_r50_4scale")
+    with torch.device("meta"):
+        criterion = build_criterion(build_model(config.model, 3, weights=False), config.train.loss)
+    assert (criterion.weight_dict["loss_ce"], criterion.matcher.cost_class) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr", "dino"])
 def test_keys_of_other_kinds_are_dropped_at_their_defaults(kind):
     """Older files hold the keys of all kinds."""
     flat = {"kind": kind, "pre_norm": False, "num_levels": 4, "num_points": 4, "box_refine": False, "two_stage": False}
     model = from_dict(DetectionConfig, {"model": {**flat, "embed_dim": 64}}, "old.pth").model
     assert type(model) is ModelConfig.variants[kind]
     assert (model.kind, model.embed_dim) == (kind, 64)
-    other = {"pre_norm": True} if kind == "deformable_detr" else {"num_levels": 3}
+    other = {"num_levels": 3} if kind == "detr" else {"pre_norm": True}
     with pytest.raises(ConfigError, match=r"old.pth: model.(pre_norm is true|num_levels is 3), which needs kind="):
         from_dict(DetectionConfig, {"model": flat | other}, "old.pth")
 

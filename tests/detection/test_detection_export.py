@@ -35,9 +35,10 @@ DAT_PP = [
     [
         {"box_refine": True, "two_stage": True},
         {"kind": "detr"},
+        {"kind": "dino"},
         {"backbone": {"name": "dat_pp_nano", "out_indices": [1], "stages": DAT_PP}, **ONE_MAP},
     ],
-    ids=["two-stage", "detr", "dat-pp"],
+    ids=["two-stage", "detr", "dino", "dat-pp"],
 )
 def test_onnx_gives_torchs_detections_of_any_batch_and_size(tmp_path, model, capsys):
     path = write_detector(tmp_path / "best.pth", **model)
@@ -49,7 +50,7 @@ def test_onnx_gives_torchs_detections_of_any_batch_and_size(tmp_path, model, cap
     for value in session.get_outputs():
         assert value.shape[0] == "batch"
         # In two stages small images have fewer detections.
-        assert value.shape[1] == ("detections" if model.get("two_stage") else 5)
+        assert value.shape[1] == ("detections" if model.get("two_stage") or model.get("kind") == "dino" else 5)
     detector = load_detector(path, torch.device("cpu"))
     # of sizes that the command has not seen, and for whose maps windows have to be padded
     for batch, height, width in ((3, 75, 130), (1, 161, 66)):

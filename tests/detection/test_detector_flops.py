@@ -6,7 +6,7 @@ import torch
 from detr_inputs import SMALL
 from fvcore.nn import FlopCountAnalysis
 
-from dat.detection import DETR, DeformableDETR
+from dat.detection import DETR, DINO, DeformableDETR
 from dat.ops.flops import fvcore_handles
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "igno
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(DETR, {}), (DeformableDETR, {}), (DeformableDETR, {"box_refine": True, "two_stage": True})],
-    ids=["detr", "one-stage", "two-stage"],
+    [(DETR, {}), (DeformableDETR, {}), (DeformableDETR, {"box_refine": True, "two_stage": True}), (DINO, {})],
+    ids=["detr", "one-stage", "two-stage", "dino"],
 )
 def test_flops_grow_with_the_image(kind, options):
     backbone = timm.create_model("test_resnet", features_only=True, out_indices=(2, 3, 4))

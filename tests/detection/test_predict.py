@@ -140,12 +140,13 @@ def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_pat
         run(checkpoint, folder / "clip.mp4", "--out", tmp_path / "out")
 
 
-def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["deformable_detr", "dino"])
+def test_points_are_those_that_the_last_layer_sampled(kind, tmp_path, monkeypatch):
     """Reference, offsets and logits are taken from the op's own arguments; images are padded."""
     from dat.engine.checkpoint import load_checkpoint, save_checkpoint
     from dat.layers import ms_deform_attn as layer
 
-    path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3)
+    path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3, kind=kind)
     state = load_checkpoint(path)
     state["config"]["data"]["pad_multiple"] = 32
     save_checkpoint(path, state)
@@ -159,7 +160,10 @@ def test_points_are_those_that_the_last_layer_sampled(tmp_path, monkeypatch):
     assert detector.input_size(image) == (64, 107)
     # it is the corner of an input of 64 x 128
     scale = torch.tensor([128 * 200 / 107, 64 * 120 / 64])
-    locations = (reference[0, :, None, :, None] + offsets[0] / sizes[:, None]) * scale
+    reference = reference[0, :, None, :, None]
+    # With boxes as references, the four points are in fractions of half their sides.
+    steps = offsets[0] / sizes[:, None] if reference.shape[-1] == 2 else offsets[0] / 4 * reference[..., 2:] / 2
+    locations = (reference[..., :2] + steps) * scale
     torch.testing.assert_close(points.locations, locations[found.queries])
     weights = logits[0].flatten(2).softmax(-1).view_as(logits[0])
     torch.testing.assert_close(points.weights, weights[found.queries])

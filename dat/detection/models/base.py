@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dat.detection.matcher import Scores
+from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
 from dat.utils.errors import ConfigError
 
@@ -21,7 +22,7 @@ class ModelConfig:
 
     `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
     makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
-    `num_levels`, at most three, for deformable_detr.
+    `num_levels`, at most three, for deformable_detr and dino.
     `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
     new where its number of classes is another.
     `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
@@ -29,6 +30,7 @@ class ModelConfig:
 
     # The dataclass of each kind: a configuration is read as the one that its key `kind` names.
     variants: ClassVar[dict[str, type["ModelConfig"]]] = {}
+    may_be_0: ClassVar[tuple[str, ...]] = ("encoder_depth", "denoising", "one_to_many_queries")
 
     kind: str = "deformable_detr"
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "dat_tiny"})
@@ -55,12 +57,12 @@ class ModelConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
 
     def check(self) -> None:
-        """Raises ConfigError on values out of their range: integers are at least 1, except encoder_depth."""
+        """Raises ConfigError on values out of their range: integers are at least 1, except those of `may_be_0`."""
         if "name" not in self.backbone:
             raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
         integers = [name for name, value in self.arguments().items() if type(value) is int]
-        check_range({"model": self}, [f"model.{name}" for name in integers if name != "encoder_depth"], 1)
-        check_range({"model": self}, ["model.encoder_depth"], 0)
+        for name in integers:
+            check_range({"model": self}, [f"model.{name}"], 0 if name in self.may_be_0 else 1)
         check_range({"model": self}, ["model.drop_rate"], 0, 1)
 
 
@@ -70,6 +72,10 @@ class BaseDETR(nn.Module):
     # Name in the registry; how the matcher, the losses and post_process turn logits into probabilities.
     kind: ClassVar[str]
     scores: ClassVar[Scores]
+    # Weight of the classification loss in the model's paper.
+    class_weight: ClassVar[float]
+    # Whether training takes denoising queries: 0 without them.
+    denoising: int = 0
 
     def __init__(
         self,
@@ -93,14 +99,20 @@ class BaseDETR(nn.Module):
         self.backbone = backbone
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, targets: list[dict[str, Any]] | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        targets: list[dict[str, Any]] | None = None,
+        denoising: Denoising | None = None,
     ) -> dict[str, Any]:
         """Detects objects.
 
         Args:
             images: [B, 3, H, W].
             mask: [B, H, W] bool, True on padding, which lies to the right and below; None where nothing is padded.
-            targets: as SetCriterion takes them, for detectors that train on them (denoising); others ignore them.
+            targets: as SetCriterion takes them; in training, `make_denoising` makes denoising queries of them. Models
+                without denoising ignore them, and all do in evaluation.
+            denoising: these queries, already made.
 
         Returns:
             "pred_logits" [B, Q, K] and "pred_boxes" [B, Q, 4], cxcywh in 0..1 of the unpadded image; with aux_loss
@@ -109,14 +121,22 @@ class BaseDETR(nn.Module):
         expected = (images.shape[0], *images.shape[-2:])
         if mask is not None and mask.shape != expected:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
-        return self.detect(*self.features(images, mask))
+        if targets is not None and denoising is None:
+            denoising = self.make_denoising(targets)
+        return self.detect(*self.features(images, mask), denoising)
+
+    def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
+        """Denoising queries of targets; None in evaluation and for models without denoising."""
+        return None
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """The maps that `detect` works on, projected to embed_dim channels [B, C, h, w], and their masks [B, h, w]."""
         raise NotImplementedError
 
-    def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
-        """Computes forward's outputs from levels [B, C, h, w] and masks [B, h, w]."""
+    def detect(
+        self, levels: list[Tensor], masks: list[Tensor] | None = None, denoising: Denoising | None = None
+    ) -> dict[str, Any]:
+        """Computes forward's outputs from levels [B, C, h, w], masks [B, h, w] and denoising queries."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

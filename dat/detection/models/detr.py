@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
 from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
+from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_position
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
@@ -114,6 +115,7 @@ class DETR(BaseDETR):
     """
 
     scores: ClassVar[Scores] = "softmax"
+    class_weight: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -144,7 +146,9 @@ class DETR(BaseDETR):
         levels = [self.input_proj(self.backbone_maps(images)[-1])]
         return levels, resize_masks(mask, levels)
 
-    def detect(self, levels: list[Tensor], masks: list[Tensor] | None = None) -> dict[str, Any]:
+    def detect(
+        self, levels: list[Tensor], masks: list[Tensor] | None = None, denoising: Denoising | None = None
+    ) -> dict[str, Any]:
         (level,) = levels
         x = level.flatten(2).transpose(1, 2)
         mask = None if masks is None else masks[0]

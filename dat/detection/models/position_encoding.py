@@ -23,7 +23,12 @@ def sine_encoding(coordinates: Tensor, num_feats: int, temperature: float = 1000
 
 
 def sine_position(
-    mask: Tensor | None, size: tuple[int, int], embed_dim: int, like: Tensor, anchor: float = 0.5
+    mask: Tensor | None,
+    size: tuple[int, int],
+    embed_dim: int,
+    like: Tensor,
+    anchor: float = 0.5,
+    temperature: float = 10000.0,
 ) -> Tensor:
     """Position encoding of every pixel of a map: half of the channels for y, half for x.
 
@@ -35,6 +40,7 @@ def sine_position(
         embed_dim: channels, a multiple of 4.
         like: gives the device and the result's dtype; computed in float32, as the official implementation does.
         anchor: the point of a pixel that is encoded: 0.5, its centre (Deformable DETR), or 1, its far edge (DETR).
+        temperature: as for sine_encoding.
 
     Returns:
         [B, h * w, embed_dim], or [1, h * w, embed_dim] without a mask.
@@ -49,5 +55,5 @@ def sine_position(
     # A wholly padded row or column has 0 valid pixels: the small term keeps the quotient finite.
     y = (y - 1 + anchor) / (y[:, -1, None] + 1e-6)
     x = (x - 1 + anchor) / (x[:, :, -1, None] + 1e-6)
-    halves = (sine_encoding(c[..., None], embed_dim // 2).expand(-1, h, w, -1) for c in (y, x))
+    halves = (sine_encoding(c[..., None], embed_dim // 2, temperature).expand(-1, h, w, -1) for c in (y, x))
     return torch.cat(list(halves), -1).flatten(1, 2).to(like.dtype)

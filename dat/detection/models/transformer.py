@@ -64,19 +64,29 @@ class DeformableDecoderLayer(TransformerLayer):
         self.norm3 = nn.LayerNorm(embed_dim)
 
     def forward(
-        self, x: Tensor, pos: Tensor, reference: Tensor, memory: Tensor, shapes: Shapes, padding_mask: Tensor | None
+        self,
+        x: Tensor,
+        pos: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        padding_mask: Tensor | None,
+        query_mask: Tensor | None = None,
     ) -> Tensor:
-        """x, pos [B, Q, C], reference [B, Q, L, 2 or 4], memory [B, S, C], padding_mask [B, S] -> [B, Q, C]."""
+        """x, pos [B, Q, C], reference [B, Q, L, 2 or 4], memory [B, S, C], padding_mask [B, S] -> [B, Q, C].
+
+        query_mask [Q, Q]: True where the query of the row may not attend to that of the column.
+        """
         query = x + pos
-        x = self.norm2(x + self.drop(self.self_attn(query, query, x, need_weights=False)[0]))
+        x = self.norm2(x + self.drop(self.self_attn(query, query, x, need_weights=False, attn_mask=query_mask)[0]))
         x = self.norm1(x + self.drop(self.cross_attn(x + pos, reference, memory, shapes, padding_mask)))
         return self.norm3(x + self.mlp(x))
 
 
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """log(x / (1 - x)) with both terms at least 1e-5, so that 0 and 1 stay finite."""
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) with both terms at least `eps`, so that 0 and 1 stay finite."""
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5))
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def reference_grid(shapes: Shapes, masks: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
