@@ -16,16 +16,17 @@ from dat.utils.errors import ConfigError
 
 @dataclass
 class TrainDataConfig:
-    """One split and its augmentation. Paths are relative to `data.root`; probabilities are 0 to 1.
+    """One split and its augmentation. Probabilities are 0 to 1.
 
+    `annotations`, `images`: paths relative to `data.root`, "": found there, see docs/detection.md.
     `sizes`: shortest edges in pixels, one is drawn per image. `max_size`: limit of the longest edge.
     `max_pixels`: most pixels of a batch of one process, padding included, so that its memory is bounded; 0: no limit.
     `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
     sides from `crop_min` to `crop_max` pixels.
     """
 
-    annotations: str = "annotations/instances_train2017.json"
-    images: str = "train2017"
+    annotations: str = ""
+    images: str = ""
     sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
     max_size: int = 1333
     max_pixels: int = 0
@@ -42,11 +43,12 @@ class TrainDataConfig:
 class ValDataConfig:
     """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`.
 
+    `annotations`, `images`: as for training; annotations that are absent from a COCO file are not scored.
     `top_k`: how many detections of an image count; COCO's own limit is 100 of a class.
     """
 
-    annotations: str = "annotations/instances_val2017.json"
-    images: str = "val2017"
+    annotations: str = ""
+    images: str = ""
     size: int = 800
     max_size: int = 1333
     top_k: int = 100
@@ -56,7 +58,7 @@ class ValDataConfig:
 class DataConfig:
     """`cache` "memory": decoded images stay in memory, `cache_gib` of them at most for each process.
 
-    With more than fit in, the first of the training file stay.
+    With more than fit in, the first by name stay, those of training before others.
     """
 
     root: str = "data/coco"

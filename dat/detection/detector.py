@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Category, read_dataset, resized_size, val_loader
+from dat.detection.data import Category, describe_sets, read_dataset, resized_size, val_loader
 from dat.detection.detections import Detections
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import DetectorGraph, pad_images
@@ -25,7 +25,7 @@ from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, 
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.engine.optim import amp_context
 from dat.export.runtime import check_predictions, is_exported, load_exported
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError, ConfigError, DataError
 from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
 from dat.utils.images import to_image
@@ -156,11 +156,15 @@ class Detector:
             overrides: as for from_config; not of the model.
 
         Returns:
-            AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary.
+            AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary. Images
+            without annotations, such as those of COCO's image_info_test2017.json, give an empty dictionary too, and
+            only detections.json is written, with the file's image ids.
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
         val = config.data.val
-        annotations = read_dataset(Path(config.data.root), val, self.categories)
+        annotations = read_dataset(config.data, "val", self.categories, annotated=False)
+        if distributed.main:
+            print(describe_sets(annotations))
         with checkpoint_errors(str(self.path)):
             results = detect(
                 model,
@@ -172,6 +176,14 @@ class Detector:
             )
         results = gather_results(results)
         if not distributed.main:
+            return {}
+        if not annotations.annotated:
+            text = f"{annotations.path}: has no annotations, so there is nothing to score"
+            if out is None:
+                raise DataError(f"{text}; `out` should be the folder to write detections.json to")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            write_json(Path(out) / "detections.json", results)
+            print(f"{text}; {len(results)} detections are written to {Path(out) / 'detections.json'}")
             return {}
         evaluation = Evaluation.of(annotations, results)
         metrics = evaluation.metrics()

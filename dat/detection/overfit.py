@@ -36,7 +36,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
-    some = choose(read_dataset(Path(config.data.root), config.data.train), count)
+    some = choose(read_dataset(config.data, "train"), count)
     output = Path(config.output)
     # Removes the checkpoints of an earlier attempt.
     if distributed.main:

@@ -1,4 +1,4 @@
-"""Trains a detector on a dataset in COCO's JSON format.
+"""Trains a detector on a data set in any of the formats of `dat.detection.data.formats`.
 
     python -m detection.train CONFIG [key.path=value ...] [--overfit N]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
@@ -8,7 +8,6 @@ detections.json, plots, images and report.html of the best epoch. With --overfit
 in `output`/overfit, and prints the likely reasons if that fails.
 """
 
-from pathlib import Path
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
@@ -24,8 +23,7 @@ def train(config: DetectionConfig) -> dict[str, Any]:
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    root = Path(config.data.root)
-    train_set = read_dataset(root, config.data.train)
-    val_set = read_dataset(root, config.data.val, train_set.categories)
+    train_set = read_dataset(config.data, "train")
+    val_set = read_dataset(config.data, "val", train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume).run()

@@ -11,7 +11,7 @@ from dat.detection.data.loader import (
     train_loader,
     val_loader,
 )
-from dat.detection.data.readers import read_dataset, register_reader
+from dat.detection.data.readers import describe_sets, read_dataset, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, read_sample
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
@@ -24,6 +24,7 @@ __all__ = [
     "ImageRecord",
     "SameSizeBatchSampler",
     "Sample",
+    "describe_sets",
     "load_image",
     "make_loader",
     "read_categories",
