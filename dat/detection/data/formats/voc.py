@@ -132,9 +132,12 @@ def _is_voc(folder: Path | None) -> bool:
 
 def _split(folder: Path, root: Path, file: Path | None = None) -> Split:
     images = existing(root, "JPEGImages", "images") if folder.name.lower() in ("annotations", "labels") else folder
-    lines = read_text(file, "names of images").splitlines() if file else []
-    # A list of one class has a column that says whether the image shows it.
-    names = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()] if file else None
+    names = None
+    if file:
+        lines = [line.strip() for line in read_text(file, "names of images").splitlines()]
+        # A list of one class has a column that says whether the image shows it.
+        shorter = {line: re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line}
+        names = [line if (folder / f"{line}.xml").is_file() else short for line, short in shorter.items()]
     name = (file or folder).relative_to(root).as_posix()
     found = _Folder(folder, images or root, names, sorted(root.rglob("*.xml")), root)
     return Split(name if file else f"{name}/", partial(_read, found))
