@@ -79,9 +79,25 @@ def cvat(scenes: list[dict]) -> str:
             for label, (x, y, w, h) in scene["objects"]
         )
         width, height = scene["size"]
-        images += f'  <image id="{number}" name="{scene["name"]}" width="{width}" height="{height}">\n{boxes}  </image>\n'
+        images += (
+            f'  <image id="{number}" name="{scene["name"]}" width="{width}" height="{height}">\n{boxes}  </image>\n'
+        )
     head = f"<version>1.1</version><meta><task><labels>{labels}</labels></task></meta>"
     return f'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n{head}\n{images}</annotations>\n'
+
+
+def jsonl(scenes: list[dict]) -> str:
+    rows = [
+        {
+            "file_name": scene["name"],
+            "objects": {
+                "bbox": [box for _, box in scene["objects"]],
+                "categories": [label for label, _ in scene["objects"]],
+            },
+        }
+        for scene in scenes
+    ]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def write_all(folder: Path) -> dict[str, Path]:
@@ -132,4 +148,11 @@ def write_all(folder: Path) -> dict[str, Path]:
     write("darknet", darknet, {"obj_train_data": scenes})
     beside = {f"{s}/{Path(x['name']).stem}.xml": voc(x) for s, some in (("train", train), ("valid", val)) for x in some}
     write("roboflow_voc", beside, {"train": train, "valid": val})
+    card = (
+        "---\nlicense: mit\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: objects\n"
+        "    sequence:\n    - name: bbox\n      sequence: float32\n      length: 4\n    - name: categories\n"
+        "      dtype:\n        class_label:\n          names:\n            '0': blue\n            '1': red\n---\nScenes.\n"
+    )
+    files = {"train/metadata.jsonl": jsonl(train), "validation/metadata.jsonl": jsonl(val), "README.md": card}
+    write("huggingface", files, {"train": train, "validation": val})
     return roots
