@@ -151,7 +151,7 @@ def write_all(folder: Path) -> dict[str, Path]:
     card = (
         "---\nlicense: mit\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: objects\n"
         "    sequence:\n    - name: bbox\n      sequence: float32\n      length: 4\n    - name: categories\n"
-        "      dtype:\n        class_label:\n          names:\n            '0': blue\n            '1': red\n---\nScenes.\n"
+        "      dtype:\n        class_label:\n          names:\n            '0': blue\n            '1': red\n---\n"
     )
     files = {"train/metadata.jsonl": jsonl(train), "validation/metadata.jsonl": jsonl(val), "README.md": card}
     write("huggingface", files, {"train": train, "validation": val})

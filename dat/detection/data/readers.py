@@ -101,6 +101,8 @@ def read_dataset(
         DataError: a folder of no known format, malformed annotations, absent images, other categories.
     """
     found = read_strictly(lambda problems: read_split(data, name, problems), categories)
+    if not found.records:
+        raise DataError(f"{found.path}: data.{name} has no images, should have one or more")
     if annotated and not found.annotated:
         raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
     return found

@@ -56,26 +56,23 @@ class _Folder(NamedTuple):
 def find(path: Path) -> Found | None:
     """The splits of a folder, of a folder of XML files, or of a list in ImageSets/Main."""
     if path.is_file():
-        if path.suffix != ".txt" or path.parent.parent.name != "ImageSets":
+        folder = path.parent.parent.with_name("Annotations")
+        if path.suffix != ".txt" or path.parent.parent.name != "ImageSets" or not _is_voc(folder):
             return None
-        found = find(path.parents[2])
-        folder = found and existing(path.parents[2], "Annotations", "annotations")
-        if not folder:
-            return None
-        return Found("Pascal VOC", {"train": _split(folder, path.parents[2], path)})
+        return Found("Pascal VOC", {"train": _split(folder, folder.parent, path)})
     devkits = [*path.glob("VOCdevkit/VOC*/Annotations"), *path.glob("VOC*/Annotations")]
     if len(devkits) == 1:
         return find(devkits[0].parent)
-    if _is_voc(existing(path, "Annotations", "annotations")):
-        folder = path / ("Annotations" if (path / "Annotations").is_dir() else "annotations")
+    folder = existing(path, "Annotations", "annotations")
+    if folder and _is_voc(folder):
         lists = {
             split: existing(path, *(f"ImageSets/Main/{name}.txt" for name in names)) for split, names in _LISTS.items()
         }
         splits = {split: _split(folder, path, file) for split, file in lists.items() if file}
         return Found("Pascal VOC", splits or {"train": _split(folder, path)})
     folders = {split: existing(path, *names) for split, names in _FOLDERS.items()}
-    if _is_voc(folders["train"]):
-        splits = {split: _split(folder, path) for split, folder in folders.items() if folder and _is_voc(folder)}
+    splits = {split: _split(folder, path) for split, folder in folders.items() if folder and _is_voc(folder)}
+    if "train" in splits:
         return Found("Pascal VOC", splits)
     folder = next((folder for folder in (path, path / "images", path / "labels") if _is_voc(folder)), None)
     return Found("Pascal VOC", {"train": _split(folder, path)}) if folder else None
@@ -124,10 +121,10 @@ def _to_xml(record: ImageRecord, name: Path, categories: Sequence[Category]) -> 
     return root
 
 
-def _is_voc(folder: Path | None) -> bool:
+def _is_voc(folder: Path) -> bool:
     """Whether a folder has XML files, the first of which is VOC's."""
-    first = next((path for path in folder.rglob("*.xml")), None) if folder and folder.is_dir() else None
-    return first is not None and b"<annotation>" in first.read_bytes()[:4096]
+    first = next(folder.rglob("*.xml"), None)
+    return first is not None and b"<annotation" in first.read_bytes()[:4096]
 
 
 def _split(folder: Path, root: Path, file: Path | None = None) -> Split:

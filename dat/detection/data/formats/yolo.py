@@ -101,7 +101,7 @@ def _lines(record: ImageRecord) -> Iterator[str]:
 def _from_folders(root: Path) -> Found | None:
     """images/ and labels/ with the splits inside or without, train/images/ and so on, or images with texts beside."""
     lists = [root / name for name in _LISTS_OF_NAMES if (root / name).is_file()]
-    if not lists and not any(root.glob("labels/*.txt")) and not any(root.glob("labels/train/*.txt")):
+    if not lists and not any(any(root.glob(f"{place}/*.txt")) for place in ("labels", "labels/train", "train/labels")):
         return None
     folder = _Folder(root, lists[0] if lists else root, _read_names(lists[0]) if lists else None)
     for pattern in ("images/{}", "{}/images", "{}"):
