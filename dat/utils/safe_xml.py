@@ -39,6 +39,7 @@ def read_xml(path: Path, limit: int) -> Node:
     def refuse(*_: object) -> None:
         raise DataError(f"{path}:{parser.CurrentLineNumber}: has a DOCTYPE, should have none")
 
+    parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler = start, builder.end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
     try:

@@ -101,7 +101,7 @@ def _objects(row: _Row, numbers: dict[str, int]) -> Iterator[Object]:
 def _entries(row: _Row) -> Iterable[tuple[Any, Any, Any, Any]]:
     """(box, class, crowd, area) of each object, from a dictionary of lists or a list of dictionaries."""
     # Images without objects may lack the key.
-    objects = [] if row.objects is None else row.objects
+    objects: Any = [] if row.objects is None else row.objects
     if isinstance(objects, list) and all(isinstance(entry, dict) for entry in objects):
         keys = {key for entry in objects for key in entry}
         objects = {key: [entry.get(key) for entry in objects] for key in keys} or {"bbox": [], "category": []}

@@ -56,10 +56,10 @@ class _Folder(NamedTuple):
 def find(path: Path) -> Found | None:
     """The splits of a folder, of a folder of XML files, or of a list in ImageSets/Main."""
     if path.is_file():
-        folder = path.parent.parent.with_name("Annotations")
-        if path.suffix != ".txt" or path.parent.parent.name != "ImageSets" or not _is_voc(folder):
+        if path.suffix != ".txt" or path.parent.parent.name != "ImageSets":
             return None
-        return Found("Pascal VOC", {"train": _split(folder, folder.parent, path)})
+        given = path.parent.parent.with_name("Annotations")
+        return Found("Pascal VOC", {"train": _split(given, given.parent, path)} if _is_voc(given) else {})
     devkits = [*path.glob("VOCdevkit/VOC*/Annotations"), *path.glob("VOC*/Annotations")]
     if len(devkits) == 1:
         return find(devkits[0].parent)
@@ -71,7 +71,7 @@ def find(path: Path) -> Found | None:
         splits = {split: _split(folder, path, file) for split, file in lists.items() if file}
         return Found("Pascal VOC", splits or {"train": _split(folder, path)})
     folders = {split: existing(path, *names) for split, names in _FOLDERS.items()}
-    splits = {split: _split(folder, path) for split, folder in folders.items() if folder and _is_voc(folder)}
+    splits = {split: _split(place, path) for split, place in folders.items() if place and _is_voc(place)}
     if "train" in splits:
         return Found("Pascal VOC", splits)
     folder = next((folder for folder in (path, path / "images", path / "labels") if _is_voc(folder)), None)
@@ -124,7 +124,7 @@ def _to_xml(record: ImageRecord, name: Path, categories: Sequence[Category]) -> 
 def _is_voc(folder: Path) -> bool:
     """Whether a folder has XML files, the first of which is VOC's."""
     first = next(folder.rglob("*.xml"), None)
-    return first is not None and b"<annotation" in first.read_bytes()[:4096]
+    return first is not None and re.search(rb"<annotation[\s>]", first.read_bytes()[:4096]) is not None
 
 
 def _split(folder: Path, root: Path, file: Path | None = None) -> Split:
