@@ -59,10 +59,11 @@ def find(path: Path) -> Found | None:
         return None
     if not isinstance(content, dict) or names is None:
         return None
+    found = {split: next((content[key] for key in keys if content.get(key)), None) for split, keys in _KEYS.items()}
     # `path` may be a folder of the machine that made the file.
     base = file.parent / str(content.get("path", ""))
-    folder = _Folder(base if base.is_dir() else file.parent, file, names, "kpt_shape" in content)
-    found = {split: next((content[key] for key in keys if content.get(key)), None) for split, keys in _KEYS.items()}
+    places = [_locate(base, value) for value in _listed(found["train"] or found["val"])]
+    folder = _Folder(base if any(p.exists() for p in places) else file.parent, file, names, "kpt_shape" in content)
     # Roboflow names a folder of test images where it exports none.
     if found["test"] and not _locate(folder.root, str(found["test"])).exists():
         found["test"] = None
@@ -117,10 +118,14 @@ def _from_folders(root: Path) -> Found | None:
 
 def _split(folder: _Folder, value: Any) -> Split:
     """The split of an entry of data.yaml: a folder, a text file that lists images, or a list of these."""
-    values = [str(item) for item in (value if isinstance(value, list) else [value])]
+    values = _listed(value)
     places = [_locate(folder.root, text) for text in values]
     names = [f"{text.rstrip('/')}/" if place.is_dir() else text for text, place in zip(values, places, strict=True)]
     return Split(", ".join(names), partial(_read, folder, places))
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: Path | None) -> Annotations:
