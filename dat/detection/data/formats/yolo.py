@@ -130,14 +130,12 @@ def _listed(value: Any) -> list[str]:
 
 def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: Path | None) -> Annotations:
     paths = sorted({path for place in ([images] if images else places) for path in _images(place)}, key=path_order)
+    names = _numbers(folder.root) if folder.names is None else folder.names
+    categories = make_categories(names, folder.file)
     labels = {path: label for path in paths if (label := _find_label(path, folder.root)).is_file()}
     if not labels:
         wanted = _label_path(paths[0], folder.root) if paths else "labels/"
         problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
-    names = folder.names
-    if names is None:
-        names = _numbers(folder.root)
-    categories = make_categories(names, folder.file)
     records = []
     for number, (path, size) in enumerate(zip(paths, image_sizes(paths, problems), strict=True), start=1):
         if size is not None:
