@@ -120,7 +120,7 @@ def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findin
         count = f"{len(records) // HELD_OUT} of {len(records)} images"
         rule = f"every {HELD_OUT}th image, by name, is for validation ({count})"
         extent = f"{extent}, no validation split: {rule}"
-        if len(records) < HELD_OUT:
+        if 0 < len(records) < HELD_OUT:
             text = f"{annotations.path}: {extent}, too few; data.val.annotations should name a validation split"
             problems.add("validation split", text, stops=True)
         held = range(HELD_OUT - 1, len(records), HELD_OUT)
