@@ -42,9 +42,10 @@ def convert_data(source: Path, target: Path, name: str, link: bool = False) -> l
 
             def place(image: Path, path: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if link:
+                # COCO's files may list an image twice.
+                if link and not path.exists():
                     path.symlink_to(image.resolve())
-                else:
+                elif not link:
                     shutil.copyfile(image, path)
                 bar.update()
 

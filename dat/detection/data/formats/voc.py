@@ -156,7 +156,7 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
         with collecting(problems, "annotation file"):
             root = read_xml(file, _LARGEST)
             name = images / file.relative_to(folder.folder).with_suffix("")
-            roots.append((by_stem.get(name) or images / (root.findtext("filename") or name.name), file, root))
+            roots.append((by_stem.get(name) or images / Path(root.findtext("filename") or name).name, file, root))
     roots.sort(key=lambda item: path_order(item[0]))
     sizes = _sizes(roots, problems)
     records = []
