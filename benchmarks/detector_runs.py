@@ -151,9 +151,8 @@ class Comparison:
         values = self.overrides(name) | {"train.epochs": self.epochs(name), "data.cache": "none"}
         values["model.backbone"] = without_weights(values["model.backbone"])
         config = load_config(DetectionConfig, CONFIG, arguments(values))
-        root, data = Path(config.data.root), config.data
-        sets = [read_dataset(root, split) for split in (data.train, data.val)]
-        return DetectionTrainer(config, sets[0], sets[1], setup_distributed(config.train.device))
+        train_set, val_set = read_dataset(config.data, "train"), read_dataset(config.data, "val")
+        return DetectionTrainer(config, train_set, val_set, setup_distributed(config.train.device))
 
     def describe(self) -> None:
         """Parameters, FLOPs of one image and the time of a training step of each variant; steps take turns."""

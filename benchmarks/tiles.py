@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     config = Detector.from_checkpoint(options.checkpoint, device="cpu").config
     assert config is not None
-    parts, large = make_images(read_dataset(Path(config.data.root), config.data.val), options.out)
+    parts, large = make_images(read_dataset(config.data, "val"), options.out)
     tiles = ["--tiles", options.tiles, "--tile-overlap", options.tile_overlap]
     for truth, extra in ((parts, []), (large, tiles)):
         out = options.out / f"{truth.path.stem}_found"

@@ -26,7 +26,7 @@ SUMMARIES = {
     "serve": "serve a detector over HTTP, with a page to drop images on",
     "audit": "check a data set before training on it",
     "report": "write the report of a run again",
-    "convert": "make a checkpoint from weights of other projects",
+    "convert": "write data in another format, or make a checkpoint from weights of other projects",
 }
 COMMANDS = {"detect": tuple(SUMMARIES), "classify": ("train", "evaluate", "predict", "export", "audit", "report")}
 DESCRIPTIONS = {
@@ -43,7 +43,9 @@ DESCRIPTIONS = {
     "audit": "Prints statistics of the data and all problems; writes audit.json and sheets of sample images. The "
     "exit code is 1 if something would stop training, else 0.",
     "report": "Overrides change the configuration of the run, for instance data.root after the data has moved.",
-    "convert": "Official and transformers' detectors number classes by COCO's category ids: the classes of the "
+    "convert": "With --to: writes the data in the folder SRC, in any format that training reads, to the new folder "
+    "DST, and says what the format cannot hold. Without: makes a checkpoint of the weights DST of the model of the "
+    "configuration SRC. Official and transformers' detectors number classes by COCO's category ids: the classes of the "
     "annotations are kept, in the order of their ids.",
 }
 
@@ -215,11 +217,14 @@ def _add_report(parser: argparse.ArgumentParser, detect: bool) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser, detect: bool) -> None:
-    _add_config(parser)
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help=".pth, .bin or .safetensors of the same model")
-    _add_overrides(parser, "replaces a value of the configuration")
-    parser.add_argument("--annotations", type=Path, required=True, help="COCO JSON with the classes to keep")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("source", metavar="SRC", help="folder of data; for weights the configuration")
+    text = "folder to write, absent or empty; or weights: .pth, .bin or .safetensors of the configuration's model"
+    parser.add_argument("target", type=Path, metavar="DST", help=text)
+    parser.add_argument("--to", metavar="FORMAT", help="of the data to write: coco, yolo or voc")
+    parser.add_argument("--link", action="store_true", help="make symbolic links to the images instead of copies")
+    _add_overrides(parser, "for weights: replaces a value of the configuration")
+    parser.add_argument("--annotations", type=Path, help="for weights: COCO JSON with the classes to keep")
+    parser.add_argument("--out", type=Path, help="for weights: checkpoint to write")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,5 @@
-"""Converts official weights: python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT
+"""Converts data: python -m detection.convert SRC DST --to coco|yolo|voc
+Converts official weights: python -m detection.convert CONFIG WEIGHTS --annotations FILE --out CHECKPOINT
 
 The command `dat detect convert` does the same from anywhere. Its code is `convert` in dat/detection/commands.py.
 """

@@ -10,8 +10,6 @@ from dat.cli import run_recipe
 
 def main(options: argparse.Namespace) -> None:
     # Imported here, so that --help does not wait for torch.
-    from pathlib import Path
-
     from dat.detection.config import DetectionConfig, check_config
     from dat.detection.data import read_dataset
     from dat.detection.overfit import overfit
@@ -26,9 +24,8 @@ def main(options: argparse.Namespace) -> None:
         return
 
     distributed = setup_distributed(config.train.device)
-    root, single_class = Path(config.data.root), config.data.single_class
-    train_set = read_dataset(root, config.data.train, single_class=single_class)
-    val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
+    train_set = read_dataset(config.data, "train")
+    val_set = read_dataset(config.data, "val", train_set.categories)
 
     # None, or the checkpoint that train.resume=true continues from.
     resume = prepare_output(config.output, config.train.resume, distributed)

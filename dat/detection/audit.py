@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from dat.detection.config import DetectionConfig
 from dat.detection.data.audit_split import SplitAudit, audit_split, compare
-from dat.detection.data.readers import Split
 from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
@@ -22,9 +21,7 @@ MOST_DETECTIONS = 100
 
 def audit(config: DetectionConfig) -> dict[str, SplitAudit]:
     """Audits "train" and "val" of the data of a configuration."""
-    root = Path(config.data.root)
-    splits: dict[str, Split] = {"train": config.data.train, "val": config.data.val}
-    found = {name: audit_split(root, split, config.data.single_class) for name, split in splits.items()}
+    found = {"train": audit_split(config.data, "train"), "val": audit_split(config.data, "val")}
     compare(found["train"], found["val"])
     for split in found.values():
         most = max((len(record.boxes) for record in split.annotations.records), default=0)
@@ -77,7 +74,7 @@ def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
     lines = [
         f"{name}: {summary['file']}",
         f"  {summary['images']} images, {summary['without_annotations']} without annotations, "
-        f"{summary['unlisted_files']} files in its folder that no split lists",
+        f"{summary['unlisted_files']} images in its folders that no split lists",
         f"  {summary['objects']} objects, {summary['crowds']} of them crowds, "
         f"at most {summary['most_objects_in_an_image']} in an image",
         f"  {len(summary['classes'])} classes{sparse}",

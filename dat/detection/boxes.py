@@ -35,6 +35,8 @@ def _overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     low, high, other_low, other_high = boxes[..., :2], boxes[..., 2:], others[..., :2], others[..., 2:]
     intersection = _area(low.maximum(other_low), high.minimum(other_high))
     return intersection, _area(low, high) + _area(other_low, other_high) - intersection
+
+
 def coverage(boxes: Tensor, others: Tensor) -> Tensor:
     """The fraction [n, m] of each of n boxes [n, 4] that lies in each of m others [m, 4]; 0 for empty boxes."""
     boxes = boxes[:, None]

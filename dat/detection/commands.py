@@ -76,6 +76,7 @@ def serve(options: argparse.Namespace) -> None:
 
 def audit(options: argparse.Namespace) -> None:
     from dat.detection.audit import audit, draw_samples, draw_sizes, format_summary, summarize
+    from dat.detection.data import describe_sets
     from dat.engine.audit import finish_audit
 
     folder = Path(options.data).is_dir()
@@ -83,6 +84,9 @@ def audit(options: argparse.Namespace) -> None:
     config = load_config(DetectionConfig, source, [*root, *options.overrides])
     check_config(config)
     found = audit(config)
+    read = [split.annotations for split in found.values() if split.annotations.format]
+    if read:
+        print(describe_sets(*read))
     val = config.data.val
     summaries = {name: summarize(split, val.size, val.max_size) for name, split in found.items()}
     for name, summary in summaries.items():
@@ -113,15 +117,38 @@ def report(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
+    if options.to is not None or Path(options.source).is_dir():
+        convert_data(options)
+    else:
+        convert_weights(options)
+
+
+def convert_data(options: argparse.Namespace) -> None:
+    from dat.detection.data.convert import convert_data
+
+    if options.to is None:
+        raise ConfigError(f"--to is absent, should name the format to write the data in {options.source} in")
+    for name in ("annotations", "out"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is for weights, data is written to DST alone")
+    if options.overrides:
+        raise ConfigError(f"{options.overrides[0]} is for weights, data has no configuration")
+    print("\n".join(convert_data(Path(options.source), options.target, options.to, options.link)))
+
+
+def convert_weights(options: argparse.Namespace) -> None:
     from dat.detection.checkpoint import detector_state
     from dat.detection.convert import convert
     from dat.detection.data import read_categories
     from dat.engine.checkpoint import save_checkpoint
 
-    config = load_config(DetectionConfig, options.config, options.overrides)
+    for name in ("annotations", "out"):
+        if getattr(options, name) is None:
+            raise ConfigError(f"--{name} is absent, should be given to convert weights; data needs --to")
+    config = load_config(DetectionConfig, options.source, options.overrides)
     check_config(config)
     categories = read_categories(options.annotations)
-    state = convert(config, options.weights, categories)
+    state = convert(config, options.target, categories)
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out: {options.out.parent} should be a folder")
     save_checkpoint(options.out, {**detector_state(config, categories), "state_dict": state})

@@ -18,8 +18,9 @@ ClassLoss = Literal["focal", "varifocal", "matchability"]
 
 @dataclass
 class TrainDataConfig:
-    """One split and its augmentation. Paths are relative to `data.root`; probabilities are 0 to 1.
+    """One split and its augmentation. Probabilities are 0 to 1.
 
+    `annotations`, `images`: paths relative to `data.root`, "": found there, see docs/detection.md.
     `sizes`: shortest edges in pixels, one is drawn per image. `max_size`: limit of the longest edge.
     `max_pixels`: most pixels of a batch of one process, padding included, so that its memory is bounded; 0: no limit.
     `crop`: probability of DETR's resize, crop, resize branch: the shortest edge is drawn from `crop_resize`, the crop's
@@ -34,8 +35,8 @@ class TrainDataConfig:
     `tile_visible` is inside. `tile_empty`: fraction of the windows without objects that are kept.
     """
 
-    annotations: str = "annotations/instances_train2017.json"
-    images: str = "train2017"
+    annotations: str = ""
+    images: str = ""
     sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))
     max_size: int = 1333
     max_pixels: int = 0
@@ -62,6 +63,7 @@ class TrainDataConfig:
 class ValDataConfig:
     """One split, resized to a shortest edge of `size` pixels and a longest of at most `max_size`.
 
+    `annotations`, `images`: as for training; annotations that are absent from a COCO file are not scored.
     `top_k`: how many detections of an image, or of a tile, count; COCO's own limit is 100 of a class.
     `tiles`: larger images are searched in windows with sides of this many pixels, which overlap by the fraction
     `tile_overlap`, and with `whole_image` once as a whole, for objects larger than the overlap; 0: as a whole only.
@@ -69,8 +71,8 @@ class ValDataConfig:
     `one_class`: only the best class of each query counts.
     """
 
-    annotations: str = "annotations/instances_val2017.json"
-    images: str = "val2017"
+    annotations: str = ""
+    images: str = ""
     size: int = 800
     max_size: int = 1333
     top_k: int = 100
@@ -85,7 +87,7 @@ class ValDataConfig:
 class DataConfig:
     """`cache` "memory": decoded images stay in memory, `cache_gib` of them at most for each process.
 
-    With more than fit in, the first of the training file stay.
+    With more than fit in, the first by name stay, those of training before others.
     `single_class`: all objects are of one class, "object".
     """
 

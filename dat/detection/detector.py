@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import read_dataset, val_loader
+from dat.detection.data import describe_sets, read_dataset, val_loader
 from dat.detection.evaluation import Evaluation, detect, gather_results
 from dat.detection.graph import pad_images
 from dat.detection.models.base import BaseDETR
@@ -20,7 +20,7 @@ from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.export.runtime import is_exported, load_exported
-from dat.utils.errors import CheckpointError, ConfigError
+from dat.utils.errors import CheckpointError, ConfigError, DataError
 from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
 
@@ -114,11 +114,15 @@ class Detector(Predictor):
             overrides: as for from_config; not of the model.
 
         Returns:
-            AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary.
+            AP, AP50, ... and "per_class"; in other processes of torchrun than the first an empty dictionary. Images
+            without annotations, such as those of COCO's image_info_test2017.json, give an empty dictionary too, and
+            only detections.json is written, with the file's image ids.
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
         val = config.data.val
-        annotations = read_dataset(Path(config.data.root), val, self.categories, config.data.single_class)
+        annotations = read_dataset(config.data, "val", self.categories, annotated=False)
+        if distributed.main:
+            print(describe_sets(annotations))
         with checkpoint_errors(str(self.path)):
             if val.tiles:
                 predictor = Predictor.of(model, config, self.categories, distributed, path=self.path)
@@ -136,6 +140,14 @@ class Detector(Predictor):
                 )
         results = gather_results(results)
         if not distributed.main:
+            return {}
+        if not annotations.annotated:
+            text = f"{annotations.path}: has no annotations, so there is nothing to score"
+            if out is None:
+                raise DataError(f"{text}; `out` should be the folder to write detections.json to")
+            Path(out).mkdir(parents=True, exist_ok=True)
+            write_json(Path(out) / "detections.json", results)
+            print(f"{text}; {len(results)} detections are written to {Path(out) / 'detections.json'}")
             return {}
         evaluation = Evaluation.of(annotations, results, every=val.tiles > 0)
         metrics = evaluation.metrics()

@@ -13,7 +13,8 @@ import torch
 from torchvision.ops import box_iou
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import Annotations, cut_into_windows, merge_classes, read_dataset, resized_size
+from dat.detection.data import Annotations, cut_into_windows, read_dataset, resized_size
+from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
@@ -36,8 +37,8 @@ def overfit(config: DetectionConfig, count: int) -> None:
     check_config(config)
     config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
-    train_set = read_dataset(Path(config.data.root), config.data.train, single_class=config.data.single_class)
-    some = choose(cut_into_windows(train_set, config.data.train, config.seed), count)
+    train_set = cut_into_windows(read_dataset(config.data, "train"), config.data.train, config.seed)
+    some = choose(train_set, count)
     output = Path(config.output)
     # Removes the checkpoints of an earlier attempt.
     if distributed.main:

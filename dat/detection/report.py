@@ -126,7 +126,7 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
-    annotations = read_dataset(Path(config.data.root), config.data.val, single_class=config.data.single_class)
+    annotations = read_dataset(config.data, "val")
     images, classes = ({x.id for x in group} for group in (annotations.records, annotations.categories))
     if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")

@@ -1,4 +1,4 @@
-"""Trains a detector on a dataset in COCO's JSON format.
+"""Trains a detector on a data set in any of the formats of `dat.detection.data.formats`.
 
     python -m detection.train CONFIG [key.path=value ...] [--overfit N]
     torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
@@ -9,7 +9,6 @@ in `output`/overfit, and prints the likely reasons if that fails.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
@@ -27,9 +26,8 @@ def train(config: DetectionConfig, transform: Callable[..., Any] | None = None) 
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    root, single_class = Path(config.data.root), config.data.single_class
-    train_set = read_dataset(root, config.data.train, single_class=single_class)
-    val_set = read_dataset(root, config.data.val, train_set.categories, single_class)
+    train_set = read_dataset(config.data, "train")
+    val_set = read_dataset(config.data, "val", train_set.categories)
     resume = prepare_output(config.output, config.train.resume, distributed)
     train_set = cut_into_windows(train_set, config.data.train, config.seed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume, transform).run()

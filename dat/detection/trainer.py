@@ -14,6 +14,7 @@ from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
+from dat.detection.data.readers import describe_sets
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.matcher import Targets
 from dat.detection.models import BaseDETR, build_model
@@ -132,6 +133,10 @@ class DetectionTrainer(Trainer):
 
     def class_state(self) -> dict[str, Any]:
         return class_state(self.train_set.categories)
+
+    def _describe(self) -> str:
+        """The lines at the start of the log; the first says how the data was read."""
+        return f"{describe_sets(self.train_set, self.val_set)}\n{super()._describe()}"
 
     def describe_data(self) -> str:
         train, val = len(self.train_set.records), len(self.val_set.records)

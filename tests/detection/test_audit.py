@@ -23,7 +23,7 @@ def kinds(summary):
 
 
 def test_good_data_is_counted_and_drawn(scenes, tmp_path, capsys):
-    (scenes / "images/other.txt").write_text("not listed")
+    Image.new("RGB", (5, 5)).save(scenes / "images/other.png")
     code, found = run(scenes, tmp_path / "out")
     assert code == 0
     train = found["train"]

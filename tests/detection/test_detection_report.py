@@ -181,7 +181,7 @@ def test_what_there_is_is_reported(interrupted, lacking, capsys):
         detections.write_text(detections.read_text()[:-40])
         said = "detections.json: is not JSON"
     elif lacking == "data":
-        said = "no such annotation file"
+        said = "nowhere does not exist"
     else:
         detections.write_text('[{"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]')
         said = "is of other images or classes than"

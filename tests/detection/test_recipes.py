@@ -44,8 +44,7 @@ def test_all_objects_may_be_of_one_class(config_file, scenes, tmp_path, capsys):
 def build(config_file, *overrides):
     config = load_config(DetectionConfig, config_file, overrides)
     check_config(config)
-    root, data = config.data.root, config.data
-    sets = [read_dataset(config_file.parent / root, split) for split in (data.train, data.val)]
+    sets = [read_dataset(config.data, name) for name in ("train", "val")]
     return DetectionTrainer(config, *sets, Distributed(0, 1, torch.device("cpu")))
 
 

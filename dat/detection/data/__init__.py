@@ -11,17 +11,8 @@ from dat.detection.data.loader import (
     train_loader,
     val_loader,
 )
-from dat.detection.data.readers import read_dataset, register_reader
-from dat.detection.data.records import (
-    Annotations,
-    Category,
-    ImageRecord,
-    Sample,
-    load_image,
-    load_record,
-    merge_classes,
-    read_sample,
-)
+from dat.detection.data.readers import describe_sets, read_dataset, register_reader
+from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, load_record, read_sample
 from dat.detection.data.tiles import cut_into_windows, tile_windows
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
 
@@ -35,10 +26,10 @@ __all__ = [
     "SameSizeBatchSampler",
     "Sample",
     "cut_into_windows",
+    "describe_sets",
     "load_image",
     "load_record",
     "make_loader",
-    "merge_classes",
     "read_categories",
     "read_coco",
     "read_dataset",

@@ -5,20 +5,23 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from dat.detection.data.readers import Split, collecting, find_reader
-from dat.detection.data.records import Annotations, ImageRecord, load_image, merge_classes
+from dat.detection.config import DataConfig
+from dat.detection.data.readers import collecting, read_split
+from dat.detection.data.records import Annotations, ImageRecord, load_image
 from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
+from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.progress import progress_bar
 
 
 @dataclass
 class SplitAudit(Findings):
-    """A split as far as it can be read; `hashes`: readable images by digest, `unlisted`: files that no split lists."""
+    """A split as far as it can be read; `hashes`: readable images by digest, `unlisted`: images that no split lists."""
 
     annotations: Annotations
     hashes: dict[str, list[ImageRecord]] = field(default_factory=lambda: defaultdict(list))
@@ -48,17 +51,19 @@ class SplitAudit(Findings):
         return np.bincount(np.concatenate(labels), minlength=len(self.annotations.categories))
 
 
-def audit_split(root: Path, split: Split, single_class: bool = False) -> SplitAudit:
-    """Reads a split of the data set in `root` and every image of it, and collects the problems."""
-    found = SplitAudit(Annotations(root / split.annotations, (), ()))
+def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
+    """Reads a split of the data set of a configuration and every image of it, and collects the problems."""
+    found = SplitAudit(Annotations(Path(data.root) / getattr(data, name).annotations, (), ()))
     with collecting(found, "annotation file"):
-        found.annotations = find_reader(root, split).read(root, split, found)
-        if single_class:
-            found.annotations = merge_classes(found.annotations)
+        found.annotations = read_split(data, name, found)
+    if not found.annotations.annotated:
+        found.add("no annotations", "the file lists images only", stops=True)
     _check_objects(found)
-    records, folder = found.annotations.records, root / split.images
-    if not folder.is_dir():
-        found.add("missing image file", f"{folder}: no such folder of images", stops=True, count=len(records))
+    records = found.annotations.records
+    folders = {record.path.parent for record in records}
+    if records and not any(folder.is_dir() for folder in folders):
+        text = f"{records[0].path.parent}: no such folder of images"
+        found.add("missing image file", text, stops=True, count=len(records))
         return found
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
@@ -71,14 +76,15 @@ def audit_split(root: Path, split: Split, single_class: bool = False) -> SplitAu
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
             found.add("same image under two names", ", ".join(names[:3]), count=len(names) - 1)
-    found.unlisted = {path for path in folder.rglob("*") if path.is_file()} - {record.path for record in records}
+    files = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS}
+    found.unlisted = files - {record.path for record in records}
     return found
 
 
 def compare(train: SplitAudit, val: SplitAudit) -> None:
     """Adds to `val` the problems that only both splits together show: other categories, and training images.
 
-    Files that the other split lists are no longer among the unlisted ones.
+    Images that the other split lists are no longer among the unlisted ones.
     """
     listed = {record.path for split in (train, val) for record in split.annotations.records}
     train.unlisted, val.unlisted = train.unlisted - listed, val.unlisted - listed

@@ -1,83 +1,155 @@
-"""Readers of data sets by name. A format is one file in `formats`, which registers its reader here."""
+"""Finds the format of a data set and reads its splits. A format is one file in `formats`, which registers itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from dat.detection.data.records import Annotations, Category, merge_classes
+from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
+from dat.detection.data.records import Annotations, Category, merge_classes, path_order
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
-
-class Split(Protocol):
-    """`data.train` or `data.val` of a configuration; paths are relative to `data.root`."""
-
-    annotations: str
-    images: str
+# Without a validation split every fifth image is held out.
+HELD_OUT = 5
 
 
-class Reader(NamedTuple):
-    """A reader of one format.
+class Split(NamedTuple):
+    """A split as a format found it.
 
-    `recognises(root, split)` returns whether a folder has this format. `read(root, split, problems)` reads a split and
-    adds its problems to `problems`, which may raise at the first that would stop training.
+    `name` is shown to the user, such as "train/". `read(problems, images)` reads it and adds its problems to
+    `problems`, which may raise at the first that would stop training; `images`: the folder of its images, None: found.
     """
 
     name: str
-    recognises: Callable[[Path, Split], bool]
-    read: Callable[[Path, Split, Findings], Annotations]
+    read: Callable[[Findings, Path | None], Annotations]
+
+
+class Found(NamedTuple):
+    """The format of a folder, as it is shown to the user, and its splits: "train", "val" and "test", where there."""
+
+    format: str
+    splits: dict[str, Split]
+
+
+class Reader(NamedTuple):
+    """One format.
+
+    `find(path)` returns what a folder, or a file of annotations, holds in this format; None: it is of another.
+    `layout` says what it looks for. `write`: see Writer; None: the format is only read.
+    """
+
+    find: Callable[[Path], Found | None]
+    layout: str
+    write: "Writer | None"
+
+
+class Writer(Protocol):
+    """Writes the splits of a data set into an empty folder.
+
+    `place(image, path)` puts an image file at `path`. Returns a line for each kind of content that is lost.
+    """
+
+    def __call__(
+        self, folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path, Path], None]
+    ) -> list[str]: ...
 
 
 READERS: dict[str, Reader] = {}
 
 
-def register_reader(
-    name: str,
-    recognises: Callable[[Path, Split], bool],
-    read: Callable[[Path, Split, Findings], Annotations],
-) -> None:
-    """Adds a format; see Reader."""
-    READERS[name] = Reader(name, recognises, read)
+def register_reader(name: str, find: Callable[[Path], Found | None], layout: str, write: Writer | None = None) -> None:
+    """Adds a format; see Reader. Formats are tried in the order in which they were added."""
+    READERS[name] = Reader(find, layout, write)
 
 
-def find_reader(root: Path, split: Split) -> Reader:
-    """The first reader that recognises a folder. Raises DataError where none does."""
+def find_format(path: Path) -> Found:
+    """The splits of a folder, or of a file of annotations. Raises DataError where no format recognises it."""
     for reader in READERS.values():
-        if reader.recognises(root, split):
-            return reader
-    raise DataError(
-        f"{root / split.annotations}: no such annotation file, and {root} is of no known format ({', '.join(READERS)})"
-    )
+        found = reader.find(path)
+        if found is not None and found.splits:
+            return found
+    layouts = "; ".join(f"{name}: {reader.layout}" for name, reader in READERS.items())
+    if path.is_file():
+        raise DataError(f"{path}: is of no known format ({layouts})")
+    names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    holds = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+    raise DataError(f"{path} holds {holds}; it should hold data of a known format ({layouts})")
+
+
+def existing(folder: Path, *names: str) -> Path | None:
+    """The first of these files and folders that exists in `folder`."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def read_dataset(
-    root: Path, split: Split, categories: tuple[Category, ...] | None = None, single_class: bool = False
+    data: DataConfig,
+    name: Literal["train", "val"],
+    categories: tuple[Category, ...] | None = None,
+    annotated: bool = True,
 ) -> Annotations:
-    """Reads and checks a split of the data set in the folder `root`, in whichever format it is.
+    """Reads and checks a split of a data set, in whichever format it is; its images are in the order of their paths.
 
     Args:
-        root: folder of the data set.
-        split: where in it the annotations and the images are.
+        data: `data.root` and, where it is not to be found there, `data.NAME.annotations` and `data.NAME.images`.
+        name: of the split.
         categories: those that the split must have (a validation split: those of training); None: any.
-        single_class: give all objects one class, see merge_classes.
+        annotated: whether images without any annotations, such as COCO's test files list, are an error.
 
     Raises:
         DataError: a folder of no known format, malformed annotations, absent images, other categories.
     """
+    found = read_strictly(lambda problems: read_split(data, name, problems), categories)
+    if not found.records:
+        raise DataError(f"{found.path}: data.{name} has no images, should have one or more")
+    if annotated and not found.annotated:
+        raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
+    return found
 
-    def read(problems: Findings) -> Annotations:
-        found = find_reader(root, split).read(root, split, problems)
-        return merge_classes(found) if single_class else found
 
-    return read_strictly(read, categories)
+def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findings) -> Annotations:
+    """Reads a split as far as it can be read, and adds its problems to `problems`. Arguments as in read_dataset."""
+    root = Path(data.root)
+    given: TrainDataConfig | ValDataConfig = getattr(data, name)
+    found, split, shared = _find_split(data, name)
+    annotations = split.read(problems, root / given.images if given.images else None)
+    annotations = arrange(annotations, f"{root}: {found.format}", split)
+    if shared:
+        records, extent = annotations.records, annotations.extent
+        count = f"{len(records) // HELD_OUT} of {len(records)} images"
+        rule = f"every {HELD_OUT}th image, by name, is for validation ({count})"
+        extent = f"{extent}, no validation split: {rule}"
+        if 0 < len(records) < HELD_OUT:
+            text = f"{annotations.path}: {extent}, too few; data.val.annotations should name a validation split"
+            problems.add("validation split", text, stops=True)
+        held = range(HELD_OUT - 1, len(records), HELD_OUT)
+        records = tuple(record for i, record in enumerate(records) if (i in held) == (name == "val"))
+        annotations = replace(annotations, records=records, extent=extent)
+    return merge_classes(annotations) if data.single_class else annotations
+
+
+def arrange(annotations: Annotations, shown: str, split: Split) -> Annotations:
+    """A whole split with its images in the order of their paths. `shown`: the folder and its format."""
+    records = tuple(sorted(annotations.records, key=lambda record: path_order(record.path)))
+    return replace(annotations, records=records, format=shown, extent=f"{split.name} {len(records)} images")
+
+
+def describe_sets(*sets: Annotations) -> str:
+    """Where splits were found and in which format, on one line."""
+    formats = list(dict.fromkeys(annotations.format for annotations in sets))
+    parts = [
+        ", ".join([text, *dict.fromkeys(annotations.extent for annotations in sets if annotations.format == text)])
+        for text in formats
+    ]
+    count = len(sets[0].categories)
+    return f"{'; '.join(parts)}, {count} class{'es' * (count != 1)}"
 
 
 def read_strictly(
     read: Callable[[Findings], Annotations], categories: tuple[Category, ...] | None = None
 ) -> Annotations:
-    """Calls `read`, and raises DataError at the first problem. Arguments as in Reader and read_dataset."""
+    """Calls `read`, and raises DataError at the first problem. Arguments as in Split and read_dataset."""
     problems = FirstProblem()
     found = read(problems)
     if categories is not None and found.categories != categories:
@@ -113,6 +185,39 @@ def collecting(problems: Findings, kind: str) -> Iterator[None]:
         yield
     except DataError as error:
         problems.add(kind, str(error), stops=True)
+
+
+def _find_split(data: DataConfig, name: Literal["train", "val"]) -> tuple[Found, Split, bool]:
+    """The format and the split, and whether the split also has the images of the other."""
+    root = Path(data.root)
+    given: TrainDataConfig | ValDataConfig = getattr(data, name)
+    path = root / given.annotations
+    if not root.is_dir():
+        raise DataError(f"data.root: {root} does not exist; it should be the folder of the data")
+    if not path.exists():
+        raise DataError(f"{path}: no such annotation file{_hint(root, name)}")
+    found = find_format(path)
+    splits = found.splits
+    if given.annotations and len(splits) == 1:
+        return found, next(iter(splits.values())), False
+    if name == "train" and "train" in splits:
+        both = {"val", "test"}.isdisjoint(splits) and not data.val.annotations
+        return found, splits["train"], both and not given.annotations
+    if name == "val" and ("val" in splits or "test" in splits):
+        return found, splits.get("val") or splits["test"], False
+    if name == "val" and "train" in splits and not data.train.annotations:
+        return found, splits["train"], True
+    there = ", ".join(split.name for split in splits.values())
+    raise DataError(f"{path}: {found.format}, has {there} only; data.{name}.annotations should name another split")
+
+
+def _hint(root: Path, name: str) -> str:
+    """Says that the data would be found without the paths given, if it would."""
+    try:
+        found = find_format(root)
+    except DataError:
+        return ""
+    return f"; {root} is {found.format}, which is read without data.{name}.annotations and data.{name}.images"
 
 
 def _names(categories: tuple[Category, ...]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.utils import natural_key
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -52,12 +53,17 @@ class Annotations:
     """A split of a data set. A label is the index of its category, and categories are in the order of their ids.
 
     `path` is the file or folder that messages name; `warning` counts boxes that reading dropped or clipped, "" if none.
+    `annotated` is False where the images have no annotations at all, as in COCO's test files. `format` and `extent` say
+    how the data set was read, and which part of it.
     """
 
     path: Path
     categories: tuple[Category, ...]
     records: tuple[ImageRecord, ...]
     warning: str = ""
+    annotated: bool = True
+    format: str = ""
+    extent: str = ""
 
     def objects(self, record: ImageRecord) -> list[dict[str, Any]]:
         """The objects of an image as COCO annotations without ids: "bbox" is (x, y, width, height) in pixels."""
@@ -91,6 +97,11 @@ def merge_classes(annotations: Annotations) -> Annotations:
     """The annotations with all objects of one class, "object", whose category id is 1."""
     records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
     return replace(annotations, categories=(Category(1, "object"),), records=records)
+
+
+def path_order(path: Path) -> Any:
+    """Sorts images by their paths, numbers in them as numbers, so that every format gives the same order."""
+    return natural_key(str(path)), str(path)
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dat.detection.data.readers import collecting, read_strictly, register_reader
+from dat.detection.data.readers import collecting, read_strictly
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -44,7 +44,7 @@ def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
         ImageRecord(image_id, images / entry["file_name"], entry["width"], entry["height"], *_arrays(objects[image_id]))
         for image_id, entry in entries.items()
     ]
-    return Annotations(path, categories, tuple(records))
+    return Annotations(path, categories, tuple(records), annotated="annotations" in data)
 
 
 def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[float, float, float, float] | None, bool]:
@@ -62,7 +62,10 @@ def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[floa
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The contents of an annotation file. Raises DataError unless 'images', 'annotations', 'categories' are lists."""
+    """The contents of an annotation file. Raises DataError unless 'images', 'annotations', 'categories' are lists.
+
+    'annotations' may be absent, as in COCO's image_info_test2017.json.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             data = json.load(file)
@@ -73,7 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
     for key in ("images", "annotations", "categories"):
-        if not isinstance(data.get(key), list):
+        if not isinstance(data.get(key), list) and (key in data or key != "annotations"):
             problem = "is not a list" if key in data else "is absent"
             raise DataError(f"{path}: is not COCO: '{key}' {problem}")
     return data
@@ -136,7 +139,7 @@ def _objects(
     """For each image id: box (x0, y0, x1, y1), label, crowd flag and area of its objects."""
     label_of = {category.id: label for label, category in enumerate(categories)}
     found: dict[int, list[tuple[Any, ...]]] = {image_id: [] for image_id in images}
-    for i, entry in enumerate(data["annotations"]):
+    for i, entry in enumerate(data.get("annotations", ())):
         with collecting(problems, "malformed annotation"):
             where = f"annotations[{i}]"
             image_id, category_id, bbox = _ids_and_bbox(path, entry, where, label_of, images)
@@ -190,10 +193,3 @@ def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]:
         np.array(crowd, dtype=bool),
         np.array(areas, dtype=np.float32),
     )
-
-
-register_reader(
-    "coco",
-    recognises=lambda root, split: (root / split.annotations).is_file(),
-    read=lambda root, split, problems: parse_coco(root / split.annotations, root / split.images, problems),
-)

@@ -1,0 +1,116 @@
+"""Folders with COCO's JSON: which file and which images belong to a split, and how such a folder is written.
+
+COCO's own, those that Roboflow, CVAT, Label Studio and FiftyOne export, and plain train.json, val.json and images/.
+"""
+
+import json
+import mmap
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dat.detection.data.formats.coco import parse_coco
+from dat.detection.data.objects import relative_names
+from dat.detection.data.readers import Found, Split, existing, register_reader
+from dat.detection.data.records import Annotations
+from dat.engine.audit import Findings
+from dat.utils.errors import DataError
+from dat.utils.files import write_json
+
+# Names of a split's file or folder.
+WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+_ROBOFLOW = "_annotations.coco.json"
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+
+def find(path: Path) -> Found | None:
+    """The splits of a folder, or of one file of annotations."""
+    if path.is_file():
+        return Found("COCO", {"train": _split(path, path.parent)}) if path.suffix.lower() == ".json" else None
+    files = {split: file for split, words in WORDS.items() if (file := _file(path, words))}
+    if "train" in files or "val" in files:
+        roboflow = any(file.name == _ROBOFLOW for file in files.values())
+        splits = {split: _split(file, path) for split, file in files.items()}
+        return Found("Roboflow COCO" if roboflow else "COCO", splits)
+    single = {
+        _ROBOFLOW: "Roboflow COCO",
+        "annotations/instances_default.json": "CVAT COCO",
+        "result.json": "Label Studio COCO",
+        "annotations.json": "COCO",
+        "labels.json": "COCO",
+    }
+    file = existing(path, *single)
+    return Found(single[file.relative_to(path).as_posix()], {"train": _split(file, path)}) if file else None
+
+
+def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path, Path], None]) -> list[str]:
+    """Writes annotations/instances_SPLIT.json and images/SPLIT/."""
+    (folder / "annotations").mkdir()
+    for split, annotations in splits.items():
+        content, names = annotations.to_coco(), relative_names(annotations)
+        for entry, record, name in zip(content["images"], annotations.records, names, strict=True):
+            place(record.path, folder / "images" / split / name)
+            entry["file_name"] = name.as_posix()
+        if not annotations.annotated:
+            del content["annotations"]
+        write_json(folder / "annotations" / f"instances_{split}.json", content)
+    return []
+
+
+def _file(root: Path, words: tuple[str, ...]) -> Path | None:
+    """The annotations of a split. Raises DataError where several files could be meant."""
+    for word in words:
+        for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
+                        f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
+            files = sorted(root.glob(pattern))
+            if len(files) > 1:
+                names = ", ".join(file.relative_to(root).as_posix() for file in files[:5])
+                keys = "data.train.annotations and data.val.annotations"
+                raise DataError(f"{root} holds {names}, of which any could be COCO's; {keys} should name one each")
+            if files:
+                return files[0]
+    return None
+
+
+def _split(file: Path, root: Path) -> Split:
+    def read(problems: Findings, images: Path | None) -> Annotations:
+        return parse_coco(file, images or _images(file), problems)
+
+    name = file.relative_to(root)
+    return Split(f"{name.parent}/" if name.name == _ROBOFLOW and name.parent.parts else name.as_posix(), read)
+
+
+def _images(file: Path) -> Path:
+    """The folder near an annotation file that holds the first image it lists."""
+    tag = re.sub(r"^(instances|image_info|person_keypoints)_", "", file.stem).replace("-dev", "")
+    above = [file.parent.parent] if file.parent.name.lower() in ("annotations", "labels") else []
+    folders = [
+        folder
+        for base in (file.parent, *above)
+        for folder in (base / "images" / tag, base / tag, base / "images", base / "data", base)
+        if folder.is_dir()
+    ]
+    name = _first_image(file)
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+def _first_image(file: Path) -> str:
+    """The first file name of an annotation file, which is too large to be parsed twice; "": none."""
+    if not file.stat().st_size:
+        return ""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = _FILE_NAME.search(content)
+        try:
+            return json.loads(found[1]) if found else ""
+        # parse_coco names the error.
+        except ValueError:
+            return ""
+
+
+register_reader(
+    "coco",
+    find,
+    "train.json and val.json, annotations/instances_train*.json, or train/_annotations.coco.json",
+    write,
+)

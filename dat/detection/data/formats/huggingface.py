@@ -1,0 +1,247 @@
+"""Object detection data of the Hugging Face hub, in a local folder: metadata.jsonl beside images, or .parquet files.
+
+Each row has an image and `objects`, {"bbox": [[x, y, width, height], ...], "categories": [...]} in pixels, or a list of
+{"bbox": [x, y, width, height], "category": ...}. Classes are names, or numbers whose names are in the features of
+README.md or of the .parquet file. Images of .parquet files are extracted once, into the cache of huggingface_hub.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import cached_assets_path
+
+from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, read_text
+from dat.detection.data.readers import Found, Split, collecting, register_reader
+from dat.detection.data.records import Annotations, path_order
+from dat.engine.audit import Findings
+from dat.utils.errors import ConfigError, DataError
+
+_WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+_CLASS_KEYS = ("categories", "category", "labels", "label", "category_id")
+
+
+class _Row(NamedTuple):
+    """An image and its objects; `where` names its line or row in messages."""
+
+    image: Any
+    objects: Any
+    where: str
+
+
+def find(path: Path) -> Found | None:
+    """The splits of a folder, or of one metadata.jsonl or .parquet file."""
+    if path.is_file():
+        files = {"train": [path]} if path.suffix in (".jsonl", ".parquet") else {}
+        root = path.parent
+    else:
+        found = {split: _files(path, words) for split, words in _WORDS.items()}
+        files, root = {split: some for split, some in found.items() if some}, path
+        if not files and (path / "metadata.jsonl").is_file():
+            files = {"train": [path / "metadata.jsonl"]}
+    files = {split: some for split, some in files.items() if _has_objects(some[0])}
+    everything = [file for some in files.values() for file in some]
+    splits = {
+        split: Split(
+            ", ".join(f.relative_to(root).as_posix() for f in some[:2]), partial(_read, root, some, everything)
+        )
+        for split, some in files.items()
+    }
+    return Found("Hugging Face", splits)
+
+
+def _files(root: Path, words: Sequence[str]) -> list[Path]:
+    for word in words:
+        for pattern in (f"{word}/metadata.jsonl", f"data/{word}-*.parquet", f"{word}/*.parquet", f"{word}*.parquet"):
+            if found := sorted(root.glob(pattern)):
+                return found
+    return []
+
+
+def _has_objects(file: Path) -> bool:
+    """Whether the first line has objects; .parquet files are opened only when they are read."""
+    if file.suffix == ".parquet":
+        return True
+    with file.open("rb") as opened:
+        return b'"objects"' in opened.readline(2**20)
+
+
+def _read(
+    root: Path, files: Sequence[Path], everything: Sequence[Path], problems: Findings, images: Path | None
+) -> Annotations:
+    known = _names_in_readme(root / "README.md") or next(filter(None, map(_names_in_parquet, everything)), None)
+    names = known or _names_in_use(everything)
+    categories = make_categories(names, files[0])
+    numbers = {str(value): label for label, name in enumerate(names) for value in ((name, label) if known else (name,))}
+    rows = sorted(_rows(files, problems, images), key=lambda row: path_order(row.image))
+    records = []
+    for number, (row, size) in enumerate(zip(rows, image_sizes([row.image for row in rows], problems), strict=True), 1):
+        if size is not None:
+            with collecting(problems, "malformed row"):
+                records.append(make_record(number, row.image, size, _objects(row, numbers), problems))
+    return Annotations(files[0], categories, tuple(records))
+
+
+def _objects(row: _Row, numbers: dict[str, int]) -> Iterator[Object]:
+    for box, name, crowd, area in _entries(row):
+        numeric = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+        if not numeric:
+            raise DataError(f"{row.where}: bbox is {str(box)[:100]}, should be four numbers x, y, width, height")
+        if str(name) not in numbers:
+            raise DataError(f"{row.where}: category is {name!r}, should be one of {', '.join(list(numbers)[:10])}")
+        x, y, w, h = box
+        yield Object((x, y, x + w, y + h), numbers[str(name)], row.where, bool(crowd), area)
+
+
+def _entries(row: _Row) -> Iterable[tuple[Any, Any, Any, Any]]:
+    """(box, class, crowd, area) of each object, from a dictionary of lists or a list of dictionaries."""
+    # Images without objects may lack the key.
+    objects: Any = [] if row.objects is None else row.objects
+    if isinstance(objects, list) and all(isinstance(entry, dict) for entry in objects):
+        keys = {key for entry in objects for key in entry}
+        objects = {key: [entry.get(key) for entry in objects] for key in keys} or {"bbox": [], "category": []}
+    key = next((key for key in _CLASS_KEYS if isinstance(objects, dict) and key in objects), "")
+    boxes = objects.get("bbox") if isinstance(objects, dict) else None
+    if not key or not isinstance(boxes, list) or not isinstance(objects[key], list) or len(objects[key]) != len(boxes):
+        text = f"{row.where}: objects is {str(row.objects)[:100]}"
+        raise DataError(f"{text}, should be lists of equal lengths bbox and categories")
+    crowds, areas = (objects.get(name) or [None] * len(boxes) for name in ("iscrowd", "area"))
+    return zip(boxes, objects[key], crowds, areas, strict=False)
+
+
+def _rows(files: Sequence[Path], problems: Findings, images: Path | None = None) -> Iterator[_Row]:
+    for file in files:
+        if file.suffix == ".parquet":
+            yield from _extracted(file)
+        else:
+            for where, row in _lines(file, problems):
+                yield _Row((images or file.parent) / row["file_name"], row.get("objects"), where)
+
+
+def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig") as opened:
+        for number, line in enumerate(opened, start=1):
+            if not line.strip():
+                continue
+            with collecting(problems, "malformed line"):
+                where = f"{file}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{where}: {line[:100]!r} is not JSON: {error}") from error
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    raise DataError(f"{where}: {line.strip()[:100]!r} should be an object with file_name and objects")
+                yield where, row
+
+
+def _parquet(file: Path) -> Any:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ConfigError(f"{file}: reading .parquet files needs pyarrow: pip install pyarrow") from error
+    try:
+        return parquet.ParquetFile(file)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as .parquet: {' '.join(str(error).split())}") from error
+
+
+def _extracted(file: Path) -> Iterator[_Row]:
+    """The rows of a .parquet file, its images written to files."""
+    opened = _parquet(file)
+    columns = opened.schema_arrow.names
+    if "image" not in columns or "objects" not in columns:
+        raise DataError(f"{file}: has the columns {', '.join(columns)}, should have image and objects")
+    state = file.stat()
+    digest = hashlib.blake2b(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode(), digest_size=16)
+    folder = cached_assets_path("dat", namespace="parquet", subfolder=digest.hexdigest())
+    number = 0
+    for batch in opened.iter_batches(batch_size=64, columns=["image", "objects"]):
+        for row in batch.to_pylist():
+            image, where = row["image"], f"{file}: row {number}"
+            if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
+                raise DataError(f"{where}: image is {str(image)[:100]}, should have bytes or a path")
+            # Rows may have the same name; the number keeps the order of the file.
+            path = folder / f"{file.stem}_{number:07d}_{Path(image.get('path') or 'image').name}"
+            if not image.get("bytes"):
+                path = file.parent / image["path"]
+            elif not path.is_file() or path.stat().st_size != len(image["bytes"]):
+                # Other processes of torchrun may extract the same file.
+                temporary = path.with_name(f"{path.name}.{os.getpid()}")
+                temporary.write_bytes(image["bytes"])
+                os.replace(temporary, path)
+            yield _Row(path, row["objects"], where)
+            number += 1
+
+
+def _names_in_use(files: Sequence[Path]) -> list[str]:
+    """The classes of all splits, numbers as text: in the order of the numbers, names in alphabetical order."""
+    found: set[Any] = set()
+    for file in files:
+        if file.suffix == ".parquet":
+            batches = _parquet(file).iter_batches(columns=["objects"])
+            rows = [_Row(None, row["objects"], str(file)) for batch in batches for row in batch.to_pylist()]
+        else:
+            rows = [_Row(None, row.get("objects"), where) for where, row in _lines(file, Findings())]
+        for row in rows:
+            try:
+                found |= {name for _, name, _, _ in _entries(row) if isinstance(name, (int, str))}
+            # The row is named when its split is read.
+            except DataError:
+                continue
+    numbers = [str(i) for i in range(max((name for name in found if isinstance(name, int)), default=-1) + 1)]
+    return numbers or sorted(name for name in found if isinstance(name, str))
+
+
+def _names_in_readme(file: Path) -> list[str] | None:
+    """The names of the class labels of `objects` in the front matter of a dataset card; None: there are none."""
+    text = read_text(file, "a dataset card") if file.is_file() else ""
+    front = text.split("---")[1] if text.startswith("---") else ""
+    try:
+        # Everything stays text: safe_load would read a class "no" as False.
+        content = yaml.load(front, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise DataError(f"{file}: its front matter is not valid YAML: {' '.join(str(error).split())}") from error
+    for entry in _walk(content):
+        if entry.get("name") == "objects":
+            labels = [inner["class_label"] for inner in _walk(entry) if isinstance(inner.get("class_label"), dict)]
+            names = labels[0].get("names") if labels else None
+            if isinstance(names, dict):
+                names = [names.get(str(i)) for i in range(len(names))]
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return names
+    return None
+
+
+def _names_in_parquet(file: Path) -> list[str] | None:
+    if file.suffix != ".parquet":
+        return None
+    metadata = (_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        content = json.loads(metadata)
+    except ValueError:
+        return None
+    features = [entry["objects"] for entry in _walk(content) if "objects" in entry]
+    names = [entry.get("names") for entry in _walk(features) if entry.get("_type") == "ClassLabel"]
+    return (
+        names[0] if names and isinstance(names[0], list) and all(isinstance(name, str) for name in names[0]) else None
+    )
+
+
+def _walk(content: Any) -> Iterator[dict[str, Any]]:
+    """All dictionaries in nested lists and dictionaries, each once: YAML's aliases may repeat them without end."""
+    waiting, seen = [content], set()
+    while waiting:
+        item = waiting.pop(0)
+        if isinstance(item, (dict, list)) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += item.values() if isinstance(item, dict) else item
+            if isinstance(item, dict):
+                yield item
+
+
+register_reader("huggingface", find, "train/metadata.jsonl or data/train-*.parquet with objects")

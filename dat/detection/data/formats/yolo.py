@@ -1,0 +1,251 @@
+"""YOLO's text files: one for each image, with a line "class x y width height" for each object, in parts of the image.
+
+A line may also be a polygon, "class x y x y x y ...", whose extent is the box. The classes and splits are in data.yaml
+(Ultralytics, Roboflow), in obj.data and obj.names (Darknet, CVAT), or in classes.txt beside images/ and labels/ (Label
+Studio).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dat.detection.data.objects import (
+    Object,
+    image_sizes,
+    lost_areas,
+    make_categories,
+    make_record,
+    read_text,
+    relative_names,
+    same_labels,
+)
+from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
+from dat.detection.data.records import Annotations, Category, ImageRecord, path_order
+from dat.engine.audit import Findings
+from dat.utils.errors import DataError
+from dat.utils.files import find_images
+
+_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+_LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
+# Coordinates that rounding moved outside the image by less than this are no mistake.
+_ROUNDING = 0.01
+
+
+class _Folder(NamedTuple):
+    """A data set: `file` names its classes, `keypoints`: of a line only the first five numbers are the box."""
+
+    root: Path
+    file: Path
+    names: list[str] | None
+    keypoints: bool = False
+
+
+def find(path: Path) -> Found | None:
+    """The splits of a folder, or of the one file that describes it."""
+    file = path if path.is_file() else existing(path, "data.yaml", "dataset.yaml", "data.yml", "obj.data")
+    if file is None:
+        return _from_folders(path)
+    if file.suffix == ".data":
+        values = dict(line.split("=", 1) for line in read_text(file, "key = value").splitlines() if "=" in line)
+        content: Any = {key.strip(): value.strip() for key, value in values.items()}
+        names: list[str] | None = _read_names(_locate(file.parent, str(content.get("names", ""))))
+    elif file.suffix in (".yaml", ".yml"):
+        content = _read_yaml(file)
+        names = _names(file, content["names"]) if isinstance(content, dict) and "names" in content else None
+    else:
+        return None
+    if not isinstance(content, dict) or names is None:
+        return None
+    found = {split: next((content[key] for key in keys if content.get(key)), None) for split, keys in _KEYS.items()}
+    # `path` may be a folder of the machine that made the file.
+    base = file.parent / str(content.get("path", ""))
+    places = [_locate(base, value) for value in _listed(found["train"] or found["val"])]
+    folder = _Folder(base if any(p.exists() for p in places) else file.parent, file, names, "kpt_shape" in content)
+    # Roboflow names a folder of test images where it exports none.
+    if found["test"] and not _locate(folder.root, str(found["test"])).exists():
+        found["test"] = None
+    return Found("YOLO", {name: _split(folder, value) for name, value in found.items() if value is not None})
+
+
+def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path, Path], None]) -> list[str]:
+    """Writes data.yaml, images/SPLIT/ and labels/SPLIT/; crowds are left out."""
+    crowds = sum(int(record.crowd.sum()) for annotations in splits.values() for record in annotations.records)
+    for split, annotations in splits.items():
+        same_labels(annotations)
+        for record, name in zip(annotations.records, relative_names(annotations), strict=True):
+            path = folder / "images" / split / name
+            place(record.path, path)
+            label = _label_path(path, folder)
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text("".join(_lines(record)), encoding="utf-8")
+    categories = next(iter(splits.values())).categories
+    content = {split: f"images/{split}" for split in splits} | {"names": {i: c.name for i, c in enumerate(categories)}}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
+    lost = [f"{crowds} crowds are left out, as YOLO has none"] if crowds else []
+    return [*lost, *lost_areas(splits)]
+
+
+def _lines(record: ImageRecord) -> Iterator[str]:
+    boxes = record.boxes.astype(float).tolist()
+    for (x0, y0, x1, y1), label, crowd in zip(boxes, record.labels.tolist(), record.crowd.tolist(), strict=True):
+        if not crowd:
+            width, height = record.width, record.height
+            parts = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
+            # The shortest text that Python reads back as the same number.
+            yield f"{label} {' '.join(map(repr, parts))}\n"
+
+
+def _from_folders(root: Path) -> Found | None:
+    """images/ and labels/ with the splits inside or without, train/images/ and so on, or images with texts beside."""
+    lists = [root / name for name in _LISTS_OF_NAMES if (root / name).is_file()]
+    if not lists and not any(any(root.glob(f"{place}/*.txt")) for place in ("labels", "labels/train", "train/labels")):
+        return None
+    folder = _Folder(root, lists[0] if lists else root, _read_names(lists[0]) if lists else None)
+    for pattern in ("images/{}", "{}/images", "{}"):
+        found = {
+            split: name
+            for split, words in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",)))
+            if (name := next((pattern.format(word) for word in words if (root / pattern.format(word)).is_dir()), ""))
+        }
+        if "train" in found:
+            return Found("YOLO", {split: _split(folder, name) for split, name in found.items()})
+    return Found("YOLO", {"train": _split(folder, "images" if (root / "images").is_dir() else ".")})
+
+
+def _split(folder: _Folder, value: Any) -> Split:
+    """The split of an entry of data.yaml: a folder, a text file that lists images, or a list of these."""
+    values = _listed(value)
+    places = [_locate(folder.root, text) for text in values]
+    names = [f"{text.rstrip('/')}/" if place.is_dir() else text for text, place in zip(values, places, strict=True)]
+    return Split(", ".join(names), partial(_read, folder, places))
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: Path | None) -> Annotations:
+    paths = sorted({path for place in ([images] if images else places) for path in _images(place)}, key=path_order)
+    names = _numbers(folder.root) if folder.names is None else folder.names
+    categories = make_categories(names, folder.file)
+    labels = {path: label for path in paths if (label := _find_label(path, folder.root)).is_file()}
+    if not labels:
+        wanted = _label_path(paths[0], folder.root) if paths else "labels/"
+        problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
+    records = []
+    for number, (path, size) in enumerate(zip(paths, image_sizes(paths, problems), strict=True), start=1):
+        if size is not None:
+            text = labels.get(path)
+            objects = _objects(text, size, categories, folder.keypoints, problems) if text else ()
+            records.append(make_record(number, path, size, objects, problems))
+    return Annotations(folder.file, categories, tuple(records))
+
+
+def _objects(
+    path: Path, size: tuple[int, int], categories: Sequence[Category], keypoints: bool, problems: Findings
+) -> Iterator[Object]:
+    text = ""
+    with collecting(problems, "label file"):
+        text = read_text(path, "lines of class x y width height")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            with collecting(problems, "malformed line"):
+                label, box = _parse(line.split(), f"{path}:{number}: {line[:100]!r}", len(categories), keypoints)
+                scaled = (box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1])
+                # Rounding must not move an edge off the border, where an equal box of another format has it.
+                x0, y0 = (0.0 if abs(value) < 1e-9 else value for value in scaled[:2])
+                yield Object((x0, y0, *scaled[2:]), label, f"{path.name}:{number}")
+
+
+def _parse(
+    words: Sequence[str], where: str, count: int, keypoints: bool
+) -> tuple[int, tuple[float, float, float, float]]:
+    """The class and box (x0, y0, x1, y1) of a line, in parts of the image. Raises DataError."""
+    try:
+        label, values = float(words[0]), [float(word) for word in words[1:]]
+    except ValueError:
+        raise DataError(f"{where}, should be numbers: class x y width height, or class x y x y x y ...") from None
+    values = values[:4] if keypoints else values
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise DataError(f"{where} has {len(words)} numbers, should be class x y width height, or class x y x y x y ...")
+    if not label.is_integer() or not 0 <= label < count:
+        raise DataError(f"{where} has class {words[0]}, should be 0 to {count - 1}, as there are {count} classes")
+    if not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
+        raise DataError(f"{where} has coordinates outside 0 to 1, should be parts of the image's width and height")
+    if len(values) == 4:
+        x, y, w, h = values
+        return int(label), (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    xs, ys = values[::2], values[1::2]
+    return int(label), (min(xs), min(ys), max(xs), max(ys))
+
+
+def _images(place: Path) -> list[Path]:
+    """The images of a folder, or those that a text file lists."""
+    if place.is_dir():
+        return find_images(place)
+    if place.suffix != ".txt":
+        raise DataError(f"{place}: no such folder or list of images")
+    lines = [line.strip() for line in read_text(place, "a path of an image on each line").splitlines()]
+    return [_locate(place.parent, line) for line in lines if line]
+
+
+def _locate(root: Path, text: str) -> Path:
+    """A path of a description, which may be of another machine or folder: its longest end that exists below `root`."""
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    given = root / text
+    ends = [root.joinpath(*parts[i:]) for i in range(len(parts))]
+    return next((path for path in (given, *ends) if path.exists()), given)
+
+
+def _find_label(image: Path, root: Path) -> Path:
+    label = _label_path(image, root)
+    return label if label.is_file() else image.with_suffix(".txt")
+
+
+def _label_path(image: Path, root: Path) -> Path:
+    """The text of an image: in labels/ where the image is in images/, else beside it."""
+    inside = image.is_relative_to(root)
+    parts = list((image.relative_to(root) if inside else image).with_suffix(".txt").parts)
+    places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+    return root.joinpath(*parts) if inside else Path(*parts)
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        # Everything stays text: safe_load would read a class "no" as False.
+        return yaml.load(read_text(file, "YAML"), yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _names(file: Path, value: Any) -> list[str]:
+    """The names of data.yaml, a list or a dictionary by number. Raises DataError for anything else."""
+    names = value
+    if isinstance(value, dict):
+        numbered = {int(key) if str(key).isdecimal() else -1: name for key, name in value.items()}
+        names = [numbered.get(i) for i in range(len(value))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file}: names is {str(value)[:100]}, should be class names, a list or 0: name, 1: name")
+    return names
+
+
+def _read_names(file: Path) -> list[str]:
+    return [line.strip() for line in read_text(file, "a class name on each line").splitlines() if line.strip()]
+
+
+def _numbers(root: Path) -> list[str]:
+    """Numbers as the names of the classes, up to the largest that any label below `root` has."""
+    largest = -1
+    for path in root.glob("**/labels/**/*.txt"):
+        lines = [line.split() for line in read_text(path, "lines of class x y width height").splitlines()]
+        largest = max([largest, *(int(words[0]) for words in lines if words and words[0].isdecimal())])
+    return [str(i) for i in range(largest + 1)]
+
+
+register_reader("yolo", find, "data.yaml, obj.data, or images/ and labels/ with classes.txt", write)

@@ -1,0 +1,137 @@
+"""Parts that several formats need: records of objects, names of images, and sizes of image files."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dat.detection.data.formats.coco import clip_box
+from dat.detection.data.records import Annotations, Category, ImageRecord
+from dat.engine.audit import Findings
+from dat.utils.errors import DataError
+from dat.utils.images import UNREADABLE, open_image
+
+# EXIF orientations that turn an image by 90 degrees.
+_TURNED = (5, 6, 7, 8)
+
+# Annotations of one image, or a list of images, are no larger than this many bytes.
+LARGEST_FILE = 64 * 2**20
+
+
+class Object(NamedTuple):
+    """An object of an image: `box` (x0, y0, x1, y1) in pixels; `where` names its line in messages."""
+
+    box: tuple[float, float, float, float]
+    label: int
+    where: str
+    crowd: bool = False
+    area: float | None = None
+
+
+def make_record(
+    image_id: int, path: Path, size: tuple[int, int], objects: Iterable[Object], problems: Findings
+) -> ImageRecord:
+    """The record of an image of `size` (width, height); boxes are clipped to it, and empty ones dropped."""
+    kept: list[tuple[tuple[float, float, float, float], Object]] = []
+    for entry in objects:
+        x0, y0, x1, y1 = entry.box
+        box, outside = clip_box((x0, y0, x1 - x0, y1 - y0), *size)
+        text = f"{entry.where}: {x0:g} {y0:g} {x1:g} {y1:g} in {path.name}, {size[0]}x{size[1]}"
+        if box is None:
+            empty = not (x1 > x0 and y1 > y0) or not np.isfinite(entry.box).all()
+            problems.add("empty box, dropped" if empty else "box outside its image, dropped", text)
+            continue
+        if outside:
+            problems.add("box reaches outside its image, clipped", text)
+        kept.append((box, entry))
+    areas = [(x1 - x0) * (y1 - y0) if o.area is None else o.area for (x0, y0, x1, y1), o in kept]
+    return ImageRecord(
+        image_id,
+        path,
+        *size,
+        np.array([box for box, _ in kept], dtype=np.float32).reshape(-1, 4),
+        np.array([entry.label for _, entry in kept], dtype=np.int64),
+        np.array([entry.crowd for _, entry in kept], dtype=bool),
+        np.array(areas, dtype=np.float32),
+    )
+
+
+def make_categories(names: Sequence[str], where: Path) -> tuple[Category, ...]:
+    """Classes with the ids 0, 1, 2, ... Raises DataError for a name that is used twice, or for none at all."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        fault = f"class {twice[0]!r} is listed more than once" if twice else "names no classes, should name one or more"
+        raise DataError(f"{where}: {fault}")
+    return tuple(Category(i, name) for i, name in enumerate(names))
+
+
+def image_sizes(paths: Sequence[Path], problems: Findings) -> list[tuple[int, int] | None]:
+    """(width, height) of image files as viewers and annotation tools show them; None and a problem: unreadable."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_image_size, paths))
+    for path, size in zip(paths, found, strict=True):
+        if isinstance(size, str):
+            kind = "unreadable image file" if path.is_file() else "missing image file"
+            problems.add(kind, f"{path}: {size}", stops=True)
+    return [None if isinstance(size, str) else size for size in found]
+
+
+def _image_size(path: Path) -> tuple[int, int] | str:
+    try:
+        with open_image(path) as image:
+            width, height = image.size
+            # 0x0112 is EXIF's orientation.
+            return (height, width) if image.getexif().get(0x0112) in _TURNED else (width, height)
+    except FileNotFoundError:
+        return "no such image"
+    except UNREADABLE as error:
+        return f"cannot be read as an image: {error}"
+
+
+def relative_names(annotations: Annotations) -> list[Path]:
+    """Paths of the images below the folder that holds them all."""
+    paths = [record.path for record in annotations.records]
+    base = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return [path.relative_to(base) for path in paths]
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a small file. Raises DataError where it is not UTF-8, or absurdly large."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise DataError(f"{path}: is larger than {LARGEST_FILE >> 20} MiB, should be {what}")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, should be {what}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not text in UTF-8, should be {what}") from error
+
+
+def same_labels(annotations: Annotations) -> None:
+    """Raises DataError where two images would have the same label file, as their names differ in the suffix only."""
+    seen: dict[Path, Path] = {}
+    for name in relative_names(annotations):
+        other = seen.setdefault(name.with_suffix(""), name)
+        if other is not name:
+            raise DataError(
+                f"{annotations.path}: lists {other} and {name}, whose labels would be one file; "
+                "the names of images should differ without their suffixes"
+            )
+
+
+def number_text(value: float) -> str:
+    """The shortest text that reads back as the same number; whole numbers have no decimals."""
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def lost_areas(splits: Mapping[str, Annotations]) -> list[str]:
+    """A line for formats without areas, if some are not those of the boxes, by which COCO's APs, APm and APl go."""
+    count = 0
+    for record in (record for annotations in splits.values() for record in annotations.records):
+        areas = (record.boxes[:, 2:].astype(float) - record.boxes[:, :2]).prod(1)
+        count += int((abs(areas - record.areas) > 1e-3 * areas).sum())
+    return [f"{count} areas become those of the boxes"] if count else []

@@ -1,0 +1,375 @@
+"""What files of each format may look like, and what is said of those that are malformed."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from formats import coco, cvat, jsonl, make_scenes, voc, yolo
+from PIL import Image
+
+from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
+from dat.detection.data import describe_sets, read_dataset
+from dat.utils.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    return make_scenes(tmp_path / "source", 5)
+
+
+@pytest.fixture
+def write(tmp_path, scenes):
+    """Writes text files below a root, and copies all images into its folders."""
+
+    def put(files, *folders):
+        root = tmp_path / "root"
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text, encoding="utf-8")
+        for folder in folders:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for scene in scenes:
+                shutil.copy(tmp_path / "source" / scene["name"], root / folder)
+        return root
+
+    return put
+
+
+def read(root, name="train", **given):
+    train = TrainDataConfig(**{key[6:]: value for key, value in given.items() if key.startswith("train_")})
+    val = ValDataConfig(**{key[4:]: value for key, value in given.items() if key.startswith("val_")})
+    return read_dataset(DataConfig(str(root), train, val), name)
+
+
+def boxes(found):
+    return {record.path.name: record.boxes.tolist() for record in found.records}
+
+
+def labels(scenes, folder):
+    return {f"{folder}/{scene['name'][:-4]}.txt": yolo(scene) for scene in scenes}
+
+
+def true_boxes(scenes):
+    return {scene["name"]: [[x, y, x + w, y + h] for _, (x, y, w, h) in scene["objects"]] for scene in scenes}
+
+
+SPLITS, NUMBERS = ("train", "val"), range(1, 6)
+YAML = "train: images/train\nval: images/val\nnames:\n  0: blue\n  1: red\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [
+        (YAML, {}),
+        ("path: C:\\data\\mine\ntrain: ../images/train/\nval: /home/me/data/images/val\nnames: [blue, red]\n", {}),
+        ("train: [images/train]\nval: images/val\nnames: {0: blue, 1: red}\nnc: 2\n", {}),
+        (
+            "train: train.txt\nval: val.txt\nnames: [blue, red]\n",
+            {f"{split}.txt": "".join(f"./images/{split}/scene_{i}.jpg\n" for i in NUMBERS) for split in SPLITS},
+        ),
+        (
+            "train: data/train.txt\nval: images/val\nnames: [blue, red]\n",
+            {"train.txt": "".join(f"D:\\x\\images\\train\\scene_{i}.jpg\n" for i in NUMBERS)},
+        ),
+    ],
+)  # fmt: skip
+def test_yaml_of_yolo(write, scenes, text, files):
+    places = labels(scenes, "labels/train") | labels(scenes, "labels/val")
+    root = write({"data.yaml": text, **places, **files}, "images/train", "images/val")
+    for name in SPLITS:
+        found = read(root, name)
+        assert boxes(found) == true_boxes(scenes)
+        assert [category.name for category in found.categories] == ["blue", "red"]
+
+
+def test_class_names_of_yaml_are_text(write, scenes):
+    root = write({"data.yaml": YAML.replace("blue", "no").replace("red", "1e3"), **labels(scenes, "labels/train")},
+                 "images/train", "images/val")  # fmt: skip
+    assert [category.name for category in read(root).categories] == ["no", "1e3"]
+
+
+def test_polygons_become_boxes(write, scenes):
+    width, height = scenes[0]["size"]
+    text = f"0 {10 / width} {20 / height} {30 / width} {15 / height} {25 / width} {40 / height}\n\n"
+    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": text}, "images/train", "images/val")
+    found = read(root)
+    np.testing.assert_allclose(found.records[0].boxes, [[10, 15, 30, 40]], rtol=1e-6)
+    # Images without a file show no objects.
+    assert [len(record.boxes) for record in found.records] == [1, 0, 0, 0, 0]
+
+
+def test_yolo_without_yaml(write, scenes):
+    root = write(labels(scenes, "labels/train") | labels(scenes, "labels/val"), "images/train", "images/val")
+    train, val = read(root), read(root, "val")
+    assert boxes(train) == boxes(val) == true_boxes(scenes)
+    assert describe_sets(train, val) == f"{root}: YOLO, images/train/ 5 images, images/val/ 5 images, 2 classes"
+    assert [category.name for category in train.categories] == ["0", "1"]
+
+
+def test_turned_images_have_the_size_that_tools_show(write, tmp_path):
+    exif = Image.Exif()
+    # 6: to be turned by 90 degrees.
+    exif[0x0112] = 6
+    root = write({"data.yaml": YAML, "labels/train/turned.txt": "0 0.5 0.5 0.5 0.5\n"}, "images/train", "images/val")
+    Image.new("RGB", (40, 20)).save(root / "images/train/turned.jpg", exif=exif)
+    record = read(root).records[-1]
+    assert (record.width, record.height, record.boxes.tolist()) == (20, 40, [[5, 10, 15, 30]])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "0 0.5 0.5 0.2",
+            r"scene_1.txt:2: '0 0.5 0.5 0.2' has 4 numbers, should be class x y width height, or",
+        ),
+        ("0 0.5 0.5 0.2 0.2 0.9", r"scene_1.txt:2: .* has 6 numbers, should be class x y width height"),
+        ("red 0.5 0.5 0.2 0.2", r"scene_1.txt:2: 'red 0.5 0.5 0.2 0.2', should be numbers: class x y width height"),
+        ("2 0.5 0.5 0.2 0.2", r"scene_1.txt:2: .* has class 2, should be 0 to 1, as there are 2 classes"),
+        ("0.5 0.5 0.5 0.2 0.2", r"scene_1.txt:2: .* has class 0.5, should be 0 to 1"),
+        ("0 40 30 10 10", r"scene_1.txt:2: .* has coordinates outside 0 to 1, should be parts of the image's width"),
+        ("0 nan 0.5 0.2 0.2", r"scene_1.txt:2: .* has coordinates outside 0 to 1"),
+    ],
+)
+def test_malformed_lines_of_yolo(write, scenes, line, message):
+    files = {"data.yaml": YAML, "labels/train/scene_1.txt": f"0 0.5 0.5 0.2 0.2\n{line}\n"}
+    with pytest.raises(DataError, match=message):
+        read(write(files, "images/train", "images/val"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"data.yaml": "names: [a\n"}, r"data.yaml: not valid YAML"),
+        (
+            {"data.yaml": YAML.replace("0: blue", "5: blue")},
+            r"data.yaml: names is .*, should be class names",
+        ),
+        ({"data.yaml": YAML.replace("red", "blue")}, r"data.yaml: class 'blue' is listed more than once"),
+        ({"data.yaml": YAML.replace("images/train", "gone")}, r"gone: no such folder or list of images"),
+        ({"data.yaml": YAML}, r"labels/train/scene_1.txt: no such file, nor labels of any other image"),
+    ],
+)
+def test_malformed_files_of_yolo(write, files, message):
+    with pytest.raises(DataError, match=message):
+        read(write(files, "images/train", "images/val"))
+
+
+def annotations(scenes, folder="Annotations"):
+    return {f"{folder}/{scene['name'][:-4]}.xml": voc(scene) for scene in scenes}
+
+
+def test_voc_counts_pixels_from_1(write):
+    text = (
+        "<annotation><size><width>80</width><height>60</height></size><object><name>cat</name><difficult>1</difficult>"
+        "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+        "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>80</xmax><ymax>60</ymax></bndbox></object></annotation>"
+    )
+    root = write({"Annotations/scene_1.xml": text}, "JPEGImages")
+    (record,) = read(root, train_annotations=".", val_annotations=".").records
+    assert (record.boxes.tolist(), record.crowd.tolist()) == ([[0, 0, 80, 60]], [True])
+    # One box at 0 says that the tool counted all edges from 0.
+    for name, xmin in (("scene_1", "1"), ("scene_3", "0.0")):
+        (root / f"Annotations/{name}.xml").write_text(text.replace("<xmin>1</xmin>", f"<xmin>{xmin}</xmin>"))
+    found = read(root, train_annotations=".", val_annotations=".")
+    assert [record.boxes.tolist() for record in found.records] == [[[1, 1, 80, 60]], [[0, 1, 80, 60]]]
+
+
+@pytest.mark.parametrize(
+    ("files", "folders", "names"),
+    [
+        ({"ImageSets/Main/trainval.txt": "scene_1\nscene_2\n", "ImageSets/Main/test.txt": "scene_3\n"}, ("JPEGImages",),
+         ("ImageSets/Main/trainval.txt 2 images", "ImageSets/Main/test.txt 1 images")),
+        ({"ImageSets/Main/train.txt": "scene_1  1\nscene_4 -1\n", "ImageSets/Main/val.txt": "scene_2\n"}, ("images",),
+         ("ImageSets/Main/train.txt 2 images", "ImageSets/Main/val.txt 1 images")),
+    ],
+)  # fmt: skip
+def test_lists_of_voc(write, scenes, files, folders, names):
+    root = write(annotations(scenes) | files, *folders)
+    assert describe_sets(read(root), read(root, "val")) == f"{root}: Pascal VOC, {', '.join(names)}, 2 classes"
+    found = read(root, "val", val_annotations=next(iter(files)))
+    assert boxes(found) == {name: true_boxes(scenes)[name] for name in boxes(found)}
+
+
+def test_voc_beside_its_images(write, scenes):
+    root = write(annotations(scenes, "."), ".")
+    found = [read(root, name) for name in ("train", "val")]
+    rule = "5 images, no validation split: every 5th image, by name, is for validation (1 of 5 images)"
+    assert describe_sets(*found) == f"{root}: Pascal VOC, ./ {rule}, 2 classes"
+    assert boxes(found[0]) | boxes(found[1]) == true_boxes(scenes)
+
+
+def test_classes_of_voc_are_in_the_order_of_a_list(write, scenes):
+    root = write(annotations(scenes) | {"labelmap.txt": "# label:color:parts:actions\nbackground:0,0,0::\nred:1,2,3::\n"
+                                        "blue:4,5,6::\ngreen:7,8,9::\n"}, "JPEGImages")  # fmt: skip
+    assert [category.name for category in read(root).categories] == ["red", "blue", "green"]
+    (root / "labelmap.txt").unlink()
+    assert [category.name for category in read(root).categories] == ["blue", "red"]
+    (root / "labels.txt").write_text("red\n")
+    with pytest.raises(DataError, match=r"\.xml:\d+: the object's name is 'blue', should be a class: red"):
+        read(root)
+
+
+def test_images_of_voc_without_a_size_are_opened(write, scenes):
+    files = {name: text.replace("<width>80</width>", "<width>0</width>") for name, text in annotations(scenes).items()}
+    found = read(write(files, "JPEGImages"))
+    assert [(record.width, record.height) for record in found.records] == [scene["size"] for scene in scenes[:4]]
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("</name>", ""), r"scene_1.xml:\d+: is not XML: mismatched tag"),
+        (lambda text: BOMB + text, r"scene_1.xml:1: has a DOCTYPE, should have none"),
+        (lambda text: '<!DOCTYPE x SYSTEM "file:///etc/passwd">\n' + text, r"scene_1.xml:1: has a DOCTYPE"),
+        (
+            lambda text: text.replace("<xmin>", "<xmin>x"),
+            r"scene_1.xml:4: bndbox is \['x.*\], should be numbers xmin",
+        ),
+        (lambda text: text.replace("bndbox", "robndbox"), r"scene_1.xml:4: bndbox is \['', '', '', ''\], should be"),
+        (lambda text: text.encode("utf-16").decode("latin-1"), r"scene_1.xml:1: is not XML"),
+    ],
+)
+def test_malformed_files_of_voc(write, scenes, change, message):
+    files = annotations(scenes)
+    files["Annotations/scene_1.xml"] = change(files["Annotations/scene_1.xml"])
+    with pytest.raises(DataError, match=message) as raised:
+        read(write(files, "JPEGImages"))
+    assert "\n" not in str(raised.value)
+
+
+def test_shapes_of_cvat(write, scenes):
+    text = cvat(scenes).replace(
+        '<image id="0"',
+        '<image id="9" name="scene_1.jpg" width="80" height="60">\n'
+        '<box label="blue" xtl="20" ytl="20" xbr="40" ybr="30" rotation="90"/>'
+        '<polygon label="red" points="1,2;30,4;20,50.5"/><points label="red" points="1,2"/>'
+        '<tag label="red"/></image>\n<image id="0"',
+        1,
+    )  # fmt: skip
+    text = text.replace("</labels>", "<label><name>nose</name><parent>red</parent></label></labels>")
+    root = write({"annotations.xml": text}, "images")
+    found = read(root, train_annotations="annotations.xml", val_annotations=".")
+    assert [category.name for category in found.categories] == ["blue", "red"]
+    added = next(record for record in found.records if len(record.boxes) == 2 and record.labels.tolist() == [0, 1]
+                 and record.boxes[1].tolist() == [1, 2, 30, 50.5])  # fmt: skip
+    np.testing.assert_allclose(added.boxes[0], [25, 15, 35, 35], atol=1e-5)
+    assert found.warning.endswith("shape that is no box or polygon, left out (1)")
+
+
+def test_subsets_of_cvat_are_splits(write, scenes):
+    text = cvat(scenes)
+    for number in range(5):
+        subset = "Validation" if number == 2 else "Train"
+        text = text.replace(f'<image id="{number}"', f'<image id="{number}" subset="{subset}"')
+    root = write({"annotations.xml": text}, "images")
+    found = describe_sets(read(root), read(root, "val"))
+    assert (
+        found
+        == f"{root}: CVAT XML, annotations.xml subset train 4 images, annotations.xml subset val 1 images, 2 classes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('xtl="', 'xtl="x', r"annotations.xml:5: box is \['x.*\], should be numbers xtl, ytl, xbr, ybr"),
+        ('label="', 'label="x', r"annotations.xml:5: label is 'x.*', should be one of blue, red"),
+        ('width="80"', 'width="0"', r"annotations.xml:4: image has name 'scene_1.jpg', width '0', height '60', should"),
+    ],
+)
+def test_malformed_files_of_cvat(write, scenes, old, new, message):
+    with pytest.raises(DataError, match=message):
+        read(write({"annotations.xml": cvat(scenes).replace(old, new)}, "images"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"metadata.jsonl:6: '{.*' is not JSON"),
+        ('{"file": "x.jpg"}', r"metadata.jsonl:6: .* should be an object with file_name and objects"),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3]], "categories": [0]}}',
+            r"jsonl:6: bbox is \[1, 2, 3\], sh",
+        ),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}',
+            r"jsonl:6: objects is .*, should be lists",
+        ),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [1.5]}}',
+            r"6: category is 1.5, sho",
+        ),
+    ],
+)
+def test_malformed_lines_of_the_hub(write, scenes, line, message):
+    root = write({"train/metadata.jsonl": f"{jsonl(scenes)}{line}\n"}, "train")
+    Image.new("RGB", (9, 9)).save(root / "train/a.jpg")
+    with pytest.raises(DataError, match=message):
+        read(root)
+
+
+def test_objects_of_the_hub_may_be_named_and_listed(write, scenes):
+    names = ("blue", "red")
+    rows = [
+        {"file_name": scene["name"], "objects": [{"bbox": box, "category": names[k]} for k, box in scene["objects"]]}
+        for scene in scenes
+    ]
+    rows[1].pop("objects")
+    root = write({"metadata.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows)}, ".")
+    found = read(root, train_annotations="metadata.jsonl", val_annotations="metadata.jsonl")
+    assert boxes(found) == true_boxes(scenes) | {"scene_2.jpg": []}
+    assert [category.name for category in found.categories] == ["blue", "red"]
+
+
+def test_parquet_of_the_hub(write, scenes, tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {
+            "image": {"bytes": (tmp_path / "source" / scene["name"]).read_bytes(), "path": scene["name"]},
+            "objects": {"bbox": [list(map(float, box)) for _, box in scene["objects"]],
+                        "category": [label for label, _ in scene["objects"]]},
+        }
+        for scene in scenes
+    ]  # fmt: skip
+    label = {"_type": "ClassLabel", "names": ["azure", "rose"]}
+    features = {"features": {"image": {"_type": "Image"}, "objects": {"feature": {"category": label}}}}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    root = write({})
+    (root / "data").mkdir(parents=True)
+    parquet.write_table(table.slice(0, 3), root / "data/train-00000-of-00002.parquet")
+    parquet.write_table(table.slice(3, 1), root / "data/train-00001-of-00002.parquet")
+    parquet.write_table(table.slice(4, 1), root / "data/validation-00000-of-00001.parquet")
+    for _ in range(2):
+        train, val = read(root), read(root, "val")
+        assert [record.boxes.tolist() for record in (*train.records, *val.records)] == list(true_boxes(scenes).values())
+        assert [category.name for category in train.categories] == ["azure", "rose"]
+    copied = [record.path.read_bytes() for record in train.records]
+    assert copied == [row["image"]["bytes"] for row in rows[:4]]
+
+
+def test_parquet_without_pyarrow_is_one_line(write, monkeypatch):
+    root = write({"data/train-0.parquet": "PAR1"})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ConfigError, match=r"train-0.parquet: reading .parquet files needs pyarrow: pip install pyarrow$"
+    ):
+        read(root)
+
+
+def test_splits_may_be_of_different_exports(write, scenes):
+    files = {"a/annotations.xml": cvat(scenes), "b/result.json": coco(scenes, "images/")}
+    root = write(files, "a/images", "b/images")
+    given = {"train_annotations": "a", "val_annotations": "b"}
+    train, val = read(root, **given), read(root, "val", **given)
+    assert boxes(train) == boxes(val) == true_boxes(scenes)
+    assert describe_sets(train, val) == (
+        f"{root}: CVAT XML, annotations.xml 5 images; {root}: Label Studio COCO, result.json 5 images, 2 classes"
+    )
