@@ -175,8 +175,8 @@ class Detector:
             return {}
         evaluation = Evaluation.of(annotations, results)
         metrics = evaluation.metrics()
-        if annotations.warning:
-            logger.warning(f"warning: {annotations.warning}")
+        for warning in annotations.warnings:
+            logger.warning(f"warning: {warning}")
         if out is not None:
             from dat.detection.report import write_report
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dat.detection.data.readers import Split, collecting, find_reader
+from dat.detection.data.box_checks import check_objects, resized_sides
+from dat.detection.data.readers import Split, absent_text, collecting, edges, find_reader, suggest_images
 from dat.detection.data.records import Annotations, ImageRecord, load_image
-from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 from dat.utils.progress import progress_bar
@@ -38,9 +38,7 @@ class SplitAudit(Findings):
 
     def resized_sides(self, size: int, max_size: int) -> np.ndarray:
         """The shorter side [n] of every box when images are resized to a shortest edge of `size`, in pixels."""
-        records = self.annotations.records
-        scales = [resized_size(r.height, r.width, size, max_size)[0] / r.height for r in records]
-        return self.sizes.min(1, initial=np.inf) * np.repeat(scales, [len(r.boxes) for r in records])
+        return resized_sides(self.annotations, size, max_size)
 
     def objects(self) -> np.ndarray:
         """Number of boxes of each category."""
@@ -53,10 +51,12 @@ def audit_split(root: Path, split: Split) -> SplitAudit:
     found = SplitAudit(Annotations(root / split.annotations, (), ()))
     with collecting(found, "annotation file"):
         found.annotations = find_reader(root, split).read(root, split, found)
+        check_objects(found.annotations, *edges(split), found)
     _check_objects(found)
     records, folder = found.annotations.records, root / split.images
     if not folder.is_dir():
-        found.add("missing image file", f"{folder}: no such folder of images", stops=True, count=len(records))
+        hint = suggest_images(root, split, records[0]) if records else ""
+        found.add("missing image file", f"{folder}: no such folder of images{hint}", stops=True, count=len(records))
         return found
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
@@ -65,6 +65,10 @@ def audit_split(root: Path, split: Split) -> SplitAudit:
                 found.add(kind, example, stops=True)
             else:
                 found.hashes[digest].append(record)
+    absent = found.problems.get("missing image file")
+    if absent is not None:
+        record = next(record for record in records if not record.path.is_file())
+        absent.examples[0] += suggest_images(root, split, record)
     for same in found.hashes.values():
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
@@ -80,6 +84,10 @@ def compare(train: SplitAudit, val: SplitAudit) -> None:
     """
     listed = {record.path for split in (train, val) for record in split.annotations.records}
     train.unlisted, val.unlisted = train.unlisted - listed, val.unlisted - listed
+    val.annotations = val.annotations.with_categories(train.annotations.categories)
+    for split in (train, val):
+        for text in split.annotations.dropped_roots:
+            split.add("category left out", text, count=len(split.annotations.roots))
     only = set(train.annotations.categories) ^ set(val.annotations.categories)
     if only:
         names = ", ".join(f"{c.id} {c.name}" for c in sorted(only, key=lambda c: c.id)[:5])
@@ -107,7 +115,7 @@ def _check_objects(found: SplitAudit) -> None:
 def _check_file(record: ImageRecord) -> tuple[ImageRecord, str, str, str]:
     """The record, the digest of its file, or the kind of problem and an example."""
     if not record.path.is_file():
-        return record, "", "missing image file", f"{record.path}"
+        return record, "", "missing image file", absent_text(record)
     try:
         digest = hashlib.blake2b(record.path.read_bytes(), digest_size=16).hexdigest()
         load_image(record.path, (record.width, record.height))

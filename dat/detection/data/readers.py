@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dat.detection.data.records import Annotations, Category
+from dat.detection.config import TrainDataConfig
+from dat.detection.data.box_checks import BOX_KINDS, check_objects
+from dat.detection.data.image_names import suggest_folder
+from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
@@ -61,32 +65,71 @@ def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | No
         categories: those that the split must have (a validation split: those of training); None: any.
 
     Raises:
-        DataError: a folder of no known format, malformed annotations, absent images, other categories.
+        DataError: a folder of no known format, malformed annotations, no object that could be learnt or found, absent
+            images, other categories.
     """
-    return read_strictly(lambda problems: find_reader(root, split).read(root, split, problems), categories)
+
+    def read(problems: Findings) -> Annotations:
+        found = find_reader(root, split).read(root, split, problems)
+        check_objects(found, *edges(split), problems)
+        return found
+
+    return read_strictly(read, categories, partial(suggest_images, root, split))
+
+
+def edges(split: Split) -> tuple[int, int]:
+    """(shortest, longest) edge to which the images of a split are resized at most, (0, 0) where it does not say."""
+    sizes = split.sizes if isinstance(split, TrainDataConfig) else [getattr(split, "size", 0)]
+    return max(sizes), getattr(split, "max_size", 0)
+
+
+def suggest_images(root: Path, split: Split, record: ImageRecord) -> str:
+    """The end of a message that an image is absent: the override that would find it, if any."""
+    folder = suggest_folder(root, record.file_name or record.path.name)
+    name = "train" if isinstance(split, TrainDataConfig) else "val"
+    return f"; data.{name}.images={folder} has it" if folder else ""
 
 
 def read_strictly(
-    read: Callable[[Findings], Annotations], categories: tuple[Category, ...] | None = None
+    read: Callable[[Findings], Annotations],
+    categories: tuple[Category, ...] | None = None,
+    suggest: Callable[[ImageRecord], str] = lambda record: "",
 ) -> Annotations:
-    """Calls `read`, and raises DataError at the first problem. Arguments as in Reader and read_dataset."""
+    """Calls `read`, and raises DataError at the first problem. Arguments as in Reader and read_dataset.
+
+    `suggest`: the end of the message that an image is absent.
+    """
     problems = FirstProblem()
     found = read(problems)
+    if categories is not None:
+        found = found.with_categories(categories)
     if categories is not None and found.categories != categories:
         raise DataError(
             f"{found.path}: categories are {_names(found.categories)}; "
             f"they should be those of training, {_names(categories)}"
         )
-    absent = [record.path for record in found.records if not record.path.is_file()]
+    absent = [record for record in found.records if not record.path.is_file()]
     if absent:
-        if not absent[0].parent.is_dir():
-            raise DataError(f"{absent[0].parent}: no such folder of images")
-        more = f" (and {len(absent) - 1} more of {len(found.records)})" if len(absent) > 1 else ""
-        raise DataError(
-            f"{found.path}: lists the image {absent[0].name}, which is absent from {absent[0].parent}{more}"
-        )
-    counts = "; ".join(f"{problem.kind} ({problem.count})" for problem in problems.problems.values())
-    return replace(found, warning=f"{found.path}: {counts}" if counts else "")
+        folder, more = absent[0].path.parent, f" (and {len(absent) - 1} more of {len(found.records)})"
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder of images{suggest(absent[0])}")
+        text = absent_text(absent[0], more if len(absent) > 1 else "")
+        raise DataError(f"{found.path}: lists {text}{suggest(absent[0])}")
+    texts = [
+        f"{problem.kind} ({problem.count})"
+        if problem.kind in BOX_KINDS
+        else problem.examples[0].removeprefix(f"{found.path}: ")
+        for problem in problems.problems.values()
+    ]
+    return replace(found, warning=f"{found.path}: {'; '.join(texts)}" if texts else "")
+
+
+def absent_text(record: ImageRecord, more: str = "") -> str:
+    """A message that an image is absent; `more`: a remark on others."""
+    path, name = record.path, record.file_name or record.path.name
+    tried = path.parent / name
+    reason = f"{tried} leads outside it" if tried.exists() else f"there is no {tried}"
+    return f"the image {name}, which is absent from {path.parent}{more}: {reason}"
 
 
 class FirstProblem(Findings):

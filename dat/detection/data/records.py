@@ -1,6 +1,6 @@
 """Images and their objects as every reader gives them, and the samples that models are trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class ImageRecord:
     """One image and its objects: `boxes` [n, 4] float32 (x0, y0, x1, y1) in pixels, inside the image and not empty.
 
     `labels` [n] int64 index the categories, `crowd` [n] bool marks COCO's iscrowd, `areas` [n] are in pixels.
+    `file_name`: of the image as the annotations give it, "": as in `path`.
     """
 
     id: int
@@ -37,6 +38,7 @@ class ImageRecord:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    file_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,38 @@ class Annotations:
     """A split of a data set. A label is the index of its category, and categories are in the order of their ids.
 
     `path` is the file or folder that messages name; `warning` counts boxes that reading dropped or clipped, "" if none.
+    `roots`: supercategories without objects, which the file lists as categories, but which are no classes.
     """
 
     path: Path
     categories: tuple[Category, ...]
     records: tuple[ImageRecord, ...]
     warning: str = ""
+    roots: tuple[Category, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines for the user: boxes and categories that are left out."""
+        return [*filter(None, [self.warning]), *(f"{self.path}: {text}" for text in self.dropped_roots)]
+
+    @property
+    def dropped_roots(self) -> list[str]:
+        """A text, if any category is left out."""
+        names = ", ".join(f"{c.id} {c.name}" for c in self.roots)
+        return [f"supercategory without objects, no class: {names}"] if names else []
+
+    def with_categories(self, categories: tuple[Category, ...]) -> "Annotations":
+        """The same with some of `roots` as classes, where this gives `categories`; otherwise unchanged.
+
+        Checkpoints of earlier versions, and splits in which a supercategory has objects, have such classes.
+        """
+        mine = set(self.categories)
+        if not mine < set(categories) <= mine | set(self.roots):
+            return self
+        labels = np.array([categories.index(category) for category in self.categories], dtype=np.int64)
+        records = tuple(replace(record, labels=labels[record.labels]) for record in self.records)
+        roots = tuple(root for root in self.roots if root not in categories)
+        return replace(self, categories=categories, records=records, roots=roots)
 
     def objects(self, record: ImageRecord) -> list[dict[str, Any]]:
         """The objects of an image as COCO annotations without ids: "bbox" is (x, y, width, height) in pixels."""
