@@ -14,6 +14,8 @@ from dat.classification.data import (
     MixPairs,
     SkippedImages,
     TrainImages,
+    check_classes,
+    check_readable,
     eval_loader,
     make_transform,
     train_loader,
@@ -58,6 +60,9 @@ class ClassificationTrainer(Trainer):
         distributed: Distributed | None = None,
         resume: Path | None = None,
     ):
+        check_classes(train_set)
+        check_readable(train_set, "train")
+        check_readable(val_set, "val")
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
         self.loss_function = make_loss(config.train)
         super().__init__(config, distributed, resume)
@@ -65,7 +70,11 @@ class ClassificationTrainer(Trainer):
         self.val_skipped = SkippedImages(val_set, self.output / "skipped_val.txt")
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
-            self.warnings = [f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}"]
+            self.warnings.append(f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}")
+        if empty := train_set.empty:
+            self.warnings.append(
+                f"data.train has {len(empty)} folders without images, no classes, such as {empty[0]!r}"
+            )
 
     def build_loaders(self) -> tuple[EpochBatchSampler, DataLoader[Any], DataLoader[Any]]:
         data, train, seed = self.config.data, self.config.train, self.config.seed

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dat.detection.data.box_checks import check_objects, resized_sides
-from dat.detection.data.readers import Split, absent_text, collecting, edges, find_reader, suggest_images
+from dat.detection.data.readers import Split, absent_text, collecting, find_reader, suggest_images
 from dat.detection.data.records import Annotations, ImageRecord, load_image
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -51,7 +51,7 @@ def audit_split(root: Path, split: Split) -> SplitAudit:
     found = SplitAudit(Annotations(root / split.annotations, (), ()))
     with collecting(found, "annotation file"):
         found.annotations = find_reader(root, split).read(root, split, found)
-        check_objects(found.annotations, *edges(split), found)
+        check_objects(found.annotations, split, found)
     _check_objects(found)
     records, folder = found.annotations.records, root / split.images
     if not folder.is_dir():

@@ -1,9 +1,11 @@
 """Whether annotations hold objects that a detector can learn, and if not, the likely mistake in them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dat.detection.config import TrainDataConfig
 from dat.detection.data.records import Annotations
 from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
@@ -59,34 +61,35 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum())))
 
 
-def check_objects(found: Annotations, size: int, max_size: int, problems: Findings) -> None:
-    """Adds to `problems` that few objects are left to learn or to find, or none.
+def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
+    """Adds to `problems`, which has the boxes that reading dropped, that few objects of the split are left, or none.
 
-    Args:
-        found: the annotations; `problems` has the boxes that reading dropped.
-        size, max_size: largest edges to which images are resized, 0: unknown.
+    Training drops boxes that are below one pixel in the resized image; evaluation keeps them.
     """
     # The reason is known already.
     if FORM in problems.problems or not found.records:
         return
     crowd = np.concatenate([np.zeros(0, bool), *(record.crowd for record in found.records)])
-    small = (resized_sides(found, size, max_size) < 1) & ~crowd if size else np.zeros_like(crowd)
+    small, edge = np.zeros_like(crowd), 0
+    if isinstance(split, TrainDataConfig):
+        edge = max(split.sizes)
+        small = (resized_sides(found, edge, split.max_size) < 1) & ~crowd
     dropped = {kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in BOX_KINDS}
     counts = {
         "are empty (COCO's are x, y, width, height)": dropped[EMPTY],
         "lie outside their images (COCO's are x, y, width, height in pixels of the file)": dropped[OUTSIDE],
         "are crowds (iscrowd should be 0 for single objects)": int(crowd.sum()),
-        f"are below one pixel in images resized to a shortest edge of {size}": int(small.sum()),
+        f"are below one pixel in images resized to a shortest edge of {edge}": int(small.sum()),
     }
     useless, total = sum(counts.values()), len(crowd) + dropped[EMPTY] + dropped[OUTSIDE]
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    text = f"{found.path}: {useless} of {total} objects are left out: {reasons}"
     if not total:
         text = f"{found.path}: no object is annotated in {len(found.records)} images; is it the right file?"
         problems.add(NOTHING, text, stops=True)
-    elif useless == total:
-        problems.add(NOTHING, f"{found.path}: no object is left, of {total} {reasons}", stops=True, count=total)
     elif useless >= NOTABLE * total:
-        problems.add(MANY, f"{found.path}: {useless} of {total} objects are left out: {reasons}", count=useless)
+        nothing = useless == total
+        problems.add(NOTHING if nothing else MANY, text, stops=nothing, count=useless)
 
 
 def resized_sides(found: Annotations, size: int, max_size: int) -> np.ndarray:

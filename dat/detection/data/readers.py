@@ -71,16 +71,10 @@ def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | No
 
     def read(problems: Findings) -> Annotations:
         found = find_reader(root, split).read(root, split, problems)
-        check_objects(found, *edges(split), problems)
+        check_objects(found, split, problems)
         return found
 
     return read_strictly(read, categories, partial(suggest_images, root, split))
-
-
-def edges(split: Split) -> tuple[int, int]:
-    """(shortest, longest) edge to which the images of a split are resized at most, (0, 0) where it does not say."""
-    sizes = split.sizes if isinstance(split, TrainDataConfig) else [getattr(split, "size", 0)]
-    return max(sizes), getattr(split, "max_size", 0)
 
 
 def suggest_images(root: Path, split: Split, record: ImageRecord) -> str:

@@ -44,9 +44,10 @@ def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
     entries = _images(path, data, problems)
     objects = _objects(path, data, categories, entries, problems)
     names = [entry["file_name"] for entry in entries.values()]
+    files = find_files(images, names, problems, path)
     records = [
-        ImageRecord(image_id, file, entry["width"], entry["height"], *_arrays(objects[image_id]), entry["file_name"])
-        for (image_id, entry), file in zip(entries.items(), find_files(images, names, problems, path), strict=True)
+        ImageRecord(image_id, file, entry["width"], entry["height"], *_arrays(objects[image_id]), file_name=name)
+        for (image_id, entry), file, name in zip(entries.items(), files, names, strict=True)
     ]
     return Annotations(path, categories, tuple(records), roots=roots)
 
@@ -219,7 +220,7 @@ def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool
     return bool(crowd), area
 
 
-def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]:
+def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Boxes [n, 4], labels, crowd and areas [n] of an image."""
     boxes, labels, crowd, areas = zip(*objects, strict=True) if objects else ((),) * 4
     return (
