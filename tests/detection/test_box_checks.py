@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from commands import dat
 from dat.detection import trainer
 from dat.detection.config import TrainDataConfig
 from dat.detection.data import read_dataset
+from dat.detection.data.box_checks import check_bboxes
+from dat.engine.audit import Findings
 from dat.engine.command import main_guard
 from dat.utils.errors import DataError
 
@@ -130,6 +133,18 @@ def test_some_boxes_of_another_form_give_a_warning(scenes):
 def test_some_boxes_that_reach_outside_give_a_warning(scenes):
     edit(scenes, set_box(lambda x, y, w, h, W, H: [W - w / 2 - 2, 2, w, h]), most=3)
     assert "3 of 8 boxes reach outside their images by a tenth or more" in read_dataset(scenes, TRAIN).warning
+
+
+@pytest.mark.parametrize("scale", [100, 1000])
+def test_boxes_in_parts_of_another_size_give_a_warning(scale):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, scale, (20, 2, 2)), axis=1)
+    bboxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
+    for size, count in ((2 * scale, 1), (1.9 * scale, 0)):
+        found = Findings()
+        check_bboxes(Path("x.json"), bboxes, np.full((20, 2), size), found)
+        assert [problem.stops for problem in found.problems.values()] == [False] * count
+        assert all(f"are they parts of {scale}?" in problem.examples[0] for problem in found.problems.values())
 
 
 def test_boxes_that_fill_or_slightly_leave_their_images_are_right(scenes):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dat.detection.data.box_checks import check_objects, resized_sides
-from dat.detection.data.readers import Split, absent_text, collecting, find_reader, suggest_images
+from dat.detection.config import TrainDataConfig
+from dat.detection.data.box_checks import check_objects
+from dat.detection.data.image_names import absent_text, suggest_override
+from dat.detection.data.readers import Split, collecting, find_reader
 from dat.detection.data.records import Annotations, ImageRecord, load_image
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -36,10 +38,6 @@ class SplitAudit(Findings):
         joined = np.concatenate([np.zeros((0, 4)), *boxes])
         return joined[:, 2:] - joined[:, :2]
 
-    def resized_sides(self, size: int, max_size: int) -> np.ndarray:
-        """The shorter side [n] of every box when images are resized to a shortest edge of `size`, in pixels."""
-        return resized_sides(self.annotations, size, max_size)
-
     def objects(self) -> np.ndarray:
         """Number of boxes of each category."""
         labels = [np.zeros(0, np.int64), *(record.labels for record in self.annotations.records)]
@@ -54,8 +52,9 @@ def audit_split(root: Path, split: Split) -> SplitAudit:
         check_objects(found.annotations, split, found)
     _check_objects(found)
     records, folder = found.annotations.records, root / split.images
+    key = f"data.{'train' if isinstance(split, TrainDataConfig) else 'val'}.images"
     if not folder.is_dir():
-        hint = suggest_images(root, split, records[0]) if records else ""
+        hint = suggest_override(root, key, records[0]) if records else ""
         found.add("missing image file", f"{folder}: no such folder of images{hint}", stops=True, count=len(records))
         return found
     with ThreadPoolExecutor() as pool:
@@ -68,7 +67,7 @@ def audit_split(root: Path, split: Split) -> SplitAudit:
     absent = found.problems.get("missing image file")
     if absent is not None:
         record = next(record for record in records if not record.path.is_file())
-        absent.examples[0] += suggest_images(root, split, record)
+        absent.examples[0] += suggest_override(root, key, record)
     for same in found.hashes.values():
         names = sorted({record.path.name for record in same})
         if len(names) > 1:

@@ -22,8 +22,11 @@ FORM, NOTHING, MANY = "boxes are not COCO's x, y, width, height", "no object to 
 # The part of all boxes from which a fault gives a warning.
 NOTABLE = 0.2
 
-# Fewer boxes than these may lie anywhere by chance.
-FEW = 4
+# Fewer boxes than these may reach outside, or end before the middle of their images, by chance.
+FEW, MANY_BOXES = 4, 10
+
+# Percentages, and the coordinates of some language models.
+SCALES = (100, 1000)
 
 
 def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Findings) -> None:
@@ -52,13 +55,17 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     elif lost.mean() > 0.5:
         text = f"{reach}, most of them by more than half: they look like boxes of images of another size"
     elif cut.mean() >= NOTABLE:
-        text, stops = (
-            f"{reach} by a tenth or more: COCO's are x, y, width, height in pixels, from the upper left",
-            False,
-        )
+        text, stops = f"{reach} by a tenth or more: COCO's are x, y of the upper left, width, height in pixels", False
+    elif scales := [scale for scale in SCALES if len(bboxes) >= MANY_BOXES and _ends_at(scale, low + extent, sizes)]:
+        text = f"{path}: {count} of {count} boxes end at pixel {scales[0]} or before, in images twice as large or more"
+        text, stops = f"{text}: are they parts of {scales[0]}? COCO's are pixels", False
     else:
         return
-    problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum())))
+    problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
+
+
+def _ends_at(scale: int, corners: np.ndarray, sizes: np.ndarray) -> bool:
+    return bool(corners.max() <= scale * 1.001 and sizes.min() >= 2 * scale)
 
 
 def check_objects(found: Annotations, split: Any, problems: Findings) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
+from dat.detection.data.records import ImageRecord
 from dat.engine.audit import Findings
 
 # Folders below data.root in which a missing image is looked for.
@@ -42,6 +43,20 @@ def find_files(folder: Path, names: Sequence[str], problems: Findings, source: P
     return paths
 
 
+def absent_text(record: ImageRecord, more: str = "") -> str:
+    """A message that an image is absent; `more`: a remark on others."""
+    path, name = record.path, record.file_name or record.path.name
+    tried = path.parent / name
+    reason = f"{tried} leads outside it" if tried.exists() else f"there is no {tried}"
+    return f"the image {name}, which is absent from {path.parent}{more}: {reason}"
+
+
+def suggest_override(root: Path, key: str, record: ImageRecord) -> str:
+    """The end of a message that an image is absent: a value of `key` with which it would be found below `root`."""
+    folder = suggest_folder(root, record.file_name or record.path.name)
+    return f"; {key}={folder} has it" if folder else ""
+
+
 def suggest_folder(root: Path, name: str) -> str:
     """The folder of images, relative to `root`, in which the image would be found; "" if it is not below `root`."""
     # A name that leads outside of the folder of images.
@@ -66,7 +81,8 @@ class _Index:
 
     def has(self, name: str) -> bool:
         """Whether the name is the path of a file below the folder."""
-        if os.path.isabs(name) or ".." in _parts(name) or not os.path.isfile(os.path.join(self.folder, name)):
+        leads_up = ".." in name and ".." in _parts(name)
+        if leads_up or os.path.isabs(name) or not os.path.isfile(os.path.join(self.folder, name)):
             return False
         parent = os.path.dirname(name)
         if parent not in self._inside:

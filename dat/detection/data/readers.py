@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from dat.detection.config import TrainDataConfig
 from dat.detection.data.box_checks import BOX_KINDS, check_objects
-from dat.detection.data.image_names import suggest_folder
+from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
@@ -74,14 +74,8 @@ def read_dataset(root: Path, split: Split, categories: tuple[Category, ...] | No
         check_objects(found, split, problems)
         return found
 
-    return read_strictly(read, categories, partial(suggest_images, root, split))
-
-
-def suggest_images(root: Path, split: Split, record: ImageRecord) -> str:
-    """The end of a message that an image is absent: the override that would find it, if any."""
-    folder = suggest_folder(root, record.file_name or record.path.name)
     name = "train" if isinstance(split, TrainDataConfig) else "val"
-    return f"; data.{name}.images={folder} has it" if folder else ""
+    return read_strictly(read, categories, partial(suggest_override, root, f"data.{name}.images"))
 
 
 def read_strictly(
@@ -104,11 +98,10 @@ def read_strictly(
         )
     absent = [record for record in found.records if not record.path.is_file()]
     if absent:
-        folder, more = absent[0].path.parent, f" (and {len(absent) - 1} more of {len(found.records)})"
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder of images{suggest(absent[0])}")
-        text = absent_text(absent[0], more if len(absent) > 1 else "")
-        raise DataError(f"{found.path}: lists {text}{suggest(absent[0])}")
+        if not absent[0].path.parent.is_dir():
+            raise DataError(f"{absent[0].path.parent}: no such folder of images{suggest(absent[0])}")
+        more = f" (and {len(absent) - 1} more of {len(found.records)})" if len(absent) > 1 else ""
+        raise DataError(f"{found.path}: lists {absent_text(absent[0], more)}{suggest(absent[0])}")
     texts = [
         f"{problem.kind} ({problem.count})"
         if problem.kind in BOX_KINDS
@@ -116,14 +109,6 @@ def read_strictly(
         for problem in problems.problems.values()
     ]
     return replace(found, warning=f"{found.path}: {'; '.join(texts)}" if texts else "")
-
-
-def absent_text(record: ImageRecord, more: str = "") -> str:
-    """A message that an image is absent; `more`: a remark on others."""
-    path, name = record.path, record.file_name or record.path.name
-    tried = path.parent / name
-    reason = f"{tried} leads outside it" if tried.exists() else f"there is no {tried}"
-    return f"the image {name}, which is absent from {path.parent}{more}: {reason}"
 
 
 class FirstProblem(Findings):

@@ -76,7 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             data = json.load(file)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such annotation file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
@@ -129,7 +129,7 @@ def _roots(data: dict[str, Any], listed: list[tuple[Category, Any]]) -> set[Cate
 
     Roboflow lists the name of the project so, with the id 0.
     """
-    ids = [entry.get("category_id") for entry in data["annotations"] if isinstance(entry, dict)]
+    ids = [entry.get("category_id") for entry in data.get("annotations", ()) if isinstance(entry, dict)]
     used = {category_id for category_id in ids if isinstance(category_id, int)}
     members = Counter(parent for _, parent in listed if isinstance(parent, str))
     # A category may be its own supercategory, as COCO's person.
@@ -148,8 +148,9 @@ def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, d
         with collecting(problems, "malformed image entry"):
             image_id, *_ = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
             for key in ("width", "height"):
-                if entry[key] < 1:
-                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be at least 1")
+                if not 1 <= entry[key] < 2**31:
+                    should = "at least 1" if entry[key] < 1 else "below 2**31"
+                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be {should}")
             if image_id in found:
                 text = f"{path}: image id {image_id} is used more than once"
                 problems.add("image id used twice", text, stops=True)
