@@ -1,6 +1,7 @@
 """Fonts of this machine for texts whose letters the default fonts lack, such as class names in Chinese."""
 
 import logging
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -143,7 +144,8 @@ def _oddness(path: Path) -> int:
 
 
 def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+    # Pillow has no baseline for several lines.
+    return re.sub(r"\s", " ", unicodedata.normalize("NFC", text))
 
 
 def _warn(letters: frozenset[str]) -> None:

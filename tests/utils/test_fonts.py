@@ -97,6 +97,15 @@ def test_accents_need_no_installed_font(install, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("text", ["a\nb", "a\tb", "", " ", "\u200b", "a\x00b", "\ud800", "\U0010ffff"])
+def test_any_text_can_be_drawn(install, text):
+    label_fonts = LabelFonts([text], 20)
+    ink(text, label_fonts)
+    left, top, right, bottom = label_fonts.bbox(text)
+    assert left <= right
+    assert top <= bottom
+
+
 def test_one_warning_names_the_packages(install, caplog, tmp_path):
     categories = [Category(1, "红色"), Category(2, "हरा")]
     result = {"category_id": 1, "bbox": [5, 5, 20, 20]}

@@ -86,7 +86,7 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
         "are empty (COCO's are x, y, width, height)": dropped[EMPTY],
         "lie outside their images (COCO's are x, y, width, height in pixels of the file)": dropped[OUTSIDE],
         "are crowds (iscrowd should be 0 for single objects)": int(crowd.sum()),
-        f"are below one pixel in images resized to a shortest edge of {edge}": int(small.sum()),
+        f"are below one pixel in images resized to a shortest edge of {edge} (data.train.sizes)": int(small.sum()),
     }
     useless, total = sum(counts.values()), len(crowd) + dropped[EMPTY] + dropped[OUTSIDE]
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

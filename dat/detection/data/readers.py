@@ -1,5 +1,6 @@
 """Readers of data sets by name. A format is one file in `formats`, which registers its reader here."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,7 +97,7 @@ def read_strictly(
             f"{found.path}: categories are {_names(found.categories)}; "
             f"they should be those of training, {_names(categories)}"
         )
-    absent = [record for record in found.records if not record.path.is_file()]
+    absent = [record for record in found.records if not os.path.isfile(record.path)]
     if absent:
         if not absent[0].path.parent.is_dir():
             raise DataError(f"{absent[0].path.parent}: no such folder of images{suggest(absent[0])}")
