@@ -36,6 +36,7 @@ def find_files(folder: Path, names: Sequence[str], problems: Findings, source: P
         found = [name] if index.has(name) else index.search(name)
         if len(found) > 1:
             text = f"{source}: the image {name} may be {folder / found[0]} or {folder / found[1]}"
+            text = f"{text}; the folder of images should hold only one of them"
             problems.add("several files of an image's name", text, stops=True)
         paths.append(folder / (found[0] if found else _parts(name)[-1]))
     if len(set(paths)) < len(paths):
