@@ -130,6 +130,13 @@ def test_some_boxes_of_another_form_give_a_warning(scenes):
     assert "2 of 8 boxes are below one pixel: they look like parts" in read_dataset(scenes, TRAIN).warning
 
 
+def test_nothing_is_left_beside_some_boxes_of_another_form(scenes):
+    edit(scenes, FAULTS["crowds"][0])
+    edit(scenes, FAULTS["parts"][0], most=2)
+    with pytest.raises(DataError, match="8 of 8 objects are left out: 8 are crowds"):
+        read_dataset(scenes, TRAIN)
+
+
 def test_some_boxes_that_reach_outside_give_a_warning(scenes):
     edit(scenes, set_box(lambda x, y, w, h, W, H: [W - w / 2 - 2, 2, w, h]), most=3)
     assert "3 of 8 boxes reach outside their images by a tenth or more" in read_dataset(scenes, TRAIN).warning

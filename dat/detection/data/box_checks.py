@@ -73,8 +73,8 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
 
     Training drops boxes that are below one pixel in the resized image; evaluation keeps them.
     """
-    # The reason is known already.
-    if FORM in problems.problems or not found.records:
+    # A form that stops is the reason already.
+    if not found.records or (FORM in problems.problems and problems.problems[FORM].stops):
         return
     crowd = np.concatenate([np.zeros(0, bool), *(record.crowd for record in found.records)])
     small, edge = np.zeros_like(crowd), 0
