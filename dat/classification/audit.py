@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dat.classification.config import ClassificationConfig, DataConfig, check_config
+from dat.classification.data import check_classes
 from dat.classification.readers import Split, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
@@ -59,6 +60,11 @@ def audit(data: DataConfig) -> dict[str, SplitAudit]:
             continue
         class_names = class_names or split.class_names
         found[name] = audit_split(split.note or place, split, class_names)
+        if name == "train":
+            try:
+                check_classes(split)
+            except DataError as error:
+                found[name].add("only one class", str(error), stops=True)
     _find_training_images(found["train"], found["val"])
     return found
 
@@ -98,6 +104,9 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
 def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) -> None:
     for name in split.left_out:
         found.add("file that is no image, left out", name)
+    for name in split.empty:
+        if name not in class_names:
+            found.add("folder without images, no class", name)
     counts = Counter(found.classes.values())
     for k, name in enumerate(class_names):
         if not counts[k]:

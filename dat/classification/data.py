@@ -20,7 +20,7 @@ from dat.engine.distributed import Distributed, gather
 from dat.engine.loaders import EpochBatchSampler, loader_options
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
-from dat.utils.errors import ConfigError, DataError
+from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.images import UNREADABLE
 
 # More unreadable images than this in a row mean that something else is wrong.
@@ -80,6 +80,29 @@ class UserTransform:
 
 def _at_least_one(level_fn: Any, level: float, hparams: dict[str, Any]) -> tuple[int]:
     return (max(1, *level_fn(level, hparams)),)
+
+
+def check_classes(split: Split) -> None:
+    """Raises DataError unless the images for training are of two classes or more."""
+    if len(split.class_names) < 2:
+        raise DataError(
+            f"data.train: all {len(split)} images are of one class, {', '.join(split.class_names)}; "
+            "there should be at least two, each in a folder of its own"
+        )
+
+
+def check_readable(split: Split, name: str) -> None:
+    """Raises DataError if no image of a split can be read, or none of many of them."""
+    chosen = np.linspace(0, len(split) - 1, min(len(split), MAX_IN_A_ROW)).astype(int).tolist()
+    reason = ""
+    for index in chosen:
+        try:
+            split.read(index)
+            return
+        except UNREADABLE as error:
+            reason = reason or f"{split.name(index)}: {one_line(error, 120)}"
+    tried = f"{len(chosen)} of {len(split)} were tried" if len(chosen) < len(split) else f"there are {len(split)}"
+    raise DataError(f"data.{name}: no image can be read, {tried}, such as {reason}")
 
 
 class TrainImages(Dataset[tuple[Tensor, int, int, int, int]]):

@@ -31,6 +31,7 @@ class Split:
         reader: item i is (open file, label), `filename(i)` its name, as timm's readers give them.
         class_names: the classes that the split has.
         left_out: files in class folders, relative to the split's folder, that are no images; or parts of shards.
+        empty: class folders without images.
         note: how the split was chosen, where the configuration does not say; "": it does.
         numbers: the model's class for each label of the reader.
         indices: the images of the reader that belong to the split.
@@ -39,6 +40,7 @@ class Split:
     reader: Any
     class_names: list[str]
     left_out: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
     note: str = ""
     numbers: Sequence[int] = ()
     indices: Sequence[int] = ()
@@ -141,7 +143,9 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
     except (RuntimeError, AssertionError, *UNREADABLE) as error:
         raise DataError(f"{key}: {place} holds no readable images in class folders") from error
     indices = reader.class_to_idx if place.is_dir() else reader.class_name_to_idx
-    return _number_classes(Split(reader, sorted(indices, key=indices.get), left_out), class_names, f"{key}: {place}")
+    split = Split(reader, sorted(indices, key=indices.get), left_out)
+    split.empty = _empty_folders(place, reader, split.class_names) if place.is_dir() else []
+    return _number_classes(split, class_names, f"{key}: {place}")
 
 
 def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
@@ -247,6 +251,14 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
             )
         split.numbers = [index[name] for name in split.class_names]
     return split
+
+
+def _empty_folders(place: Path, reader: Any, class_names: Sequence[str]) -> list[str]:
+    """The visible folders directly in `place` below which there is no image."""
+    folders = {path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders -= set(class_names)
+    # Classes may be folders of folders.
+    return sorted(folders - {Path(os.path.relpath(file, place)).parts[0] for file, _ in reader.samples if folders})
 
 
 def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:

@@ -17,6 +17,8 @@ from dat.classification.data import (
     SkippedImages,
     TrainImages,
     UserTransform,
+    check_classes,
+    check_readable,
     eval_loader,
     make_transform,
     train_loader,
@@ -82,6 +84,9 @@ class ClassificationTrainer(Trainer):
         resume: Path | None = None,
         transform: Callable[..., Any] | None = None,
     ):
+        check_classes(train_set)
+        check_readable(train_set, "train")
+        check_readable(val_set, "val")
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
         self.transform = transform
         super().__init__(config, distributed, resume)
@@ -90,7 +95,11 @@ class ClassificationTrainer(Trainer):
         self.val_skipped = SkippedImages(val_set, self.output / "skipped_val.txt")
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
-            self.warnings = [f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}"]
+            self.warnings.append(f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}")
+        if empty := train_set.empty:
+            self.warnings.append(
+                f"data.train has {len(empty)} folders without images, no classes, such as {empty[0]!r}"
+            )
 
     def _class_weights(self) -> Tensor | None:
         given = self.config.train.class_weights

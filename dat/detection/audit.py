@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dat.detection.config import DetectionConfig
 from dat.detection.data.audit_split import SplitAudit, audit_split, compare
+from dat.detection.data.box_checks import resized_sides
 from dat.detection.draw import draw_boxes, open_record
 from dat.detection.evaluation import MEDIUM, SMALL
 from dat.engine.audit import format_problems
@@ -35,7 +36,7 @@ def audit(config: DetectionConfig) -> dict[str, SplitAudit]:
 def summarize(found: SplitAudit, size: int, max_size: int) -> dict[str, Any]:
     """Counts of a split as plain values; `size` and `max_size` are the edges that its images are resized to."""
     categories, records = found.annotations.categories, found.annotations.records
-    sizes, resized = found.sizes, found.resized_sides(size, max_size)
+    sizes, resized = found.sizes, resized_sides(found.annotations, size, max_size)
     sides = np.sqrt(sizes.prod(1))
     per_image = [len(record.boxes) for record in records]
     ids = [category.id for category in categories]
@@ -112,7 +113,7 @@ def draw_sizes(found: dict[str, SplitAudit], config: DetectionConfig, path: Path
     left, right = figure.subplots(1, 2)
     size, max_size = config.data.val.size, config.data.val.max_size
     for name, split in found.items():
-        sizes, sides = split.sizes, split.resized_sides(size, max_size)
+        sizes, sides = split.sizes, resized_sides(split.annotations, size, max_size)
         if not len(sizes):
             continue
         left.scatter(*sizes.T, s=4, alpha=0.4, label=name)

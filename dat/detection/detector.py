@@ -151,8 +151,8 @@ class Detector(Predictor):
             return {}
         evaluation = Evaluation.of(annotations, results, every=val.tiles > 0)
         metrics = evaluation.metrics()
-        if annotations.warning:
-            logger.warning(f"warning: {annotations.warning}")
+        for warning in annotations.warnings:
+            logger.warning(f"warning: {warning}")
         if out is not None:
             from dat.detection.report import write_report
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 
 from dat.detection.data import Category, ImageRecord, load_record
+from dat.utils.fonts import LabelFonts
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish too, without black.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -29,7 +30,7 @@ def draw_boxes(
     image = image if image.mode == "RGB" else image.convert("RGB")
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
     unit = max(image.size) / MIN_EDGE
-    font = ImageFont.load_default(round(13 * unit))
+    fonts = LabelFonts([category.name for category in categories], round(13 * unit))
     draw = ImageDraw.Draw(image)
     labels = {category.id: label for label, category in enumerate(categories)}
     # The highest scores are drawn last, on top of the others.
@@ -39,8 +40,9 @@ def draw_boxes(
         x, y, w, h = (value * scale for value in result["bbox"])
         draw.rectangle((x, y, x + w, y + h), outline=color, width=max(2, round(2 * unit)))
         score = f" {result['score']:.2f}" if "score" in result else ""
-        _write(draw, (x, y), categories[label].name + score, font, color, image.size)
+        _write(draw, (x, y), categories[label].name + score, fonts, color, image.size)
     if title:
+        font = fonts.default
         draw.text((4 * unit, image.height - 20 * unit), title, "white", font, stroke_width=2, stroke_fill="black")
     return image
 
@@ -60,14 +62,14 @@ def _write(
     draw: ImageDraw.ImageDraw,
     corner: tuple[float, float],
     text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    fonts: LabelFonts,
     color: str,
     size: tuple[int, int],
 ) -> None:
     """Draws text on a coloured background above the corner of a box, shifted to lie inside the image."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font)
+    left, top, right, bottom = fonts.bbox(text)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(corner[0], size[0] - width))
     y = corner[1] - height if corner[1] >= height else corner[1]
     draw.rectangle((x, y, x + width, y + height), fill=color)
-    draw.text((x + 2 - left, y + 2 - top), text, "black", font)
+    fonts.draw(draw, x + 2 - left, y + 2 - top, text, "black")

@@ -127,7 +127,12 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
     annotations = read_dataset(config.data, "val")
-    images, classes = ({x.id for x in group} for group in (annotations.records, annotations.categories))
-    if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
+    # Runs of earlier versions trained supercategories without objects too.
+    found = {result["category_id"] for result in results}
+    roots = [root for root in annotations.roots if root.id in found]
+    classes = sorted([*annotations.categories, *roots], key=lambda category: category.id)
+    annotations = annotations.with_categories(tuple(classes))
+    images, ids = ({x.id for x in group} for group in (annotations.records, annotations.categories))
+    if not all(result["image_id"] in images and result["category_id"] in ids for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")
     return Evaluation.of(annotations, results, every=config.data.val.tiles > 0)

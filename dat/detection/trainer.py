@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat.detection.checkpoint import class_state
+from dat.detection.checkpoint import check_categories, class_state
 from dat.detection.config import DetectionConfig
 from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
@@ -22,6 +23,7 @@ from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
 from dat.detection.predictor import Predictor
 from dat.detection.report import write_report
+from dat.engine.checkpoint import load_checkpoint
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import class_weights
 from dat.engine.pipelines import describe_transform
@@ -53,10 +55,12 @@ class DetectionTrainer(Trainer):
         resume: Path | None = None,
         transform: Callable[..., Any] | None = None,
     ):
+        if resume is not None and train_set.roots:
+            train_set, val_set = _with_saved_classes(resume, train_set, val_set)
         self.train_set, self.val_set, self.transform = train_set, val_set, transform
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)
-        self.warnings = [warning for warning in (train_set.warning, val_set.warning) if warning]
+        self.warnings = [*train_set.warnings, *val_set.warnings]
         self.criterion = build_criterion(self.model, config.train.loss, self._class_weights())
         self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
@@ -153,3 +157,12 @@ class DetectionTrainer(Trainer):
         shown = [f"{label:>5}  {category.id:>8}  {category.name}" for label, category in enumerate(classes[:100])]
         more = [f"... and {len(classes) - 100} more"] if len(classes) > 100 else []
         return weights + "\n".join([f"label  id in file  name of {len(classes)} classes", *shown, *more])
+
+
+def _with_saved_classes(resume: Path, train_set: Annotations, val_set: Annotations) -> tuple[Annotations, Annotations]:
+    """The data with the classes of a run of an earlier version, which trained supercategories without objects too."""
+    state = load_checkpoint(resume, "detection")
+    saved = check_categories(state.get("category_ids"), state.get("class_names", ()), resume)
+    # A file may list none of the other's supercategories.
+    val_set = replace(val_set, roots=tuple({*train_set.roots, *val_set.roots}))
+    return train_set.with_categories(saved), val_set.with_categories(saved)

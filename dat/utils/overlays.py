@@ -77,8 +77,10 @@ def save_figure(figure: "Figure", path: Path) -> None:
         OSError: the file cannot be written; no temporary file stays behind.
     """
     check_format(path)
+    from dat.utils.fonts import figure_fonts
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, figure_fonts(figure):
         figure.savefig(temporary)
 
 

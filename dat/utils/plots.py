@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from dat.utils.files import atomic_write, read_jsonl
+from dat.utils.fonts import figure_fonts
 
 # Confusion matrices of more classes are drawn without class names, or without counts.
 NAMED, NUMBERED = 100, 20
@@ -17,7 +18,7 @@ NAMED, NUMBERED = 100, 20
 
 def save_plot(figure: Figure, path: Path) -> None:
     """Atomically replaces `path` by a figure, at 120 pixels per inch."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, figure_fonts(figure):
         figure.savefig(temporary, dpi=120)
 
 

@@ -40,12 +40,13 @@ def thousand_classes(data):
         annotation["category_id"] = 3 * (97 * number % 1000) + 1
 
 
-def no_objects(data):
-    data["annotations"] = []
+def one_object(data):
+    """Batches without objects."""
+    data["annotations"] = data["annotations"][:1]
 
 
 def crowds(data):
-    for annotation in data["annotations"]:
+    for annotation in data["annotations"][1:]:
         annotation["iscrowd"] = 1
 
 
@@ -66,8 +67,8 @@ def many_objects(data):
     [
         (one_class, ("train", "val")),
         (thousand_classes, ("train", "val")),
-        (no_objects, ("train",)),
-        (no_objects, ("val",)),
+        (one_object, ("train",)),
+        (one_object, ("val",)),
         (crowds, ("train", "val")),
         (pixels, ("train", "val")),
         (many_objects, ("train", "val")),

@@ -67,7 +67,7 @@ def test_what_cannot_be_learnt_is_refused(config_file, scenes, capsys):
     assert "argument --overfit: is 0, should be an integer of at least 1" in capsys.readouterr().err
     data = json.loads((scenes / "train.json").read_text())
     write_json(scenes / "train.json", data | {"annotations": []})
-    assert "no image shows an object" in fails(capsys, "train", config_file, "--overfit", 2)
+    assert "no object is annotated in 4 images" in fails(capsys, "train", config_file, "--overfit", 2)
 
 
 def diagnosis(config, annotations, results, **changes):

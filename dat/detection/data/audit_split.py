@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 
 from dat.detection.config import DataConfig
+from dat.detection.data.box_checks import check_objects
+from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.readers import collecting, read_split
 from dat.detection.data.records import Annotations, ImageRecord, load_image
-from dat.detection.data.transforms import resized_size
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 from dat.utils.files import IMAGE_EXTENSIONS
@@ -39,12 +40,6 @@ class SplitAudit(Findings):
         joined = np.concatenate([np.zeros((0, 4)), *boxes])
         return joined[:, 2:] - joined[:, :2]
 
-    def resized_sides(self, size: int, max_size: int) -> np.ndarray:
-        """The shorter side [n] of every box when images are resized to a shortest edge of `size`, in pixels."""
-        records = self.annotations.records
-        scales = [resized_size(r.height, r.width, size, max_size)[0] / r.height for r in records]
-        return self.sizes.min(1, initial=np.inf) * np.repeat(scales, [len(r.boxes) for r in records])
-
     def objects(self) -> np.ndarray:
         """Number of boxes of each category."""
         labels = [np.zeros(0, np.int64), *(record.labels for record in self.annotations.records)]
@@ -56,13 +51,16 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
     found = SplitAudit(Annotations(Path(data.root) / getattr(data, name).annotations, (), ()))
     with collecting(found, "annotation file"):
         found.annotations = read_split(data, name, found)
-    if not found.annotations.annotated:
+    if found.annotations.annotated:
+        check_objects(found.annotations, getattr(data, name), found)
+    else:
         found.add("no annotations", "the file lists images only", stops=True)
     _check_objects(found)
     records = found.annotations.records
+    root, key = Path(data.root), f"data.{name}.images"
     folders = {record.path.parent for record in records}
     if records and not any(folder.is_dir() for folder in folders):
-        text = f"{records[0].path.parent}: no such folder of images"
+        text = f"{records[0].path.parent}: no such folder of images{suggest_override(root, key, records[0])}"
         found.add("missing image file", text, stops=True, count=len(records))
         return found
     with ThreadPoolExecutor() as pool:
@@ -72,6 +70,10 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
                 found.add(kind, example, stops=True)
             else:
                 found.hashes[digest].append(record)
+    absent = found.problems.get("missing image file")
+    if absent is not None:
+        record = next(record for record in records if not record.path.is_file())
+        absent.examples[0] += suggest_override(root, key, record)
     for same in found.hashes.values():
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
@@ -88,6 +90,10 @@ def compare(train: SplitAudit, val: SplitAudit) -> None:
     """
     listed = {record.path for split in (train, val) for record in split.annotations.records}
     train.unlisted, val.unlisted = train.unlisted - listed, val.unlisted - listed
+    val.annotations = val.annotations.with_categories(train.annotations.categories)
+    for split in (train, val):
+        for text in split.annotations.dropped_roots:
+            split.add("category left out", text, count=len(split.annotations.roots))
     only = set(train.annotations.categories) ^ set(val.annotations.categories)
     if only:
         names = ", ".join(f"{c.id} {c.name}" for c in sorted(only, key=lambda c: c.id)[:5])
@@ -115,7 +121,7 @@ def _check_objects(found: SplitAudit) -> None:
 def _check_file(record: ImageRecord) -> tuple[ImageRecord, str, str, str]:
     """The record, the digest of its file, or the kind of problem and an example."""
     if not record.path.is_file():
-        return record, "", "missing image file", f"{record.path}"
+        return record, "", "missing image file", absent_text(record)
     try:
         digest = hashlib.blake2b(record.path.read_bytes(), digest_size=16).hexdigest()
         load_image(record.path, (record.width, record.height))

@@ -1,13 +1,17 @@
 """Finds the format of a data set and reads its splits. A format is one file in `formats`, which registers itself."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
-from dat.detection.data.records import Annotations, Category, merge_classes, path_order
+from dat.detection.data.box_checks import BOX_KINDS, check_objects
+from dat.detection.data.image_names import absent_text, suggest_override
+from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes, path_order
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
@@ -98,14 +102,21 @@ def read_dataset(
         annotated: whether images without any annotations, such as COCO's test files list, are an error.
 
     Raises:
-        DataError: a folder of no known format, malformed annotations, absent images, other categories.
+        DataError: a folder of no known format, malformed annotations, no object that could be learnt or found, absent
+            images, other categories.
     """
-    found = read_strictly(lambda problems: read_split(data, name, problems), categories)
-    if not found.records:
-        raise DataError(f"{found.path}: data.{name} has no images, should have one or more")
-    if annotated and not found.annotated:
-        raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
-    return found
+
+    def read(problems: Findings) -> Annotations:
+        found = read_split(data, name, problems)
+        if not found.records:
+            raise DataError(f"{found.path}: data.{name} has no images, should have one or more")
+        if annotated and not found.annotated:
+            raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
+        if found.annotated:
+            check_objects(found, getattr(data, name), problems)
+        return found
+
+    return read_strictly(read, categories, partial(suggest_override, Path(data.root), f"data.{name}.images"))
 
 
 def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findings) -> Annotations:
@@ -147,26 +158,36 @@ def describe_sets(*sets: Annotations) -> str:
 
 
 def read_strictly(
-    read: Callable[[Findings], Annotations], categories: tuple[Category, ...] | None = None
+    read: Callable[[Findings], Annotations],
+    categories: tuple[Category, ...] | None = None,
+    suggest: Callable[[ImageRecord], str] = lambda record: "",
 ) -> Annotations:
-    """Calls `read`, and raises DataError at the first problem. Arguments as in Split and read_dataset."""
+    """Calls `read`, and raises DataError at the first problem. Arguments as in Split and read_dataset.
+
+    `suggest`: the end of the message that an image is absent.
+    """
     problems = FirstProblem()
     found = read(problems)
+    if categories is not None:
+        found = found.with_categories(categories)
     if categories is not None and found.categories != categories:
         raise DataError(
             f"{found.path}: categories are {_names(found.categories)}; "
             f"they should be those of training, {_names(categories)}"
         )
-    absent = [record.path for record in found.records if not record.path.is_file()]
+    absent = [record for record in found.records if not os.path.isfile(record.path)]
     if absent:
-        if not absent[0].parent.is_dir():
-            raise DataError(f"{absent[0].parent}: no such folder of images")
+        if not absent[0].path.parent.is_dir():
+            raise DataError(f"{absent[0].path.parent}: no such folder of images{suggest(absent[0])}")
         more = f" (and {len(absent) - 1} more of {len(found.records)})" if len(absent) > 1 else ""
-        raise DataError(
-            f"{found.path}: lists the image {absent[0].name}, which is absent from {absent[0].parent}{more}"
-        )
-    counts = "; ".join(f"{problem.kind} ({problem.count})" for problem in problems.problems.values())
-    return replace(found, warning=f"{found.path}: {counts}" if counts else "")
+        raise DataError(f"{found.path}: lists {absent_text(absent[0], more)}{suggest(absent[0])}")
+    texts = [
+        f"{problem.kind} ({problem.count})"
+        if problem.kind in BOX_KINDS
+        else problem.examples[0].removeprefix(f"{found.path}: ")
+        for problem in problems.problems.values()
+    ]
+    return replace(found, warning=f"{found.path}: {'; '.join(texts)}" if texts else "")
 
 
 class FirstProblem(Findings):

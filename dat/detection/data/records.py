@@ -28,6 +28,7 @@ class ImageRecord:
     """One image and its objects: `boxes` [n, 4] float32 (x0, y0, x1, y1) in pixels, inside the image and not empty.
 
     `labels` [n] int64 index the categories, `crowd` [n] bool marks COCO's iscrowd, `areas` [n] are in pixels.
+    `file_name`: of the image as the annotations give it, "": as in `path`.
     The record of a `window` (left, top, right, bottom) of a `whole` image has the size and the objects of the window.
     """
 
@@ -39,6 +40,7 @@ class ImageRecord:
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    file_name: str = ""
     window: tuple[int, int, int, int] | None = field(default=None, kw_only=True)
     whole: "ImageRecord | None" = field(default=None, kw_only=True)
 
@@ -55,6 +57,7 @@ class Annotations:
     `path` is the file or folder that messages name; `warning` counts boxes that reading dropped or clipped, "" if none.
     `annotated` is False where the images have no annotations at all, as in COCO's test files. `format` and `extent` say
     how the data set was read, and which part of it.
+    `roots`: supercategories without objects, which the file lists as categories, but which are no classes.
     """
 
     path: Path
@@ -64,6 +67,31 @@ class Annotations:
     annotated: bool = True
     format: str = ""
     extent: str = ""
+    roots: tuple[Category, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines for the user: boxes and categories that are left out."""
+        return [*filter(None, [self.warning]), *(f"{self.path}: {text}" for text in self.dropped_roots)]
+
+    @property
+    def dropped_roots(self) -> list[str]:
+        """A text, if any category is left out."""
+        names = ", ".join(f"{c.id} {c.name}" for c in self.roots)
+        return [f"supercategory without objects, no class: {names}"] if names else []
+
+    def with_categories(self, categories: tuple[Category, ...]) -> "Annotations":
+        """The same with some of `roots` as classes, where this gives `categories`; otherwise unchanged.
+
+        Checkpoints of earlier versions, and splits in which a supercategory has objects, have such classes.
+        """
+        mine = set(self.categories)
+        if not mine < set(categories) <= mine | set(self.roots):
+            return self
+        labels = np.array([categories.index(category) for category in self.categories], dtype=np.int64)
+        records = tuple(replace(record, labels=labels[record.labels]) for record in self.records)
+        roots = tuple(root for root in self.roots if root not in categories)
+        return replace(self, categories=categories, records=records, roots=roots)
 
     def objects(self, record: ImageRecord) -> list[dict[str, Any]]:
         """The objects of an image as COCO annotations without ids: "bbox" is (x, y, width, height) in pixels."""
@@ -96,7 +124,7 @@ class Annotations:
 def merge_classes(annotations: Annotations) -> Annotations:
     """The annotations with all objects of one class, "object", whose category id is 1."""
     records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
-    return replace(annotations, categories=(Category(1, "object"),), records=records)
+    return replace(annotations, categories=(Category(1, "object"),), records=records, roots=())
 
 
 def path_order(path: Path) -> Any:

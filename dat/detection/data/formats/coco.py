@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE, check_bboxes
+from dat.detection.data.image_names import find_files
 from dat.detection.data.readers import collecting, read_strictly
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
@@ -26,7 +29,7 @@ def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None 
 def read_categories(path: Path) -> tuple[Category, ...]:
     """Reads only the categories of an annotation file, sorted by id. Raises DataError as read_coco does."""
     return read_strictly(
-        lambda problems: Annotations(path, _categories(path, _read_json(path), problems), ())
+        lambda problems: Annotations(path, _categories(path, _read_json(path), problems)[0], ())
     ).categories
 
 
@@ -37,14 +40,16 @@ def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
         data = _read_json(path)
     if not data:
         return Annotations(path, (), ())
-    categories = _categories(path, data, problems)
+    categories, roots = _categories(path, data, problems)
     entries = _images(path, data, problems)
     objects = _objects(path, data, categories, entries, problems)
+    names = [entry["file_name"] for entry in entries.values()]
+    files = find_files(images, names, problems, path)
     records = [
-        ImageRecord(image_id, images / entry["file_name"], entry["width"], entry["height"], *_arrays(objects[image_id]))
-        for image_id, entry in entries.items()
+        ImageRecord(image_id, file, entry["width"], entry["height"], *_arrays(objects[image_id]), file_name=name)
+        for (image_id, entry), file, name in zip(entries.items(), files, names, strict=True)
     ]
-    return Annotations(path, categories, tuple(records), annotated="annotations" in data)
+    return Annotations(path, categories, tuple(records), annotated="annotations" in data, roots=roots)
 
 
 def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[float, float, float, float] | None, bool]:
@@ -67,11 +72,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     'annotations' may be absent, as in COCO's image_info_test2017.json.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
+            # UTF-16 and byte order marks, as Windows programs write them.
+            encoding = json.detect_encoding(file.read(4))
+        with path.open(encoding=encoding) as file:
             data = json.load(file)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such annotation file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
@@ -93,21 +101,47 @@ def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
     return [entry[key] for key in kinds]
 
 
-def _categories(path: Path, data: dict[str, Any], problems: Findings) -> tuple[Category, ...]:
-    found: dict[int, Category] = {}
+def _categories(
+    path: Path, data: dict[str, Any], problems: Findings
+) -> tuple[tuple[Category, ...], tuple[Category, ...]]:
+    """The classes, and the supercategories without objects, both sorted by id."""
+    listed: list[tuple[Category, Any]] = []
     for i, entry in enumerate(data["categories"]):
         with collecting(problems, "malformed category"):
             category = Category(*_get(path, entry, f"categories[{i}]", id=int, name=str))
-            for key in ("id", "name"):
-                value = getattr(category, key)
-                if value in [getattr(other, key) for other in found.values()]:
-                    text = f"{path}: category {key} {value!r} is used more than once"
-                    problems.add(f"category {key} used twice", text, stops=True)
-            found.setdefault(category.id, category)
+            listed.append((category, entry.get("supercategory")))
+    roots = _roots(data, listed)
+    found: dict[int, Category] = {}
+    for category, _ in listed:
+        if category in roots:
+            continue
+        for key in ("id", "name"):
+            value = getattr(category, key)
+            if value in [getattr(other, key) for other in found.values()]:
+                text = f"{path}: category {key} {value!r} is used more than once"
+                problems.add(f"category {key} used twice", text, stops=True)
+        found.setdefault(category.id, category)
     if not found:
         text = f"{path}: 'categories' is empty; it should list at least one category"
         problems.add("malformed category", text, stops=True)
-    return tuple(found[category_id] for category_id in sorted(found))
+    return tuple(found[category_id] for category_id in sorted(found)), tuple(sorted(roots, key=lambda c: c.id))
+
+
+def _roots(data: dict[str, Any], listed: list[tuple[Category, Any]]) -> set[Category]:
+    """Categories without objects whose name is another's supercategory; none if there are no others.
+
+    Roboflow lists the name of the project so, with the id 0.
+    """
+    ids = [entry.get("category_id") for entry in data.get("annotations", ()) if isinstance(entry, dict)]
+    used = {category_id for category_id in ids if isinstance(category_id, int)}
+    members = Counter(parent for _, parent in listed if isinstance(parent, str))
+    # A category may be its own supercategory, as COCO's person.
+    roots = {
+        category
+        for category, parent in listed
+        if category.id not in used and members[category.name] > (parent == category.name)
+    }
+    return roots if len(roots) < len({category for category, _ in listed}) else set()
 
 
 def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, dict[str, Any]]:
@@ -117,8 +151,9 @@ def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, d
         with collecting(problems, "malformed image entry"):
             image_id, *_ = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
             for key in ("width", "height"):
-                if entry[key] < 1:
-                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be at least 1")
+                if not 1 <= entry[key] < 2**31:
+                    should = "at least 1" if entry[key] < 1 else "below 2**31"
+                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be {should}")
             if image_id in found:
                 text = f"{path}: image id {image_id} is used more than once"
                 problems.add("image id used twice", text, stops=True)
@@ -139,22 +174,26 @@ def _objects(
     """For each image id: box (x0, y0, x1, y1), label, crowd flag and area of its objects."""
     label_of = {category.id: label for label, category in enumerate(categories)}
     found: dict[int, list[tuple[Any, ...]]] = {image_id: [] for image_id in images}
+    bboxes, sizes = [], []
     for i, entry in enumerate(data.get("annotations", ())):
         with collecting(problems, "malformed annotation"):
             where = f"annotations[{i}]"
             image_id, category_id, bbox = _ids_and_bbox(path, entry, where, label_of, images)
             crowd, area = _crowd_and_area(path, entry, where)
             image = images[image_id]
-            box, outside = clip_box(bbox, image["width"], image["height"])
+            bboxes.append(bbox)
+            sizes.append((image["width"], image["height"]))
+            box, outside = clip_box(bbox, *sizes[-1])
             text = f"{where}: {bbox} in {image['file_name']}, {image['width']}x{image['height']}"
             if box is None:
                 empty = not (bbox[2] > 0 and bbox[3] > 0) or not all(map(math.isfinite, bbox))
-                problems.add("empty box, dropped" if empty else "box outside its image, dropped", text)
+                problems.add(EMPTY if empty else OUTSIDE, text)
                 continue
             if outside:
-                problems.add("box reaches outside its image, clipped", text)
+                problems.add(CLIPPED, text)
             area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
             found[image_id].append((box, label_of[category_id], crowd, area))
+    check_bboxes(path, np.array(bboxes, dtype=np.float64).reshape(-1, 4), np.array(sizes).reshape(-1, 2), problems)
     return found
 
 
@@ -167,7 +206,8 @@ def _ids_and_bbox(
         raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
     if category_id not in categories:
         raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
-    if len(bbox) != 4 or not all(isinstance(value, (int, float)) for value in bbox):
+    # Python's integers have no limit.
+    if len(bbox) != 4 or not all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63) for v in bbox):
         raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
     return image_id, category_id, bbox
 
@@ -184,7 +224,7 @@ def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool
     return bool(crowd), area
 
 
-def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]:
+def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Boxes [n, 4], labels, crowd and areas [n] of an image."""
     boxes, labels, crowd, areas = zip(*objects, strict=True) if objects else ((),) * 4
     return (

@@ -1,0 +1,109 @@
+"""Whether annotations hold objects that a detector can learn, and if not, the likely mistake in them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dat.detection.config import TrainDataConfig
+from dat.detection.data.records import Annotations
+from dat.detection.data.transforms import resized_size
+from dat.engine.audit import Findings
+
+# Problems of single boxes, which readers count.
+EMPTY, OUTSIDE, CLIPPED = (
+    "empty box, dropped",
+    "box outside its image, dropped",
+    "box reaches outside its image, clipped",
+)
+BOX_KINDS = (EMPTY, OUTSIDE, CLIPPED)
+FORM, NOTHING, MANY = "boxes are not COCO's x, y, width, height", "no object to learn", "objects are left out"
+
+# The part of all boxes from which a fault gives a warning.
+NOTABLE = 0.2
+
+# Fewer boxes than these may reach outside, or end before the middle of their images, by chance.
+FEW, MANY_BOXES = 4, 10
+
+# Percentages, and the coordinates of some language models.
+SCALES = (100, 1000)
+
+
+def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Findings) -> None:
+    """Adds to `problems` that bboxes [n, 4] are not x, y, width, height in pixels of images of `sizes` [n, 2]."""
+    count = len(bboxes)
+    valid = np.isfinite(bboxes).all(1) & (bboxes[:, 2:] > 0).all(1)
+    bboxes, sizes = bboxes[valid], sizes[valid]
+    if not len(bboxes):
+        return
+    low, extent = bboxes[:, :2], bboxes[:, 2:]
+    with np.errstate(over="ignore", invalid="ignore"):
+        shown = (np.minimum(low + extent, sizes) - np.maximum(low, 0)).clip(0) / extent
+    inside = np.nan_to_num(shown).prod(1)
+    parts = (np.abs(bboxes) <= 1).all(1)
+    corners = ((extent > low) & (extent < sizes + 1)).all(1)
+    cut, lost = inside < 0.9, inside < 0.5
+    reach = f"{path}: {cut.sum()} of {count} boxes reach outside their images"
+    stops = True
+    if parts.mean() >= NOTABLE:
+        text = f"{path}: {parts.sum()} of {count} boxes are below one pixel"
+        text, stops = f"{text}: they look like parts of the image's size; COCO's are pixels", bool(parts.mean() >= 0.5)
+    elif len(bboxes) < FEW:
+        return
+    elif cut.mean() >= NOTABLE and corners.mean() > 0.95:
+        text = f"{reach}: they look like x0, y0, x1, y1; COCO's are x, y, width, height"
+    elif lost.mean() > 0.5:
+        text = f"{reach}, most of them by more than half: they look like boxes of images of another size"
+    elif cut.mean() >= NOTABLE:
+        text, stops = f"{reach} by a tenth or more: COCO's are x, y of the upper left, width, height in pixels", False
+    elif scales := [scale for scale in SCALES if len(bboxes) >= MANY_BOXES and _ends_at(scale, low + extent, sizes)]:
+        text = f"{path}: {count} of {count} boxes end at pixel {scales[0]} or before, in images twice as large or more"
+        text, stops = f"{text}: are they parts of {scales[0]}? COCO's are pixels", False
+    else:
+        return
+    problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
+
+
+def _ends_at(scale: int, corners: np.ndarray, sizes: np.ndarray) -> bool:
+    return bool(corners.max() <= scale * 1.001 and sizes.min() >= 2 * scale)
+
+
+def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
+    """Adds to `problems`, which has the boxes that reading dropped, that few objects of the split are left, or none.
+
+    Training drops boxes that are below one pixel in the resized image; evaluation keeps them.
+    """
+    # A form that stops is the reason already.
+    if not found.records or (FORM in problems.problems and problems.problems[FORM].stops):
+        return
+    crowd = np.concatenate([np.zeros(0, bool), *(record.crowd for record in found.records)])
+    small, edge = np.zeros_like(crowd), 0
+    if isinstance(split, TrainDataConfig):
+        edge = max(split.sizes)
+        small = (resized_sides(found, edge, split.max_size) < 1) & ~crowd
+    dropped = {kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in BOX_KINDS}
+    counts = {
+        "are empty (COCO's are x, y, width, height)": dropped[EMPTY],
+        "lie outside their images (COCO's are x, y, width, height in pixels of the file)": dropped[OUTSIDE],
+        "are crowds (iscrowd should be 0 for single objects)": int(crowd.sum()),
+        f"are below one pixel in images resized to a shortest edge of {edge} (data.train.sizes)": int(small.sum()),
+    }
+    useless, total = sum(counts.values()), len(crowd) + dropped[EMPTY] + dropped[OUTSIDE]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    text = f"{found.path}: {useless} of {total} objects are left out: {reasons}"
+    if not total:
+        text = f"{found.path}: no object is annotated in {len(found.records)} images; is it the right file?"
+        problems.add(NOTHING, text, stops=True)
+    elif useless >= NOTABLE * total:
+        nothing = useless == total
+        problems.add(NOTHING if nothing else MANY, text, stops=nothing, count=useless)
+
+
+def resized_sides(found: Annotations, size: int, max_size: int) -> np.ndarray:
+    """The shorter side [n] of every box when images are resized to a shortest edge of `size`, in pixels."""
+    sides = [
+        (record.boxes[:, 2:] - record.boxes[:, :2]).min(1, initial=np.inf)
+        * (resized_size(record.height, record.width, size, max_size)[0] / record.height)
+        for record in found.records
+    ]
+    return np.concatenate([np.zeros(0), *sides])
