@@ -19,8 +19,7 @@ from dat.utils.errors import DataError, ImageError
 logger = logging.getLogger(__name__)
 
 FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
-    "WEBP",
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 # Pillow reports a broken file by any of these.
 UNREADABLE = (
@@ -77,7 +76,7 @@ def _formats() -> list[str]:
         pass
     else:
         pillow_heif.register_heif_opener()
-    return [form for form in FORMATS if form in Image.OPEN]
+    return [form for form in (*FORMATS, "HEIF") if form in Image.OPEN]
 
 
 class LacksHeif(UnidentifiedImageError):
@@ -183,6 +182,9 @@ def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.nd
     # Floats overshoot 0 and 1 where they were resized.
     if values.dtype.kind == "f" and limit < 2:
         top = 1
+    # A dark image of 8 bits that were scaled to 16 is no image of 12 or 14 bits.
+    elif limit < 65536 and not ((values % 257).any() and (values % 256).any()):
+        top = 65535
     else:
         top = next((2**bits - 1 for bits in BITS if limit < 2**bits), 0)
     if not top or low < -top / 4:
@@ -231,11 +233,12 @@ def _warn_of_frames() -> None:
 def check_size(image: Image.Image, name: str | Path = "the image") -> None:
     """Raises ImageError for an image too small or thin to show anything: resized, it may not fit model or memory."""
     short, long = sorted(image.size)
-    if short < SHORTEST_SIDE or long > LARGEST_ASPECT * short:
-        pixels, problem = f"{image.width}x{image.height} pixels", "small" if short < SHORTEST_SIDE else "thin"
-        limits = f"at least {SHORTEST_SIDE}, and its longer side at most {LARGEST_ASPECT} times that"
-        reason = f"of {pixels} (too {problem})"
-        raise ImageError(f"{name}: is {pixels}, too {problem}; its shorter side should be {limits}", reason)
+    if short >= SHORTEST_SIDE and long <= LARGEST_ASPECT * short:
+        return
+    pixels, problem = f"{image.width}x{image.height} pixels", "too small" if short < SHORTEST_SIDE else "too thin"
+    limits = f"at least {SHORTEST_SIDE}, the longer side at most {LARGEST_ASPECT} times that"
+    message = f"{name}: {pixels} are {problem}; the shorter side should be {limits}"
+    raise ImageError(message, f"of {pixels} ({problem})")
 
 
 def has_contrast(image: Image.Image) -> bool:
