@@ -196,5 +196,5 @@ def test_hidden_folders_are_no_splits(tmp_path):
 def test_images_that_show_nothing_are_left_out(tmp_path, size):
     (tmp_path / "a").mkdir()
     Image.new("RGB", size).save(tmp_path / "a/1.png")
-    with pytest.raises(UNREADABLE, match="the image: .* pixels are too"):
+    with pytest.raises(UNREADABLE, match=r"the image: .* pixels are too"):
         open_place(tmp_path, "here").read(0)

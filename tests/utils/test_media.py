@@ -1,5 +1,6 @@
 """Which files of a folder a command reads, what it says of the others, and how videos are turned."""
 
+import re
 import struct
 
 import numpy as np
@@ -66,11 +67,13 @@ def test_what_is_left_out_is_counted_with_the_reason(tmp_path, without_heif):
     assert [frame.name for batch in frames.batches(2) for frame in batch] == ["1.jpg", "2.jpg", "noext"]
     counts, _, groups = frames.summary().partition(": ")
     assert counts == "3 images, 6 left out"
+    # Pillow's own words are in brackets.
+    groups = re.sub(r"half.jpg \(.*?runcated.*?\)", "half.jpg", groups)
     assert sorted(groups.split("; ")) == [
         "1 of 1x1 pixels (too small): dot.png",
         "1 of 4x4000 pixels (too thin): line.png",
         "1 of no image format: notes.txt",
-        "1 that cannot be read: half.jpg (broken data stream when reading image file)",
+        "1 that cannot be read: half.jpg",
         "2 HEIC (pip install pillow-heif): photo.HEIC, renamed.jpg",
     ]
 
