@@ -119,21 +119,43 @@ def lacks_heif(path: str | Path) -> bool:
 def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Decoded:
     """Decodes an image file. Raises one of UNREADABLE; see read_image for the arguments and the rules."""
     with open_image(source) as image:
-        return _convert(image, size)
+        return _convert(image, size, source)
 
 
-def _convert(image: Image.Image, size: tuple[int, int] | None = None) -> Decoded:
+def _convert(
+    image: Image.Image, size: tuple[int, int] | None = None, source: str | Path | BinaryIO | None = None
+) -> Decoded:
+    """decode, of an image that is open; `source`: its file, where the image has not been loaded yet."""
     mode = image.mode
     # The further images of MPO files, photographs of phones, are previews and depth maps.
     frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    deep = mode == "RGB" and any(_raw_mode(tile).startswith("RGB;16") for tile in getattr(image, "tile", ()))
     # Read before the pixels: Pillow turns TIFFs as it loads them.
     orientation = _orientation(image)
     image.load()
+    if deep and source is not None and np.asarray(image).max() < 64:
+        _scale_rgb(image, source)
     turned = ImageOps.exif_transpose(image) if orientation != 1 else image
     followed = size is None or turned.size == size or orientation not in UNTURN or turned.size[::-1] != size
     if not followed:
         turned = turned.transpose(UNTURN[orientation])
     return Decoded(to_rgb(turned, *_range(image)), mode, orientation, followed, frames)
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
+
+
+def _scale_rgb(image: Image.Image, source: str | Path | BinaryIO) -> None:
+    """Scales dark RGB pixels of 16 bits, of which Pillow has read the high bytes only, by the rules of read_image."""
+    with open_image(source) as low:
+        # In the other byte order the high bytes are the low ones.
+        for i, tile in enumerate(low.tile):
+            other = _raw_mode(tile)[:-1] + ("L" if _raw_mode(tile)[-1] == "B" else "B")
+            low.tile[i] = tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
+        low.load()
+        values = np.asarray(image).astype(np.int32) * 256 + np.asarray(low)
+    image.paste(Image.fromarray(_to_8_bits(values, _range(image)[0], False)))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -146,7 +168,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _range(image: Image.Image) -> tuple[float, bool]:
-    """The largest value that grey pixels have by the file, 0 where it does not say, and whether 0 is white."""
+    """The largest value that pixels have by the file, 0 where it does not say, and whether 0 is white."""
     # Pillow has scaled these to 16 bits.
     if image.format in ("PPM", "JPEG2000"):
         return 65535, False
@@ -174,7 +196,7 @@ def to_rgb(image: Image.Image, largest: float = 0, white_is_zero: bool = False) 
 
 
 def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.ndarray:
-    """Scales grey values [H, W] to uint8. Raises ValueError for a range that is not known."""
+    """Scales values of pixels to uint8. Raises ValueError for a range that is not known."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise ValueError("some of its pixels are NaN or infinite")
@@ -187,7 +209,7 @@ def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.nd
         top = 65535
     else:
         top = next((2**bits - 1 for bits in BITS if limit < 2**bits), 0)
-    if not top or low < -top / 4:
+    if not top or low < -top / 10:
         raise ValueError(f"its pixels are {low:g} to {high:g}, should be 0 to 65535 or, of floats, 0 to 1")
     grey = (values.astype(np.float32) * (255 / top)).clip(0, 255).round().astype(np.uint8)
     return 255 - grey if white_is_zero else grey
@@ -198,7 +220,7 @@ def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = Non
 
     - The orientation in EXIF is followed, except where only the stored size fits the annotations.
     - Transparent pixels show white.
-    - Grey pixels of more than 8 bits are scaled from the range that a TIFF states (MaxSampleValue, BitsPerSample), or
+    - Pixels of more than 8 bits are scaled from the range that a TIFF states (MaxSampleValue, BitsPerSample), or
       else the smallest that holds them of 8, 10, 12, 14 and 16 bits and, of floats, 0 to 1. Images with other values,
       NaN or infinity are refused.
     - Of animations and several pages the first is read; a warning says so, once in a process.

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -95,6 +97,51 @@ def test_floats_that_overshoot_are_clipped():
 def test_integers_are_scaled_by_their_range(kind, top):
     found = read_image(encode((RAMP * top).astype(np.uint16), kind))
     np.testing.assert_allclose(np.asarray(found)[..., 1], SHOWN, atol=1)
+
+
+def png_48(pixels):
+    """A PNG of RGB with 16 bits per channel, which Pillow does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_48(pixels, order, orientation=1):
+    """An uncompressed TIFF of RGB with 16 bits per channel, in byte order "<" or ">"."""
+    height, width = pixels.shape[:2]
+    content = pixels.astype(f"{order}u2").tobytes()
+    tags = {
+        256: width, 257: height, 258: 16, 259: 1, 262: 2, 273: 8, 274: orientation, 277: 3, 278: height,
+        279: len(content),
+    }  # fmt: skip
+    # One number stands for the bits of all three channels, as in other writers' files.
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value) for tag, value in tags.items()
+    )
+    bits = 8 + len(content) + 2 + 12 * len(tags) + 4
+    entries = entries.replace(struct.pack(f"{order}HHII", 258, 4, 1, 16), struct.pack(f"{order}HHII", 258, 3, 3, bits))
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(content))
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return start + content + directory + struct.pack(f"{order}3H", 16, 16, 16)
+
+
+@pytest.mark.parametrize("top", [1023, 4095, 16383, 65535])
+@pytest.mark.parametrize("kind", ["png", "<", ">"])
+def test_rgb_of_16_bits_is_scaled_by_its_range(kind, top):
+    shown = np.stack([SHOWN, SHOWN[::-1], SHOWN.T], -1)
+    pixels = np.round(shown / 255 * top)
+    content = png_48(pixels) if kind == "png" else tiff_48(pixels, kind)
+    np.testing.assert_allclose(np.asarray(read_image(io.BytesIO(content))).astype(int), shown, atol=1.01)
+
+
+def test_rgb_of_16_bits_is_turned():
+    content = tiff_48(STORED[6].astype(int) * 16, "<", orientation=6)
+    np.testing.assert_allclose(np.asarray(read_image(io.BytesIO(content))).astype(int), UPRIGHT, atol=1)
 
 
 @pytest.mark.parametrize("factor", [256, 257])
