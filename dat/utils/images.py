@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dat.utils.errors import DataError, ImageError
+from dat.utils.errors import DataError, ImageError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _convert(
     followed = size is None or turned.size == size or orientation not in UNTURN or turned.size[::-1] != size
     if not followed:
         turned = turned.transpose(UNTURN[orientation])
-    return Decoded(to_rgb(turned, *_range(image)), mode, orientation, followed, frames)
+    return Decoded(_to_rgb(turned, *_range(image)), mode, orientation, followed, frames)
 
 
 def _raw_mode(tile: Any) -> str:
@@ -178,7 +178,7 @@ def _range(image: Image.Image) -> tuple[float, bool]:
     return stated or (2**bits - 1 if 8 < bits < 16 else 0), tags.get(PHOTOMETRIC) == 0
 
 
-def to_rgb(image: Image.Image, largest: float = 0, white_is_zero: bool = False) -> Image.Image:
+def _to_rgb(image: Image.Image, largest: float = 0, white_is_zero: bool = False) -> Image.Image:
     """Converts an image of any mode to RGB, 8 bits per channel, by the rules of read_image.
 
     Args:
@@ -237,7 +237,7 @@ def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = Non
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such image") from error
     except UNREADABLE as error:
-        message = f"{name}: cannot be read as an image: {error}"
+        message = f"{name}: cannot be read as an image: {one_line(error)}"
         raise (ImageError(message, HEIC) if isinstance(error, LacksHeif) else ImageError(message)) from error
     if decoded.frames:
         _warn_of_frames()
@@ -310,4 +310,4 @@ def _to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.I
         raise DataError(
             f"the image is {array.dtype} {list(source.shape)}, should be uint8 {shape} with 1, 3 or 4 channels"
         )
-    return to_rgb(Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array))
+    return _to_rgb(Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array))
