@@ -21,7 +21,7 @@ from dat.classification.readers import Split, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
 from dat.utils.errors import DataError, one_line
-from dat.utils.images import UNREADABLE, open_image, to_rgb
+from dat.utils.images import HEIC, UNREADABLE, check_size, decode, has_contrast, lacks_heif
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
 
@@ -34,7 +34,8 @@ class SplitAudit(Findings):
     """Statistics and problems of a split; `split` None: it cannot be opened.
 
     By index of the readable images: `sizes` (width, height) in pixels and `classes`. `modes`: how many images Pillow
-    opens in each mode. `hashes`: indices by the digest of the file.
+    opens in each mode. `turned`: number of images whose EXIF orientation turns them. `hashes`: indices by the digest of
+    the file.
     """
 
     place: str
@@ -42,6 +43,7 @@ class SplitAudit(Findings):
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
     modes: Counter[str] = field(default_factory=Counter)
+    turned: int = 0
     hashes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -74,17 +76,18 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
     found, lock = SplitAudit(place, split), Lock()
 
     def check(index: int) -> tuple[int, str, Any]:
-        """The index, the file's digest, and the image's size, mode and class, or an error."""
+        """The index, the file's digest, and the decoded image's facts and class, or an error."""
         try:
             # A tar is one open file for all threads, so they read one at a time.
             with lock:
                 file, label = split.open(index)
                 with file:
                     content = file.read()
-            with open_image(BytesIO(content)) as image:
-                mode = image.mode
-                to_rgb(image)
-                return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (image.size, mode, label)
+            decoded = decode(BytesIO(content))
+            check_size(decoded.image)
+            facts = (decoded.image.size, decoded.mode, decoded.orientation != 1, decoded.frames)
+            dull = not has_contrast(decoded.image)
+            return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (*facts, dull, label)
         except UNREADABLE as error:
             return index, "", f"{split.name(index)}: {one_line(error, 120)}"
 
@@ -94,8 +97,13 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
             if not digest:
                 found.add("image that cannot be read, left out", result)
                 continue
-            found.sizes[index], mode, found.classes[index] = result
+            found.sizes[index], mode, turned, frames, dull, found.classes[index] = result
             found.modes[mode] += 1
+            found.turned += turned
+            if frames:
+                found.add("image with several frames or pages, the first is read", split.name(index))
+            if dull:
+                found.add("image with hardly any contrast", split.name(index))
             found.hashes[digest].append(index)
     _find_problems(found, split, class_names)
     return found
@@ -103,7 +111,9 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
 
 def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) -> None:
     for name in split.left_out:
-        found.add("file that is no image, left out", name)
+        # Of tars and shards these are no paths.
+        kind = HEIC if lacks_heif(Path(getattr(split.reader, "root", ""), name)) else "file that is no image"
+        found.add(f"{kind}, left out", name)
     for name in split.empty:
         if name not in class_names:
             found.add("folder without images, no class", name)
@@ -141,6 +151,7 @@ def summarize(found: SplitAudit, class_names: Sequence[str], img_size: int) -> d
         "images": 0 if found.split is None else len(found.split),
         "readable": len(sides),
         "modes": dict(found.modes.most_common()),
+        "turned_by_exif": found.turned,
         "sides": {
             "smallest": int(sides.min()), "median": float(np.median(shorter)), "largest": int(sides.max()),
             "below_img_size": int((shorter < img_size).sum()),
@@ -158,6 +169,7 @@ def format_summaries(summaries: dict[str, dict[str, Any]], img_size: int) -> str
         modes = ", ".join(f"{count} {mode}" for mode, count in summary["modes"].items())
         lines.append(f"{name}: {summary['place']}")
         lines.append(f"  {summary['images']} images, {summary['readable']} of them can be read ({modes})")
+        lines.append(f"  {summary['turned_by_exif']} images are turned or mirrored as EXIF says")
         if sides := summary["sides"]:
             lines.append(
                 f"  shortest side {sides['smallest']} pixels, median of the shorter sides {sides['median']:g}, longest "

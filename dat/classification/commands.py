@@ -32,12 +32,13 @@ def predict(options: argparse.Namespace) -> None:
     from dat.utils.media import Frames, find_media
 
     # Results of an earlier call are left out.
-    frames = Frames(find_media(options.sources, exclude=options.out), options.every)
+    frames = Frames(*find_media(options.sources, exclude=options.out), options.every)
     classifier = Classifier.from_checkpoint(options.model, options.overrides, options.device, options.trust)
     names = ("out", "threshold", "classes", "crops", "sheet", "batch_size")
     count = predict(classifier, frames, **{name: getattr(options, name) for name in names})
-    frames.warn()
     print(f"{count} images labelled: {options.out}")
+    if left_out := frames.summary():
+        print(left_out)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 from timm.data import add_img_extensions, get_img_extensions
 from timm.data.readers import create_reader
+from timm.utils import natural_key
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
-from dat.utils.files import IMAGE_EXTENSIONS
-from dat.utils.images import UNREADABLE, open_image, to_rgb
+from dat.utils.files import IMAGE_EXTENSIONS, is_hidden, is_image, list_files
+from dat.utils.images import UNREADABLE, check_size, read_image
 
 # Without separate splits, every fifth image of each class is held out for validation.
 HELD_OUT = 5
@@ -61,10 +62,12 @@ class Split:
         return file, self.numbers[int(label)]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """An image in RGB, the first frame of an animated one, and its class. Raises one of UNREADABLE."""
+        """An image as read_image gives it, and its class. Raises one of UNREADABLE."""
         file, label = self.open(index)
-        with file, open_image(file) as image:
-            return to_rgb(image), label
+        with file:
+            image = read_image(file)
+        check_size(image)
+        return image, label
 
     def name(self, index: int) -> str:
         """File name of an image, below the split's folder or in its tar."""
@@ -130,22 +133,67 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         raise DataError(f"{key}: {place} does not exist; it should be a folder or a .tar with one folder per class")
     if place.is_file() and place.suffix != ".tar":
         raise DataError(f"{key}: {place} is a file that is not a .tar")
-    # timm supports PNG and JPEG only, and takes no extensions for a .tar.
-    add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
-    options: dict[str, Any] = {}
-    left_out: list[str] = []
     if place.is_dir():
-        extensions, left_out = _image_extensions(place)
-        options["input_key"] = ";".join(sorted(extensions))
-    try:
-        reader = create_reader("", root=str(place), **options)
-    # timm reports a split without images in one way for folders and in another for tars.
-    except (RuntimeError, AssertionError, *UNREADABLE) as error:
-        raise DataError(f"{key}: {place} holds no readable images in class folders") from error
-    indices = reader.class_to_idx if place.is_dir() else reader.class_name_to_idx
-    split = Split(reader, sorted(indices, key=indices.get), left_out)
-    split.empty = _empty_folders(place, reader, split.class_names) if place.is_dir() else []
+        split = _read_folder(place)
+    else:
+        # timm supports PNG and JPEG only, and takes no extensions for a .tar.
+        add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
+        try:
+            split = _without_hidden(create_reader("", root=str(place)))
+        # timm reports a tar without images as a ValueError.
+        except UNREADABLE as error:
+            raise DataError(f"{key}: {place} holds no readable images in class folders") from error
+    if not len(split):
+        raise DataError(f"{key}: {place} holds no readable images in class folders")
     return _number_classes(split, class_names, f"{key}: {place}")
+
+
+@dataclass
+class FolderReader:
+    """Image files with labels, as timm's readers give them: item i is (open file, label)."""
+
+    root: str
+    paths: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return open(self.paths[index], "rb"), self.labels[index]
+
+    def filename(self, index: int) -> str:
+        return os.path.relpath(self.paths[index], self.root)
+
+
+def _read_folder(place: Path) -> Split:
+    """The images in a folder's class folders, whose labels are the names of the folders that they are in."""
+    root = str(place)
+    images: list[str] = []
+    left_out: list[str] = []
+    for path in list_files(root, follow_links=True):
+        if is_image(path):
+            images.append(path)
+        elif os.path.dirname(path) != root:
+            left_out.append(os.path.relpath(path, root))
+    images.sort(key=natural_key)
+    folders = [os.path.dirname(path) for path in images]
+    name = {folder: "" if folder == root else os.path.basename(folder) for folder in set(folders)}
+    class_names = sorted(set(name.values()), key=natural_key)
+    label = {folder: class_names.index(name[folder]) for folder in name}
+    reader = FolderReader(root, images, [label[folder] for folder in folders])
+    split = Split(reader, class_names, sorted(left_out))
+    split.empty = _empty_folders(place, images, class_names)
+    return split
+
+
+def _without_hidden(reader: Any) -> Split:
+    """The images of a timm reader of a .tar, without hidden ones and their classes."""
+    shown = [not any(map(is_hidden, member.name.split("/"))) for member, *_ in reader.samples]
+    reader.samples, targets = reader.samples[shown], reader.targets[shown]
+    present, reader.targets = np.unique(targets, return_inverse=True)
+    names = {label: name for name, label in reader.class_name_to_idx.items()}
+    return Split(reader, [names[label] for label in present])
 
 
 def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
@@ -163,7 +211,7 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     if len(found[name]) == 1:
         return found[name][0], False
     if not any(found.values()) and (data.train.path, data.val.path) == ("train", "val"):
-        tars, folders = list(root.glob("*.tar")), _class_folders(root)
+        tars, folders = [path for path in root.glob("*.tar") if not is_hidden(path.name)], _class_folders(root)
         if len(folders) > 1 or root.suffix == ".tar":
             return root, True
         if len(tars) == 1 and not folders:
@@ -171,7 +219,8 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     key, place = f"data.{name}.path", root / getattr(data, name).path
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist; it should be the folder of the data")
-    there = found[name] or sorted(path for path in root.glob("*") if path.is_dir() or path.suffix == ".tar")
+    shown = (path for path in root.glob("*") if not is_hidden(path.name))
+    there = found[name] or sorted(path for path in shown if path.is_dir() or path.suffix == ".tar")
     names = ", ".join(path.name for path in there[:6]) or "neither folders nor .tar files"
     example = f", such as {key}={there[0].name}" if there else ""
     raise DataError(
@@ -183,17 +232,18 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
 def _named_places(root: Path, name: str, path: str) -> list[Path]:
     if (root / path).exists():
         return [root / path]
-    return sorted({*root.glob(f"{name}.tar"), *root.glob(f"*_{name}.tar")}) if path == name else []
+    found = {*root.glob(f"{name}.tar"), *root.glob(f"*_{name}.tar")} if path == name else ()
+    return sorted(place for place in found if not is_hidden(place.name))
 
 
-def _class_folders(root: Path) -> list[Path]:
+def _class_folders(root: Path) -> set[Path]:
     """The folders directly in `root` that hold images; none where images lie elsewhere below it too."""
-    folders = [
-        Path(folder)
-        for folder, _, files in os.walk(root, followlinks=True)
-        if any(os.path.splitext(file)[1].lower() in IMAGE_EXTENSIONS for file in files)
-    ]
-    return folders if all(folder.parent == root for folder in folders) else []
+    folders = {
+        Path(path).parent
+        for path in list_files(root, follow_links=True)
+        if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
+    }
+    return folders if all(folder.parent == root for folder in folders) else set()
 
 
 def _hold_out(split: Split, place: Path, validation: bool) -> Split:
@@ -217,15 +267,13 @@ def _hold_out(split: Split, place: Path, validation: bool) -> Split:
 
 def reader_labels(reader: Any) -> np.ndarray:
     """The label [n] of every image of a reader, without its file where the reader has a list of them."""
-    if isinstance(reader, WebReader):
-        return reader.labels
-    # timm's readers of the hub, of tars and of folders.
+    if hasattr(reader, "labels"):
+        return np.array(reader.labels)
+    # timm's readers of the hub and of tars.
     if hasattr(reader, "iter_targets"):
         return np.array(list(reader.iter_targets()))
     if hasattr(reader, "targets"):
         return np.array(reader.targets)
-    if hasattr(reader, "samples"):
-        return np.array([label for _, label in reader.samples])
     labels = []
     for index in range(len(reader)):
         file, label = reader[index]
@@ -253,36 +301,12 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     return split
 
 
-def _empty_folders(place: Path, reader: Any, class_names: Sequence[str]) -> list[str]:
+def _empty_folders(place: Path, paths: Sequence[str], class_names: Sequence[str]) -> list[str]:
     """The visible folders directly in `place` below which there is no image."""
-    folders = {path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {path.name for path in place.iterdir() if path.is_dir() and not is_hidden(path.name)}
     folders -= set(class_names)
     # Classes may be folders of folders.
-    return sorted(folders - {Path(os.path.relpath(file, place)).parts[0] for file, _ in reader.samples if folders})
-
-
-def _image_extensions(place: Path) -> tuple[frozenset[str], list[str]]:
-    """Extensions of image files, including those that only their content identifies, and all other visible files.
-
-    Only files in class folders count.
-    """
-    others: dict[str, list[str]] = defaultdict(list)
-    for folder, _, files in os.walk(place, followlinks=True):
-        for file in files:
-            extension = os.path.splitext(file)[1].lower()
-            if Path(folder) != place and extension not in IMAGE_EXTENSIONS and not file.startswith("."):
-                others[extension].append(os.path.join(folder, file))
-    found = {extension for extension, files in others.items() if any(map(_is_image, files))}
-    left_out = [os.path.relpath(file, place) for extension in others.keys() - found for file in others[extension]]
-    return IMAGE_EXTENSIONS | found, sorted(left_out)
-
-
-def _is_image(path: str) -> bool:
-    try:
-        with open_image(path):
-            return True
-    except UNREADABLE:
-        return False
+    return sorted(folders - {Path(os.path.relpath(path, place)).parts[0] for path in paths if folders})
 
 
 def read_hub(

@@ -23,6 +23,7 @@ from timm.utils import natural_key
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.utils.errors import DataError
+from dat.utils.files import is_hidden
 
 # WebDataset's extensions of images, where the configuration names none.
 EXTENSIONS = "jpg;jpeg;png;webp"
@@ -114,13 +115,14 @@ def read_web(
 def _samples(path: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Key and {extension: (first byte, size)} of each sample, consecutive files of one name before its first dot.
 
-    A damaged rest of the shard is added to `left_out`.
+    Hidden files are passed over. A damaged rest of the shard is added to `left_out`.
     """
     from webdataset.tariterators import base_plus_ext
 
     try:
         with tarfile.open(path, "r:") as tar:
-            files = ((*base_plus_ext(member.name), member) for member in tar if member.isreg())
+            shown = (member for member in tar if member.isreg() and not any(map(is_hidden, member.name.split("/"))))
+            files = ((*base_plus_ext(member.name), member) for member in shown)
             for key, members in groupby(files, key=lambda file: file[0]):
                 if key is not None:
                     yield key, {ext.lower(): (member.offset_data, member.size) for _, ext, member in members}

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, has_points
 from dat.utils.errors import DataError, UserError
-from dat.utils.images import UNREADABLE, read_image
+from dat.utils.images import UNREADABLE, check_size, read_image
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
 PAGE = Path(__file__).with_name("page.html")
@@ -213,7 +213,9 @@ def decode(body: bytes, limits: Limits) -> Image.Image:
     if width * height > limits.pixels:
         raise HTTPException(413, f"the image has {width} x {height} pixels, more than {limits.pixels}")
     try:
-        return read_image(io.BytesIO(body))
+        image = read_image(io.BytesIO(body))
+        check_size(image)
+        return image
     except DataError as error:
         raise HTTPException(400, str(error)) from error
 

@@ -44,6 +44,7 @@ def summarize(found: SplitAudit, size: int, max_size: int) -> dict[str, Any]:
         "file": str(found.annotations.path),
         "images": len(records),
         "without_annotations": per_image.count(0),
+        "turned_by_exif": found.turned,
         "unlisted_files": len(found.unlisted),
         "objects": len(sides),
         "crowds": int(sum(record.crowd.sum() for record in records)),
@@ -76,6 +77,7 @@ def format_summary(name: str, summary: dict[str, Any], size: int) -> str:
         f"{name}: {summary['file']}",
         f"  {summary['images']} images, {summary['without_annotations']} without annotations, "
         f"{summary['unlisted_files']} images in its folders that no split lists",
+        f"  {summary['turned_by_exif']} images are turned or mirrored as EXIF says",
         f"  {summary['objects']} objects, {summary['crowds']} of them crowds, "
         f"at most {summary['most_objects_in_an_image']} in an image",
         f"  {len(summary['classes'])} classes{sparse}",

@@ -39,17 +39,18 @@ def predict(options: argparse.Namespace) -> None:
     from dat.utils.media import Frames, find_media
 
     # Results of an earlier call are left out.
-    media = find_media(options.sources, exclude=options.out)
+    media, others = find_media(options.sources, exclude=options.out)
     targets = choose_targets(media, options.out)
     detector = Detector.from_checkpoint(options.model, options.overrides, options.device, options.trust, options.top_k)
     detector.val = detector.options(**_prediction(options))
     if options.show_points:
         check_points(detector)
-    frames = Frames(media, options.every)
+    frames = Frames(media, others, options.every)
     output = Output(options.out, targets, options.threshold, options.crops, options.show_points)
     images, drawn = predict(detector, frames, output, options.classes, options.batch_size)
-    frames.warn()
     print(f"{drawn} detections with a score of at least {options.threshold} in {images} images: {options.out}")
+    if left_out := frames.summary():
+        print(left_out)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ class Samples:
         """
         place = source or validation
         try:
-            found = _first_two(find_images(place))
+            found = _first_two(find_images(place)[0])
         except DataError:
             if source is not None:
                 raise

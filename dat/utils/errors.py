@@ -13,6 +13,14 @@ class DataError(UserError, ValueError):
     """A data set is missing, unreadable or inconsistent."""
 
 
+class ImageError(DataError):
+    """An image or video that cannot be used; `reason` completes "2 images ..." in a count of them."""
+
+    def __init__(self, message: str, reason: str = "that cannot be read") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class CheckpointError(UserError, ValueError):
     """A checkpoint cannot be read, written or used here."""
 

@@ -11,9 +11,15 @@ from typing import Any
 from timm.utils import natural_key
 
 from dat.utils.errors import DataError
+from dat.utils.images import HEIC, UNREADABLE, lacks_heif, open_image
 
 IMAGE_EXTENSIONS = frozenset((
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+))  # fmt: skip
+# Names in lower case that systems and programs leave beside data.
+SYSTEM_NAMES = frozenset((
+    "@eadir", "#recycle", "__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db",
+    "desktop.ini",
 ))  # fmt: skip
 
 
@@ -64,29 +70,59 @@ def file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in text).strip() or "_"
 
 
-def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> list[Path]:
-    """The file itself, or the images of a folder and its subfolders, in natural order.
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden or left by a system: ".ipynb_checkpoints", "._1.jpg", "__MACOSX", ..."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
+
+
+def list_files(folder: str | Path, follow_links: bool = False) -> Iterator[str]:
+    """The paths of the files in a folder and its subfolders, without hidden ones, in any order."""
+    for place, folders, files in os.walk(folder, followlinks=follow_links):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (os.path.join(place, name) for name in files if not is_hidden(name))
+
+
+def is_image(path: str) -> bool:
+    """Whether a file has one of IMAGE_EXTENSIONS, or is an image by its content.
+
+    Raw files of cameras are TIFFs, in which Pillow would find the thumbnail: a TIFF of another extension is no image.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+        return True
+    try:
+        with open_image(path) as image:
+            return image.format != "TIFF" or not extension
+    except UNREADABLE:
+        return False
+
+
+def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> tuple[list[Path], list[Path]]:
+    """The file itself, or the images in a folder and its subfolders, and the other files there; both in natural order.
 
     Args:
-        source: image file with any extension, or a folder, in which files with one of IMAGE_EXTENSIONS are found.
+        source: image file with any extension, or a folder, in which images are found as by is_image.
         exclude: folder inside `source` that is skipped, such as the output folder.
         more: further extensions to find in folders, such as ".mp4".
     Raises:
         DataError: no such file or folder, or a folder without images.
     """
     if source.is_file():
-        return [source]
+        return [source], []
     if not source.is_dir():
         raise DataError(f"{source}: no such image or folder")
-    extensions = IMAGE_EXTENSIONS.union(more)
-    # macOS leaves "._name.jpg" beside name.jpg on other file systems.
-    images = [
-        path
-        for path in source.rglob("*")
-        if path.suffix.lower() in extensions and not path.name.startswith("._") and path.is_file()
-    ]
-    if exclude is not None and source.resolve() in exclude.resolve().parents:
-        images = [path for path in images if exclude.resolve() not in path.resolve().parents]
+    images: list[Path] = []
+    others: list[Path] = []
+    skipped = exclude.resolve() if exclude is not None and source.resolve() in exclude.resolve().parents else None
+    for path in map(Path, list_files(source)):
+        if skipped is not None and skipped in path.resolve().parents:
+            continue
+        found = path.is_file() and (path.suffix.lower() in more or is_image(str(path)))
+        (images if found else others).append(path)
     if not images:
-        raise DataError(f"{source}: holds no images ({', '.join(sorted(extensions))})")
-    return sorted(images, key=lambda path: (natural_key(str(path)), str(path)))
+        heic = sum(map(lacks_heif, others))
+        hint = f", but {heic} {HEIC}" if heic else f" ({', '.join(sorted(IMAGE_EXTENSIONS.union(more)))})"
+        raise DataError(f"{source}: holds no images{hint}")
+    for paths in (images, others):
+        paths.sort(key=lambda path: (natural_key(str(path)), str(path)))
+    return images, others

@@ -1,17 +1,22 @@
-"""Reading image files with Pillow."""
+"""Reading image files with Pillow: every reader of the package comes here, so that all of them see the same pixels."""
 
+import logging
 import struct
 import tarfile
 import zlib
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, ImageError, one_line
+
+logger = logging.getLogger(__name__)
 
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
@@ -21,43 +26,247 @@ UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     struct.error, zlib.error, tarfile.TarError, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
+HEIC = "HEIC (pip install pillow-heif)"
+# Major brands of HEIC files, from byte 8 on; bytes 4 to 8 are "ftyp".
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# See check_size.
+SHORTEST_SIDE = 4
+LARGEST_ASPECT = 500
+# Images that span fewer of the 256 levels have hardly any contrast.
+FEW_LEVELS = 16
+
+# Depths of the cameras and microscopes whose values are stored as 16 bits or floats.
+BITS = (8, 10, 12, 14, 16)
+# Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, FLOAT_MAX_SAMPLE = 258, 262, 281, 341
+# The inverse of how ImageOps.exif_transpose turns images of these orientations, which exchange width and height.
+UNTURN = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+class Decoded(NamedTuple):
+    """An image as `decode` reads it.
+
+    Attributes:
+        image: RGB, 8 bits per channel.
+        mode: Pillow's name of the pixels in the file.
+        orientation: EXIF's, 1 (upright) to 8.
+        followed: whether the image was turned as it says.
+        frames: whether the file has more frames or pages than this first one.
+    """
+
+    image: Image.Image
+    mode: str
+    orientation: int
+    followed: bool
+    frames: bool
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    return [form for form in (*FORMATS, "HEIF") if form in Image.OPEN]
+
+
+class LacksHeif(UnidentifiedImageError):
+    """The file is HEIC, and the package pillow_heif is not installed."""
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Image.open, limited to formats that Pillow decodes itself: EPS would start another program."""
-    Image.init()
-    return Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN])
+    """Image.open, limited to formats that Pillow decodes itself: EPS would start another program.
+
+    HEIC is among them where the package pillow_heif is installed. Raises one of UNREADABLE.
+    """
+    try:
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError as error:
+        if "HEIF" not in _formats() and _is_heic(source):
+            raise LacksHeif(f"it is {HEIC}") from error
+        raise
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, 8 bits per channel. Raises one of UNREADABLE."""
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip all values above 255 to white.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+def _is_heic(source: str | Path | BinaryIO) -> bool:
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            return _is_heic(file)
+    source.seek(0)
+    start = source.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS
+
+
+def lacks_heif(path: str | Path) -> bool:
+    """Whether a file is HEIC by its content, and pillow_heif is not installed."""
+    try:
+        open_image(path).close()
+    except LacksHeif:
+        return True
+    except UNREADABLE:
+        pass
+    return False
+
+
+def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Decoded:
+    """Decodes an image file. Raises one of UNREADABLE; see read_image for the arguments and the rules."""
+    with open_image(source) as image:
+        return _convert(image, size, source)
+
+
+def _convert(
+    image: Image.Image, size: tuple[int, int] | None = None, source: str | Path | BinaryIO | None = None
+) -> Decoded:
+    """decode, of an image that is open; `source`: its file, where the image has not been loaded yet."""
+    mode = image.mode
+    # The further images of MPO files, photographs of phones, are previews and depth maps.
+    frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    deep = mode == "RGB" and any(_raw_mode(tile).startswith("RGB;16") for tile in getattr(image, "tile", ()))
+    # Read before the pixels: Pillow turns TIFFs as it loads them.
+    orientation = _orientation(image)
+    image.load()
+    if deep and source is not None and np.asarray(image).max() < 64:
+        _scale_rgb(image, source)
+    turned = ImageOps.exif_transpose(image) if orientation != 1 else image
+    followed = size is None or turned.size == size or orientation not in UNTURN or turned.size[::-1] != size
+    if not followed:
+        turned = turned.transpose(UNTURN[orientation])
+    return Decoded(_to_rgb(turned, *_range(image)), mode, orientation, followed, frames)
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
+
+
+def _scale_rgb(image: Image.Image, source: str | Path | BinaryIO) -> None:
+    """Scales dark RGB pixels of 16 bits, of which Pillow has read the high bytes only, by the rules of read_image."""
+    with open_image(source) as low:
+        # In the other byte order the high bytes are the low ones.
+        for i, tile in enumerate(low.tile):
+            other = _raw_mode(tile)[:-1] + ("L" if _raw_mode(tile)[-1] == "B" else "B")
+            low.tile[i] = tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
+        low.load()
+        values = np.asarray(image).astype(np.int32) * 256 + np.asarray(low)
+    image.paste(Image.fromarray(_to_8_bits(values, _range(image)[0], False)))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1 also where it is malformed, since that should not cost the image."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except UNREADABLE:
+        return 1
+    return found if isinstance(found, int) and 2 <= found <= 8 else 1
+
+
+def _range(image: Image.Image) -> tuple[float, bool]:
+    """The largest value that pixels have by the file, 0 where it does not say, and whether 0 is white."""
+    # Pillow has scaled these to 16 bits.
+    if image.format in ("PPM", "JPEG2000"):
+        return 65535, False
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = int(np.max(tags.get(BITS_PER_SAMPLE, 0)))
+    stated = max(float(np.max(tags.get(tag, 0))) for tag in (MAX_SAMPLE, FLOAT_MAX_SAMPLE))
+    return stated or (2**bits - 1 if 8 < bits < 16 else 0), tags.get(PHOTOMETRIC) == 0
+
+
+def _to_rgb(image: Image.Image, largest: float = 0, white_is_zero: bool = False) -> Image.Image:
+    """Converts an image of any mode to RGB, 8 bits per channel, by the rules of read_image.
+
+    Args:
+        image: upright.
+        largest: value that grey pixels of more than 8 bits have by the file; 0: unknown.
+        white_is_zero: such pixels are stored inverted.
+    Raises:
+        one of UNREADABLE.
+    """
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_8_bits(np.asarray(image), largest, white_is_zero)).convert("RGB")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
+def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.ndarray:
+    """Scales values of pixels to uint8. Raises ValueError for a range that is not known."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("some of its pixels are NaN or infinite")
+    limit = max(high, largest)
+    # Floats overshoot 0 and 1 where they were resized.
+    if values.dtype.kind == "f" and limit < 2:
+        top = 1
+    # A dark image of 8 bits that were scaled to 16 is no image of 12 or 14 bits.
+    elif limit < 65536 and not ((values % 257).any() and (values % 256).any()):
+        top = 65535
+    else:
+        top = next((2**bits - 1 for bits in BITS if limit < 2**bits), 0)
+    if not top or low < -top / 10:
+        raise ValueError(f"its pixels are {low:g} to {high:g}, should be 0 to 65535 or, of floats, 0 to 1")
+    grey = (values.astype(np.float32) * (255 / top)).clip(0, 255).round().astype(np.uint8)
+    return 255 - grey if white_is_zero else grey
+
+
 def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file as RGB, 8 bits per channel.
+
+    - The orientation in EXIF is followed, except where only the stored size fits the annotations.
+    - Transparent pixels show white.
+    - Pixels of more than 8 bits are scaled from the range that a TIFF states (MaxSampleValue, BitsPerSample), or
+      else the smallest that holds them of 8, 10, 12, 14 and 16 bits and, of floats, 0 to 1. Images with other values,
+      NaN or infinity are refused.
+    - Of animations and several pages the first is read; a warning says so, once in a process.
 
     Args:
         source: path or open file.
-        size: (width, height) that the annotations give. EXIF orientation is applied unless the stored image has this
-            size already. None: it is always applied.
+        size: (width, height) that the annotations give; None: EXIF is always followed.
     Raises:
-        DataError: the file does not exist or cannot be decoded.
+        ImageError: the file does not exist or cannot be decoded.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the image"
     try:
-        with open_image(source) as image:
-            image.load()
-            if size is None or image.size != size:
-                image = ImageOps.exif_transpose(image)
-            return to_rgb(image)
+        decoded = decode(source, size)
     except FileNotFoundError as error:
-        raise DataError(f"{name}: no such image") from error
+        raise ImageError(f"{name}: no such image") from error
     except UNREADABLE as error:
-        raise DataError(f"{name}: cannot be read as an image: {error}") from error
+        message = f"{name}: cannot be read as an image: {one_line(error)}"
+        raise (ImageError(message, HEIC) if isinstance(error, LacksHeif) else ImageError(message)) from error
+    if decoded.frames:
+        _warn_of_frames()
+    return decoded.image
+
+
+@cache
+def _warn_of_frames() -> None:
+    """Logs a warning, once in a process; of the workers of a loader the first does."""
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        logger.warning("warning: some images are animated or have several pages, of which the first is read")
+
+
+def check_size(image: Image.Image, name: str | Path = "the image") -> None:
+    """Raises ImageError for an image too small or thin to show anything: resized, it may not fit model or memory."""
+    short, long = sorted(image.size)
+    if short >= SHORTEST_SIDE and long <= LARGEST_ASPECT * short:
+        return
+    pixels, problem = f"{image.width}x{image.height} pixels", "too small" if short < SHORTEST_SIDE else "too thin"
+    limits = f"at least {SHORTEST_SIDE}, the longer side at most {LARGEST_ASPECT} times that"
+    message = f"{name}: {pixels} are {problem}; the shorter side should be {limits}"
+    raise ImageError(message, f"of {pixels} ({problem})")
+
+
+def has_contrast(image: Image.Image) -> bool:
+    """Whether a channel of an RGB image spans FEW_LEVELS levels, without the 0.1% of pixels at each end."""
+    parts = np.array(image.histogram()).reshape(-1, 256).cumsum(1) / (image.width * image.height)
+    return bool(((parts > 0.001) & (parts < 0.999)).sum(1).max() >= FEW_LEVELS)
 
 
 def to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
@@ -66,16 +275,22 @@ def to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Im
     Args:
         source: a path; a PIL image of any mode, whose EXIF orientation is applied; an array [H, W], [H, W, 1],
             [H, W, 3] or [H, W, 4] of uint8; or a tensor [1, H, W], [3, H, W] or [4, H, W] of uint8, or of floats 0 to
-            1. Four channels are RGB and alpha, which is dropped.
+            1. Four channels are RGB and alpha; transparent pixels show white.
 
     Raises:
-        DataError: none of these, or a file that cannot be read.
+        DataError: none of these, a file that cannot be read, or an image that is too small or thin.
     """
+    image = _to_image(source)
+    check_size(image, source if isinstance(source, (str, Path)) else "the image")
+    return image
+
+
+def _to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
     if isinstance(source, (str, Path)):
         return read_image(source)
     if isinstance(source, Image.Image):
         try:
-            return to_rgb(ImageOps.exif_transpose(source))
+            return _convert(source).image
         except UNREADABLE as error:
             raise DataError(f"the image cannot be read: {error}") from error
     array = source
@@ -95,4 +310,4 @@ def to_image(source: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Im
         raise DataError(
             f"the image is {array.dtype} {list(source.shape)}, should be uint8 {shape} with 1, 3 or 4 channels"
         )
-    return Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array).convert("RGB")
+    return _to_rgb(Image.fromarray(array.squeeze(2) if array.ndim == 3 and channels == 1 else array))

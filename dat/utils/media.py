@@ -1,8 +1,9 @@
 """Image and video files that a command is given: files, folders and patterns."""
 
 import glob
-import logging
 import os
+import struct
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,16 +13,26 @@ from typing import Any
 from PIL import Image
 from timm.utils import natural_key
 
-from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.errors import ConfigError, DataError, ImageError, one_line
 from dat.utils.files import find_images
-from dat.utils.images import read_image
+from dat.utils.images import HEIC, check_size, lacks_heif, read_image
 
-logger = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv", ".3gp"})
 # FFmpeg's names of the containers that hold a video themselves. A playlist under the name of a video could have other
 # files and addresses opened.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,gif,image2"
+# The reason to leave out other files; see ImageError.
+NO_IMAGE = "of no image format"
+# How images are turned by display matrices (a, b, c, d): x' = ax + cy and y' = bx + dy, where y points down.
+TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class Frame:
         return {"file_name": self.media.name} | ({} if self.number is None else {"frame": self.number})
 
 
-def find_media(sources: Sequence[str | Path], exclude: Path | None = None) -> list[Media]:
-    """The images and videos of a command, each once, folder by folder in natural order.
+def find_media(sources: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Media], list[Media]]:
+    """The images and videos of a command, and the other files in its folders, each once, in natural order.
 
     Args:
         sources: files of any kind, folders, of which images and videos are taken, or patterns such as "day*/*.jpg".
@@ -71,6 +82,7 @@ def find_media(sources: Sequence[str | Path], exclude: Path | None = None) -> li
         DataError: a source that does not exist or holds no images.
     """
     paths: dict[Path, None] = {}
+    others: dict[Path, None] = {}
     for source in sources:
         names = [str(source)]
         if glob.has_magic(names[0]) and not Path(source).exists():
@@ -78,22 +90,28 @@ def find_media(sources: Sequence[str | Path], exclude: Path | None = None) -> li
             if not names:
                 raise DataError(f"{source}: no file matches this pattern")
         for name in names:
-            paths.update(dict.fromkeys(find_images(Path(name), exclude, VIDEO_SUFFIXES)))
+            for group, found in zip((paths, others), find_images(Path(name), exclude, VIDEO_SUFFIXES), strict=True):
+                group.update(dict.fromkeys(found))
     root = Path(sources[0]).absolute()
     if len(sources) > 1 or not root.is_dir():
         root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    return [Media(path, path.absolute().relative_to(root).as_posix()) for path in paths]
+    named = {path: Media(path, os.path.relpath(path, root).replace(os.sep, "/")) for path in [*paths, *others]}
+    return [named[path] for path in paths], [named[path] for path in others if path not in paths]
 
 
 def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
     """The image, or every N-th frame of the video, one in memory at a time.
 
+    The rotation and mirroring that a video states, as phones' do, are followed.
+
     Raises:
-        DataError: a file that cannot be read.
+        ImageError: a file that cannot be read, or an image that is too small.
         ConfigError: a video, and PyAV is not installed.
     """
     if not media.is_video:
-        yield Frame(media, read_image(media.path))
+        image = read_image(media.path)
+        check_size(image, media.path)
+        yield Frame(media, image)
         return
     try:
         import av
@@ -106,25 +124,42 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
             for number, frame in enumerate(container.decode(video=0)):
                 empty = False
                 if number % every == 0:
-                    yield Frame(media, frame.to_image(), number)
+                    yield Frame(media, _turn(frame), number)
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise DataError(f"{media.path}: cannot be read as a video: {one_line(error)}") from error
+        raise ImageError(f"{media.path}: cannot be read as a video: {one_line(error)}") from error
     if empty:
-        raise DataError(f"{media.path}: cannot be read as a video: it has no frames")
+        raise ImageError(f"{media.path}: cannot be read as a video: it has no frames")
+
+
+def _turn(frame: Any) -> Image.Image:
+    """A frame of PyAV as players show it: turned by multiples of 90 degrees, mirrored."""
+    image: Image.Image = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # Three rows of three fixed-point numbers, of which the first two columns turn.
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    scale = max(map(abs, (a, b, c, d))) or 1
+    turn = TURNS.get((round(a / scale), round(b / scale), round(c / scale), round(d / scale)))
+    return image if turn is None else image.transpose(turn)
 
 
 class Frames:
-    """The frames of several files, batch by batch, without those that cannot be read.
+    """The frames of several files, batch by batch, without those that cannot be used.
 
     Attributes:
+        media: the images and videos.
         count: number of frames read so far.
-        errors: of the files that could not be read.
+        left_out: the files that are not used, by reason; `others` are among them from the start.
     """
 
-    def __init__(self, media: Sequence[Media], every: int) -> None:
+    def __init__(self, media: Sequence[Media], others: Sequence[Media], every: int) -> None:
         self.media, self.every = media, every
         self.count = 0
-        self.errors: list[DataError] = []
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self._error: ImageError | None = None
+        for other in others:
+            self.left_out[HEIC if lacks_heif(other.path) else NO_IMAGE].append(other.name)
 
     def batches(self, size: int) -> Iterator[list[Frame]]:
         """At most `size` frames at a time, in order. Raises the first error if no frame at all can be read."""
@@ -132,18 +167,23 @@ class Frames:
         while batch := list(islice(frames, size)):
             self.count += len(batch)
             yield batch
-        if not self.count:
-            raise self.errors[0]
+        if not self.count and self._error is not None:
+            raise self._error
 
     def _frames(self) -> Iterator[Frame]:
         for one in self.media:
             try:
                 yield from read_frames(one, self.every)
-            except DataError as error:
-                self.errors.append(error)
+            except ImageError as error:
+                self._error = self._error or error
+                cause = f" ({one_line(error.__cause__, 80)})" if error.__cause__ and error.reason != HEIC else ""
+                self.left_out[error.reason].append(one.name + cause)
 
-    def warn(self) -> None:
-        """Logs a warning if files could not be read."""
-        if self.errors:
-            count = f"{len(self.errors)} of {len(self.media)} files"
-            logger.warning(f"warning: left out {count} that cannot be read, such as {self.errors[0]}")
+    def summary(self) -> str:
+        """A line such as "12 images, 1 left out: 1 of 1x1 pixels (too small): dot.png"; "" if nothing was left out."""
+        groups = [
+            f"{len(names)} {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for reason, names in self.left_out.items()
+        ]
+        total = sum(map(len, self.left_out.values()))
+        return f"{self.count} images, {total} left out: {'; '.join(groups)}" if groups else ""

@@ -1,5 +1,6 @@
 """The audit finds what is wrong with images before they are trained on."""
 
+import importlib.util
 import json
 import shutil
 
@@ -59,6 +60,25 @@ def test_class_folders_are_audited_as_training_shares_them_out(tmp_path, capsys)
     assert sum(split[kind]["count"] for split in found for kind in kinds if kind in split) == len(unreadable)
     assert "odd has no splits train and val: of each class every 5th image, by name, is for validation (9 of 4" in text
     assert "training can start" in text
+
+
+def test_odd_images_are_counted(pictures, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x112] = 3
+    noise = Image.effect_noise((20, 24), 80).convert("RGB")
+    noise.save(pictures / "train/red/turned.jpg", exif=exif)
+    noise.save(pictures / "train/red/frames.gif", save_all=True, append_images=[Image.new("RGB", (20, 24))])
+    Image.new("RGB", (20, 24), "white").save(pictures / "train/red/white.png")
+    (pictures / "train/red/photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    Image.new("RGB", (1, 1)).save(pictures / "train/red/dot.png")
+    text = run(capsys, pictures, "--out", tmp_path / "out")
+    assert "1 images are turned or mirrored as EXIF says" in text
+    found = {kind: problem["examples"] for kind, problem in problems(tmp_path / "out", "train").items()}
+    assert found["image with several frames or pages, the first is read"] == ["red/frames.gif"]
+    assert found["image with hardly any contrast"] == ["red/white.png"]
+    assert found["image that cannot be read, left out"][0].startswith("red/dot.png: the image: 1x1 pixels are too sm")
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert found["HEIC (pip install pillow-heif), left out"] == ["red/photo.HEIC"]
 
 
 def test_what_stops_training_gives_exit_code_1(pictures, tmp_path, capsys):

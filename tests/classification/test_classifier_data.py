@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import tarfile
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -125,3 +126,75 @@ def test_data_sets_of_the_hub_are_read_by_their_columns(monkeypatch):
     data.train = SplitConfig("hfds/me/flowers", "train", "photo", "colour")
     with pytest.raises(DataError, match=r"its columns are \['photo', 'kind'\], should be 'photo' .* and 'colour'"):
         open_split(data, "train")
+
+
+def turned_jpeg():
+    """Red above blue, stored upside down."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8, :, 2], pixels[8:, :, 0] = 250, 250
+    exif = Image.Exif()
+    exif[0x112] = 3
+    return encode(Image.fromarray(pixels), "JPEG", exif=exif)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/1-checkpoint.jpg", "cat/.ipynb_checkpoints/1.jpg", "cat/._1.jpg", "@eaDir/1.jpg",
+    "__MACOSX/cat/._1.jpg", "dog/@eaDir/1.jpg", "lost+found/1.jpg",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "wds"])
+def test_every_place_follows_exif_and_passes_over_hidden_files(tmp_path, kind):
+    image = turned_jpeg()
+    shown = {"cat/1.jpg": image, "cat/2.jpg": image, "dog/1.jpg": image}
+    files = {**dict.fromkeys(HIDDEN, image), **shown}
+    data = DataConfig(root=str(tmp_path), train=SplitConfig("data"))
+    if kind == "folder":
+        for name, content in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    elif kind == "tar":
+        write_tar(tmp_path / "data.tar", {f"./{name}": content for name, content in files.items()})
+        data.train.path = "data.tar"
+    else:
+        pytest.importorskip("webdataset", reason="the extra 'wds'")
+        (tmp_path / "data").mkdir()
+        labels = {name.replace(".jpg", ".cls"): b"0" if "cat" in name else b"1" for name in files}
+        write_tar(tmp_path / "data/train-0.tar", dict(sorted({**files, **labels}.items())))
+        data.train = SplitConfig("wds/data", "train-0.tar")
+    split = open_split(data, "train")
+    assert (len(split), len(split.class_names), split.left_out) == (3, 2, [])
+    labels = []
+    for index in range(3):
+        read, label = split.read(index)
+        labels.append(label)
+        assert read.getpixel((8, 2))[0] > 200
+        assert read.getpixel((8, 13))[2] > 200
+    assert labels == [0, 0, 1]
+
+
+def test_hidden_folders_are_no_splits(tmp_path):
+    for name in ("cat/1.png", "dog/1.png", ".ipynb_checkpoints/1.png", "@eaDir/a/1.png"):
+        for i in range(5):
+            path = (tmp_path / name).with_name(f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "._pets_train.tar").write_bytes(b"resource fork")
+    assert open_split(DataConfig(root=str(tmp_path)), "train").class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4000)])
+def test_images_that_show_nothing_are_left_out(tmp_path, size):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", size).save(tmp_path / "a/1.png")
+    with pytest.raises(UNREADABLE, match=r"the image: .* pixels are too"):
+        open_place(tmp_path, "here").read(0)

@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from coco_scenes import write_json
 from commands import dat
 from PIL import Image
 
+from dat.detection.data import read_coco, read_sample
 from dat.engine.command import main_guard
+from dat.utils.images import to_image
 
 
 def run(scenes, out, *arguments):
@@ -87,6 +90,52 @@ def test_everything_that_is_wrong_is_listed_at_once(scenes, tmp_path, capsys):
     assert "gone.jpg" in text
     assert "val_0.jpg is copy.jpg of training" in text
     assert (tmp_path / "out/samples_train.png").exists()
+
+
+def turn(path, orientation):
+    """Stores the image under an EXIF orientation of 3 or 6, so that viewers show it as before."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}
+    with Image.open(path) as image:
+        stored = image.transpose(turns[orientation])
+    stored.save(path, exif=exif, quality=95)
+
+
+def test_turned_dull_and_animated_images_are_counted(scenes, tmp_path, capsys):
+    images = scenes / "images"
+    turn(images / "train_0.jpg", 3)
+    turn(images / "train_1.jpg", 6)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    # Only the stored size, 80 x 60, fits the annotations.
+    Image.effect_noise((80, 60), 90).save(images / "train_2.jpg", exif=exif)
+    Image.new("RGB", (56, 72), "white").save(images / "train_3.jpg")
+    for name in (".ipynb_checkpoints/train_0.jpg", "@eaDir/train_0.jpg", "._train_0.jpg"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes((images / "train_0.jpg").read_bytes())
+    code, found = run(scenes, tmp_path / "out")
+    assert code == 0
+    train = found["train"]
+    assert (train["turned_by_exif"], train["unlisted_files"]) == (2, 0)
+    assert "2 images are turned or mirrored as EXIF says" in capsys.readouterr().out
+    assert {problem["kind"]: problem["examples"] for problem in train["problems"]} == {
+        "EXIF orientation followed, though the annotations' size fits the stored image too": ["train_0.jpg"],
+        "EXIF orientation ignored, since only the stored size fits the annotations": ["train_2.jpg"],
+        "image with hardly any contrast": ["train_3.jpg"],
+    }
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_images_are_trained_and_predicted_alike(scenes, orientation):
+    path = scenes / "images/train_0.jpg"
+    before = np.asarray(Image.open(path)).astype(int)
+    turn(path, orientation)
+    annotations = read_coco(scenes / "train.json", scenes / "images")
+    record = next(record for record in annotations.records if record.path == path)
+    trained = read_sample(record).image.permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(trained, np.asarray(to_image(path)))
+    assert np.abs(trained - before).mean() < 8
 
 
 def test_files_that_are_no_annotations_do_not_end_the_audit(scenes, tmp_path):

@@ -102,6 +102,16 @@ def test_classes_and_crops(checkpoint, folder, tmp_path, capsys):
         run(checkpoint, folder, "--out", out, "--classes", "green")
 
 
+def test_the_last_line_counts_what_was_left_out(checkpoint, folder, tmp_path, capsys):
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "notes.txt").write_text("notes")
+    (folder / "b/3.png").rename(folder / "b/3")
+    run(checkpoint, folder, "--out", tmp_path / "out")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("3 images, 2 left out: 1 of no image format: notes.txt; 1 of 1x1 pixels (too small): dot.png")
+    assert {result["file_name"] for result in read(tmp_path / "out")} == {"1.png", "2.png", "b/3"}
+
+
 def test_patterns_and_several_sources_are_named_from_their_common_folder(checkpoint, folder, tmp_path):
     run(checkpoint, folder / "b", f"{folder}/[12].png", folder / "1.png", "--out", tmp_path / "out")
     names = dict.fromkeys(result["file_name"] for result in read(tmp_path / "out"))

@@ -35,12 +35,16 @@ def test_images_of_a_folder(tmp_path):
         (tmp_path / name).touch()
 
     def found(**options):
-        return [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path, **options)]
+        lists = find_images(tmp_path, **options)
+        return [[path.relative_to(tmp_path).as_posix() for path in paths] for paths in lists]
 
-    assert found() == ["9.JPG", "10.jpg", "a/1.png", "out/1.png"]
-    assert found(exclude=tmp_path / "out") == ["9.JPG", "10.jpg", "a/1.png"]
+    others = ["clip.mpg", "notes.pdf"]
+    assert found() == [["9.JPG", "10.jpg", "a/1.png", "out/1.png"], others]
+    assert found(exclude=tmp_path / "out") == [["9.JPG", "10.jpg", "a/1.png"], others]
     assert found(exclude=tmp_path) == found(exclude=tmp_path.parent) == found()
-    assert find_images(tmp_path / "clip.mpg") == [tmp_path / "clip.mpg"]
+    assert found(more=[".mpg"])[0][-1] == "out/1.png"
+    assert found(more=[".mpg"])[1] == ["notes.pdf"]
+    assert find_images(tmp_path / "clip.mpg") == ([tmp_path / "clip.mpg"], [])
 
 
 def test_nothing_to_find_is_named(tmp_path):

@@ -4,8 +4,9 @@ import hashlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,19 +14,25 @@ from dat.detection.config import DataConfig
 from dat.detection.data.box_checks import check_objects
 from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.readers import collecting, read_split
-from dat.detection.data.records import Annotations, ImageRecord, load_image
+from dat.detection.data.records import Annotations, ImageRecord, check_annotated_size
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
-from dat.utils.files import IMAGE_EXTENSIONS
+from dat.utils.errors import DataError, one_line
+from dat.utils.files import is_image, list_files
+from dat.utils.images import UNREADABLE, decode, has_contrast
 from dat.utils.progress import progress_bar
 
 
 @dataclass
 class SplitAudit(Findings):
-    """A split as far as it can be read; `hashes`: readable images by digest, `unlisted`: images that no split lists."""
+    """A split as far as it can be read.
+
+    `hashes`: readable images by digest, `turned`: number of images turned or mirrored as EXIF says, `unlisted`: visible
+    images that no split lists.
+    """
 
     annotations: Annotations
     hashes: dict[str, list[ImageRecord]] = field(default_factory=lambda: defaultdict(list))
+    turned: int = 0
     unlisted: set[Path] = field(default_factory=set)
 
     def add(self, kind: str, example: str, stops: bool = False, count: int = 1) -> None:
@@ -65,11 +72,12 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
         return found
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
-        for record, digest, kind, example in progress_bar(results, total=len(records), desc="images", leave=False):
-            if kind:
-                found.add(kind, example, stops=True)
-            else:
-                found.hashes[digest].append(record)
+        for record, checked in progress_bar(results, total=len(records), desc="images", leave=False):
+            for kind, example in checked.problems.items():
+                found.add(kind, example, stops=not checked.digest)
+            if checked.digest:
+                found.hashes[checked.digest].append(record)
+                found.turned += checked.turned
     absent = found.problems.get("missing image file")
     if absent is not None:
         record = next(record for record in records if not record.path.is_file())
@@ -78,7 +86,7 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
             found.add("same image under two names", ", ".join(names[:3]), count=len(names) - 1)
-    files = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS}
+    files = {Path(path) for folder in folders for path in list_files(folder) if is_image(path)}
     found.unlisted = files - {record.path for record in records}
     return found
 
@@ -118,14 +126,36 @@ def _check_objects(found: SplitAudit) -> None:
             found.add("class without objects", f"{category.id} {category.name}")
 
 
-def _check_file(record: ImageRecord) -> tuple[ImageRecord, str, str, str]:
-    """The record, the digest of its file, or the kind of problem and an example."""
-    if not record.path.is_file():
-        return record, "", "missing image file", absent_text(record)
+class CheckedFile(NamedTuple):
+    """The digest of an image file, "" if it is unusable, its problems {kind: example}, and whether EXIF turns it."""
+
+    digest: str
+    problems: dict[str, str]
+    turned: bool = False
+
+
+def _check_file(record: ImageRecord) -> tuple[ImageRecord, CheckedFile]:
+    path, size = record.path, (record.width, record.height)
+    if not path.is_file():
+        return record, CheckedFile("", {"missing image file": absent_text(record)})
     try:
-        digest = hashlib.blake2b(record.path.read_bytes(), digest_size=16).hexdigest()
-        load_image(record.path, (record.width, record.height))
-    except (DataError, OSError) as error:
-        kind = "image of another size" if "its annotations say" in str(error) else "unreadable image file"
-        return record, "", kind, str(error)
-    return record, digest, "", ""
+        content = path.read_bytes()
+        decoded = decode(BytesIO(content), size)
+    except UNREADABLE as error:
+        text = f"{path}: cannot be read as an image: {one_line(error)}"
+        return record, CheckedFile("", {"unreadable image file": text})
+    try:
+        check_annotated_size(path, decoded.image, size)
+    except DataError as error:
+        return record, CheckedFile("", {"image of another size": str(error)})
+    problems = {}
+    if not decoded.followed:
+        problems["EXIF orientation ignored, since only the stored size fits the annotations"] = path.name
+    elif decoded.orientation != 1 and (decoded.orientation < 5 or record.width == record.height):
+        problems["EXIF orientation followed, though the annotations' size fits the stored image too"] = path.name
+    if decoded.frames:
+        problems["image with several frames or pages, the first is read"] = path.name
+    if not has_contrast(decoded.image):
+        problems["image with hardly any contrast"] = path.name
+    turned = decoded.followed and decoded.orientation != 1
+    return record, CheckedFile(hashlib.blake2b(content, digest_size=16).hexdigest(), problems, turned)

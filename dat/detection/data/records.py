@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.utils import natural_key
 from torch import Tensor
 from torchvision import tv_tensors
@@ -140,20 +141,25 @@ class Sample(NamedTuple):
 
 
 def load_image(path: Path, size: tuple[int, int] | None = None) -> tv_tensors.Image:
-    """An image file [3, H, W] uint8, RGB, whatever its mode.
+    """An image file [3, H, W] uint8 as `dat.utils.images.read_image` gives it.
 
     Args:
         path: of the file.
-        size: (width, height) by its annotations; EXIF orientation is applied where that gives this size. None: EXIF
-            orientation is always applied.
+        size: (width, height) by its annotations; None: EXIF orientation is always followed.
 
     Raises:
         DataError: a file that cannot be decoded, or has another size.
     """
     image = read_image(path, size)
-    if size is not None and image.size != size:
-        raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")
+    if size is not None:
+        check_annotated_size(path, image, size)
     return tv_tensors.Image(F.pil_to_tensor(image))
+
+
+def check_annotated_size(path: Path, image: Image.Image, size: tuple[int, int]) -> None:
+    """Raises DataError for an image that is not of the size (width, height) of its annotations."""
+    if image.size != size:
+        raise DataError(f"{path}: is {image.width}x{image.height}, but its annotations say {size[0]}x{size[1]}")
 
 
 def load_record(record: ImageRecord, image: Tensor | None = None) -> Tensor:

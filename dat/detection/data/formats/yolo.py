@@ -186,7 +186,7 @@ def _parse(
 def _images(place: Path) -> list[Path]:
     """The images of a folder, or those that a text file lists."""
     if place.is_dir():
-        return find_images(place)
+        return find_images(place)[0]
     if place.suffix != ".txt":
         raise DataError(f"{place}: no such folder or list of images")
     lines = [line.strip() for line in read_text(place, "a path of an image on each line").splitlines()]

@@ -1,0 +1,138 @@
+"""Which files of a folder a command reads, what it says of the others, and how videos are turned."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dat.utils import images
+from dat.utils.errors import DataError, ImageError
+from dat.utils.files import find_images, is_hidden
+from dat.utils.media import Frames, Media, find_media, read_frames
+
+HEIC = b"\0\0\0\x18ftypheic" + bytes(200)
+
+
+@pytest.fixture
+def without_heif(monkeypatch):
+    formats = [form for form in images._formats() if form != "HEIF"]
+    monkeypatch.setattr(images, "_formats", lambda: formats)
+
+
+def write(path, size=(20, 10), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path, **options)
+
+
+def test_hidden_and_system_files_are_in_no_list(tmp_path):
+    write(tmp_path / "a/1.png")
+    hidden = [
+        ".ipynb_checkpoints/1-checkpoint.png", "a/.hidden.png", "a/._1.png", "@eaDir/1.png", "a/@eaDir/1.png/x.jpg",
+        "__MACOSX/a/1.png", "$RECYCLE.BIN/1.png", "lost+found/1.png", "System Volume Information/1.png",
+    ]  # fmt: skip
+    for name in hidden:
+        write(tmp_path / name)
+    (tmp_path / "a/Thumbs.db").write_bytes(b"thumbs")
+    (tmp_path / "a/.DS_Store").write_bytes(b"store")
+    assert find_images(tmp_path) == ([tmp_path / "a/1.png"], [])
+    # A folder that is named is read, and names that only begin alike are no system's.
+    assert find_images(tmp_path / "a/@eaDir")[0] == [tmp_path / "a/@eaDir/1.png/x.jpg"]
+    assert not any(map(is_hidden, ("eaDir", "..", ".", "a.b", "lost", "thumbs.db.png")))
+
+
+def test_images_are_found_by_content_but_raw_files_are_not(tmp_path):
+    write(tmp_path / "noext", format="JPEG")
+    write(tmp_path / "photo.jpeg_1", format="JPEG")
+    write(tmp_path / "scan", format="TIFF")
+    write(tmp_path / "photo.NEF", format="TIFF")
+    (tmp_path / "train.json").write_text("{}")
+    found, others = ([path.name for path in paths] for paths in find_images(tmp_path))
+    assert found == ["noext", "photo.jpeg_1", "scan"]
+    assert others == ["photo.NEF", "train.json"]
+
+
+def test_what_is_left_out_is_counted_with_the_reason(tmp_path, without_heif):
+    for name in ("1.jpg", "2.jpg", "noext.jpg"):
+        write(tmp_path / name)
+    (tmp_path / "noext.jpg").rename(tmp_path / "noext")
+    write(tmp_path / "dot.png", (1, 1))
+    write(tmp_path / "line.png", (4, 4000))
+    (tmp_path / "photo.HEIC").write_bytes(HEIC)
+    (tmp_path / "renamed.jpg").write_bytes(HEIC)
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:300])
+    frames = Frames(*find_media([tmp_path]), every=1)
+    assert [frame.name for batch in frames.batches(2) for frame in batch] == ["1.jpg", "2.jpg", "noext"]
+    counts, _, groups = frames.summary().partition(": ")
+    assert counts == "3 images, 6 left out"
+    # Pillow's own words are in brackets.
+    groups = re.sub(r"half.jpg \(.*?runcated.*?\)", "half.jpg", groups)
+    assert sorted(groups.split("; ")) == [
+        "1 of 1x1 pixels (too small): dot.png",
+        "1 of 4x4000 pixels (too thin): line.png",
+        "1 of no image format: notes.txt",
+        "1 that cannot be read: half.jpg",
+        "2 HEIC (pip install pillow-heif): photo.HEIC, renamed.jpg",
+    ]
+
+
+def test_nothing_is_said_where_all_is_read(tmp_path):
+    write(tmp_path / "1.jpg")
+    frames = Frames(*find_media([tmp_path]), every=1)
+    assert len(list(frames.batches(2))) == 1
+    assert frames.summary() == ""
+
+
+def test_a_folder_without_readable_images_says_why(tmp_path, without_heif):
+    (tmp_path / "photo.HEIC").write_bytes(HEIC)
+    with pytest.raises(DataError, match=r"holds no images, but 1 HEIC \(pip install pillow-heif\)"):
+        find_media([tmp_path])
+    write(tmp_path / "dot.png", (1, 1))
+    with pytest.raises(ImageError, match=r"dot.png: 1x1 pixels are too small"):
+        list(Frames(*find_media([tmp_path]), every=1).batches(2))
+
+
+FRAME = np.full((64, 96, 3), 90, np.uint8)
+FRAME[:32, :48] = (220, 30, 30)
+# Display matrices (a, b, c, d), and the frame as players show it.
+MATRICES = {
+    "upright": ((1, 0, 0, 1), FRAME),
+    "90 clockwise": ((0, 1, -1, 0), np.rot90(FRAME, -1)),
+    "180": ((-1, 0, 0, -1), np.rot90(FRAME, 2)),
+    "90 counter-clockwise": ((0, -1, 1, 0), np.rot90(FRAME)),
+    "mirrored": ((-1, 0, 0, 1), FRAME[:, ::-1]),
+    "upside down": ((1, 0, 0, -1), FRAME[::-1]),
+    "transposed": ((0, 1, 1, 0), FRAME.swapaxes(0, 1)),
+    "transversed": ((0, -1, -1, 0), np.rot90(FRAME, 2).swapaxes(0, 1)),
+}
+
+
+def write_video(path, matrix):
+    """An MP4 of two frames, whose track header says how it is displayed."""
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.fromarray(FRAME))))
+        container.mux(stream.encode())
+    content = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    # In a track header of version 0 the matrix is from byte 40 on, behind its name.
+    start = content.index(b"tkhd") + 44
+    assert struct.unpack(">9i", content[start : start + 36]) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_videos_are_turned_as_players_show_them(tmp_path, name):
+    matrix, shown = MATRICES[name]
+    write_video(tmp_path / "phone.MOV", matrix)
+    frames = list(read_frames(Media(tmp_path / "phone.MOV", "phone.MOV")))
+    assert len(frames) == 2
+    for frame in frames:
+        assert frame.image.size == shown.shape[1::-1]
+        assert np.abs(np.asarray(frame.image).astype(int) - shown).mean() < 8
