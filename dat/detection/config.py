@@ -149,7 +149,7 @@ def check_config(config: DetectionConfig) -> None:
         raise ConfigError(
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
-    check_model(config.model)
+    check_model(config.model, max(data.train.max_size, data.val.max_size))
 
 
 def _keys(section: str, *names: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dat.detection.matcher import Scores
+from dat.detection.models.backbone import feature_maps
 from dat.engine.config import check_range
 from dat.utils.errors import ConfigError
 
@@ -109,7 +110,12 @@ class BaseDETR(nn.Module):
         expected = (images.shape[0], *images.shape[-2:])
         if mask is not None and mask.shape != expected:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
-        return self.detect(*self.features(images, mask))
+        return self.detect(*self.features(*pad_to_multiple(images, mask, self.pad_multiple)))
+
+    @property
+    def pad_multiple(self) -> int:
+        """The multiple to which the backbone needs the sides of its images padded."""
+        return getattr(self.backbone, "pad_multiple", 1)
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """The maps that `detect` works on, projected to embed_dim channels [B, C, h, w], and their masks [B, h, w]."""
@@ -136,15 +142,24 @@ class BaseDETR(nn.Module):
 
     def backbone_maps(self, images: Tensor) -> list[Tensor]:
         """The backbone's maps, [B, C, h, w] each, coarsest last."""
-        maps = self.backbone(images)
-        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return maps
+        return feature_maps(self.backbone, images)
 
     def as_outputs(self, layers: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """forward's outputs from those of each decoder layer."""
         *before, final = layers
         return {**final, "aux_outputs": before} if self.aux_loss else final
+
+
+def pad_to_multiple(images: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
+    """Images [B, 3, H, W] and their mask, padded at the right and below so that sides are multiples of a number."""
+    if multiple == 1:
+        return images, mask
+    height, width = images.shape[-2:]
+    # torch.export can reason about this form of rounding up.
+    down, right = (((side - 1) // multiple + 1) * multiple - side for side in (height, width))
+    padding = (0, right, 0, down)
+    inside = torch.zeros_like(images[:, 0]) if mask is None else mask.to(images.dtype)
+    return F.pad(images, padding), F.pad(inside, padding, value=1.0) > 0
 
 
 def feature_channels(backbone: Any) -> list[int]:
