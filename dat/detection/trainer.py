@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,26 @@ from dat.detection.criterion import Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
-from dat.detection.models import BaseDETR, build_model
+from dat.detection.models import BaseDETR, ModelConfig, build_model
 from dat.detection.param_groups import parameter_groups
 from dat.detection.report import write_report
+from dat.engine.backbones import starts_from_weights
+from dat.engine.checkpoint import load_checkpoint
 from dat.engine.distributed import Distributed
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
+
+
+def settle_batch_norm(model: ModelConfig, resume: Path | None) -> ModelConfig:
+    """`model` with `freeze_batch_norm` false if the backbone has random weights, whose statistics mean nothing.
+
+    The checkpoints of the run hold the result. A run of earlier versions, which froze them anyway, is resumed as it is.
+    """
+    if not model.freeze_batch_norm or starts_from_weights(model):
+        return model
+    frozen = resume is not None and load_checkpoint(resume, "detection")["config"]["model"]["freeze_batch_norm"]
+    return replace(model, freeze_batch_norm=frozen)
 
 
 class DetectionTrainer(Trainer):
@@ -44,6 +58,7 @@ class DetectionTrainer(Trainer):
         distributed: Distributed | None = None,
         resume: Path | None = None,
     ):
+        config = replace(config, model=settle_batch_norm(config.model, resume))
         self.train_set, self.val_set = train_set, val_set
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)

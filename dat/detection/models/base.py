@@ -25,6 +25,8 @@ class ModelConfig:
     `num_levels`, at most three, for deformable_detr.
     `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
     new where its number of classes is another.
+    `freeze_batch_norm`: batch norms of the backbone keep their statistics and weights. A run whose backbone starts from
+    random weights sets it to false.
     `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
     """
 
@@ -41,7 +43,6 @@ class ModelConfig:
     decoder_depth: int = 6
     mlp_dim: int = 1024
     drop_rate: float = 0.1
-    # Freezing makes sense only for a backbone with pretrained weights.
     freeze_batch_norm: bool = True
     freeze: list[str] = field(default_factory=list)
 
