@@ -23,8 +23,8 @@ class ModelConfig:
     `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
     makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
     `num_levels`, at most three, for deformable_detr.
-    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
-    new where its number of classes is another.
+    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here: a file, or
+    hf-hub:OWNER/NAME. Its class heads stay new where its number of classes is another.
     `freeze_batch_norm`: batch norms of the backbone keep their statistics and weights. A run whose backbone starts from
     random weights sets it to false.
     `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.

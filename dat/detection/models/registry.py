@@ -11,6 +11,7 @@ from dat.detection.models.backbone import build_backbone, freeze
 from dat.detection.models.base import BaseDETR, ModelConfig
 from dat.engine.backbones import without_weights
 from dat.utils.errors import ConfigError
+from dat.utils.hub import find_checkpoint
 
 M = TypeVar("M", bound=type[BaseDETR])
 
@@ -45,7 +46,7 @@ def build_model(config: ModelConfig, num_classes: int, weights: bool = True) -> 
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     if weights and config.checkpoint_path:
-        official.load(model, config.checkpoint_path)
+        official.load(model, find_checkpoint(config.checkpoint_path))
     return model
 
 
