@@ -44,8 +44,8 @@ HEAD = """\
 # timm's models as backbones
 
 The smallest model of each of timm's files (timm {version}) as the backbone of a small Deformable DETR with random
-weights, for one training step on two images of odd sizes: of {files}, {trained} train, and {refused} are refused by one
-line before the run starts. `python -m benchmarks.timm_backbones` measures the table.
+weights, for one training step on two images of odd sizes: {trained} of {files} train, the others are
+refused by one line before the run starts. `python -m benchmarks.timm_backbones` measures the table.
 
 Padding: sides are padded to a multiple of so many pixels, and the mask follows. Pyramid: all maps of the model have one
 stride, so those of the detector are made from the last one, as in [ViTDet](https://arxiv.org/abs/2203.16527). Square:
@@ -156,8 +156,7 @@ def run(names: Sequence[str]) -> Row:
 def page(rows: dict[str, Row]) -> str:
     """The table as a page of the docs."""
     trained = sum("strides" in row for row in rows.values())
-    refused = sum("refused" in row for row in rows.values())
-    head = HEAD.format(version=timm.__version__, files=len(rows), trained=trained, refused=refused)
+    head = HEAD.format(version=timm.__version__, files=len(rows), trained=trained)
     lines = [
         *head.splitlines(),
         "",

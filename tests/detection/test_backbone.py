@@ -84,6 +84,8 @@ def test_a_model_of_one_size_is_refused_before_anything_is_written(config_file, 
         ConfigError, match=r"model.backbone.img_size is 64, should be at least .* 96: hiera_tiny_224 takes"
     ):
         train({**HIERA, "img_size": 64})
+    with pytest.raises(ConfigError, match=r"'efficientformer_l1' takes images of 224x224 pixels only: choose another"):
+        train({"name": "efficientformer_l1", "depths": [1, 1, 1, 1], "embed_dims": [8, 8, 8, 8]})
     assert not (tmp_path / "run").exists()
     config = {"backbone": {**HIERA, "img_size": 96}, **SMALL}
     check_config(from_dict(DetectionConfig, yaml.safe_load(config_file.read_text()) | {"model": config}, "test"))

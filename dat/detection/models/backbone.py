@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,11 @@ def _fit_sizes(arguments: dict[str, Any]) -> Fit | None:
         return None
     if "img_size" in arguments:
         return Fit({}, own, own)
-    remedy = "set model.backbone.img_size to the larger of data.train.max_size and data.val.max_size"
-    raise ConfigError(
-        f"model.backbone: {arguments['name']!r} takes images of {own}x{own} pixels only: "
-        + (remedy if "img_size" in known else "choose another model, such as resnet50 or swin_tiny_patch4_window7_224")
-    )
+    remedy = "choose another model, such as resnet50 or swin_tiny_patch4_window7_224"
+    with suppress(ConfigError):
+        if _runs(create_timm_model({**arguments, "img_size": 2 * own}, features_only=True), [(2 * own, 2 * own)]):
+            remedy = "set model.backbone.img_size to the larger of data.train.max_size and data.val.max_size"
+    raise ConfigError(f"model.backbone: {arguments['name']!r} takes images of {own}x{own} pixels only: {remedy}")
 
 
 def _runs(backbone: Any, sizes: Sequence[tuple[int, ...]]) -> bool:
