@@ -86,6 +86,8 @@ def test_a_model_of_one_size_is_refused_before_anything_is_written(config_file, 
         train({**HIERA, "img_size": 64})
     with pytest.raises(ConfigError, match=r"'efficientformer_l1' takes images of 224x224 pixels only: choose another"):
         train({"name": "efficientformer_l1", "depths": [1, 1, 1, 1], "embed_dims": [8, 8, 8, 8]})
+    with pytest.raises(ConfigError, match=r"'img_size': 100.* fails on images of every size .* multiple of 32"):
+        train({**HIERA, "img_size": 100})
     assert not (tmp_path / "run").exists()
     config = {"backbone": {**HIERA, "img_size": 96}, **SMALL}
     check_config(from_dict(DetectionConfig, yaml.safe_load(config_file.read_text()) | {"model": config}, "test"))

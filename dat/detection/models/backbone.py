@@ -59,6 +59,10 @@ class Fit:
     largest: float = math.inf
 
 
+# By the model's arguments: a run builds the same model several times.
+_FITS: dict[str, Fit] = {}
+
+
 def fit_sizes(arguments: dict[str, Any]) -> Fit:
     """Finds by trying how a timm model takes images of many sizes, on the meta device if it can be built there.
 
@@ -69,6 +73,9 @@ def fit_sizes(arguments: dict[str, Any]) -> Fit:
         ConfigError: arguments that do not work, or a model for images of one size without `img_size`.
     """
     arguments = without_weights(arguments)
+    key = repr(sorted(arguments.items()))
+    if key in _FITS:
+        return _FITS[key]
     for device in ("meta", "cpu"):
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -79,8 +86,10 @@ def fit_sizes(arguments: dict[str, Any]) -> Fit:
                 raise
         else:
             if fit is not None:
+                _FITS[key] = fit
                 return fit
-    raise ConfigError(f"model.backbone: {arguments} fails on images of every size that was tried; choose another model")
+    remedy = "set img_size to a multiple of 32" if "img_size" in arguments else "choose another model"
+    raise ConfigError(f"model.backbone: {arguments} fails on images of every size that was tried; {remedy}")
 
 
 def _fit_sizes(arguments: dict[str, Any]) -> Fit | None:
@@ -105,7 +114,10 @@ def _fit_sizes(arguments: dict[str, Any]) -> Fit | None:
     remedy = "choose another model, such as resnet50 or swin_tiny_patch4_window7_224"
     with suppress(ConfigError):
         if _runs(create_timm_model({**arguments, "img_size": 2 * own}, features_only=True), [(2 * own, 2 * own)]):
-            remedy = "set model.backbone.img_size to the larger of data.train.max_size and data.val.max_size"
+            remedy = (
+                "set model.backbone.img_size to the larger of data.train.max_size and data.val.max_size, rounded up to "
+                "a multiple of 32, and all images are padded to that square"
+            )
     raise ConfigError(f"model.backbone: {arguments['name']!r} takes images of {own}x{own} pixels only: {remedy}")
 
 
