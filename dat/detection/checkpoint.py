@@ -47,6 +47,9 @@ def load_detector(path: Path, device: torch.device) -> LoadedDetector:
     categories = check_categories(trained.state.get("category_ids"), trained.class_names, path)
     with checkpoint_errors(path), limit_parameters(trained.weights, path):
         config = from_dict(DetectionConfig, trained.config, str(path))
+        if not any(name.startswith("backbone.body.") for name in trained.weights):
+            # Earlier versions took the last maps of a plain ViT as they are.
+            config.model.backbone.setdefault("out_indices", list(range(-config.model.num_maps, 0)))
         check_config(config)
     model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
     return LoadedDetector(model.to(device).eval(), config, categories)

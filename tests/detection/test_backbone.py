@@ -6,9 +6,11 @@ import timm
 import torch
 import yaml
 from commands import dat
+from exporting import write_detector
 from PIL import Image
 
 from dat.detection import Detector
+from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.models import build_model
 from dat.detection.models.backbone import SimplePyramid, build_backbone, fit_sizes
@@ -118,6 +120,14 @@ def test_chosen_maps_of_a_plain_vit_stay():
     assert not isinstance(build_backbone({"name": "test_vit"}, num_maps=1), SimplePyramid)
     backbone = build_backbone({"name": "test_vit", "out_indices": [2, 3]})
     assert backbone.feature_info.reduction() == [16, 16]
+
+
+def test_a_plain_vit_without_pyramid_of_an_earlier_version_loads(tmp_path):
+    path = write_detector(tmp_path / "old.pth", backbone={"name": "test_vit", "out_indices": [-3, -2, -1]})
+    state = load_checkpoint(path)
+    del state["config"]["model"]["backbone"]["out_indices"]
+    save_checkpoint(path, state)
+    assert load_detector(path, torch.device("cpu")).model.backbone.feature_info.reduction() == [16, 16, 16]
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")

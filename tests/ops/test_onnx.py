@@ -163,7 +163,11 @@ def test_sampling_below_opset_20_is_refused_at_export(opset_version):
     )
     with pytest.raises(torch.onnx.OnnxExporterError, match="opset_version must be at least 20"), torch.no_grad():
         torch.onnx.export(
-            Sample(), args, opset_version=opset_version, custom_translation_table=translation_table(), verbose=False
+            Sample().eval(),
+            args,
+            opset_version=opset_version,
+            custom_translation_table=translation_table(),
+            verbose=False,
         )
 
 
