@@ -33,8 +33,10 @@ def settle_batch_norm(model: ModelConfig, resume: Path | None) -> ModelConfig:
     """
     if not model.freeze_batch_norm or starts_from_weights(model):
         return model
-    frozen = resume is not None and load_checkpoint(resume, "detection")["config"]["model"]["freeze_batch_norm"]
-    return replace(model, freeze_batch_norm=frozen)
+    if resume is None:
+        return replace(model, freeze_batch_norm=False)
+    before = load_checkpoint(resume, "detection")["config"]["model"]
+    return replace(model, freeze_batch_norm=before.get("freeze_batch_norm", True))
 
 
 class DetectionTrainer(Trainer):
