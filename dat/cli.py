@@ -1,7 +1,7 @@
 """The command `dat`, and the arguments of every command.
 
-    dat detect train|evaluate|predict|export|serve|audit|report|convert ...
-    dat classify train|evaluate|predict|export|audit|report ...
+    dat detect train|evaluate|predict|export|serve|audit|report|runs|convert ...
+    dat classify train|evaluate|predict|export|audit|report|runs ...
     dat flops NAME [--size H W]
     dat ops
 
@@ -26,9 +26,13 @@ SUMMARIES = {
     "serve": "serve a detector over HTTP, with a page to drop images on",
     "audit": "check a data set before training on it",
     "report": "write the report of a run again",
+    "runs": "compare the runs below a folder",
     "convert": "write data in another format, or make a checkpoint from weights of other projects",
 }
-COMMANDS = {"detect": tuple(SUMMARIES), "classify": ("train", "evaluate", "predict", "export", "audit", "report")}
+COMMANDS = {
+    "detect": tuple(SUMMARIES),
+    "classify": ("train", "evaluate", "predict", "export", "audit", "report", "runs"),
+}
 DESCRIPTIONS = {
     "train": "Writes to the folder `output` of the configuration: config.yaml, last.pth, best.pth, train.log, "
     "log.jsonl, tensorboard/ and in the end metrics.json, plots, images and report.html. Runs under torchrun too, one "
@@ -43,6 +47,7 @@ DESCRIPTIONS = {
     "audit": "Prints statistics of the data and all problems; writes audit.json and sheets of sample images. The "
     "exit code is 1 if something would stop training, else 0.",
     "report": "Overrides change the configuration of the run, for instance data.root after the data has moved.",
+    "runs": "Prints a table, the best run first: metrics of the best epoch, and what differs in the configurations.",
     "convert": "With --to: writes the data in the folder SRC, in any format that training reads, to the new folder "
     "DST, and says what the format cannot hold. Without: makes a checkpoint of the weights DST of the model of the "
     "configuration SRC. Official and transformers' detectors number classes by COCO's category ids: the classes of the "
@@ -216,6 +221,11 @@ def _add_report(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_overrides(parser, "replaces a value of its configuration")
 
 
+def _add_runs(parser: argparse.ArgumentParser, detect: bool) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="searched with its subfolders")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
+
+
 def _add_convert(parser: argparse.ArgumentParser, detect: bool) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of data; for weights the configuration")
     text = "folder to write, absent or empty; or weights: .pth, .bin or .safetensors of the configuration's model"
@@ -292,6 +302,7 @@ ADD_ARGUMENTS = {
     "serve": _add_serve,
     "audit": _add_audit,
     "report": _add_report,
+    "runs": _add_runs,
     "convert": _add_convert,
 }
 

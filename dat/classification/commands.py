@@ -64,6 +64,12 @@ def audit(options: argparse.Namespace) -> None:
     finish_audit(summaries, options.out)
 
 
+def runs(options: argparse.Namespace) -> None:
+    from dat.engine.runs import print_runs
+
+    print_runs(options.folder, ClassificationConfig, ("top1", "top5"), options.csv)
+
+
 def report(options: argparse.Namespace) -> None:
     from dat.classification.readers import open_split
     from dat.classification.report import read_results, write_report

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from dat.detection.config import DetectionConfig, check_config
+from dat.detection.convert import convert
 from dat.detection.data import Category
+from dat.detection.from_transformers import read_config
 from dat.detection.models import BaseDETR, build_model
-from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained
+from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained, read_weights
 from dat.engine.config import from_dict, to_dict
 from dat.utils.errors import CheckpointError
 
@@ -35,16 +37,30 @@ def class_state(categories: Sequence[Category]) -> dict[str, list[Any]]:
 
 
 def load_detector(path: Path, device: torch.device) -> LoadedDetector:
-    """The detector of a checkpoint, with its averaged weights where it has them.
+    """The detector of a checkpoint, with its averaged weights where it has them, or of transformers' model.safetensors.
 
     Raises CheckpointError for anything but a detection checkpoint whose weights fit its configuration.
     """
+    if path.suffix == ".safetensors":
+        return _load_transformers(path, device)
     trained = read_trained(path, "detection")
     categories = check_categories(trained.state.get("category_ids"), trained.class_names, path)
     with checkpoint_errors(path), limit_parameters(trained.weights, path):
         config = from_dict(DetectionConfig, trained.config, str(path))
+        if not any(name.startswith("backbone.body.") for name in trained.weights):
+            # Earlier versions took the last maps of a plain ViT as they are.
+            config.model.backbone.setdefault("out_indices", list(range(-config.model.num_maps, 0)))
         check_config(config)
     model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
+    return LoadedDetector(model.to(device).eval(), config, categories)
+
+
+def _load_transformers(path: Path, device: torch.device) -> LoadedDetector:
+    config, categories = read_config(path)
+    with checkpoint_errors(path), limit_parameters(read_weights(path), path):
+        check_config(config)
+        state = convert(config, path, categories)
+    model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), state, path)
     return LoadedDetector(model.to(device).eval(), config, categories)
 
 

@@ -99,6 +99,12 @@ def audit(options: argparse.Namespace) -> None:
     finish_audit(summaries, options.out)
 
 
+def runs(options: argparse.Namespace) -> None:
+    from dat.engine.runs import print_runs
+
+    print_runs(options.folder, DetectionConfig, ("AP", "AP50"), options.csv)
+
+
 def report(options: argparse.Namespace) -> None:
     from dat.detection.report import read_evaluation, write_report
     from dat.engine.report import read_metrics

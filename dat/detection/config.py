@@ -194,7 +194,7 @@ def check_config(config: DetectionConfig) -> None:
         raise ConfigError(
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
-    check_model(config.model)
+    check_model(config.model, max(data.train.max_size, data.val.max_size))
     kind, loss = config.model.kind, config.train.loss.class_loss
     if loss != "focal" and DETECTORS[kind].scores != "sigmoid":
         raise ConfigError(f"train.loss.class_loss is {loss!r}, should be 'focal' for model.kind={kind}")

@@ -15,6 +15,7 @@ from dat.detection.data import Category
 from dat.detection.models import build_model
 from dat.detection.models.base import BaseDETR
 from dat.detection.models.deformable_detr import DeformableDETR
+from dat.engine.checkpoint import check_fits
 from dat.utils.errors import CheckpointError
 
 
@@ -38,11 +39,16 @@ def convert(config: DetectionConfig, weights: Path, categories: Sequence[Categor
     Raises CheckpointError for weights of another model, or with fewer classes than the largest category id.
     """
     theirs = official.read(weights, "WEIGHTS")
-    model = build_model(config.model, official.num_classes(theirs, config.model.kind, weights), weights=False)
-    official.load_state(model, theirs, weights)
+    with torch.device("meta"):
+        model = build_model(config.model, official.num_classes(theirs, config.model.kind, weights), weights=False)
+    try:
+        state = official.convert(theirs, model)
+    except ValueError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
+    check_fits(model, state, weights)
     largest = max(category.id for category in categories)
     if largest >= model.num_classes or min(category.id for category in categories) < 0:
         raise CheckpointError(
             f"{weights}: has classes for the ids 0 to {model.num_classes - 1}, the annotations have the id {largest}"
         )
-    return keep_classes(model.state_dict(), model, [category.id for category in categories])
+    return keep_classes(state, model, [category.id for category in categories])

@@ -42,7 +42,8 @@ class Detector(Predictor):
         """A trained detector.
 
         Args:
-            path: best.pth or last.pth of a run, an exported .onnx or .pt2, or "hf-hub:OWNER/NAME".
+            path: best.pth or last.pth of a run, an exported .onnx or .pt2, model.safetensors of transformers' DETR or
+                Deformable DETR with config.json beside it, or "hf-hub:OWNER/NAME".
             overrides: "key.path=value" for the configuration in a checkpoint, not for its model.
             device: "auto", "cpu", "cuda" or "mps"; exported files run on the CPU.
             trust: load a .pt2, which can run any code.

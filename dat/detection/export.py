@@ -73,11 +73,11 @@ def export_detector(
         (batch, torch.tensor([[0, 0], [480, 640]][: len(batch)])) for batch in samples.batches(edges)
     ]
     if compiled:
-        multiple = math.lcm(data.pad_multiple, STRIDE)
+        multiple = math.lcm(data.pad_multiple, model.pad_multiple, STRIDE)
         if -data.val.max_size // multiple * -multiple > LARGEST_SIDE:
             raise ConfigError(
                 f"--compile: sides of data.val.max_size = {data.val.max_size}, padded to a multiple of {multiple} "
-                f"(data.pad_multiple = {data.pad_multiple}), exceed {LARGEST_SIDE}"
+                f"(data.pad_multiple = {data.pad_multiple}, the backbone's {model.pad_multiple}), exceed {LARGEST_SIDE}"
             )
         graph = padded_graph(graph, model, data, top_k, multiple)
         inputs = [pad_images(batch, wanted, multiple) for batch, wanted in inputs]

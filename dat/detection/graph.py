@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.detection.config import DataConfig
-from dat.detection.models.base import BaseDETR
+from dat.detection.models.base import BaseDETR, pad_to_multiple
 from dat.detection.post_process import best_detections
 from dat.export.graph import Normalize
 
@@ -35,7 +35,7 @@ class DetectorGraph(nn.Module):
             scores, labels, boxes and queries, as best_detections gives them.
         """
         height, width = images.shape[-2:]
-        x, mask = self._pad(self.normalize(images))
+        x, mask = pad_to_multiple(self.normalize(images), None, self.pad_multiple)
         inside = torch.tensor([1, 0], device=sizes.device) * height + torch.tensor([0, 1], device=sizes.device) * width
         return self._detect(x, mask, inside, sizes)
 
@@ -46,16 +46,6 @@ class DetectorGraph(nn.Module):
         return best_detections(
             self.model(x, mask), torch.where(sizes > 0, sizes, inside), self.model.scores, self.top_k
         )
-
-    def _pad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, H, W], padded at the right and below, and the mask of the padding [B, H, W]."""
-        if self.pad_multiple == 1:
-            return x, None
-        height, width = x.shape[-2:]
-        # torch.export can reason about this form of rounding up.
-        down, right = (((side - 1) // self.pad_multiple + 1) * self.pad_multiple - side for side in (height, width))
-        padding = (0, right, 0, down)
-        return F.pad(x, padding), F.pad(torch.zeros_like(x[:, 0]), padding, value=1.0) > 0
 
 
 class PaddedDetectorGraph(DetectorGraph):

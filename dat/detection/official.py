@@ -107,7 +107,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
             needed = "share_heads=False" if getattr(model, "kind", None) == "dino" else "box_refine=True"
             raise ValueError(f"{their_name} differs from the other layers' heads: it needs a model with {needed}")
         converted[name] = tensor
-    return _fit_counters(_pack_projections(converted), model)
+    return _fit_counters(_untie_heads(_pack_projections(converted), model), model)
 
 
 def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path") -> bool:
@@ -221,6 +221,12 @@ def _pack_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} comes without the other two of {', '.join(_PARTS)}")
         packed[f"{match[1]}.in_proj_{match[2]}"] = torch.cat([part for part in parts if part is not None])
     return packed
+
+
+def _untie_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Gives layers without a class head that of the first: recent versions of transformers tie them."""
+    first = {name: re.sub(r"^(class_embed)\.\d+\.", r"\1.0.", name) for name in model.state_dict()}
+    return state | {name: state[tied] for name, tied in first.items() if name not in state and tied in state}
 
 
 def _fit_counters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dat.detection.config import TrainConfig
+from dat.detection.models.backbone import SimplePyramid
 from dat.detection.models.deformable import DeformableModel
 from dat.engine.backbones import create_timm_model, without_weights
 from dat.engine.optim import layer_scales, param_groups
@@ -37,7 +38,10 @@ def backbone_scales(backbone: Any, arguments: dict[str, Any], decay: float) -> d
     body = {name: value for name, value in without_weights(arguments).items() if name != "out_indices"}
     with torch.device("meta"):
         known = layer_scales(create_timm_model(body), decay)
-    return {name: known[_classifier_name(name, known)] for name, _ in backbone.named_parameters()}
+    names = [name for name, _ in backbone.named_parameters()]
+    if isinstance(backbone, SimplePyramid):
+        names = [name for name in names if name.startswith("body.")]
+    return {name: known[_classifier_name(name.removeprefix("body."), known)] for name in names}
 
 
 def _classifier_name(name: str, known: dict[str, float]) -> str:

@@ -79,9 +79,10 @@ def detect_with_points(detector: Detector, image: Image.Image) -> tuple[Detectio
     locations, weights, references = (found.cpu() for found in _samples(attention, *inputs[:4]))
     height, width = detector.input_size(image)
     assert detector.config is not None
-    multiple = detector.config.data.pad_multiple
+    padded = torch.tensor([width, height])
+    for multiple in (detector.config.data.pad_multiple, model.pad_multiple):
+        padded = -(-padded // multiple) * multiple
     # Converts 0..1 of the model's input, padding included, to pixels of the image.
-    padded = torch.tensor([-(-side // multiple) * multiple for side in (width, height)])
     factor = padded * torch.tensor([image.width / width, image.height / height])
     queries = detections.queries
     return detections, Points(locations[queries] * factor, weights[queries], references[queries] * factor)

@@ -18,11 +18,12 @@ from dat.detection.data.cache import ImageCache
 from dat.detection.data.readers import describe_sets
 from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
 from dat.detection.matcher import Targets
-from dat.detection.models import BaseDETR, build_model
+from dat.detection.models import BaseDETR, ModelConfig, build_model
 from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
 from dat.detection.predictor import Predictor
 from dat.detection.report import write_report
+from dat.engine.backbones import starts_from_weights
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import class_weights
@@ -30,6 +31,19 @@ from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
 from dat.utils.files import write_json
+
+
+def settle_batch_norm(model: ModelConfig, resume: Path | None) -> ModelConfig:
+    """`model` with `freeze_batch_norm` false if the backbone has random weights, whose statistics mean nothing.
+
+    The checkpoints of the run hold the result. A run of earlier versions, which froze them anyway, is resumed as it is.
+    """
+    if not model.freeze_batch_norm or starts_from_weights(model):
+        return model
+    if resume is None:
+        return replace(model, freeze_batch_norm=False)
+    before = load_checkpoint(resume, "detection")["config"]["model"]
+    return replace(model, freeze_batch_norm=before.get("freeze_batch_norm", True))
 
 
 class DetectionTrainer(Trainer):
@@ -55,6 +69,7 @@ class DetectionTrainer(Trainer):
         resume: Path | None = None,
         transform: Callable[..., Any] | None = None,
     ):
+        config = replace(config, model=settle_batch_norm(config.model, resume))
         if resume is not None and train_set.roots:
             train_set, val_set = _with_saved_classes(resume, train_set, val_set)
         self.train_set, self.val_set, self.transform = train_set, val_set, transform

@@ -36,11 +36,28 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     if ":" not in name and not timm.is_model(plain):
         near = difflib.get_close_matches(plain, timm.list_models(), n=1)
         raise ConfigError(f"{key}.name: no timm model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if rest.get("pretrained") and not {"pretrained_cfg", "pretrained_cfg_overlay"} & rest.keys():
+        _check_pretrained(name, key)
     try:
         return timm.create_model(name, **rest, **fixed)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         reason = one_line(error)
         raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
+
+
+def _check_pretrained(name: str, key: str) -> None:
+    """Raises ConfigError if timm has no weights of this model, unless it is one of the hub or of a folder."""
+    if ":" in name or timm.models.is_model_pretrained(name):
+        return
+    known = timm.list_pretrained(f"{name.split('.')[0]}.*") or timm.list_pretrained(f"{name.split('_')[0]}*")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    remedy = f"there are some of {', '.join(near)}" if near else f"set {key}.checkpoint_path to a file of weights"
+    raise ConfigError(f"{key}.pretrained is true, but timm has no weights of {name!r}; {remedy}")
+
+
+def starts_from_weights(model: Any) -> bool:
+    """Whether the section `model` of a configuration names weights for the backbone."""
+    return bool(getattr(model, "checkpoint_path", None)) or any(model.backbone.get(source) for source in _SOURCES)
 
 
 def without_weights(backbone: dict[str, Any]) -> dict[str, Any]:

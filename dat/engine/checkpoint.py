@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dat.engine.config import from_dict, get_value, rename_keys, to_dict
+from dat.engine.config import flatten, from_dict, get_value, rename_keys, to_dict
 from dat.utils.errors import CheckpointError, DataError, UserError, one_line
 from dat.utils.files import atomic_write
 from dat.utils.finite import check_finite
@@ -226,7 +226,7 @@ def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: st
     """
     before, now = to_dict(from_dict(type(new), old, str(path))), to_dict(new)
     for key in keys:
-        a, b = _leaves(get_value(before, key), key), _leaves(get_value(now, key), key)
+        a, b = flatten(get_value(before, key), key), flatten(get_value(now, key), key)
         for name in sorted(a.keys() | b.keys()):
             free = "drop" in name or name.endswith((".pretrained", ".checkpoint_path"))
             if not free and (name not in a or name not in b or a[name] != b[name]):
@@ -359,9 +359,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _leaves(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {name: leaf for part, item in value.items() for name, leaf in _leaves(item, f"{key}.{part}").items()}

@@ -144,6 +144,14 @@ def get_value(config: Any, key: str) -> Any:
     return config
 
 
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """{"key.path": value} of nested plain dictionaries; `key` is the path of `value` itself."""
+    if not isinstance(value, dict):
+        return {key: value}
+    parts = (flatten(item, f"{key}.{part}" if key else part) for part, item in value.items())
+    return {name: leaf for part in parts for name, leaf in part.items()}
+
+
 def check_range(
     config: Any, keys: Iterable[str], low: float, high: float = math.inf, *, exclusive: bool = False
 ) -> None:

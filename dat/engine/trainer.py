@@ -18,6 +18,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from dat.engine import optim
+from dat.engine.backbones import starts_from_weights
 from dat.engine.checkpoint import (
     check_resumable,
     check_weights_finite,
@@ -473,8 +474,10 @@ class Trainer(Task):
     def _describe_run(self) -> str:
         train, parameters = self.config.train, sum(p.numel() for p in self.model.parameters()) / 1e6
         scaled = f", {train.lr:.3g} for {train.lr_batch_size} images" if train.lr_batch_size else ""
+        model = self.config.model
+        start = "" if self.resume or starts_from_weights(model) else " from random weights"
         return (
-            f"{self.config.model.backbone['name']}, {parameters:.2f} M parameters, {self.device}: "
+            f"{model.backbone['name']}{start}, {parameters:.2f} M parameters, {self.device}: "
             f"{self.describe_data()}; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
             f"{self._describe_step('images a step ')}, learning rate {self.lr:.3g}{scaled}"
         )

@@ -1,6 +1,7 @@
 """Deformable convolution, versions 1 and 2, on the sampling op."""
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -42,11 +43,22 @@ def deform_conv2d(
 
     Returns:
         [B, O, Ho, Wo] in the dtype of `input`, channels last where `input` is. Twice differentiable in all tensors; the
-        samples, kh * kw times as large as the input, are recomputed in the backward pass.
+        samples, kh * kw times as large as the input, are recomputed in the backward pass. Under autocast it computes in
+        float32, as torchvision does.
 
     Raises:
         ValueError: shapes that do not fit together; the message names the argument.
     """
+    device = input.device.type
+    # The meta device has no autocast, and torch refuses to say that it is off.
+    if device != "meta" and torch.is_autocast_enabled(device):
+        wide: Any = [
+            None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+            for t in (input, offset, weight, bias, mask)
+        ]
+        x, moves, kernel, shift, factors = wide
+        with torch.autocast(device, enabled=False):
+            return deform_conv2d(x, moves, kernel, shift, stride, padding, dilation, factors).to(input.dtype)
     steps = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     groups = _check(input, offset, weight, bias, *steps, mask)
     tensors = (input, offset, weight, mask)

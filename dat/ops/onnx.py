@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnxscript
+import onnxscript.evaluator
 import torch
 
 # Typed as Any: constants may take the place of tensors, which onnxscript's stubs lack.
@@ -18,7 +19,11 @@ op: Any = onnxscript.opset20
 
 
 def translation_table() -> dict[Callable, Callable]:
-    """The `custom_translation_table` of torch.onnx.export for models with this package's ops, from opset 20 on."""
+    """The `custom_translation_table` of torch.onnx.export for models with this package's ops.
+
+    Models that sample need opset 20, and torch.onnx.export fails below; neighborhood_attn, and deform_attn without a
+    table, need 18 only.
+    """
     return {
         torch.ops.dat.deform_sample.default: _deform_sample,
         torch.ops.dat.ms_deform_attn.default: _ms_deform_attn,
@@ -83,7 +88,7 @@ def _position_bias(table: Any, positions: Any, size: Sequence[Any], align_corner
     tables = op.Reshape(table, _vector(1, groups, -1, sides))
     tables = op.Expand(tables, _vector(op.Shape(positions, start=0, end=1), 1, 1, 1, 1))
     tables = op.Reshape(tables, _vector(-1, op.Shape(tables, start=2)))
-    bias = op.GridSample(tables, displacement, mode="linear", padding_mode="zeros", align_corners=1)
+    bias = _grid_sample(tables, displacement, align_corners=True)
     heads = op.Shape(table, start=0, end=1)
     return op.Reshape(bias, _vector(-1, heads, op.Shape(bias, start=2)))
 
@@ -123,9 +128,17 @@ def _samples(value: Any, locations: Any, shapes: Sequence[Any], align_corners: b
         end = op.Add(start, op.ReduceProd(size))
         image = op.Reshape(op.Slice(images, start, end, [3]), _vector(-1, op.Shape(value, start=3), size))
         grid = op.Gather(grids, op.Constant(value_int=level), axis=2)
-        levels.append(op.GridSample(image, grid, mode="linear", padding_mode="zeros", align_corners=int(align_corners)))
+        levels.append(_grid_sample(image, grid, align_corners))
         start = end
     return op.Concat(*levels, axis=3)
+
+
+def _grid_sample(image: Any, grid: Any, align_corners: bool) -> Any:
+    # The recorder of torch's exporter knows the opset of the model; a wrong one would fail in the runtime only.
+    opset: Any = getattr(onnxscript.evaluator.default(), "opset", op)
+    if opset.version < op.version:
+        raise ValueError("opset_version must be at least 20, where GridSample has the mode that sampling needs")
+    return op.GridSample(image, grid, mode="linear", padding_mode="zeros", align_corners=int(align_corners))
 
 
 def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:

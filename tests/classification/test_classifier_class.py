@@ -155,7 +155,7 @@ def test_from_the_hub(path, monkeypatch):
     """A stand-in for the hub, which tests do not reach."""
     asked = []
 
-    def hf_hub_download(repository, name, revision):
+    def hf_hub_download(repository, name, revision, **options):
         asked.append((repository, name, revision))
         if repository == "me/none":
             raise OSError("404: no such\nrepository")
@@ -169,7 +169,11 @@ def test_from_the_hub(path, monkeypatch):
         match=r"hf-hub:me/none: cannot be downloaded .404: no such repository.; fetch https://huggingface.co/me/none/",
     ):
         Classifier.from_checkpoint("hf-hub:me/none")
-    assert asked == [("me/mine", "best.pth", None), ("me/mine", "best.pth", "v2"), ("me/none", "best.pth", None)]
+    assert asked == [
+        ("me/mine", "best.pth", None),
+        ("me/mine", "best.pth", "v2"),
+        *(("me/none", name, None) for name in ("best.pth", "config.json")),
+    ]
 
 
 def test_from_a_configuration_to_metrics(settings, pictures, write_config, tmp_path, caplog):

@@ -47,3 +47,11 @@ def test_backbone_of_torchvision_is_timms():
     assert converted.keys() == {f"backbone.{name}" for name in backbone.state_dict()}
     model.load_state_dict(converted, strict=False)
     assert model.backbone.conv1.weight.equal(theirs["conv1.weight"])
+
+
+def test_it_is_found_from_the_recipes_package():
+    import detection
+    from detection import official as imported
+
+    assert imported is official
+    assert detection.official is official

@@ -53,7 +53,7 @@ def test_the_optimizer_scales_layers_of_the_backbone_alone():
     assert {group["lr_scale"] for group in plain} == {0.1, 1.0}
 
 
-@pytest.mark.parametrize("name", ["dat_nano", "resnet18"])
+@pytest.mark.parametrize("name", ["dat_nano", "resnet18", "test_vit"])
 def test_recomputed_layers_have_the_same_gradients(name):
     torch.manual_seed(0)
     model = small(name).train()

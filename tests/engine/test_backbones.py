@@ -4,7 +4,14 @@ import pytest
 import timm
 import torch
 
-from dat.engine.backbones import classifier_weights, load_classifier_weights, without_weights
+from dat.classification.config import ModelConfig
+from dat.engine.backbones import (
+    classifier_weights,
+    create_timm_model,
+    load_classifier_weights,
+    starts_from_weights,
+    without_weights,
+)
 from dat.utils.errors import CheckpointError, ConfigError
 
 
@@ -73,3 +80,20 @@ def test_what_fetches_weights_is_left_out():
         "name": "x",
         "depth": 2,
     }
+
+
+def test_a_model_without_pretrained_weights_names_some_that_have_them():
+    with pytest.raises(ConfigError, match=r"timm has no weights of 'dat_tiny'; set model.backbone.checkpoint_path"):
+        create_timm_model({"name": "dat_tiny", "pretrained": True})
+    with pytest.raises(ConfigError, match=r"timm has no weights of 'resnet18.none'; there are some of resnet18\.\w+"):
+        create_timm_model({"name": "resnet18.none", "pretrained": True})
+    name = next(name for name in timm.list_models("vit_*") if not timm.models.is_model_pretrained(name))
+    with pytest.raises(ConfigError, match=rf"timm has no weights of '{name}'; there are some of vit_"):
+        create_timm_model({"name": name, "pretrained": True})
+
+
+def test_weights_to_start_from_are_recognised():
+    models = [ModelConfig({"name": "x"}), ModelConfig({"name": "x", "pretrained": False})]
+    assert not any(starts_from_weights(model) for model in models)
+    models = [ModelConfig({"name": "x", "pretrained": True}), ModelConfig({"name": "x", "checkpoint_path": "x.pth"})]
+    assert all(starts_from_weights(model) for model in models)

@@ -141,14 +141,20 @@ def test_half_precision_keeps_locations(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_runs_under_autocast(dtype):
+def test_autocast_computes_in_float32_as_torchvision_does(dtype):
+    def under_autocast(function):
+        return torch.autocast("cpu", dtype)(function)
+
     tensors = GENERAL.tensors()
     exact = results(deform_conv2d, GENERAL, tensors, True)
-    with torch.autocast("cpu", dtype):
-        ours = results(deform_conv2d, GENERAL, tensors, True)
-    assert ours[0].dtype == dtype
-    assert all(gradient.dtype == torch.float32 for gradient in ours[1:])
-    close(ours, exact, 2e-2)
+    ours = results(under_autocast(deform_conv2d), GENERAL, tensors, True)
+    theirs = results(under_autocast(torchvision.ops.deform_conv2d), GENERAL, tensors, True)
+    input, offset, weight, bias, mask = (tensor.to(dtype) for tensor in tensors)
+    low = under_autocast(deform_conv2d)(input, offset, weight, bias, mask=mask, **GENERAL.kwargs())
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+    assert low.dtype == dtype
+    close([low], [exact[0]], 2e-2)
 
 
 def test_gradcheck_once_and_twice():

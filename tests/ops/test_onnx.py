@@ -152,3 +152,25 @@ def test_deformable_attention_runs_on_maps_of_any_batch_and_size(kwargs):
     torch.manual_seed(0)
     dynamic = ({0: "B", 1: "H", 2: "W"},)
     agree(DeformableAttention(16, 4, **kwargs), (torch.randn(2, 6, 7, 16),), dynamic, (torch.randn(1, 9, 5, 16),))
+
+
+@pytest.mark.parametrize("opset_version", [16, 18, 19])
+def test_sampling_below_opset_20_is_refused_at_export(opset_version):
+    args = (
+        torch.randn(1, 12, HEADS, CHANNELS),
+        torch.rand(1, 5, HEADS, 1, POINTS, 2),
+        torch.rand(1, 5, HEADS, 1, POINTS),
+    )
+    with pytest.raises(torch.onnx.OnnxExporterError, match="opset_version must be at least 20"), torch.no_grad():
+        torch.onnx.export(
+            Sample().eval(),
+            args,
+            opset_version=opset_version,
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
+
+
+class Sample(nn.Module):
+    def forward(self, value, locations, weights):
+        return deform_sample(value, ((3, 4),), locations, weights)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dat.detection.matcher import Scores
+from dat.detection.models.backbone import feature_maps
 from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
 from dat.utils.errors import ConfigError
@@ -23,8 +24,10 @@ class ModelConfig:
     `backbone` is `name`, `checkpoint_path` (of a classifier) and any argument of `timm.create_model`: output_stride=16
     makes the DC5 models, `out_indices` chooses the maps. Left out, it is the last one for detr and the last
     `num_levels`, at most three, for deformable_detr and dino.
-    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here. Its class heads stay
-    new where its number of classes is another.
+    `checkpoint_path`: a whole detector to start from, official, of transformers or of a run here: a file, or
+    hf-hub:OWNER/NAME. Its class heads stay new where its number of classes is another.
+    `freeze_batch_norm`: batch norms of the backbone keep their statistics and weights. A run whose backbone starts from
+    random weights sets it to false.
     `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
     """
 
@@ -42,7 +45,6 @@ class ModelConfig:
     decoder_depth: int = 6
     mlp_dim: int = 1024
     drop_rate: float = 0.1
-    # Freezing makes sense only for a backbone with pretrained weights.
     freeze_batch_norm: bool = True
     freeze: list[str] = field(default_factory=list)
 
@@ -123,11 +125,16 @@ class BaseDETR(nn.Module):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
         if targets is not None and denoising is None:
             denoising = self.make_denoising(targets)
-        return self.detect(*self.features(images, mask), denoising)
+        return self.detect(*self.features(*pad_to_multiple(images, mask, self.pad_multiple)), denoising)
 
     def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
         """Denoising queries of targets; None in evaluation and for models without denoising."""
         return None
+
+    @property
+    def pad_multiple(self) -> int:
+        """The multiple to which the backbone needs the sides of its images padded."""
+        return getattr(self.backbone, "pad_multiple", 1)
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """The maps that `detect` works on, projected to embed_dim channels [B, C, h, w], and their masks [B, h, w]."""
@@ -156,15 +163,24 @@ class BaseDETR(nn.Module):
 
     def backbone_maps(self, images: Tensor) -> list[Tensor]:
         """The backbone's maps, [B, C, h, w] each, coarsest last."""
-        maps = self.backbone(images)
-        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return maps
+        return feature_maps(self.backbone, images)
 
     def as_outputs(self, layers: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """forward's outputs from those of each decoder layer."""
         *before, final = layers
         return {**final, "aux_outputs": before} if self.aux_loss else final
+
+
+def pad_to_multiple(images: Tensor, mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
+    """Images [B, 3, H, W] and their mask, padded at the right and below so that sides are multiples of a number."""
+    if multiple == 1:
+        return images, mask
+    height, width = images.shape[-2:]
+    # torch.export can reason about this form of rounding up.
+    down, right = (((side - 1) // multiple + 1) * multiple - side for side in (height, width))
+    padding = (0, right, 0, down)
+    inside = torch.zeros_like(images[:, 0]) if mask is None else mask.to(images.dtype)
+    return F.pad(images, padding), F.pad(inside, padding, value=1.0) > 0
 
 
 def feature_channels(backbone: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Detectors by name: the registry that `model.kind` chooses from, and how a configuration becomes a model."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import freeze_batch_norm_2d
@@ -11,6 +11,7 @@ from dat.detection.models.backbone import build_backbone, freeze
 from dat.detection.models.base import BaseDETR, ModelConfig
 from dat.engine.backbones import without_weights
 from dat.utils.errors import ConfigError
+from dat.utils.hub import find_checkpoint
 
 M = TypeVar("M", bound=type[BaseDETR])
 
@@ -45,16 +46,21 @@ def build_model(config: ModelConfig, num_classes: int, weights: bool = True) -> 
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
     if weights and config.checkpoint_path:
-        official.load(model, config.checkpoint_path)
+        official.load(model, find_checkpoint(config.checkpoint_path))
     return model
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raises ConfigError on a configuration that makes no model, without allocating any weights."""
+def check_model(config: ModelConfig, largest_side: int = 0) -> None:
+    """Raises ConfigError on a configuration that makes no model for such images, without allocating any weights."""
     config.check()
     try:
         with torch.device("meta"):
-            build_model(config, num_classes=1, weights=False)
+            backbone: Any = build_model(config, num_classes=1, weights=False).backbone
+        if backbone.largest_side < largest_side:
+            raise ConfigError(
+                f"model.backbone.img_size is {backbone.largest_side}, should be at least data.train.max_size and "
+                f"data.val.max_size, {largest_side}: {config.backbone['name']} takes images of one size"
+            )
     except ConfigError as error:
         # A backbone that computes during construction cannot be built on the meta device, which is not an error.
         if not isinstance(error.__cause__, RuntimeError):
