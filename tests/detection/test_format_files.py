@@ -162,19 +162,21 @@ def annotations(scenes, folder="Annotations"):
 
 
 def test_voc_counts_pixels_from_1(write):
-    text = (
-        "<annotation><size><width>80</width><height>60</height></size><object><name>cat</name><difficult>1</difficult>"
+    entry = (
+        "<object><name>cat</name><difficult>1</difficult>"
         "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-        "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>80</xmax><ymax>60</ymax></bndbox></object></annotation>"
+        "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>80</xmax><ymax>60</ymax></bndbox></object>"
     )
+    entries = entry + entry.replace("<difficult>1", "<difficult>0")
+    text = f"<annotation><size><width>80</width><height>60</height></size>{entries}</annotation>"
     root = write({"Annotations/scene_1.xml": text}, "JPEGImages")
     (record,) = read(root, train_annotations=".", val_annotations=".").records
-    assert (record.boxes.tolist(), record.crowd.tolist()) == ([[0, 0, 80, 60]], [True])
+    assert (record.boxes.tolist(), record.crowd.tolist()) == ([[0, 0, 80, 60]] * 2, [True, False])
     # One box at 0 says that the tool counted all edges from 0.
     for name, xmin in (("scene_1", "1"), ("scene_3", "0.0")):
         (root / f"Annotations/{name}.xml").write_text(text.replace("<xmin>1</xmin>", f"<xmin>{xmin}</xmin>"))
     found = read(root, train_annotations=".", val_annotations=".")
-    assert [record.boxes.tolist() for record in found.records] == [[[1, 1, 80, 60]], [[0, 1, 80, 60]]]
+    assert [record.boxes.tolist() for record in found.records] == [[[1, 1, 80, 60]] * 2, [[0, 1, 80, 60]] * 2]
 
 
 @pytest.mark.parametrize(

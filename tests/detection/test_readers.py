@@ -106,7 +106,8 @@ def test_a_single_split_is_split_by_name(scenes):
     """As classification does it: every fifth image."""
     content = json.loads((scenes / "train.json").read_text())
     content["images"] = [{**content["images"][0], "id": i, "file_name": f"x{i}.jpg"} for i in range(1, 13)]
-    content["annotations"] = []
+    box = {"category_id": 3, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 0}
+    content["annotations"] = [{**box, "id": i, "image_id": i} for i in range(1, 13)]
     for entry in content["images"]:
         (scenes / "images" / entry["file_name"]).write_bytes((scenes / "images/train_0.jpg").read_bytes())
     (scenes / "train.json").write_text(json.dumps(content))
@@ -123,7 +124,7 @@ def test_a_single_split_is_split_by_name(scenes):
     assert len(read_dataset(given, "train").records) == len(read_dataset(given, "val").records) == 12
     with pytest.raises(DataError, match=r"has train.json only; data.val.annotations should name another split"):
         read_dataset(data_at(scenes, train="train.json"), "val")
-    content["images"] = content["images"][:4]
+    content["images"], content["annotations"] = content["images"][:4], content["annotations"][:4]
     (scenes / "train.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"\(0 of 4 images\), too few; data.val.annotations should name a validation"):
         read_dataset(data_at(scenes), "train")

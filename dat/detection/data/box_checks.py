@@ -16,8 +16,9 @@ EMPTY, OUTSIDE, CLIPPED = (
     "box outside its image, dropped",
     "box reaches outside its image, clipped",
 )
-BOX_KINDS = (EMPTY, OUTSIDE, CLIPPED)
+# Problems of a whole split, whose texts have the numbers.
 FORM, NOTHING, MANY = "boxes are not COCO's x, y, width, height", "no object to learn", "objects are left out"
+WHOLE_KINDS = (FORM, NOTHING, MANY)
 
 # The part of all boxes from which a fault gives a warning.
 NOTABLE = 0.2
@@ -81,7 +82,9 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
     if isinstance(split, TrainDataConfig):
         edge = max(split.sizes)
         small = (resized_sides(found, edge, split.max_size) < 1) & ~crowd
-    dropped = {kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in BOX_KINDS}
+    dropped = {
+        kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in (EMPTY, OUTSIDE, CLIPPED)
+    }
     counts = {
         "are empty (COCO's are x, y, width, height)": dropped[EMPTY],
         "lie outside their images (COCO's are x, y, width, height in pixels of the file)": dropped[OUTSIDE],

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE
 from dat.detection.data.formats.coco import clip_box
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
@@ -43,10 +44,10 @@ def make_record(
         text = f"{entry.where}: {x0:g} {y0:g} {x1:g} {y1:g} in {path.name}, {size[0]}x{size[1]}"
         if box is None:
             empty = not (x1 > x0 and y1 > y0) or not np.isfinite(entry.box).all()
-            problems.add("empty box, dropped" if empty else "box outside its image, dropped", text)
+            problems.add(EMPTY if empty else OUTSIDE, text)
             continue
         if outside:
-            problems.add("box reaches outside its image, clipped", text)
+            problems.add(CLIPPED, text)
         kept.append((box, entry))
     areas = [(x1 - x0) * (y1 - y0) if o.area is None else o.area for (x0, y0, x1, y1), o in kept]
     return ImageRecord(

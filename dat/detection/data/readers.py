@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
-from dat.detection.data.box_checks import BOX_KINDS, check_objects
+from dat.detection.data.box_checks import WHOLE_KINDS, check_objects
 from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes, path_order
 from dat.engine.audit import Findings
@@ -182,9 +182,9 @@ def read_strictly(
         more = f" (and {len(absent) - 1} more of {len(found.records)})" if len(absent) > 1 else ""
         raise DataError(f"{found.path}: lists {absent_text(absent[0], more)}{suggest(absent[0])}")
     texts = [
-        f"{problem.kind} ({problem.count})"
-        if problem.kind in BOX_KINDS
-        else problem.examples[0].removeprefix(f"{found.path}: ")
+        problem.examples[0].removeprefix(f"{found.path}: ")
+        if problem.kind in WHOLE_KINDS
+        else f"{problem.kind} ({problem.count})"
         for problem in problems.problems.values()
     ]
     return replace(found, warning=f"{found.path}: {'; '.join(texts)}" if texts else "")

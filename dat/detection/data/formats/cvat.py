@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from dat.detection.data.image_names import find_files
 from dat.detection.data.objects import Object, make_categories, make_record
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
 from dat.detection.data.records import Annotations
@@ -47,21 +48,27 @@ def _read(file: Path, subsets: tuple[str, ...] | None, problems: Findings, image
         names = sorted({shape.get("label", "") for image in root.iter("image") for shape in image} - {""})
     categories = make_categories(list(dict.fromkeys(names)), file)
     label_of = {category.name: label for label, category in enumerate(categories)}
-    records = []
-    entries = [entry for entry in root.iter("image") if subsets is None or entry.get("subset", "").lower() in subsets]
-    for number, entry in enumerate(entries, start=1):
+    folder = images or existing(file.parent, "images") or file.parent
+    entries: list[tuple[str, tuple[int, int], Node]] = []
+    for entry in root.iter("image"):
         assert isinstance(entry, Node)
+        subset = entry.get("subset", "")
+        if subsets is not None and subset.lower() not in subsets:
+            continue
         with collecting(problems, "malformed image entry"):
-            where = f"{file}:{entry.line}"
-            name, subset = entry.get("name", ""), entry.get("subset", "")
-            width, height = entry.get("width", ""), entry.get("height", "")
+            name, width, height = (entry.get(key, "") for key in ("name", "width", "height"))
             if not name or not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
                 text = f"name {name!r}, width {width!r}, height {height!r}"
-                raise DataError(f"{where}: image has {text}, should have a name and sides of at least 1 pixel")
-            places = [images] if images else [file.parent / "images", file.parent / "images" / subset, file.parent]
-            path = next((place / name for place in places if (place / name).is_file()), places[0] / name)
-            objects = _objects(entry, file, label_of, problems)
-            records.append(make_record(number, path, (int(width), int(height)), objects, problems))
+                raise DataError(
+                    f"{file}:{entry.line}: image has {text}, should have a name and sides of at least 1 pixel"
+                )
+            name = f"{subset}/{name}" if subset and (folder / subset).is_dir() else name
+            entries.append((name, (int(width), int(height)), entry))
+    paths = find_files(folder, [name for name, *_ in entries], problems, file)
+    records = [
+        make_record(number, path, size, _objects(entry, file, label_of, problems), problems)
+        for number, (path, (_, size, entry)) in enumerate(zip(paths, entries, strict=True), start=1)
+    ]
     return Annotations(file, categories, tuple(records))
 
 
