@@ -1,6 +1,7 @@
 """One data set in every format: the same boxes, the same audit, the same training."""
 
 import json
+import random
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from formats import VAL, write_all
 
 from dat.detection.config import DataConfig
 from dat.detection.data import describe_sets, read_dataset
+from dat.utils.errors import UserError
 
 FORMATS = {
     "coco": "COCO, train.json 16 images, val.json 4 images, 2 classes",
@@ -91,3 +93,29 @@ def test_audits_count_the_same(roots, tmp_path, capsys):
         found[name] = summary
     for name in FORMATS:
         assert found[name] == found["coco"], name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_files_are_read_or_refused_in_one_line(roots, name):
+    rng = random.Random(0)
+    files = [path for path in sorted(roots[name].rglob("*")) if path.is_file() and path.suffix != ".jpg"]
+    for _ in range(60):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        changed, place = bytearray(content), rng.randrange(len(content) + 1)
+        kind = rng.randrange(3)
+        if kind == 0:
+            changed[place : place + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            changed[place:place] = rng.choice(
+                (b"<", b"&x;", b"-1", b"nan", b"1e400", b"[", b": ", b"*a", b"\0", b"/", b'"')
+            )
+        else:
+            del changed[place : place + rng.randrange(1, 40)]
+        file.write_bytes(changed)
+        try:
+            read_both(roots[name])
+        except UserError as error:
+            assert "\n" not in str(error)
+        finally:
+            file.write_bytes(content)
