@@ -1,6 +1,7 @@
 """One data set in every format: the same boxes, the same audit, the same training."""
 
 import json
+import random
 import re
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 from commands import dat
 from conftest import write_config
+from damage import damage
 from formats import VAL, write_all
 
 from dat.detection.config import DataConfig
 from dat.detection.data import describe_sets, read_dataset
+from dat.utils.errors import UserError
 
 FORMATS = {
     "coco": "COCO, train.json 16 images, val.json 4 images, 2 classes",
@@ -91,3 +94,21 @@ def test_audits_count_the_same(roots, tmp_path, capsys):
         found[name] = summary
     for name in FORMATS:
         assert found[name] == found["coco"], name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_files_are_read_or_refused_in_one_line(roots, name):
+    rng, messages = random.Random(0), []
+    files = [path for path in sorted(roots[name].rglob("*")) if path.is_file() and path.suffix != ".jpg"]
+    for _ in range(60):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        file.write_bytes(damage(content, rng))
+        try:
+            read_both(roots[name])
+        except UserError as error:
+            messages.append(str(error))
+        finally:
+            file.write_bytes(content)
+    assert len(messages) > 10
+    assert not any("\n" in message for message in messages)

@@ -106,7 +106,7 @@ def read_text(path: Path, what: str) -> str:
         if path.stat().st_size > LARGEST_FILE:
             raise DataError(f"{path}: is larger than {LARGEST_FILE >> 20} MiB, should be {what}")
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{path}: no such file, should be {what}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not text in UTF-8, should be {what}") from error

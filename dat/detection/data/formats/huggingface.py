@@ -124,16 +124,17 @@ def _rows(files: Sequence[Path], problems: Findings, images: Path | None = None)
 
 
 def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as opened:
-        for number, line in enumerate(opened, start=1):
+    with file.open("rb") as opened:
+        for number, content in enumerate(opened, start=1):
+            line = content.decode("utf-8-sig", errors="replace")
             if not line.strip():
                 continue
             with collecting(problems, "malformed line"):
                 where = f"{file}:{number}"
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: {line[:100]!r} is not JSON: {error}") from error
+                    row = json.loads(content)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{where}: {line.strip()[:100]!r} is not JSON: {error}") from error
                 if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                     raise DataError(f"{where}: {line.strip()[:100]!r} should be an object with file_name and objects")
                 yield where, row
