@@ -140,17 +140,8 @@ def check_config(config: DetectionConfig) -> None:
     ]
     fractions = [
         *("data.mean", "train.loss.focal_alpha"),
-        *_keys(
-            "data.train",
-            "horizontal_flip",
-            "vertical_flip",
-            "crop",
-            "photometric",
-            "mosaic",
-            "mixup",
-            "copy_paste",
-            "balance",
-        ),
+        *_keys("data.train", "horizontal_flip", "vertical_flip", "crop", "photometric"),
+        *_keys("data.train", "mosaic", "mixup", "copy_paste", "balance"),
         "train.picture_threshold",
     ]
     sides = [
