@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -172,6 +174,26 @@ def test_proposals_are_the_best_of_all_classes():
     torch.testing.assert_close(scores, everything.sort(1, descending=True).values[:, :9])
     # There are 96 + 24 + 6 + 2 positions.
     assert everything.shape == (2, 128)
+
+
+@pytest.mark.parametrize("options", [{"share_heads": False}, {"share_encoder_heads": True}])
+def test_equal_heads_predict_the_same_shared_or_not(options):
+    """On five levels, four of which are maps of the backbone."""
+    maps = FixedFeatures([torch.randn(2, 8, 16, 24), *some_maps()])
+    separate, model = small_model(backbone=maps, num_levels=5), small_model(backbone=maps, num_levels=5, **options)
+    if "share_encoder_heads" in options:
+        separate.enc_out_class_embed.load_state_dict(separate.class_embed[0].state_dict())
+        separate.enc_out_bbox_embed.load_state_dict(separate.bbox_embed[0].state_dict())
+    state = separate.state_dict()
+    own = {name: state[re.sub(r"^(class|bbox)_embed.\d", r"\1_embed.0", name)] for name in model.state_dict()}
+    model.load_state_dict(own)
+    images, targets = torch.zeros(2, 3, 64, 96), some_targets(3, 1)
+    made = model.make_denoising(targets)
+    ours, theirs = (x(images, a_mask(), denoising=made) for x in (model, separate))
+    for key in KEYS:
+        assert ours[key].equal(theirs[key])
+        assert ours["dn_outputs"][key].equal(theirs["dn_outputs"][key])
+        assert ours["enc_outputs"][key].equal(theirs["enc_outputs"][key])
 
 
 def test_the_encoder_learns_the_true_classes():
