@@ -169,7 +169,8 @@ class Detector:
             results = detect(
                 model,
                 val_loader(annotations, config, distributed),
-                self.categories,
+                # Results have the ids of the data, which may not be those of the training data.
+                annotations.categories,
                 distributed.device,
                 config.train.amp,
                 val.top_k,
