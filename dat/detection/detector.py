@@ -125,14 +125,16 @@ class Detector(Predictor):
         if distributed.main:
             print(describe_sets(annotations))
         with checkpoint_errors(str(self.path)):
+            # Results have the ids of the data, which may not be those of the training data.
+            categories = annotations.categories
             if val.tiles:
-                predictor = Predictor.of(model, config, self.categories, distributed, path=self.path)
+                predictor = Predictor.of(model, config, categories, distributed, path=self.path)
                 results = predictor.detect_all(annotations)
             else:
                 results = detect(
                     model,
                     val_loader(annotations, config, distributed),
-                    self.categories,
+                    categories,
                     distributed.device,
                     config.train.amp,
                     val.top_k,

@@ -115,6 +115,22 @@ def checkpoint(tmp_path, scenes):
     return tmp_path / "model.pth"
 
 
+def test_a_detector_is_evaluated_on_any_format(checkpoint, scenes, tmp_path, capsys):
+    """Category ids are the format's: those of COCO's file here, else 0, 1, ..."""
+    metrics, ids = [], []
+    for name in ("source", "yolo", "voc"):
+        root = scenes if name == "source" else tmp_path / name
+        if name != "source":
+            dat("detect", "convert", scenes, root, "--to", name)
+        given = [f"data.root={root}", "data.val.annotations=", "data.val.images=", "train.pictures=0", "train.worst=0"]
+        dat("detect", "evaluate", checkpoint, *given, "--out", tmp_path / f"{name}_out", "--device", "cpu")
+        metrics.append(json.loads((tmp_path / f"{name}_out/metrics.json").read_text()))
+        results = json.loads((tmp_path / f"{name}_out/detections.json").read_text())
+        ids.append({result["category_id"] for result in results})
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert ids == [{3, 11}, {0, 1}, {0, 1}]
+
+
 def test_images_without_annotations_give_results_in_their_ids(checkpoint, scenes, tmp_path, capsys):
     content = json.loads((scenes / "val.json").read_text())
     del content["annotations"]

@@ -102,10 +102,11 @@ def compare(train: SplitAudit, val: SplitAudit) -> None:
     for split in (train, val):
         for text in split.annotations.dropped_roots:
             split.add("category left out", text, count=len(split.annotations.roots))
-    only = set(train.annotations.categories) ^ set(val.annotations.categories)
-    if only:
-        names = ", ".join(f"{c.id} {c.name}" for c in sorted(only, key=lambda c: c.id)[:5])
-        val.add("categories differ from training's", f"in one file only: {names}", stops=True)
+    names, expected = ([c.name for c in split.annotations.categories] for split in (val, train))
+    if names != expected:
+        only = ", ".join(sorted(set(names) ^ set(expected))[:5])
+        text = f"in one split only: {only}" if only else f"in another order: {', '.join(names[:5])}"
+        val.add("categories differ from training's", text, stops=True)
     for digest in val.hashes.keys() & train.hashes.keys():
         name, other = (split.hashes[digest][0].path.name for split in (val, train))
         val.add("image of training in validation", f"{name} is {other} of training", count=len(val.hashes[digest]))

@@ -98,7 +98,7 @@ def read_dataset(
     Args:
         data: `data.root` and, where it is not to be found there, `data.NAME.annotations` and `data.NAME.images`.
         name: of the split.
-        categories: those that the split must have (a validation split: those of training); None: any.
+        categories: the split must have classes of these names, in this order (those of training); None: any.
         annotated: whether images without any annotations, such as COCO's test files list, are an error.
 
     Raises:
@@ -170,7 +170,8 @@ def read_strictly(
     found = read(problems)
     if categories is not None:
         found = found.with_categories(categories)
-    if categories is not None and found.categories != categories:
+    # Formats without ids count classes from 0, so that ids may differ where classes do not.
+    if categories is not None and [c.name for c in found.categories] != [c.name for c in categories]:
         raise DataError(
             f"{found.path}: categories are {_names(found.categories)}; "
             f"they should be those of training, {_names(categories)}"

@@ -86,12 +86,14 @@ class Annotations:
 
         Checkpoints of earlier versions, and splits in which a supercategory has objects, have such classes.
         """
-        mine = set(self.categories)
-        if not mine < set(categories) <= mine | set(self.roots):
+        names = [category.name for category in categories]
+        known = {category.name: category for category in (*self.roots, *self.categories)}
+        if not {category.name for category in self.categories} < set(names) <= known.keys():
             return self
-        labels = np.array([categories.index(category) for category in self.categories], dtype=np.int64)
+        labels = np.array([names.index(category.name) for category in self.categories], dtype=np.int64)
         records = tuple(replace(record, labels=labels[record.labels]) for record in self.records)
-        roots = tuple(root for root in self.roots if root not in categories)
+        roots = tuple(root for root in self.roots if root.name not in names)
+        categories = tuple(known[name] for name in names)
         return replace(self, categories=categories, records=records, roots=roots)
 
     def objects(self, record: ImageRecord) -> list[dict[str, Any]]:
