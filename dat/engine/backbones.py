@@ -41,8 +41,18 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     try:
         return timm.create_model(name, **rest, **fixed)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
+        if place := _place_of_weights(name) if rest.get("pretrained") and isinstance(error, OSError) else "":
+            remedy = f"fetch {place} and set {key}.checkpoint_path to the file, without pretrained"
+            raise ConfigError(f"{key}: the weights of {name!r} cannot be downloaded; {remedy}") from error
+        raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {one_line(error)}") from error
+
+
+def _place_of_weights(name: str) -> str:
+    """Where timm would download the weights of a model from; "" if it has no address."""
+    found = timm.get_pretrained_cfg(name) if ":" not in name else None
+    if found is not None and found.hf_hub_id:
+        return f"https://huggingface.co/{found.hf_hub_id}/resolve/main/model.safetensors"
+    return str(found.url or "") if found is not None else ""
 
 
 def _check_pretrained(name: str, key: str) -> None:

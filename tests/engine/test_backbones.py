@@ -97,3 +97,12 @@ def test_weights_to_start_from_are_recognised():
     assert not any(starts_from_weights(model) for model in models)
     models = [ModelConfig({"name": "x", "pretrained": True}), ModelConfig({"name": "x", "checkpoint_path": "x.pth"})]
     assert all(starts_from_weights(model) for model in models)
+
+
+def test_without_a_network_the_error_says_what_to_fetch(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = "https://huggingface.co/timm/test_convnext.r160_in1k/resolve/main/model.safetensors"
+    message = f"cannot be downloaded; fetch {place} and set model.backbone.checkpoint_path to the file, without"
+    with pytest.raises(ConfigError, match=message):
+        create_timm_model({"name": "test_convnext", "pretrained": True})
