@@ -158,7 +158,7 @@ def test_batch_norm_is_frozen_only_with_weights(config_file, tmp_path):
     run, frozen = tmp_path / "run", "model.freeze_batch_norm=true"
     dat("detect", "train", config_file, "train.epochs=1", frozen)
     assert not is_frozen(run / "best.pth")
-    assert "test_resnet from random weights, " in (run / "train.log").read_text().splitlines()[0]
+    assert "test_resnet from random weights, " in (run / "train.log").read_text().splitlines()[1]
     dat("detect", "train", config_file, "train.epochs=2", frozen, "train.resume=true")
     assert not is_frozen(run / "last.pth")
     assert Detector.from_checkpoint(run / "best.pth", device="cpu").evaluate().keys() >= {"AP"}

@@ -8,7 +8,7 @@ import pytest
 from coco_scenes import write_json
 from commands import dat
 
-from dat.detection.config import TrainDataConfig, ValDataConfig
+from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
 from dat.detection.data import read_coco, read_dataset
 from dat.detection.data.image_names import find_files
 from dat.engine.audit import Findings
@@ -127,13 +127,14 @@ def test_an_absent_image_is_one_line_with_the_override_that_finds_it(scenes, tmp
     (scenes / "images").mkdir()
     train, first = TrainDataConfig(annotations="train.json", images="images"), name.format("train_0.jpg")
     with pytest.raises(DataError) as raised:
-        read_dataset(scenes, train)
+        read_dataset(DataConfig(str(scenes), train=train), "train")
     images = scenes / "images"
     text = f"lists the image {first}, which is absent from {images} (and 3 more of 4): there is no {images / first}; "
     assert str(raised.value) == f"{scenes / 'train.json'}: {text}data.train.images={folder} has it"
-    assert len(read_dataset(scenes, TrainDataConfig(annotations="train.json", images=folder)).records) == 4
+    found = DataConfig(str(scenes), train=TrainDataConfig(annotations="train.json", images=folder))
+    assert len(read_dataset(found, "train").records) == 4
     with pytest.raises(DataError, match=r"data.val.images=elsewhere/deep has it"):
-        read_dataset(scenes, ValDataConfig(annotations="val.json", images="nowhere"))
+        read_dataset(DataConfig(str(scenes), val=ValDataConfig(annotations="val.json", images="nowhere")), "val")
     with pytest.raises(SystemExit):
         dat("detect", "audit", scenes, "--out", tmp_path / "out")
     assert f"data.train.images={folder} has it" in capsys.readouterr().out
