@@ -56,10 +56,12 @@ class UserTransform:
         then: the other, as make_transform gives it.
 
     Raises:
-        ConfigError: when called: the result of `first` is not a PIL image in RGB.
+        ConfigError: `first` is no function; when called: its result is not a PIL image in RGB.
     """
 
     def __init__(self, first: Callable[..., Any], then: Callable[[Image.Image], Tensor]) -> None:
+        if not callable(first):
+            raise ConfigError(f"transform: is of type {type(first).__name__}, should be a function of an image")
         self.first, self.then = first, then
 
     def __call__(self, image: Image.Image) -> Tensor:

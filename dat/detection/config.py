@@ -14,6 +14,8 @@ from dat.engine.train_config import check_train_config
 from dat.utils.errors import ConfigError
 
 ClassLoss = Literal["focal", "varifocal", "matchability"]
+# Least side of a tile in pixels.
+SMALLEST_TILE = 16
 
 
 @dataclass
@@ -178,7 +180,9 @@ def check_config(config: DetectionConfig) -> None:
     check_range(config, sides, 1, LARGEST_SIDE)
     check_range(config, at_least_0, 0)
     check_range(config, fractions, 0, 1)
-    # Windows that overlap by more would be a great many.
+    # Windows that are smaller or overlap by more would be a great many.
+    tiles = [key for key in ("data.train.tiles", "data.val.tiles") if get_value(config, key)]
+    check_range(config, tiles, SMALLEST_TILE)
     check_range(config, ["data.train.tile_overlap", "data.val.tile_overlap"], 0, 0.9)
     check_range(config, ["data.std", "data.train.scale_jitter"], 0, exclusive=True)
     jitter = data.train.scale_jitter

@@ -92,6 +92,10 @@ class Predictor:
             ConfigError: an option that does not exist or cannot work.
             CheckpointError: the model fails.
         """
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold is {threshold}, should be 0 to 1")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, should be at least 1")
         if not isinstance(images, (list, tuple)):
             return self.predict([images], threshold, batch_size, **options)[0]
         val = self.options(**options)

@@ -100,6 +100,8 @@ def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
         ("train.loss.cost_class=-1", "train.loss.cost_class is -1.0, should be at least 0"),
         ("train.loss.no_object_weight=-1", "train.loss.no_object_weight is -1.0, should be at least 0"),
         ("data.val.top_k=0", "data.val.top_k is 0, should be at least 1"),
+        ("data.val.tiles=1", "data.val.tiles is 1, should be at least 16"),
+        ("data.train.tiles=-800", "data.train.tiles is -800, should be at least 0"),
     ],
 )
 def test_values_that_cannot_work_are_named(override, message):

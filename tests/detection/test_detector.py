@@ -61,6 +61,9 @@ def test_paths_and_lists(detector, grey, tmp_path):
     assert [one.image.size for one in found] == [(120, 90), (120, 90), (90, 120)]
     torch.testing.assert_close(found[0].boxes, found[1].boxes)
     assert detector.predict([]) == []
+    for option, message in (({"threshold": 2}, "threshold is 2, should be 0 to 1"), ({"batch_size": 0}, "at least 1")):
+        with pytest.raises(ConfigError, match=message):
+            detector.predict(images, **option)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,11 @@ def test_a_pipeline_whose_boxes_would_not_follow_is_refused(bbox_format, shown):
         UserTransform(FlippingCompose(bbox_format))
 
 
+def test_an_augmentation_that_is_no_function_is_refused():
+    with pytest.raises(ConfigError, match=r"^transform: is of type int, should be a function"):
+        UserTransform(3)
+
+
 def test_a_detector_trains_with_a_pipeline(config_file, tmp_path):
     calls = []
 

@@ -152,6 +152,8 @@ def test_a_folder_of_no_known_format_is_one_line(tmp_path):
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match=r"data.root: .*nowhere does not exist"):
         read_dataset(data_at(tmp_path / "nowhere"), "train")
+    with pytest.raises(DataError, match=r"data.root: .*notes.txt is not a folder"):
+        read_dataset(data_at(tmp_path / "notes.txt"), "train")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ class UserTransform(nn.Module):
 
     def __init__(self, transform: Callable[..., Any]):
         super().__init__()
+        if not callable(transform):
+            raise ConfigError(f"transform: is {_kind(transform)}, should be a function of an image and its target")
         self.transform = _Albumentations(transform) if is_albumentations(transform) else transform
 
     def forward(self, image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

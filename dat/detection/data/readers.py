@@ -215,7 +215,8 @@ def _find_split(data: DataConfig, name: Literal["train", "val"]) -> tuple[Found,
     given: TrainDataConfig | ValDataConfig = getattr(data, name)
     path = root / given.annotations
     if not root.is_dir():
-        raise DataError(f"data.root: {root} does not exist; it should be the folder of the data")
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"data.root: {root} {state}; it should be the folder of the data")
     if not path.exists():
         raise DataError(f"{path}: no such annotation file{_hint(root, name)}")
     found = find_format(path)
