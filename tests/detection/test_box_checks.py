@@ -115,11 +115,15 @@ def test_no_object_at_all(scenes, config_file, tmp_path, split):
     assert not (tmp_path / "run").exists()
 
 
+def read_train(scenes):
+    return read_dataset(DataConfig(str(scenes), train=TRAIN), "train")
+
+
 @pytest.mark.parametrize(("count", "warns"), [(1, False), (2, True), (5, True)])
 @pytest.mark.parametrize("fault", ["empty", "crowds", "small"])
 def test_one_object_in_five_that_is_left_out_gives_a_warning(scenes, fault, count, warns):
     edit(scenes, FAULTS[fault][0], most=count)
-    found = read_dataset(DataConfig(str(scenes), train=TRAIN), "train")
+    found = read_train(scenes)
     text = f"{count} of 8 objects are left out: {count} are "
     assert (text in found.warning) == warns
     assert found.warning.count(str(scenes)) <= 1
@@ -127,25 +131,19 @@ def test_one_object_in_five_that_is_left_out_gives_a_warning(scenes, fault, coun
 
 def test_some_boxes_of_another_form_give_a_warning(scenes):
     edit(scenes, FAULTS["parts"][0], most=2)
-    assert (
-        "2 of 8 boxes are below one pixel: they look like parts"
-        in read_dataset(DataConfig(str(scenes), train=TRAIN), "train").warning
-    )
+    assert "2 of 8 boxes are below one pixel: they look like parts" in read_train(scenes).warning
 
 
 def test_nothing_is_left_beside_some_boxes_of_another_form(scenes):
     edit(scenes, FAULTS["crowds"][0])
     edit(scenes, FAULTS["parts"][0], most=2)
     with pytest.raises(DataError, match="8 of 8 objects are left out: 8 are crowds"):
-        read_dataset(DataConfig(str(scenes), train=TRAIN), "train")
+        read_train(scenes)
 
 
 def test_some_boxes_that_reach_outside_give_a_warning(scenes):
     edit(scenes, set_box(lambda x, y, w, h, W, H: [W - w / 2 - 2, 2, w, h]), most=3)
-    assert (
-        "3 of 8 boxes reach outside their images by a tenth or more"
-        in read_dataset(DataConfig(str(scenes), train=TRAIN), "train").warning
-    )
+    assert "3 of 8 boxes reach outside their images by a tenth or more" in read_train(scenes).warning
 
 
 @pytest.mark.parametrize("scale", [100, 1000])
@@ -162,7 +160,7 @@ def test_boxes_in_parts_of_another_size_give_a_warning(scale):
 
 def test_boxes_that_fill_or_slightly_leave_their_images_are_right(scenes):
     edit(scenes, set_box(lambda x, y, w, h, W, H: [1, 1, W, H]))
-    found = read_dataset(DataConfig(str(scenes), train=TRAIN), "train")
+    found = read_train(scenes)
     assert sum(len(record.boxes) for record in found.records) == 8
     assert "tenth" not in found.warning
 
@@ -177,7 +175,7 @@ def test_right_boxes_are_never_taken_for_corners(scenes, seed):
         return [x0, y0, x1 - x0 + 1, y1 - y0 + 1]
 
     edit(scenes, set_box(box))
-    read_dataset(DataConfig(str(scenes), train=TRAIN), "train")
+    read_train(scenes)
 
 
 def test_evaluation_needs_objects(scenes, config_file, tmp_path):
