@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import cached_assets_path
 
 from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, read_text
@@ -21,6 +20,7 @@ from dat.detection.data.readers import Found, Split, collecting, register_reader
 from dat.detection.data.records import Annotations, path_order
 from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.safe_yaml import parse_yaml
 
 _WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 _CLASS_KEYS = ("categories", "category", "labels", "label", "category_id")
@@ -203,10 +203,9 @@ def _names_in_readme(file: Path) -> list[str] | None:
     text = read_text(file, "a dataset card") if file.is_file() else ""
     front = text.split("---")[1] if text.startswith("---") else ""
     try:
-        # Everything stays text: safe_load would read a class "no" as False.
-        content = yaml.load(front, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: its front matter is not valid YAML: {' '.join(str(error).split())}") from error
+        content = parse_yaml(front, strings=True)
+    except ValueError as error:
+        raise DataError(f"{file}: its front matter is not valid YAML: {error}") from error
     for entry in _walk(content):
         if entry.get("name") == "objects":
             labels = [inner["class_label"] for inner in _walk(entry) if isinstance(inner.get("class_label"), dict)]

@@ -25,8 +25,9 @@ from dat.detection.data.objects import (
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord, path_order
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, shown
 from dat.utils.files import find_images
+from dat.utils.safe_yaml import parse_yaml
 
 _KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 _LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
@@ -218,20 +219,20 @@ def _label_path(image: Path, root: Path) -> Path:
 
 def _read_yaml(file: Path) -> Any:
     try:
-        # Everything stays text: safe_load would read a class "no" as False.
-        return yaml.load(read_text(file, "YAML"), yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        return parse_yaml(read_text(file, "YAML"), strings=True)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{file}: not valid YAML: {error}") from error
 
 
 def _names(file: Path, value: Any) -> list[str]:
     """The names of data.yaml, a list or a dictionary by number. Raises DataError for anything else."""
     names = value
     if isinstance(value, dict):
-        numbered = {int(key) if str(key).isdecimal() else -1: name for key, name in value.items()}
-        names = [numbered.get(i) for i in range(len(value))]
+        names = [value.get(str(i)) for i in range(len(value))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file}: names is {str(value)[:100]}, should be class names, a list or 0: name, 1: name")
+        raise DataError(f"{file}: names is {shown(value)}, should be class names, a list or 0: name, 1: name")
     return names
 
 
