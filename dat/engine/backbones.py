@@ -36,11 +36,24 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     if ":" not in name and not timm.is_model(plain):
         near = difflib.get_close_matches(plain, timm.list_models(), n=1)
         raise ConfigError(f"{key}.name: no timm model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for argument, value in rest.items():
+        # timm draws with such a probability only when it trains.
+        if argument.endswith("_rate") and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ConfigError(f"{key}.{argument} is {value}, should be 0 to 1")
     if rest.get("pretrained") and not {"pretrained_cfg", "pretrained_cfg_overlay"} & rest.keys():
         _check_pretrained(name, key)
     try:
         return timm.create_model(name, **rest, **fixed)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        OSError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         reason = one_line(error)
         raise ConfigError(f"{key}: timm cannot make {name!r} with {rest}: {reason}") from error
 

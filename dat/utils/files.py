@@ -47,13 +47,34 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, also for text of unknown origin. Raises ValueError with one line for everything that it refuses.
+
+    Numbers may be NaN, infinite or, if whole, have up to 4,300 digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32. Raises DataError for anything else, and OSError."""
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The entries of a file with one JSON object per line, such as log.jsonl; empty if there is no such file."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         # A killed run may leave half a line behind.
-        with suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
+        with suppress(ValueError):
+            entry = parse_json(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
 
 

@@ -23,7 +23,7 @@ def parse_yaml(text: str, strings: bool = False) -> Any:
         strings: leave all scalars as text, as a class "no" or 1e3 is meant.
 
     Raises:
-        ValueError: invalid YAML, keys that are used twice, or a document beyond the bounds above; the text has one line.
+        ValueError: invalid YAML, a key that is used twice, or a document beyond the bounds above; on one line.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"has more than {MOST_CHARACTERS} characters")

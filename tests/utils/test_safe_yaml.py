@@ -39,9 +39,9 @@ def test_hostile_documents_are_refused_in_one_line(text, message, strings):
      "!!timestamp a", "!!float ''", "!!python/object/apply:os.getcwd []"],
 )  # fmt: skip
 def test_hostile_values_are_refused_in_one_line(value):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         parse_yaml(f"a: {value}")
-    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    assert type(caught.value) is ValueError
 
 
 def test_plain_documents_read_as_pyyaml_does(tmp_path):

@@ -5,6 +5,7 @@ A line may also be a polygon, "class x y x y x y ...", whose extent is the box. 
 Studio).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from dat.detection.data.objects import (
     lost_areas,
     make_categories,
     make_record,
+    number_classes,
     read_text,
     relative_names,
     same_labels,
@@ -245,8 +247,9 @@ def _numbers(root: Path) -> list[str]:
     largest = -1
     for path in root.glob("**/labels/**/*.txt"):
         lines = [line.split() for line in read_text(path, "lines of class x y width height").splitlines()]
-        largest = max([largest, *(int(words[0]) for words in lines if words and words[0].isdecimal())])
-    return [str(i) for i in range(largest + 1)]
+        # A longer number is no class.
+        largest = max([largest, *(int(words[0]) for words in lines if words and re.fullmatch("[0-9]{1,18}", words[0]))])
+    return number_classes(largest, root)
 
 
 register_reader("yolo", find, "data.yaml, obj.data, or images/ and labels/ with classes.txt", write)
