@@ -19,6 +19,7 @@ from dat.detection.report import read_results
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
 from dat.utils.files import read_jsonl
+from dat.utils.text import echo
 
 # AP at which a run ends, and the AP that it should reach.
 ENOUGH, TARGET = 0.95, 0.9
@@ -47,14 +48,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:
-        print(
-            f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works"
-        )
+        echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works")
         return
     results = read_results(output / "detections.json")
-    print(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", file=sys.stderr)
+    echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", error=True)
     for reason in diagnose(config, some, results, metrics, read_jsonl(output / "log.jsonl")):
-        print(f"  - {reason}", file=sys.stderr)
+        echo(f"  - {reason}", error=True)
     sys.exit(1)
 
 

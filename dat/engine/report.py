@@ -20,6 +20,7 @@ from PIL import Image
 from dat.engine.config import to_dict
 from dat.utils.errors import UserError
 from dat.utils.files import atomic_write, read_json
+from dat.utils.text import printable
 
 # Rows of a table of confusions.
 MOST_CONFUSIONS = 20
@@ -144,8 +145,14 @@ def errors_as_warnings(warn: Callable[[str], None], command: str) -> Iterator[No
         warn(f"the report is not complete: {reason}\nto write it again: {command}")
 
 
+def _show(value: Any) -> Any:
+    return printable(value, keep="\n\t") if isinstance(value, str) else value
+
+
 # The policy lets the page load and run nothing, should a text ever get into it unescaped.
-_TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+_TEMPLATE = Environment(
+    autoescape=True, finalize=_show, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+).from_string(
     """\
 <!doctype html>
 <html lang="en">

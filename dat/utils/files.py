@@ -12,6 +12,7 @@ from timm.utils import natural_key
 
 from dat.utils.errors import DataError
 from dat.utils.images import HEIC, UNREADABLE, lacks_heif, open_image
+from dat.utils.text import printable
 
 IMAGE_EXTENSIONS = frozenset((
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -79,11 +80,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored."""
+    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored.
+
+    Texts are written as `printable` shows them; an apostrophe leads those that spreadsheets would take for a formula.
+    """
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    # Tab and carriage return at the start are escaped by printable.
+    text = printable(value)
+    if not text.startswith(("=", "+", "-", "@")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def file_name(text: str) -> str:
