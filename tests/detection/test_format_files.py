@@ -307,6 +307,8 @@ def test_malformed_files_of_cvat(write, scenes, old, new, message):
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [1.5]}}',
             r"6: category is 1.5, sho",
         ),
+        ('{"file_name": "../a.jpg", "objects": []}', r"jsonl:6: the image is '../a.jpg', should be a path inside"),
+        ('{"file_name": "/a.jpg", "objects": []}', r"jsonl:6: the image is '/a.jpg', should be a path inside"),
         ("[" * 100_000, r"jsonl:6: .* is not JSON: is nested too deep"),
         (
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, true]], "category": [0]}}',

@@ -144,7 +144,14 @@ def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]
                     raise DataError(f"{where}: {line.strip()[:100]!r} is not JSON: {error}") from error
                 if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                     raise DataError(f"{where}: {line.strip()[:100]!r} should be an object with file_name and objects")
+                _check_inside(where, row["file_name"])
                 yield where, row
+
+
+def _check_inside(where: str, name: str) -> None:
+    """Raises DataError for the name of an image that would lead out of the folder of the data."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise DataError(f"{where}: the image is {shown(name)}, should be a path inside the folder, without ..")
 
 
 def _parquet(file: Path) -> Any:
@@ -176,6 +183,7 @@ def _extracted(file: Path) -> Iterator[_Row]:
             # Rows may have the same name; the number keeps the order of the file.
             path = folder / f"{file.stem}_{number:07d}_{Path(image.get('path') or 'image').name}"
             if not image.get("bytes"):
+                _check_inside(where, image["path"])
                 path = file.parent / image["path"]
             elif not path.is_file() or path.stat().st_size != len(image["bytes"]):
                 # Other processes of torchrun may extract the same file.
