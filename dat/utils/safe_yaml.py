@@ -48,7 +48,7 @@ class _Bounded(yaml.composer.Composer):
         self._depth += 1
         if self._depth > DEEPEST:
             raise _error(f"is nested more than {DEEPEST} levels deep", event)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if node not in self._sizes:
