@@ -1,7 +1,6 @@
 """The commands `dat classify ...`: each takes the options that `dat.cli` parsed."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, check_config
 from dat.engine.config import load_config
 from dat.utils.errors import CheckpointError, DataError
+from dat.utils.text import echo
 
 
 def train(options: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def evaluate(options: argparse.Namespace) -> None:
     out = options.out or Path(str(classifier.path)).parent / "evaluation"
     metrics = classifier.evaluate(out=out, real=options.real, v2=options.v2)
     if metrics:
-        print(f"{format_table(metrics)}\nwritten to {out}")
+        echo(f"{format_table(metrics)}\nwritten to {out}")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -36,9 +36,9 @@ def predict(options: argparse.Namespace) -> None:
     classifier = Classifier.from_checkpoint(options.model, options.overrides, options.device, options.trust)
     names = ("out", "threshold", "classes", "crops", "sheet", "batch_size")
     count = predict(classifier, frames, **{name: getattr(options, name) for name in names})
-    print(f"{count} images labelled: {options.out}")
+    echo(f"{count} images labelled: {options.out}")
     if left_out := frames.summary():
-        print(left_out)
+        echo(left_out)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def export(options: argparse.Namespace) -> None:
 
     check_path(options.out, options.compile)
     classifier = Classifier.from_checkpoint(options.checkpoint, device="cpu")
-    print(classifier.export(options.out, compiled=options.compile, images=options.images, sizes=options.sizes))
+    echo(classifier.export(options.out, compiled=options.compile, images=options.images, sizes=options.sizes))
 
 
 def audit(options: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def audit(options: argparse.Namespace) -> None:
     found = audit(config.data)
     class_names = next((part.split.class_names for part in found.values() if part.split is not None), [])
     summaries = {name: summarize(part, class_names, config.data.img_size) for name, part in found.items()}
-    print(format_summaries(summaries, config.data.img_size))
+    echo(format_summaries(summaries, config.data.img_size))
     options.out.mkdir(parents=True, exist_ok=True)
     for name, part in found.items():
         draw_samples(part, class_names, options.out / f"samples_{name}.png", options.samples)
@@ -90,6 +90,6 @@ def report(options: argparse.Namespace) -> None:
         split = opened
     except (DataError, CheckpointError) as error:
         text = f"Not complete: {error}"
-        print(f"warning: {text}", file=sys.stderr)
+        echo(f"warning: {text}", error=True)
     write_report(folder, config, names, results, split, metrics, text)
-    print(f"written to {folder / 'report.html'}")
+    echo(f"written to {folder / 'report.html'}")

@@ -22,6 +22,7 @@ from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.images import UNREADABLE
+from dat.utils.text import printable
 
 # More unreadable images than this in a row mean that something else is wrong.
 MAX_IN_A_ROW = 100
@@ -214,7 +215,7 @@ class SkippedImages:
 
     def write(self, distributed: Distributed) -> str | None:
         """Writes the list; returns a warning, None where every image could be read. Every process has to call it."""
-        self.names = set().union(*gather(self.names))
+        self.names = {printable(name) for name in set().union(*gather(self.names))}
         if not self.names:
             return None
         where = ""

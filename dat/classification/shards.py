@@ -5,7 +5,6 @@ samples have no name, and no place of an epoch can be resumed. Here an index of 
 split is opened, and each sample is read from its place.
 """
 
-import json
 import os
 import struct
 import tarfile
@@ -23,7 +22,7 @@ from timm.utils import natural_key
 
 from dat.classification.config import DataConfig, SplitConfig
 from dat.utils.errors import DataError
-from dat.utils.files import is_hidden
+from dat.utils.files import is_hidden, parse_json
 
 # WebDataset's extensions of images, where the configuration names none.
 EXTENSIONS = "jpg;jpeg;png;webp"
@@ -142,7 +141,7 @@ def _label(file: Any, members: dict[str, tuple[int, int]], label_key: str) -> in
     file.seek(place[0])
     content = file.read(place[1])
     try:
-        label = get_field(json.loads(content), label_key) if label_key else content
+        label = get_field(parse_json(content), label_key) if label_key else content
         return label if isinstance(label, str) else int(label)
     except (ValueError, TypeError, LookupError, OverflowError):
         return None

@@ -1,7 +1,6 @@
 """The commands `dat detect ...`: each takes the options that `dat.cli` parsed."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from dat.detection.detector import Detector
 from dat.detection.predictor import OPTIONS
 from dat.engine.config import load_config
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.text import echo
 
 
 def train(options: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def evaluate(options: argparse.Namespace) -> None:
     out = options.out or Path(str(detector.path)).parent / "evaluation"
     metrics = detector.evaluate(out=out, **{f"data.val.{name}": x for name, x in _prediction(options).items()})
     if metrics:
-        print(f"{format_table(metrics)}\nwritten to {out}")
+        echo(f"{format_table(metrics)}\nwritten to {out}")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -48,9 +48,9 @@ def predict(options: argparse.Namespace) -> None:
     frames = Frames(media, others, options.every)
     output = Output(options.out, targets, options.threshold, options.crops, options.show_points)
     images, drawn = predict(detector, frames, output, options.classes, options.batch_size)
-    print(f"{drawn} detections with a score of at least {options.threshold} in {images} images: {options.out}")
+    echo(f"{drawn} detections with a score of at least {options.threshold} in {images} images: {options.out}")
     if left_out := frames.summary():
-        print(left_out)
+        echo(left_out)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def export(options: argparse.Namespace) -> None:
     line = detector.export(
         options.out, compiled=options.compile, images=options.images, sizes=options.sizes, top_k=options.top_k
     )
-    print(line)
+    echo(line)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -87,11 +87,11 @@ def audit(options: argparse.Namespace) -> None:
     found = audit(config)
     read = [split.annotations for split in found.values() if split.annotations.format]
     if read:
-        print(describe_sets(*read))
+        echo(describe_sets(*read))
     val = config.data.val
     summaries = {name: summarize(split, val.size, val.max_size) for name, split in found.items()}
     for name, summary in summaries.items():
-        print(format_summary(name, summary, val.size))
+        echo(format_summary(name, summary, val.size))
     options.out.mkdir(parents=True, exist_ok=True)
     for name, split in found.items():
         draw_samples(split, options.out / f"samples_{name}.png", options.samples)
@@ -118,9 +118,9 @@ def report(options: argparse.Namespace) -> None:
         metrics = read_metrics(options.run) | evaluation.metrics()
     except DataError as error:
         text = f"Without an evaluation: {error}"
-        print(f"warning: {text}", file=sys.stderr)
+        echo(f"warning: {text}", error=True)
     write_report(options.run, config, evaluation, metrics, text)
-    print(f"written to {options.run / 'report.html'}")
+    echo(f"written to {options.run / 'report.html'}")
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -140,7 +140,7 @@ def convert_data(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is for weights, data is written to DST alone")
     if options.overrides:
         raise ConfigError(f"{options.overrides[0]} is for weights, data has no configuration")
-    print("\n".join(convert_data(Path(options.source), options.target, options.to, options.link)))
+    echo("\n".join(convert_data(Path(options.source), options.target, options.to, options.link)))
 
 
 def convert_weights(options: argparse.Namespace) -> None:
@@ -159,7 +159,7 @@ def convert_weights(options: argparse.Namespace) -> None:
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out: {options.out.parent} should be a folder")
     save_checkpoint(options.out, {**detector_state(config, categories), "state_dict": state})
-    print(f"{options.out}: {len(categories)} classes of {options.annotations}")
+    echo(f"{options.out}: {len(categories)} classes of {options.annotations}")
 
 
 def _prediction(options: argparse.Namespace) -> dict[str, Any]:

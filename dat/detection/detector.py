@@ -23,6 +23,7 @@ from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 from dat.utils.files import write_json
 from dat.utils.hub import find_checkpoint
+from dat.utils.text import echo
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Detector(Predictor):
         val = config.data.val
         annotations = read_dataset(config.data, "val", self.categories, annotated=False)
         if distributed.main:
-            print(describe_sets(annotations))
+            echo(describe_sets(annotations))
         with checkpoint_errors(str(self.path)):
             # Results have the ids of the data, which may not be those of the training data.
             categories = annotations.categories
@@ -150,7 +151,7 @@ class Detector(Predictor):
                 raise DataError(f"{text}; `out` should be the folder to write detections.json to")
             Path(out).mkdir(parents=True, exist_ok=True)
             write_json(Path(out) / "detections.json", results)
-            print(f"{text}; {len(results)} detections are written to {Path(out) / 'detections.json'}")
+            echo(f"{text}; {len(results)} detections are written to {Path(out) / 'detections.json'}")
             return {}
         evaluation = Evaluation.of(annotations, results, every=val.tiles > 0)
         metrics = evaluation.metrics()

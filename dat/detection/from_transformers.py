@@ -1,6 +1,5 @@
 """Detectors of transformers, config.json beside model.safetensors, as detectors here: DETR and Deformable DETR."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from dat.detection.config import DetectionConfig
 from dat.detection.data import Category
 from dat.engine.config import from_dict
 from dat.utils.errors import CheckpointError
+from dat.utils.files import parse_json
 
 # Keys of a configuration here, and in transformers.
 _COMMON = {
@@ -36,7 +36,7 @@ def read_config(weights: Path) -> tuple[DetectionConfig, tuple[Category, ...]]:
     """
     path = weights.with_name("config.json")
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = parse_json(path.read_bytes())
         kind, names = theirs["model_type"], theirs["id2label"]
         if kind not in ("detr", "deformable_detr"):
             raise CheckpointError(f"{path}: model_type is {kind!r}, should be detr or deformable_detr")

@@ -1,6 +1,5 @@
 """Overfitting a few images: the quickest test that data, model and learning rates fit together."""
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,9 +15,11 @@ from dat.detection.config import DetectionConfig, check_config
 from dat.detection.data import Annotations, cut_into_windows, read_dataset, resized_size
 from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
+from dat.detection.report import read_results
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
 from dat.utils.files import read_jsonl
+from dat.utils.text import echo
 
 # AP at which a run ends, and the AP that it should reach.
 ENOUGH, TARGET = 0.95, 0.9
@@ -47,14 +48,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:
-        print(
-            f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works"
-        )
+        echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works")
         return
-    results = json.loads((output / "detections.json").read_text(encoding="utf-8"))
-    print(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", file=sys.stderr)
+    results = read_results(output / "detections.json")
+    echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", error=True)
     for reason in diagnose(config, some, results, metrics, read_jsonl(output / "log.jsonl")):
-        print(f"  - {reason}", file=sys.stderr)
+        echo(f"  - {reason}", error=True)
     sys.exit(1)
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dat.detection.evaluation import MEDIUM, SMALL, Evaluation
 from dat.utils.plots import save_plot
+from dat.utils.text import printable
 
 # Maximum number of classes that are drawn, those with most objects.
 MOST_CLASSES = 100
@@ -31,7 +32,7 @@ def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
     for panel in axes[len(shown) :]:
         panel.axis("off")
     for panel, label in zip(axes, shown, strict=False):
-        panel.set_title(names[label][: int(11 * inches)], fontsize=min(9, 4.5 * inches), parse_math=False)
+        panel.set_title(printable(names[label])[: int(11 * inches)], fontsize=min(9, 4.5 * inches), parse_math=False)
         _draw_class(panel, evaluation, label, with_text=inches > 2)
     handles = {line.get_label(): line for panel in axes for line in panel.lines}
     if handles:

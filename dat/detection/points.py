@@ -17,6 +17,7 @@ from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
 from dat.utils.overlays import create_figure, draw_image, draw_star, draw_weighted, save_figure
+from dat.utils.text import printable
 
 # Most detections of a sheet, those with the highest scores.
 ROWS = 12
@@ -121,7 +122,7 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
             draw_star(panel, *points.references[i].tolist())
             fraction = weights.sum().item() / points.weights[i].sum().item()
             name = f"{names[i]} {detections.scores[i]:.2f}" if level is None else f"level {level}"
-            panel.set_title(f"{name}, {fraction:.0%}", fontsize=7, parse_math=False)
+            panel.set_title(f"{printable(name)}, {fraction:.0%}", fontsize=7, parse_math=False)
     save_figure(figure, path)
 
 

@@ -1,6 +1,5 @@
 """Plots and images of a run or an evaluation, and report.html, a page of them all."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ import torch
 from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
+from dat.detection.data.formats.coco import is_box, is_number
 from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
 from dat.engine.report import Page, Section, Table, confusion_table
-from dat.utils.errors import DataError
-from dat.utils.files import atomic_write
+from dat.utils.errors import DataError, shown
+from dat.utils.files import atomic_write, read_json
 from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
@@ -117,15 +117,25 @@ def save_predictions(
     return paths
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The content of a detections.json. Raises DataError unless every entry has the types of COCO's results."""
+    results = read_json(path)
+    for i, result in enumerate(results if isinstance(results, list) else [results]):
+        entry = result if isinstance(result, dict) else {}
+        ids, score = [entry.get(key) for key in ("image_id", "category_id")], entry.get("score")
+        numbers = [*ids, score] if is_box(entry.get("bbox")) else [None]
+        if not all(map(is_number, numbers)) or not all(isinstance(value, int) for value in ids):
+            text = "should have integers image_id and category_id, numbers score and bbox"
+            raise DataError(f"{path}: entry {i} is {shown(result)}, {text}")
+    return results
+
+
 def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     """The evaluation of a run's best epoch so far. Raises DataError where there is none, or its data is absent."""
     path = folder / "detections.json"
     if not path.is_file():
         raise DataError(f"{path}: no such file, the run was not evaluated yet")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
+    results = read_results(path)
     annotations = read_dataset(config.data, "val")
     # Runs of earlier versions trained supercategories without objects too.
     found = {result["category_id"] for result in results}

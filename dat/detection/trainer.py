@@ -1,6 +1,5 @@
 """Training of detectors."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from dat.detection.models import BaseDETR, ModelConfig, build_model
 from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
 from dat.detection.predictor import Predictor
-from dat.detection.report import write_report
+from dat.detection.report import read_results, write_report
 from dat.engine.backbones import starts_from_weights
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.distributed import Distributed
@@ -140,7 +139,7 @@ class DetectionTrainer(Trainer):
         write_json(path, self.results)
 
     def load_metrics(self, path: Path) -> dict[str, Any]:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_results(path)
         self.evaluation = Evaluation.of(self.val_set, results, every=self.config.data.val.tiles > 0)
         return self.evaluation.metrics()
 

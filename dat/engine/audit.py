@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dat.utils.files import write_json
+from dat.utils.text import echo
 
 
 @dataclass
@@ -52,6 +53,6 @@ def finish_audit(summaries: dict[str, dict[str, Any]], out: Path) -> None:
     """Writes audit.json, prints the verdict, and exits with code 1 if training would stop on any split."""
     write_json(out / "audit.json", summaries)
     stops = any(summary["stops_training"] for summary in summaries.values())
-    print(f"{'training would stop, see above' if stops else 'training can start'}; written to {out}")
+    echo(f"{'training would stop, see above' if stops else 'training can start'}; written to {out}")
     if stops:
         sys.exit(1)

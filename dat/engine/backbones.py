@@ -36,11 +36,18 @@ def create_timm_model(arguments: dict[str, Any], key: str = "model.backbone", **
     if ":" not in name and not timm.is_model(plain):
         near = difflib.get_close_matches(plain, timm.list_models(), n=1)
         raise ConfigError(f"{key}.name: no timm model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for argument, value in rest.items():
+        # timm draws with such a probability only when it trains.
+        if argument.endswith("_rate") and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ConfigError(f"{key}.{argument} is {value}, should be 0 to 1")
     if rest.get("pretrained") and not {"pretrained_cfg", "pretrained_cfg_overlay"} & rest.keys():
         _check_pretrained(name, key)
     try:
         return timm.create_model(name, **rest, **fixed)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    # Models of any author raise whatever their arguments lead to.
+    except (
+        TypeError, ValueError, AssertionError, RuntimeError, OSError, LookupError, ArithmeticError, AttributeError,
+    ) as error:  # fmt: skip
         if place := _place_of_weights(name) if rest.get("pretrained") and isinstance(error, OSError) else "":
             remedy = f"fetch {place} and set {key}.checkpoint_path to the file, without pretrained"
             raise ConfigError(f"{key}: the weights of {name!r} cannot be downloaded; {remedy}") from error

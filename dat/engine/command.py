@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 
 from dat.utils.errors import UserError
+from dat.utils.text import echo
 
 
 def main_guard(main: Callable[[], None]) -> None:
@@ -45,7 +46,7 @@ def error_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    echo(message, error=True)
     if _in_process_group():
         # Leaving a process group in which other processes wait or have failed may never return.
         sys.stdout.flush()

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from dat.utils.errors import ConfigError
+from dat.utils.errors import ConfigError, shown
+from dat.utils.safe_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -204,7 +205,7 @@ def _resolve_alternatives(data: dict[str, Any], known: list[str], source: str) -
     for pair in _ALTERNATIVES:
         first, second = (_get(data, key) for key in pair)
         if first and second:
-            a, b = (f"{key} is {_shown(value)}" for key, value in zip(pair, (first, second), strict=True))
+            a, b = (f"{key} is {shown(value)}" for key, value in zip(pair, (first, second), strict=True))
             raise ConfigError(f"{source}: {a} and {b}, should be only one of them")
         other = pair[1] if first else pair[0]
         if (first or second) and other in known:
@@ -235,12 +236,11 @@ def _lay_over(schema: Any, below: dict[str, Any], data: dict[str, Any]) -> dict[
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    # PyYAML lets a date such as 2024-13-01 fail as a ValueError
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -279,9 +279,9 @@ def _apply_override(schema: type, override: str, data: dict[str, Any]) -> None:
 
 def _read_value(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{shown(override)}: the value is not valid YAML: {error}") from error
 
 
 def _default(schema: type, keys: list[str]) -> Any:
@@ -311,7 +311,7 @@ def _check_key(schema: type, key: str, known: list[str]) -> Any:
 
 def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: {prefix[:-1]} is {_shown(data)}, should hold keys and values")
+        raise ConfigError(f"{source}: {prefix[:-1]} is {shown(data)}, should hold keys and values")
     variants = getattr(schema, "variants", {})
     if variants:
         schema = _variant(schema, data, source, prefix)
@@ -331,7 +331,7 @@ def _build(schema: Any, data: Any, source: str, prefix: str, known: list[str]) -
         try:
             values[name] = _convert(hints[name], value)
         except ValueError as error:
-            raise ConfigError(f"{source}: {key} is {_shown(value)}, should be {error}") from None
+            raise ConfigError(f"{source}: {key} is {shown(value)}, should be {error}") from None
     missing = [name for name, field in fields.items() if _required(field) and name not in values]
     if missing:
         raise ConfigError(f"{source}: {prefix}{missing[0]} is required")
@@ -342,7 +342,7 @@ def _variant(schema: Any, data: dict[str, Any], source: str, prefix: str) -> Any
     """The dataclass among `variants` that the key `kind` names, or the default does."""
     kind = data.get("kind", schema.kind)
     if not isinstance(kind, str) or kind not in schema.variants:
-        raise ConfigError(f"{source}: {prefix}kind is {_shown(kind)}, should be one of {', '.join(schema.variants)}")
+        raise ConfigError(f"{source}: {prefix}kind is {shown(kind)}, should be one of {', '.join(schema.variants)}")
     return schema.variants[kind]
 
 
@@ -354,13 +354,8 @@ def _belongs_to_another(schema: Any, name: str, value: Any, where: str) -> bool:
     owners = {kind: _fields(variant)[name] for kind, variant in schema.variants.items() if name in _fields(variant)}
     if owners and value not in [_field_default(field) for field in owners.values()]:
         needed = " or ".join(owners)
-        raise ConfigError(f"{where}{name} is {_shown(value).lower()}, which needs kind={needed}; it is {schema.kind}")
+        raise ConfigError(f"{where}{name} is {shown(value).lower()}, which needs kind={needed}; it is {schema.kind}")
     return bool(owners)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -19,6 +19,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat.utils.errors import ConfigError
 from dat.utils.files import atomic_write, read_jsonl
+from dat.utils.text import printable
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 class RunLogger:
@@ -55,7 +61,9 @@ class RunLogger:
             self._closing.callback(self._wandb.finish)
         self.output.mkdir(parents=True, exist_ok=True)
         self._attach(logging.StreamHandler())
-        self._attach(logging.FileHandler(self.output / "train.log", mode="w" if resume_step is None else "a"))
+        self._attach(
+            logging.FileHandler(self.output / "train.log", "w" if resume_step is None else "a", encoding="utf-8")
+        )
         self._closing.enter_context(logging_redirect_tqdm())
         lines = self.output / "log.jsonl"
         self._known = _keep_until(lines, resume_step)
@@ -65,7 +73,7 @@ class RunLogger:
         self._closing.callback(self._board.close)
 
     def _attach(self, handler: logging.Handler) -> None:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         # Handlers are added to the root logger, because train.log includes warnings of timm and torch.
         logging.getLogger().addHandler(handler)
         self._logger.setLevel(logging.INFO)
@@ -101,6 +109,7 @@ class RunLogger:
     def figure(self, tag: str, image: str | Path | np.ndarray, step: int) -> None:
         """Shows an image file, or an array [H, W, 3] uint8, in TensorBoard."""
         if self.main:
+            tag = printable(tag)
             array = image if isinstance(image, np.ndarray) else np.asarray(Image.open(image).convert("RGB"))
             self._board.add_image(tag, array, step, dataformats="HWC")
             if self._wandb is not None:

@@ -4,7 +4,6 @@ Texts such as the names of files and classes may come from anyone; the template 
 """
 
 import io
-import json
 import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ from PIL import Image
 
 from dat.engine.config import to_dict
 from dat.utils.errors import UserError
-from dat.utils.files import atomic_write
+from dat.utils.files import atomic_write, read_json
+from dat.utils.text import printable
 
 # Rows of a table of confusions.
 MOST_CONFUSIONS = 20
@@ -125,7 +125,7 @@ def confusion_table(counts: np.ndarray, rows: Sequence[str], columns: Sequence[s
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics.json of a run, {} if it is missing or damaged."""
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(folder / "metrics.json")
     except (OSError, ValueError):
         return {}
     return metrics if isinstance(metrics, dict) else {}
@@ -145,8 +145,14 @@ def errors_as_warnings(warn: Callable[[str], None], command: str) -> Iterator[No
         warn(f"the report is not complete: {reason}\nto write it again: {command}")
 
 
+def _show(value: Any) -> Any:
+    return printable(value, keep="\n\t") if isinstance(value, str) else value
+
+
 # The policy lets the page load and run nothing, should a text ever get into it unescaped.
-_TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+_TEMPLATE = Environment(
+    autoescape=True, finalize=_show, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+).from_string(
     """\
 <!doctype html>
 <html lang="en">

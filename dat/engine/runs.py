@@ -1,6 +1,5 @@
 """A table of training runs: how well each did, and what differs in their configurations."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from dat.engine.progress import format_seconds
 from dat.engine.report import read_metrics
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import read_jsonl, write_csv
+from dat.utils.text import echo
 
 # Files that only a run leaves in its folder.
 FILES = ("config.yaml", "log.jsonl", "last.pth")
@@ -20,9 +20,9 @@ IGNORED = ("output", "train.resume")
 def print_runs(folder: Path, schema: type, metrics: Sequence[str], csv: Path | None = None) -> None:
     """Prints the table of find_runs, and writes it to the file `csv`; folders that cannot be read are warnings."""
     rows, broken = find_runs(folder, schema, metrics)
-    print(format_runs(rows))
+    echo(format_runs(rows))
     for place, reason in broken:
-        print(f"warning: {place}: {reason.removeprefix(f'{place}/')}", file=sys.stderr)
+        echo(f"warning: {place}: {reason.removeprefix(f'{place}/')}", error=True)
     if csv is not None:
         write_csv(csv, rows, list(rows[0]) if rows else [])
 

@@ -1,5 +1,13 @@
 """Errors that a user can fix: commands print them as one line; all others keep their traceback."""
 
+import reprlib
+from typing import Any
+
+# Values of untrusted files may be nested without end, or numbers of thousands of digits.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+
 
 class UserError(Exception):
     """Base of errors whose message says what to change; no traceback is needed."""
@@ -36,3 +44,9 @@ class ExportError(UserError, RuntimeError):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The error message on one line, truncated to `limit` characters; the type's name if it is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its repr, shortened to about 200 characters."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -12,6 +12,7 @@ from timm.utils import natural_key
 
 from dat.utils.errors import DataError
 from dat.utils.images import HEIC, UNREADABLE, lacks_heif, open_image
+from dat.utils.text import printable
 
 IMAGE_EXTENSIONS = frozenset((
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -47,22 +48,60 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, also for text of unknown origin. Raises ValueError with one line for everything that it refuses.
+
+    Numbers may be NaN, infinite or, if whole, have up to 4,300 digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32. Raises DataError for anything else, and OSError."""
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The entries of a file with one JSON object per line, such as log.jsonl; empty if there is no such file."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         # A killed run may leave half a line behind.
-        with suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
+        with suppress(ValueError):
+            entry = parse_json(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored."""
+    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored.
+
+    Texts are written as `printable` shows them; an apostrophe leads those that spreadsheets would take for a formula.
+    """
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    # Tab and carriage return at the start are escaped by printable.
+    text = printable(value)
+    if not text.startswith(("=", "+", "-", "@")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def file_name(text: str) -> str:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from dat.utils.files import atomic_write, read_jsonl
 from dat.utils.fonts import figure_fonts
+from dat.utils.text import printable
 
 # Confusion matrices of more classes are drawn without class names, or without counts.
 NAMED, NUMBERED = 100, 20
@@ -83,8 +84,8 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
     if many <= NAMED:
         size = 8 if many <= 30 else 5
         style: dict[str, Any] = {"fontsize": size, "parse_math": False}
-        axes.set_xticks(range(len(columns)), [name[:18] for name in columns], rotation=90, **style)
-        axes.set_yticks(range(len(rows)), [name[:18] for name in rows], **style)
+        axes.set_xticks(range(len(columns)), [printable(name)[:18] for name in columns], rotation=90, **style)
+        axes.set_yticks(range(len(rows)), [printable(name)[:18] for name in rows], **style)
     if many <= NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
             if count:
@@ -116,11 +117,11 @@ def draw_grid(
     height = inches * min(1.0, max(image.height / image.width for image, _ in images)) + 0.3
     figure = Figure(figsize=(inches * columns, height * rows + 0.4 * bool(heading)), layout="constrained")
     if heading:
-        figure.suptitle(heading, parse_math=False)
+        figure.suptitle(printable(heading, keep="\n"), parse_math=False)
     for position, (image, title) in enumerate(images, start=1):
         axes = figure.add_subplot(rows, columns, position)
         axes.imshow(image)
-        axes.set_title(title, fontsize=8, parse_math=False)
+        axes.set_title(printable(title, keep="\n"), fontsize=8, parse_math=False)
         axes.axis("off")
     save_plot(figure, path)
 

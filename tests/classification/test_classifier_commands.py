@@ -1,14 +1,17 @@
 """The commands as a person runs them: files, exit codes, one line for a mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import dat
 from PIL import Image
 
+from dat.classification.data import SkippedImages
 from dat.engine.command import main_guard
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +114,19 @@ def test_shipped_configurations_are_valid(name):
     config = load_config(ClassificationConfig, ROOT / f"configs/classification/{name}.yaml")
     check_config(config)
     assert make_transform(config.data, training=True)
+
+
+def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(trained, pictures, tmp_path, capsys):
+    for name in (b"caf\xe9.png", b"=cmd().png", b"new\nline.png", b"esc\x1b[31m.png"):
+        Image.new("RGB", (32, 32)).save(pictures / "val/red" / os.fsdecode(name))
+    (pictures / "val/red" / os.fsdecode(b"bad\xe9\x1b.png")).write_bytes(b"x")
+    command("predict", trained, pictures / "val/red", "--out", tmp_path / "out")
+    assert r"bad\udce9\x1b.png" in capsys.readouterr().out
+    found = {result["file_name"] for result in json.loads((tmp_path / "out/predictions.json").read_text())}
+    assert {"caf\udce9.png", "=cmd().png", "new\nline.png", "esc\x1b[31m.png"} < found
+    table = (tmp_path / "out/predictions.csv").read_text(encoding="utf-8")
+    assert all(text in table for text in (r"caf\udce9.png", "'=cmd().png", r"new\nline.png", r"esc\x1b[31m.png"))
+    command("audit", pictures, "--out", tmp_path / "audit")
+    skipped = SkippedImages(SimpleNamespace(left_out=["a\nb\udce9.png"]), tmp_path / "skipped.txt")
+    skipped.write(SimpleNamespace(main=True))
+    assert (tmp_path / "skipped.txt").read_text(encoding="utf-8") == r"a\nb\udce9.png" + "\n"

@@ -180,3 +180,20 @@ def test_a_run_that_froze_random_batch_norm_resumes(config_file, tmp_path, monke
     dat("detect", "train", config_file, "train.epochs=2", frozen, "train.resume=true")
     assert is_frozen(tmp_path / "run/last.pth")
     assert load_checkpoint(tmp_path / "run/last.pth")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("out_indices", [-1, -1], r"out_indices is \[-1, -1\], should be different maps"),
+        ("out_indices", [-1, 3], r"fails on images of every size"),
+        ("out_indices", [99], r"timm cannot make 'test_resnet' with .*99"),
+        ("drop_path_rate", 2, r"model.backbone.drop_path_rate is 2, should be 0 to 1"),
+        ("drop_path_rate", float("nan"), r"model.backbone.drop_path_rate is nan, should be 0 to 1"),
+        ("in_chans", 0, r"fails on images of every size"),
+    ],
+)
+def test_arguments_that_would_fail_in_training_are_refused_before(config_file, tmp_path, argument, value, message):
+    with pytest.raises(ConfigError, match=message):
+        dat("detect", "train", config_file, f"model.backbone.{argument}={value}".replace("nan", ".nan"))
+    assert not (tmp_path / "run").exists()

@@ -100,6 +100,12 @@ def test_crowds_do_not_train(scenes):
             lambda data: data["annotations"][2].update(iscrowd="0"),
             r"annotations\[2\] has 'iscrowd' '0'; it should be 0",
         ),
+        (lambda data: data["annotations"][2].update(area=10**400), r"annotations\[2\] has 'area' 1000"),
+        (lambda data: data["annotations"][2].update(area=1e300), r"annotations\[2\] has 'area' 1e\+300"),
+        (lambda data: data["annotations"][2].update(bbox=[1, 2, True, 4]), r"annotations\[2\] has 'bbox' \[1, 2, True"),
+        (lambda data: data["annotations"][2].update(bbox=[1.5, 0, 10**400, 5]), r"annotations\[2\] has 'bbox' \[1.5"),
+        (lambda data: data["images"][1].update(width=10**400), r"images\[1\] has 'width' 1000"),
+        (lambda data: data["categories"][0].update(id=2**63), r"categories\[0\] has 'id' 9223372036854775808"),
         (lambda data: data["annotations"][2].update(iscrowd=2), r"annotations\[2\] has 'iscrowd' 2"),
     ],
 )
@@ -117,6 +123,10 @@ def test_a_file_that_is_missing_or_not_json_is_named(scenes):
     (scenes / "train.json").write_text("{")
     with pytest.raises(DataError, match=r"train.json: is not JSON"):
         read(scenes)
+    for text in ("[" * 100_000, '{"images": [{"id": ' + "9" * 5000 + "}]}"):
+        (scenes / "train.json").write_text(text)
+        with pytest.raises(DataError, match=r"train.json: is not JSON"):
+            read(scenes)
     (scenes / "train.json").write_text("[]")
     with pytest.raises(DataError, match=r"train.json: is not COCO: holds a list"):
         read(scenes)

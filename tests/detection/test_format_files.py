@@ -307,6 +307,25 @@ def test_malformed_files_of_cvat(write, scenes, old, new, message):
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [1.5]}}',
             r"6: category is 1.5, sho",
         ),
+        ('{"file_name": "../a.jpg", "objects": []}', r"jsonl:6: the image is '../a.jpg', should be a path inside"),
+        ('{"file_name": "/a.jpg", "objects": []}', r"jsonl:6: the image is '/a.jpg', should be a path inside"),
+        ("[" * 100_000, r"jsonl:6: .* is not JSON: is nested too deep"),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, true]], "category": [0]}}',
+            r"jsonl:6: bbox is \[1, 2, 3, True\], should be",
+        ),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [0], "area": 5}}',
+            r"jsonl:6: area is 5, should be a list",
+        ),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [0], "area": ["x"]}}',
+            r"jsonl:6: iscrowd is None, area 'x', should be",
+        ),
+        (
+            '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [10000000000]}}',
+            r"has class 10000000000 without a name, should be below",
+        ),
     ],
 )
 def test_malformed_lines_of_the_hub(write, scenes, line, message):

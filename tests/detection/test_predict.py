@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
@@ -215,3 +216,19 @@ def test_a_file_that_is_no_model_is_refused(folder, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match="not an ONNX model"):
         run(tmp_path / "model.onnx", folder, "--out", tmp_path / "out")
+
+
+def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(checkpoint, folder, tmp_path, capsys):
+    names = [b"caf\xe9.png", b"=cmd().png", b"new\nline.png", b"esc\x1b[31m.png", "a\u202eb.png".encode(), b"<i>.png"]
+    (tmp_path / "names").mkdir()
+    for name in names:
+        noise((64, 48)).save(tmp_path / "names" / os.fsdecode(name))
+    (tmp_path / "names" / os.fsdecode(b"bad\xe9\x1b[2J.png")).write_bytes(b"x")
+    run(checkpoint, tmp_path / "names", "--out", tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert r"bad\udce9\x1b[2J.png" in shown.encode().decode()
+    assert {result["file_name"] for result in read(tmp_path / "out")} == set(map(os.fsdecode, names))
+    with (tmp_path / "out/detections.csv").open(encoding="utf-8", newline="") as file:
+        cells = {row["file_name"] for row in csv.DictReader(file)}
+    wanted = {r"caf\udce9.png", "'=cmd().png", r"new\x0aline.png", r"esc\x1b[31m.png", r"a\u202eb.png", "<i>.png"}
+    assert cells == {name.replace(r"\x0a", r"\n") for name in wanted}

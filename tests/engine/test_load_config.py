@@ -223,3 +223,12 @@ def test_a_required_field_is_asked_for():
 
     with pytest.raises(ConfigError, match="root is required"):
         from_dict(Required, {}, "test")
+
+
+def test_aliases_inside_their_own_value_are_refused_on_one_line(tmp_path):
+    path = write(tmp_path, "")
+    for override in ("train.lr=&a [*a]", "model.backbone=&a {b: *a}"):
+        with pytest.raises(ConfigError, match=r"not valid YAML: the alias a stands inside its own value"):
+            load_config(Config, path, [override])
+    with pytest.raises(ConfigError, match=r"config.yaml: not valid YAML: the key 'lr' is used twice"):
+        load_config(Config, write(tmp_path, "train:\n  lr: 1\n  lr: 2\n"))

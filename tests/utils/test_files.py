@@ -6,13 +6,22 @@ import os
 import pytest
 
 from dat.utils.errors import DataError
-from dat.utils.files import find_images, write_json
+from dat.utils.files import find_images, read_json, read_jsonl, write_json
 
 
 @pytest.mark.parametrize("content", [{"AP": 0.5}, [{"score": 1}, {"score": 0.5}], []])
 def test_json_is_read_back(tmp_path, content):
     write_json(tmp_path / "x.json", content)
     assert json.loads((tmp_path / "x.json").read_text()) == content
+
+
+def test_json_that_is_refused_is_named(tmp_path):
+    for text in (b"[" * 100_000, b"9" * 5000, b"{", b"\xff", b""):
+        (tmp_path / "x.json").write_bytes(text)
+        with pytest.raises(DataError, match=r"x.json: is not JSON: [^\n]+$"):
+            read_json(tmp_path / "x.json")
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n' + b"[" * 100_000 + b'\n[1]\n\xff\n{"a": 2}\n{"a"')
+    assert read_jsonl(tmp_path / "x.jsonl") == [{"a": 1}, {"a": 2}]
 
 
 def test_a_failed_write_keeps_the_old_file_alone(tmp_path, monkeypatch):

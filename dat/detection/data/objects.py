@@ -1,6 +1,7 @@
 """Parts that several formats need: records of objects, names of images, and sizes of image files."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE
 from dat.detection.data.formats.coco import clip_box
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, shown
 from dat.utils.images import UNREADABLE, open_image
 
 # EXIF orientations that turn an image by 90 degrees.
@@ -21,6 +22,9 @@ _TURNED = (5, 6, 7, 8)
 
 # Annotations of one image, or a list of images, are no larger than this many bytes.
 LARGEST_FILE = 64 * 2**20
+
+# Classes without names are fewer than these.
+MOST_CLASSES = 100_000
 
 
 class Object(NamedTuple):
@@ -68,6 +72,18 @@ def make_categories(names: Sequence[str], where: Path) -> tuple[Category, ...]:
         fault = f"class {twice[0]!r} is listed more than once" if twice else "names no classes, should name one or more"
         raise DataError(f"{where}: {fault}")
     return tuple(Category(i, name) for i, name in enumerate(names))
+
+
+def parse_side(text: str) -> int:
+    """The width or height of an image that an attribute gives; 0: it is no whole number of 1 to 9 digits."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+
+def number_classes(largest: int, where: Path) -> list[str]:
+    """Numbers up to `largest` as the names of classes. Raises DataError for more than MOST_CLASSES."""
+    if largest >= MOST_CLASSES:
+        raise DataError(f"{where}: has class {shown(largest)} without a name, should be below {MOST_CLASSES}")
+    return [str(i) for i in range(largest + 1)]
 
 
 def image_sizes(paths: Sequence[Path], problems: Findings) -> list[tuple[int, int] | None]:

@@ -34,6 +34,9 @@ def build_backbone(arguments: dict[str, Any], num_maps: int = 3) -> nn.Module:
     """
     makes_pyramid = num_maps > 1 and "out_indices" not in arguments
     arguments = {"out_indices": list(range(-num_maps, 0)), **arguments}
+    indices = arguments["out_indices"]
+    if isinstance(indices, (list, tuple)) and len(set(map(str, indices))) < len(indices):
+        raise ConfigError(f"model.backbone.out_indices is {indices}, should be different maps")
     checkpoint_path = arguments.pop("checkpoint_path", None)
     fit = fit_sizes(arguments)
     fixed: dict[str, Any] = {"features_only": True, **fit.arguments}
@@ -126,7 +129,10 @@ def _runs(backbone: Any, sizes: Sequence[tuple[int, ...]]) -> bool:
     try:
         with torch.no_grad():
             for size in sizes:
-                backbone(torch.zeros(2, 3, *size))
+                maps = feature_maps(backbone, torch.zeros(2, 3, *size))
+                # Maps come in the order of the network, whatever the order of `out_indices`.
+                if [x.shape[1] for x in maps] != backbone.feature_info.channels():
+                    return False
     # A model fails with errors of any type.
     except Exception:
         return False

@@ -16,6 +16,9 @@ from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
 from dat.utils.errors import ConfigError
 
+# Widths and numbers of layers and queries are no larger than this, so that no weights overflow memory's addresses.
+LARGEST_INTEGER = 2**16
+
 
 @dataclass
 class ModelConfig:
@@ -65,6 +68,7 @@ class ModelConfig:
         integers = [name for name, value in self.arguments().items() if type(value) is int]
         for name in integers:
             check_range({"model": self}, [f"model.{name}"], 0 if name in self.may_be_0 else 1)
+            check_range({"model": self}, [f"model.{name}"], 0, LARGEST_INTEGER)
         check_range({"model": self}, ["model.drop_rate"], 0, 1)
 
 

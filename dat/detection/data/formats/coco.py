@@ -1,6 +1,5 @@
 """COCO's JSON format: one file of annotations and a folder of images for each split."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -15,7 +14,11 @@ from dat.detection.data.image_names import find_files
 from dat.detection.data.readers import collecting, read_strictly
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, shown
+from dat.utils.files import read_json
+
+# Below the largest float32.
+_LARGEST = 1e38
 
 
 def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None = None) -> Annotations:
@@ -72,15 +75,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     'annotations' may be absent, as in COCO's image_info_test2017.json.
     """
     try:
-        with path.open("rb") as file:
-            # UTF-16 and byte order marks, as Windows programs write them.
-            encoding = json.detect_encoding(file.read(4))
-        with path.open(encoding=encoding) as file:
-            data = json.load(file)
+        data = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such annotation file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: is not COCO: holds a {type(data).__name__}, it should be an object")
     for key in ("images", "annotations", "categories"):
@@ -97,7 +94,10 @@ def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
             raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
         if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
             name = {str: "a string", list: "a list", int: "an integer"}[kind]
-            raise DataError(f"{path}: is not COCO: {where} has '{key}' {entry[key]!r}; it should be {name}")
+            raise DataError(f"{path}: is not COCO: {where} has '{key}' {shown(entry[key])}; it should be {name}")
+        # Python's integers have no limit.
+        if kind is int and abs(entry[key]) >= 2**63:
+            raise DataError(f"{path}: {where} has '{key}' {shown(entry[key])}; it should be below 2**63")
     return [entry[key] for key in kinds]
 
 
@@ -206,9 +206,8 @@ def _ids_and_bbox(
         raise DataError(f"{path}: {where} has 'image_id' {image_id}, which 'images' does not list")
     if category_id not in categories:
         raise DataError(f"{path}: {where} has 'category_id' {category_id}, which 'categories' does not list")
-    # Python's integers have no limit.
-    if len(bbox) != 4 or not all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63) for v in bbox):
-        raise DataError(f"{path}: {where} has 'bbox' {bbox}; it should be four numbers, x, y, width, height")
+    if not is_box(bbox):
+        raise DataError(f"{path}: {where} has 'bbox' {shown(bbox)}; it should be four numbers, x, y, width, height")
     return image_id, category_id, bbox
 
 
@@ -216,12 +215,22 @@ def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool
     """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null. Raises DataError."""
     crowd, area = entry.get("iscrowd", 0), entry.get("area")
     if not isinstance(crowd, int) or crowd not in (0, 1):
-        raise DataError(f"{path}: {where} has 'iscrowd' {crowd!r}; it should be 0 or 1")
-    # Python's JSON reads NaN and infinity too.
-    number = isinstance(area, (int, float)) and not isinstance(area, bool)
-    if area is not None and not (number and 0 <= area < math.inf):
-        raise DataError(f"{path}: {where} has 'area' {area!r}; it should be a number of at least 0")
+        raise DataError(f"{path}: {where} has 'iscrowd' {shown(crowd)}; it should be 0 or 1")
+    if area is not None and not (is_number(area) and 0 <= area < math.inf):
+        raise DataError(f"{path}: {where} has 'area' {shown(area)}; it should be a number of at least 0")
     return bool(crowd), area
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that fits float32 or int64; NaN and infinity, which Python reads, do too."""
+    if isinstance(value, float):
+        return abs(value) < _LARGEST or not math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value of JSON is a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

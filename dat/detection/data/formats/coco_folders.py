@@ -3,7 +3,6 @@
 COCO's own, those that Roboflow, CVAT, Label Studio and FiftyOne export, and plain train.json, val.json and images/.
 """
 
-import json
 import mmap
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from dat.detection.data.readers import Found, Split, existing, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import write_json
+from dat.utils.files import parse_json, write_json
 
 # Names of a split's file or folder.
 WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -102,7 +101,7 @@ def _first_image(file: Path) -> str:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = _FILE_NAME.search(content)
         try:
-            return json.loads(found[1]) if found else ""
+            return parse_json(found[1]) if found else ""
         # parse_coco names the error.
         except ValueError:
             return ""

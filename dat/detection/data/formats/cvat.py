@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from dat.detection.data.image_names import find_files
-from dat.detection.data.objects import Object, make_categories, make_record
+from dat.detection.data.objects import Object, make_categories, make_record, parse_side
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, shown
 from dat.utils.safe_xml import Node, read_xml
 
 # The file has the annotations of all images.
@@ -57,8 +57,8 @@ def _read(file: Path, subsets: tuple[str, ...] | None, problems: Findings, image
             continue
         with collecting(problems, "malformed image entry"):
             name, width, height = (entry.get(key, "") for key in ("name", "width", "height"))
-            if not name or not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-                text = f"name {name!r}, width {width!r}, height {height!r}"
+            if not (name and parse_side(width) and parse_side(height)):
+                text = f"name {shown(name)}, width {shown(width)}, height {shown(height)}"
                 raise DataError(
                     f"{file}:{entry.line}: image has {text}, should have a name and sides of at least 1 pixel"
                 )

@@ -6,21 +6,23 @@ README.md or of the .parquet file. Images of .parquet files are extracted once, 
 """
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import cached_assets_path
 
-from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, read_text
+from dat.detection.data.formats.coco import is_box, is_number
+from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, number_classes, read_text
 from dat.detection.data.readers import Found, Split, collecting, register_reader
 from dat.detection.data.records import Annotations, path_order
 from dat.engine.audit import Findings
-from dat.utils.errors import ConfigError, DataError
+from dat.utils.errors import ConfigError, DataError, shown
+from dat.utils.files import parse_json
+from dat.utils.safe_yaml import parse_yaml
 
 _WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 _CLASS_KEYS = ("categories", "category", "labels", "label", "category_id")
@@ -89,11 +91,13 @@ def _read(
 
 def _objects(row: _Row, numbers: dict[str, int]) -> Iterator[Object]:
     for box, name, crowd, area in _entries(row):
-        numeric = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-        if not numeric:
-            raise DataError(f"{row.where}: bbox is {str(box)[:100]}, should be four numbers x, y, width, height")
-        if str(name) not in numbers:
-            raise DataError(f"{row.where}: category is {name!r}, should be one of {', '.join(list(numbers)[:10])}")
+        if not is_box(box):
+            raise DataError(f"{row.where}: bbox is {shown(box)}, should be four numbers x, y, width, height")
+        if isinstance(name, bool) or not isinstance(name, (int, str)) or str(name) not in numbers:
+            raise DataError(f"{row.where}: category is {shown(name)}, should be one of {', '.join(list(numbers)[:10])}")
+        if crowd not in (None, 0, 1) or not (area is None or (is_number(area) and 0 <= area < math.inf)):
+            text = f"iscrowd is {shown(crowd)}, area {shown(area)}"
+            raise DataError(f"{row.where}: {text}, should be 0 or 1, and a number of at least 0")
         x, y, w, h = box
         yield Object((x, y, x + w, y + h), numbers[str(name)], row.where, bool(crowd), area)
 
@@ -108,10 +112,13 @@ def _entries(row: _Row) -> Iterable[tuple[Any, Any, Any, Any]]:
     key = next((key for key in _CLASS_KEYS if isinstance(objects, dict) and key in objects), "")
     boxes = objects.get("bbox") if isinstance(objects, dict) else None
     if not key or not isinstance(boxes, list) or not isinstance(objects[key], list) or len(objects[key]) != len(boxes):
-        text = f"{row.where}: objects is {str(row.objects)[:100]}"
+        text = f"{row.where}: objects is {shown(row.objects)}"
         raise DataError(f"{text}, should be lists of equal lengths bbox and categories")
     crowds, areas = (objects.get(name) or [None] * len(boxes) for name in ("iscrowd", "area"))
-    return zip(boxes, objects[key], crowds, areas, strict=False)
+    for name, values in (("iscrowd", crowds), ("area", areas)):
+        if not isinstance(values, list) or len(values) != len(boxes):
+            raise DataError(f"{row.where}: {name} is {shown(values)}, should be a list as long as bbox")
+    return zip(boxes, objects[key], crowds, areas, strict=True)
 
 
 def _rows(files: Sequence[Path], problems: Findings, images: Path | None = None) -> Iterator[_Row]:
@@ -132,12 +139,19 @@ def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]
             with collecting(problems, "malformed line"):
                 where = f"{file}:{number}"
                 try:
-                    row = json.loads(content)
-                except (ValueError, RecursionError) as error:
+                    row = parse_json(content)
+                except ValueError as error:
                     raise DataError(f"{where}: {line.strip()[:100]!r} is not JSON: {error}") from error
                 if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                     raise DataError(f"{where}: {line.strip()[:100]!r} should be an object with file_name and objects")
+                _check_inside(where, row["file_name"])
                 yield where, row
+
+
+def _check_inside(where: str, name: str) -> None:
+    """Raises DataError for the name of an image that would lead out of the folder of the data."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise DataError(f"{where}: the image is {shown(name)}, should be a path inside the folder, without ..")
 
 
 def _parquet(file: Path) -> Any:
@@ -159,7 +173,9 @@ def _extracted(file: Path) -> Iterator[_Row]:
         raise DataError(f"{file}: has the columns {', '.join(columns)}, should have image and objects")
     state = file.stat()
     digest = hashlib.blake2b(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode(), digest_size=16)
-    folder = cached_assets_path("dat", namespace="parquet", subfolder=digest.hexdigest())
+    # The name comes first, since images are in the order of their paths.
+    subfolder = f"{file.stem}_{digest.hexdigest()}"
+    folder = cached_assets_path("dat", namespace="parquet", subfolder=subfolder)
     number = 0
     for batch in opened.iter_batches(batch_size=64, columns=["image", "objects"]):
         for row in batch.to_pylist():
@@ -169,6 +185,7 @@ def _extracted(file: Path) -> Iterator[_Row]:
             # Rows may have the same name; the number keeps the order of the file.
             path = folder / f"{file.stem}_{number:07d}_{Path(image.get('path') or 'image').name}"
             if not image.get("bytes"):
+                _check_inside(where, image["path"])
                 path = file.parent / image["path"]
             elif not path.is_file() or path.stat().st_size != len(image["bytes"]):
                 # Other processes of torchrun may extract the same file.
@@ -190,12 +207,16 @@ def _names_in_use(files: Sequence[Path]) -> list[str]:
             rows = [_Row(None, row.get("objects"), where) for where, row in _lines(file, Findings())]
         for row in rows:
             try:
-                found |= {name for _, name, _, _ in _entries(row) if isinstance(name, (int, str))}
+                found |= {
+                    name
+                    for _, name, _, _ in _entries(row)
+                    if isinstance(name, (int, str)) and name is not True and name is not False
+                }
             # The row is named when its split is read.
             except DataError:
                 continue
-    numbers = [str(i) for i in range(max((name for name in found if isinstance(name, int)), default=-1) + 1)]
-    return numbers or sorted(name for name in found if isinstance(name, str))
+    largest = max((name for name in found if isinstance(name, int)), default=-1)
+    return number_classes(largest, files[0]) or sorted(name for name in found if isinstance(name, str))
 
 
 def _names_in_readme(file: Path) -> list[str] | None:
@@ -203,10 +224,9 @@ def _names_in_readme(file: Path) -> list[str] | None:
     text = read_text(file, "a dataset card") if file.is_file() else ""
     front = text.split("---")[1] if text.startswith("---") else ""
     try:
-        # Everything stays text: safe_load would read a class "no" as False.
-        content = yaml.load(front, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: its front matter is not valid YAML: {' '.join(str(error).split())}") from error
+        content = parse_yaml(front, strings=True)
+    except ValueError as error:
+        raise DataError(f"{file}: its front matter is not valid YAML: {error}") from error
     for entry in _walk(content):
         if entry.get("name") == "objects":
             labels = [inner["class_label"] for inner in _walk(entry) if isinstance(inner.get("class_label"), dict)]
@@ -223,7 +243,7 @@ def _names_in_parquet(file: Path) -> list[str] | None:
         return None
     metadata = (_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
-        content = json.loads(metadata)
+        content = parse_json(metadata)
     except ValueError:
         return None
     features = [entry["objects"] for entry in _walk(content) if "objects" in entry]

@@ -22,6 +22,7 @@ from dat.detection.data.objects import (
     make_categories,
     make_record,
     number_text,
+    parse_side,
     read_text,
     relative_names,
     same_labels,
@@ -192,9 +193,9 @@ def _sizes(roots: Iterable[tuple[Path, Path, Node]], problems: Findings) -> list
     """(width, height) of each image; from its file where the XML gives none, as some tools leave it out."""
     found: list[tuple[int, int] | None] = []
     for image, _, root in roots:
-        width, height = (root.findtext(f"size/{side}", "").strip() for side in ("width", "height"))
-        if width.isdecimal() and height.isdecimal() and int(width) and int(height):
-            found.append((int(width), int(height)))
+        width, height = (parse_side(root.findtext(f"size/{side}", "").strip()) for side in ("width", "height"))
+        if width and height:
+            found.append((width, height))
         else:
             found += image_sizes([image], problems)
     return found

@@ -5,6 +5,7 @@ A line may also be a polygon, "class x y x y x y ...", whose extent is the box. 
 Studio).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from dat.detection.data.objects import (
     lost_areas,
     make_categories,
     make_record,
+    number_classes,
     read_text,
     relative_names,
     same_labels,
@@ -25,8 +27,9 @@ from dat.detection.data.objects import (
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord, path_order
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError
+from dat.utils.errors import DataError, shown
 from dat.utils.files import find_images
+from dat.utils.safe_yaml import parse_yaml
 
 _KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 _LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
@@ -218,20 +221,20 @@ def _label_path(image: Path, root: Path) -> Path:
 
 def _read_yaml(file: Path) -> Any:
     try:
-        # Everything stays text: safe_load would read a class "no" as False.
-        return yaml.load(read_text(file, "YAML"), yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise DataError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        return parse_yaml(read_text(file, "YAML"), strings=True)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{file}: not valid YAML: {error}") from error
 
 
 def _names(file: Path, value: Any) -> list[str]:
     """The names of data.yaml, a list or a dictionary by number. Raises DataError for anything else."""
     names = value
     if isinstance(value, dict):
-        numbered = {int(key) if str(key).isdecimal() else -1: name for key, name in value.items()}
-        names = [numbered.get(i) for i in range(len(value))]
+        names = [value.get(str(i)) for i in range(len(value))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file}: names is {str(value)[:100]}, should be class names, a list or 0: name, 1: name")
+        raise DataError(f"{file}: names is {shown(value)}, should be class names, a list or 0: name, 1: name")
     return names
 
 
@@ -244,8 +247,9 @@ def _numbers(root: Path) -> list[str]:
     largest = -1
     for path in root.glob("**/labels/**/*.txt"):
         lines = [line.split() for line in read_text(path, "lines of class x y width height").splitlines()]
-        largest = max([largest, *(int(words[0]) for words in lines if words and words[0].isdecimal())])
-    return [str(i) for i in range(largest + 1)]
+        # A longer number is no class.
+        largest = max([largest, *(int(words[0]) for words in lines if words and re.fullmatch("[0-9]{1,18}", words[0]))])
+    return number_classes(largest, root)
 
 
 register_reader("yolo", find, "data.yaml, obj.data, or images/ and labels/ with classes.txt", write)
