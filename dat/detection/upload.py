@@ -120,6 +120,7 @@ class _Worker:
         if self.closed or process is None:
             return 503, "the server is stopping"
         process.join(5)
+        process.kill()
         if process.exitcode == -signal.SIGALRM:
             return 413, f"decoding the image takes more than {self.limits.seconds:g} seconds"
         return 400, "the image is damaged: decoding it fails"
