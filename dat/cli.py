@@ -196,9 +196,15 @@ def _add_serve(parser: argparse.ArgumentParser, detect: bool) -> None:
     parser.add_argument(
         "--port", type=_at_least(0, 65535), default=8000, help="port to listen at, 0: a free one (8000)"
     )
+    text = "name under which a proxy or network reaches the server; addresses and localhost need none"
+    parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help=text)
+    text = "secret that requests must hold; better in the variable DAT_SERVE_TOKEN, which other users do not see"
+    parser.add_argument("--token", help=text)
     parser.add_argument("--max-megabytes", type=_at_least(0.0), default=16.0, help="largest upload (16)")
     parser.add_argument("--max-megapixels", type=_at_least(0.0), default=40.0, help="largest image (40)")
     parser.add_argument("--max-waiting", type=_at_least(1), default=256, help="most requests in the queue (256)")
+    text = "most requests of a client per second (100); twice as many may come at once"
+    parser.add_argument("--max-rate", type=_at_least(1.0), default=100.0, help=text)
     _add_detection(parser)
     _add_top_k(parser)
     _add_trust(parser)

@@ -219,18 +219,17 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         return Kind(".jpg", tuple(whole), lambda case: call("detect predict", path, case, "--out", out))
 
     def uploads() -> Kind:
-        from fastapi import HTTPException
-
         from dat.detection import Detector
-        from dat.detection.app import Limits, answer
+        from dat.detection.app import find
+        from dat.detection.upload import Refused, decode
 
         detector = Detector.from_checkpoint(detectors()[0], device="cpu")
 
         def use(path: Path) -> None:
             try:
-                answer(detector, path.read_bytes(), Limits(pixels=10**6), 0.0, True).model_dump_json()
-            except HTTPException as error:
-                if not 400 <= error.status_code < 500 or not error.detail:
+                find(detector, decode(path.read_bytes(), 10**6), 0.0, True).model_dump_json()
+            except Refused as error:
+                if not 400 <= error.status < 500 or not str(error):
                     raise
 
         return Kind(".jpg", pictures().whole, use)

@@ -217,6 +217,41 @@ def test_onnx_files_whose_results_are_no_detections(tmp_path, labels, boxes, mes
         Detector.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
 
 
+def write_constants(path, scores, boxes):
+    """A detector that gives the same detections for every image."""
+    arrays = {"scores": np.array(scores), "labels": np.zeros((1, 1), np.int64), "boxes": np.array(boxes, np.float32)}
+    arrays["queries"] = np.zeros((1, 1), np.int64)
+    kinds = [(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in arrays.items()]
+    return write_onnx(path, [constant(name, array) for name, array in arrays.items()], kinds)
+
+
+@pytest.mark.parametrize(
+    ("scores", "boxes", "message"),
+    [
+        (np.float32([[1.5]]), [[[0.0] * 4]], "scores that are not 0 to 1"),
+        (np.float32([[-0.5]]), [[[0.0] * 4]], "scores that are not 0 to 1"),
+        ([[1]], [[[0.0] * 4]], "scores that are not 0 to 1"),
+        (np.float32([[0.5]]), [[[9.0, 0, 1, 5]]], "boxes whose right or bottom edge"),
+        (np.float32([[math.inf]]), [[[0.0] * 4]], "NaN or infinite"),
+    ],
+)
+def test_onnx_files_whose_scores_or_boxes_make_no_sense(tmp_path, scores, boxes, message):
+    path = write_constants(tmp_path / "model.onnx", scores, boxes)
+    with pytest.raises(CheckpointError, match=f"model.onnx: gives .*{message}"):
+        Detector.from_checkpoint(path).predict(Image.new("RGB", (64, 64)))
+
+
+def test_onnx_files_with_functions_are_refused_before_they_are_inlined(tmp_path, monkeypatch):
+    path = write_constants(tmp_path / "model.onnx", np.float32([[0.5]]), [[[0.0] * 4]])
+    model, opset = onnx.load(path), helper.make_opsetid("", 20)
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    model.functions.append(helper.make_function("f", "F", ["x"], ["y"], nodes, [opset]))
+    onnx.save(model, path)
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *arguments, **options: pytest.fail("it was loaded"))
+    with pytest.raises(CheckpointError, match=r"model.onnx: defines 1 functions, which exports never do"):
+        load_exported(path, "detection")
+
+
 @pytest.mark.parametrize("rows", [0, 2])
 def test_onnx_files_that_label_another_number_of_pictures(tmp_path, rows):
     arrays = {"logits": np.ones((rows, 1), np.float32)}

@@ -1,6 +1,7 @@
 """The commands `dat detect ...`: each takes the options that `dat.cli` parsed."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,18 @@ def serve(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ConfigError(f'serving needs {error.name}: pip install "dat-vision[serve]"') from error
     detector = Detector.from_checkpoint(options.model, (), options.device, options.trust, options.top_k)
-    limits = Limits(round(options.max_megabytes * 2**20), round(options.max_megapixels * 10**6), options.max_waiting)
+    limits = Limits(
+        round(options.max_megabytes * 2**20),
+        round(options.max_megapixels * 10**6),
+        options.max_waiting,
+        rate=options.max_rate,
+    )
     detector.val = detector.options(**_prediction(options))
-    serve(detector, options.host, options.port, limits)
+    # A token on the command line is seen by every user of the machine.
+    token = os.environ.get("DAT_SERVE_TOKEN") if options.token is None else options.token
+    if token == "":
+        raise ConfigError("the token (--token or DAT_SERVE_TOKEN) is empty, should be a secret text")
+    serve(detector, options.host, options.port, limits, options.allow_host, token)
 
 
 def audit(options: argparse.Namespace) -> None:

@@ -187,3 +187,7 @@ class Predictor:
             raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
         scores, labels, boxes, _ = outputs
         check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))
+        if not scores.is_floating_point() or not ((scores >= 0) & (scores <= 1)).all():
+            raise CheckpointError(f"{self.path}: gives scores that are not 0 to 1")
+        if not boxes.is_floating_point() or not (boxes[..., :2] <= boxes[..., 2:]).all():
+            raise CheckpointError(f"{self.path}: gives boxes whose right or bottom edge is before the left or top one")

@@ -106,7 +106,7 @@ def _load_onnx(path: Path) -> Exported:
         needed = f"running ONNX files needs {error.name}"
         raise ConfigError(f'{path}: {needed}: pip install "dat-vision[onnx]"') from error
     try:
-        _check_tensors(onnx.load(path, load_external_data=False), path)
+        _check_content(onnx.load(path, load_external_data=False), path)
     except (DecodeError, OSError) as error:
         raise CheckpointError(f"{path}: not an ONNX model, or a damaged one") from error
     _bound_memory()
@@ -147,13 +147,16 @@ def _load_onnx(path: Path) -> Exported:
     return Exported(metadata, run)
 
 
-def _check_tensors(model: Any, path: Path) -> None:
-    """Raises CheckpointError for tensors that exports never hold, of a model (onnx.ModelProto).
+def _check_content(model: Any, path: Path) -> None:
+    """Raises CheckpointError for functions and tensors that exports never hold, of a model (onnx.ModelProto).
 
-    External tensors may name any file of the machine, and sparse ones take any memory while the model is read.
+    onnxruntime inlines functions before any limit holds: 18 that each call the next one twice are 2**18 nodes. External
+    tensors may name any file of the machine, and sparse ones take any memory while the model is read.
     """
     import onnx
 
+    if model.functions:
+        raise CheckpointError(f"{path}: defines {len(model.functions)} functions, which exports never do")
     waiting = [model]
     while waiting:
         message = waiting.pop()

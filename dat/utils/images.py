@@ -1,6 +1,7 @@
 """Reading image files with Pillow: every reader of the package comes here, so that all of them see the same pixels."""
 
 import logging
+import re
 import struct
 import tarfile
 import zlib
@@ -29,6 +30,16 @@ UNREADABLE = (
 HEIC = "HEIC (pip install pillow-heif)"
 # Major brands of HEIC files, from byte 8 on; bytes 4 to 8 are "ftyp".
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# A JPEG of 1 MB may have 20,000 scans, each of which passes over all pixels; ordinary progressive ones have about 10.
+MOST_SCANS = 100
+# Scans times pixels: beyond about 10 seconds of decoding.
+MOST_SCANNED = 2**31
+# Bytes of a JPEG: no pixels that Pillow decodes fill more.
+LARGEST_JPEG = 2**29
+# A marker of a JPEG; those left out have no parameters: stuffed bytes, fill bytes, TEM, restarts.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_SCAN, _END = 0xDA, 0xD9
 
 # See check_size.
 SHORTEST_SIDE = 4
@@ -119,7 +130,30 @@ def lacks_heif(path: str | Path) -> bool:
 def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Decoded:
     """Decodes an image file. Raises one of UNREADABLE; see read_image for the arguments and the rules."""
     with open_image(source) as image:
+        _check_scans(image)
         return _convert(image, size, source)
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Raises ValueError for an open JPEG file that would take minutes to decode."""
+    file = getattr(image, "fp", None)
+    if file is None or image.format not in ("JPEG", "MPO"):
+        return
+    most = min(MOST_SCANS, max(MOST_SCANNED // (image.width * image.height), 1))
+    file.seek(0)
+    content = file.read(LARGEST_JPEG + 1)
+    file.seek(0)
+    if len(content) > LARGEST_JPEG:
+        raise ValueError(f"it is a JPEG of more than {LARGEST_JPEG >> 20} MiB")
+    # Segments are skipped by their lengths, since previews and metadata may hold the same bytes.
+    position, scans = 2, 0
+    while (marker := _MARKER.search(content, position)) and marker[1][0] != _END:
+        scans += marker[1][0] == _SCAN
+        if scans > most:
+            raise ValueError(
+                f"it is a JPEG of more than {most} scans, the most for {image.width}x{image.height} pixels"
+            )
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
 
 
 def _convert(

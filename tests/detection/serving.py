@@ -12,10 +12,10 @@ from dat.detection.app import create_app
 
 
 @contextmanager
-def serving(detector, limits):
-    """The port of a server that runs in a thread."""
+def serving(detector, limits, **options):
+    """The port of a server that runs in a thread; `options` of create_app."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    config = uvicorn.Config(create_app(detector, limits), log_level="warning", lifespan="on")
+    config = uvicorn.Config(create_app(detector, limits, **options), log_level="warning", lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

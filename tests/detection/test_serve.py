@@ -4,6 +4,7 @@ import copy
 import http.client
 import io
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def test_the_page_and_the_description(port):
     status, text = request(port, "GET", "/openapi.json")
     detect_path = json.loads(text)["paths"]["/detect"]["post"]
     assert set(detect_path["requestBody"]["content"]) == set(app.FORMATS.values())
-    assert {"200", "400", "408", "413", "415", "422", "429", "500"} == set(detect_path["responses"])
+    statuses = {"200", "400", "401", "403", "408", "413", "415", "422", "429", "500", "503"}
+    assert set(detect_path["responses"]) == statuses
     model = json.loads(request(port, "GET", "/model")[1])
     assert model == {"classes": ["blue", "red"], "points": True, "max_bytes": 200_000, "max_pixels": 250_000}
 
@@ -236,10 +238,16 @@ def test_the_command_prints_its_address_once_it_listens(tmp_path):
         address, text = process.stdout.readline().split(": ")
         assert text == f"{path}, 2 classes\n"
         assert address.startswith("http://127.0.0.1:")
-        assert request(int(address.rpartition(":")[2]), "GET", "/model")[0] == 200
+        port = int(address.rpartition(":")[2])
+        assert request(port, "GET", "/model")[0] == 200
+        # An upload that stalls does not keep the server from ending.
+        with socket.create_connection(("127.0.0.1", port)) as stalled:
+            stalled.sendall(b"POST /detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nGIF")
+            time.sleep(0.2)
+            process.terminate()
+            process.wait(10)
     finally:
-        process.terminate()
-        process.wait(20)
+        process.kill()
 
 
 def test_a_port_in_use_is_named(detector, port):

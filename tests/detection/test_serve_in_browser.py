@@ -1,5 +1,6 @@
 """The page of `dat detect serve` in a browser: what a person does with it."""
 
+import copy
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ from exporting import write_detector
 from PIL import Image
 
 from dat.detection import Detector
+from dat.detection.data import Category
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
@@ -165,6 +167,34 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(page, picture, tmp_path):
     upload(page, picture)
     assert page.get_by_role("alert").count() == 0
     page.get_by_text("found ").wait_for()
+
+
+def test_names_of_classes_and_files_run_no_script(browser, detector, picture, tmp_path):
+    nasty = "<img src=x onerror=alert(1)>"
+    other = copy.copy(detector)
+    other.categories = tuple(Category(category.id, f"{nasty}{category.id}") for category in detector.categories)
+    path = tmp_path / f"{nasty}.jpg"
+    path.write_bytes(picture.read_bytes())
+    (tmp_path / f"{nasty}.txt").write_text("hello")
+    dialogs = []
+    with serving(other, app.Limits(), token="<b>&") as port:
+        page = browser.new_page()
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_role("alert").filter(has_text="the token is absent or wrong").wait_for()
+        page.goto(f"http://127.0.0.1:{port}/#token=%3Cb%3E%26")
+        page.reload()
+        upload(page, path)
+        assert nasty in page.locator("#list button").first.inner_text()
+        assert nasty in page.locator("#classes").inner_text()
+        assert page.locator("img").count() == 0
+        page.set_input_files("#file", tmp_path / f"{nasty}.txt")
+        page.get_by_role("alert").filter(has_text=nasty).wait_for()
+        # Neither does a script that gets into the page all the same.
+        page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=alert(1)>')")
+        page.wait_for_timeout(200)
+        page.close()
+    assert dialogs == []
 
 
 def test_a_picture_may_be_dropped_anywhere_on_a_phone_too(page, picture):

@@ -300,3 +300,25 @@ def test_contrast():
     assert not has_contrast(Image.fromarray(pixels))
     pixels[:8, :8, 2] = 200
     assert has_contrast(Image.fromarray(pixels))
+
+
+def jpeg_of_scans(count, comment=b""):
+    """A progressive JPEG of 24x16 pixels, whose last scan is repeated; `comment`: bytes of its metadata."""
+    content = encode(UPRIGHT, "JPEG", progressive=True, comment=comment).getvalue()
+    last = content.rindex(b"\xff\xda")
+    first_scans = content[:last].replace(comment, b"").count(b"\xff\xda")
+    return io.BytesIO(content[:last] + content[last:-2] * (count - first_scans) + content[-2:])
+
+
+def test_jpegs_of_too_many_scans_are_refused_before_they_are_decoded(monkeypatch):
+    assert read_image(jpeg_of_scans(images.MOST_SCANS)).size == (24, 16)
+    with pytest.raises(ImageError, match="cannot be read as an image: it is a JPEG of more than 100 scans"):
+        read_image(jpeg_of_scans(images.MOST_SCANS + 1))
+    monkeypatch.setattr(images, "MOST_SCANNED", 50 * 24 * 16)
+    assert read_image(jpeg_of_scans(50)).size == (24, 16)
+    with pytest.raises(ImageError, match="more than 50 scans, the most for 24x16 pixels"):
+        read_image(jpeg_of_scans(51))
+
+
+def test_scans_in_the_metadata_of_a_jpeg_do_not_count():
+    assert read_image(jpeg_of_scans(20, comment=b"\xff\xda" * 500)).size == (24, 16)

@@ -1,0 +1,190 @@
+"""Decodes uploads in processes of their own, so that no file costs the server its time or memory."""
+
+import io
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from dat.utils.errors import UserError
+from dat.utils.images import UNREADABLE, check_size, read_image
+
+FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
+# Bytes that a process may take to decode an image: per pixel (several copies, 32 bits per channel) and besides.
+BYTES_PER_PIXEL, OTHER_BYTES = 64, 2**28
+
+
+class Refused(UserError):
+    """An upload that cannot be used; `status` is that of HTTP."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Limits of one image: its pixels, and the seconds that decoding may take."""
+
+    pixels: int
+    seconds: float
+
+
+class DecodePool:
+    """Processes that decode images, one at a time each.
+
+    Args:
+        count: number of processes.
+        limits: of each image.
+    """
+
+    def __init__(self, count: int, limits: DecodeLimits) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        # A forked copy of the server would inherit its threads, sockets and model.
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([__name__])
+        self._workers = [_Worker(context, limits) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def start(self) -> None:
+        """Starts the processes, which takes seconds; otherwise the first images would wait for them."""
+        for worker in self._workers:
+            worker.start()
+
+    def decode(self, content: bytes | bytearray) -> Image.Image:
+        """An image file in RGB; waits for a process that is free. Raises Refused."""
+        worker = self._idle.get()
+        try:
+            return worker.decode(content)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """A process that decodes images; it is started again after one that ended it."""
+
+    def __init__(self, context: BaseContext, limits: DecodeLimits) -> None:
+        self.context, self.limits = context, limits
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.connection: Connection | None = None
+        self.closed = False
+        self.starting = threading.Lock()
+
+    def start(self) -> None:
+        with self.starting:
+            if self.process is not None or self.closed:
+                return
+            connection, other = self.context.Pipe()
+            process = self.context.Process(target=_work, args=(other, self.limits), daemon=True)  # type: ignore[attr-defined]
+            process.start()
+            other.close()
+            self.process, self.connection = process, connection
+            # The server may have been closed in the meantime.
+            if self.closed:
+                process.kill()
+
+    def decode(self, content: bytes | bytearray) -> Image.Image:
+        self.start()
+        if self.connection is None:
+            raise Refused(503, "the server is stopping")
+        try:
+            self.connection.send_bytes(content)
+            # JSON and pixels: a pickle could run code of a process that a file has taken over.
+            answer = json.loads(self.connection.recv_bytes())
+            if "reason" in answer:
+                raise Refused(answer["status"], answer["reason"])
+            return Image.frombytes("RGB", answer["size"], self.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise Refused(*self._reap()) from error
+
+    def _reap(self) -> tuple[int, str]:
+        """Forgets a process that has ended; returns the status and the reason."""
+        process, self.process, self.connection = self.process, None, None
+        if self.closed or process is None:
+            return 503, "the server is stopping"
+        process.join(5)
+        process.kill()
+        if process.exitcode == -signal.SIGALRM:
+            return 413, f"decoding the image takes more than {self.limits.seconds:g} seconds"
+        return 400, "the image is damaged: decoding it fails"
+
+    def close(self) -> None:
+        self.closed = True
+        if self.process is not None:
+            self.process.kill()
+
+
+def _work(connection: Connection, limits: DecodeLimits) -> None:
+    """Answers image files with their size and pixels, or with the reason why not, until the connection ends."""
+    # Interrupting the command interrupts its processes too; the server ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory(limits.pixels * BYTES_PER_PIXEL + OTHER_BYTES)
+    # Importing Pillow's plugins is not the time of the first image.
+    Image.init()
+    while True:
+        try:
+            content = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        # The default action ends the process, inside of a library too.
+        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+        try:
+            image = decode(content, limits.pixels)
+        except Refused as error:
+            answer: Iterable[bytes] = [json.dumps({"status": error.status, "reason": str(error)}).encode()]
+        else:
+            answer = [json.dumps({"size": image.size}).encode(), image.tobytes()]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for part in answer:
+            connection.send_bytes(part)
+
+
+def _limit_memory(size: int) -> None:
+    """Limits the address space of the process to `size` bytes more than it has; where the system does not say: not."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def decode(content: bytes, pixels: int) -> Image.Image:
+    """An image file in RGB. Raises Refused, before anything large is decoded where there are more than `pixels`."""
+    try:
+        # Reads the header only.
+        with Image.open(io.BytesIO(content), formats=list(FORMATS)) as head:
+            width, height = head.size
+    except UnidentifiedImageError as error:
+        raise Refused(415, f"not an image of a supported format: {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise Refused(413, f"the image has more than {pixels} pixels") from error
+    except UNREADABLE as error:
+        raise Refused(400, f"the image is damaged: {error}") from error
+    if width * height > pixels:
+        raise Refused(413, f"the image has {width} x {height} pixels, more than {pixels}")
+    try:
+        image = read_image(io.BytesIO(content))
+        check_size(image)
+    except UserError as error:
+        raise Refused(400, str(error)) from error
+    return image
