@@ -22,7 +22,9 @@ def test_what_a_terminal_would_obey_is_shown():
     assert printable("naïve 東京 עברית 👩") == "naïve 東京 עברית 👩"
 
 
-def test_printed_and_logged_lines(tmp_path, capfd):
+def test_printed_and_logged_lines(tmp_path, capfd, monkeypatch):
+    # pytest would send what it captures of the log to another process, which no surrogate survives.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     echo(f"a\n{HOSTILE}")
     echo(HOSTILE, error=True)
     assert capfd.readouterr() == (f"a\n{SHOWN}\n", f"{SHOWN}\n")
