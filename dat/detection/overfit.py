@@ -18,6 +18,7 @@ from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import setup_distributed
+from dat.engine.lock import lock_run
 from dat.utils.files import read_jsonl
 
 # AP at which a run ends, and the AP that it should reach.
@@ -39,11 +40,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
     train_set = cut_into_windows(read_dataset(config.data, "train"), config.data.train, config.seed)
     some = choose(train_set, count)
     output = Path(config.output)
-    # Removes the checkpoints of an earlier attempt.
-    if distributed.main:
-        for name in ("last.pth", "best.pth"):
-            (output / name).unlink(missing_ok=True)
-    metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
+    with lock_run(output, distributed):
+        # Removes the checkpoints of an earlier attempt.
+        if distributed.main:
+            for name in ("last.pth", "best.pth"):
+                (output / name).unlink(missing_ok=True)
+        metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:

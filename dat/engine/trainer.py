@@ -38,6 +38,7 @@ from dat.engine.distributed import (
     stop_on_sigterm,
     whole_tensors,
 )
+from dat.engine.lock import lock_run
 from dat.engine.logger import RunLogger, peak_memory
 from dat.engine.progress import Progress, StepRecord, format_seconds
 from dat.engine.report import errors_as_warnings
@@ -82,6 +83,8 @@ class Trainer(Task):
         self.pending: StepRecord | None = None
         self.latest: list[float] = []
         self.stop = StopSignal()
+        # Before the checkpoint is read, which another training might be about to replace.
+        self.lock = lock_run(self.output, self.distributed)
         self._prepare_model()
 
     def _prepare_model(self) -> None:
@@ -132,6 +135,10 @@ class Trainer(Task):
         Returns:
             metrics.json of the best epoch on the main process, {} on the others.
         """
+        with self.lock:
+            return self._run(until)
+
+    def _run(self, until: float) -> dict[str, Any]:
         progress, config, main = self.progress, self.config, self.distributed.main
         start = None if self.resume is None else progress.step
         self.logger = RunLogger(self.output, main, start, config.train.wandb_project, to_dict(config))
