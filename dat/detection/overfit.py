@@ -17,6 +17,7 @@ from dat.detection.data import Annotations, cut_into_windows, read_dataset, resi
 from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
 from dat.detection.trainer import DetectionTrainer
+from dat.engine.checkpoint import LAST, PREVIOUS
 from dat.engine.distributed import setup_distributed
 from dat.engine.lock import lock_run
 from dat.utils.files import read_jsonl
@@ -43,7 +44,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
     with lock_run(output, distributed):
         # Removes the checkpoints of an earlier attempt.
         if distributed.main:
-            for name in ("last.pth", "best.pth"):
+            for name in (LAST, PREVIOUS, "best.pth"):
                 (output / name).unlink(missing_ok=True)
         metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:

@@ -71,11 +71,12 @@ def process_exists(number: int) -> bool:
 
 @contextmanager
 def name_full_disk(path: Path) -> Iterator[None]:
-    """Adds to an OSError of a full disk inside the block: the file, the free space and whether the old file is kept."""
+    """Adds `path`, a file or folder, the free space and the state of old files to the OSError of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        # An error that names a file comes from an inner block.
+        if error.errno not in FULL or error.filename is not None:
             raise
         raise OSError(error.errno, full_disk(error, path), str(path)) from error
 
@@ -83,8 +84,8 @@ def name_full_disk(path: Path) -> Iterator[None]:
 def full_disk(error: OSError, path: Path) -> str:
     """The reason that the file `path`, or a file in the folder `path`, cannot be written."""
     folder = path if path.is_dir() else path.parent
+    kept = "finished files are intact" if path == folder else "the old file is kept" if path.exists() else ""
     free = shutil.disk_usage(folder).free / 2**20
-    kept = "finished files in it are intact" if path.is_dir() else "the old file is kept" if path.exists() else ""
     reason = f"{os.strerror(error.errno or 0)}: {free:,.1f} MiB are free in {folder}"
     return f"{reason}; {kept or 'nothing was written'}"
 
