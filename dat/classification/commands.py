@@ -73,6 +73,7 @@ def runs(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     from dat.classification.readers import open_split
     from dat.classification.report import read_results, write_report
+    from dat.engine.lock import lock_run
     from dat.engine.report import read_metrics
 
     folder = options.run
@@ -91,5 +92,7 @@ def report(options: argparse.Namespace) -> None:
     except (DataError, CheckpointError) as error:
         text = f"Not complete: {error}"
         echo(f"warning: {text}", error=True)
-    write_report(folder, config, names, results, split, metrics, text)
+    # A training would write the same files.
+    with lock_run(folder):
+        write_report(folder, config, names, results, split, metrics, text)
     echo(f"written to {folder / 'report.html'}")

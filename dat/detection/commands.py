@@ -117,6 +117,7 @@ def runs(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     from dat.detection.report import read_evaluation, write_report
+    from dat.engine.lock import lock_run
     from dat.engine.report import read_metrics
 
     config = load_config(DetectionConfig, options.run / "config.yaml", options.overrides)
@@ -129,7 +130,9 @@ def report(options: argparse.Namespace) -> None:
     except DataError as error:
         text = f"Without an evaluation: {error}"
         echo(f"warning: {text}", error=True)
-    write_report(options.run, config, evaluation, metrics, text)
+    # A training would write the same files.
+    with lock_run(options.run):
+        write_report(options.run, config, evaluation, metrics, text)
     echo(f"written to {options.run / 'report.html'}")
 
 

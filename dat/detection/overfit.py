@@ -17,7 +17,9 @@ from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
 from dat.detection.report import read_results
 from dat.detection.trainer import DetectionTrainer
+from dat.engine.checkpoint import LAST, PREVIOUS
 from dat.engine.distributed import setup_distributed
+from dat.engine.lock import lock_run
 from dat.utils.files import read_jsonl
 from dat.utils.text import echo
 
@@ -40,11 +42,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
     train_set = cut_into_windows(read_dataset(config.data, "train"), config.data.train, config.seed)
     some = choose(train_set, count)
     output = Path(config.output)
-    # Removes the checkpoints of an earlier attempt.
-    if distributed.main:
-        for name in ("last.pth", "best.pth"):
-            (output / name).unlink(missing_ok=True)
-    metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
+    with lock_run(output, distributed):
+        # Removes the checkpoints of an earlier attempt.
+        if distributed.main:
+            for name in (LAST, PREVIOUS, "best.pth"):
+                (output / name).unlink(missing_ok=True)
+        metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:

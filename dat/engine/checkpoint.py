@@ -4,15 +4,16 @@ A file may come from anyone. `torch.load(weights_only=True)` runs no code; the c
 time that a small file can ask for.
 """
 
+import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import timm
 import torch
@@ -28,6 +29,62 @@ from dat.utils.finite import check_finite
 M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    """Whether this has the structure of torch.optim.Optimizer.state_dict()."""
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    return (
+        all(type(key) is int and isinstance(item, dict) for key, item in value["state"].items())
+        and isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    )
+
+
+_COUNT, _FINITE = ("an integer of at least 0", _is_count), ("a finite number", _is_finite)
+_SECONDS = ("a number of seconds", lambda value: _is_finite(value) and value >= 0)
+_TENSORS = ("a dictionary of tensors", lambda value: isinstance(value, dict))
+
+# Entries of last.pth beside those of the classes: the values that each should be, and a test for them.
+REQUIRED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "config": ("a dictionary", lambda value: isinstance(value, dict)),
+    "state_dict": _TENSORS,
+    "step": _COUNT,
+    "epoch": _COUNT,
+    "step_in_epoch": _COUNT,
+    "best": _FINITE,
+    "best_epoch": _COUNT,
+}
+# Earlier versions lack some of these; best.pth has no optimizer, and not every run has averaged weights.
+OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "state_dict_ema": _TENSORS,
+    "optimizer": ("an optimizer's state_dict()", _is_optimizer_state),
+    "images_per_step": ("an integer of at least 1", lambda value: _is_count(value) and value > 0),
+    "closed": _COUNT,
+    "stale": _COUNT,
+    "seconds": _SECONDS,
+    "train_seconds": _SECONDS,
+    "eval_seconds": _SECONDS,
+    # NaN before the first line of the log.
+    "loss": ("a number", lambda value: type(value) in (int, float)),
+    "sums": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_finite, value))),
+    "summed": _COUNT,
+}
+# State of torch's and timm's optimizers with the shape of the parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+# The state of training after the last save and after the one before, in the folder of a run.
+LAST, PREVIOUS = "last.pth", "previous.pth"
 
 # torch.load raises any of these for damaged files and files of other formats.
 UNREADABLE = (
@@ -56,24 +113,80 @@ class Trained:
     state: dict[str, Any]
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], keep: str | None = None) -> None:
     """Writes `state` (tensors and plain values) to `path`; a crash at any moment leaves the old or the new file.
 
+    `keep`: name under which the old file stays in the folder.
+
     Raises:
-        CheckpointError: the file cannot be written (for example, the disk is full); the old file is kept.
+        CheckpointError: the file cannot be written (for example, the disk is full); the old files are kept.
     """
     path = Path(path)
     try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                _write(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _keep(path, path.with_name(keep))
         _sync_folder(path.parent)
-    # torch's zip writer reports a failed write as RuntimeError.
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is kept" if path.exists() else "nothing was written"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{path}: cannot write the checkpoint: {reason}; {kept}") from error
+        raise CheckpointError(f"{path}: cannot write the checkpoint: {reason.split(';')[0]}; {kept}") from error
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, which turns the errors of a file into a RuntimeError about positions; this raises them."""
+    errors: list[OSError] = []
+
+    class File:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save({"format": FORMAT, **state}, cast(BinaryIO, File()))
+    except (OSError, RuntimeError):
+        if errors:
+            raise errors[0] from None
+        raise
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Gives a file a second name, which replaces an older file."""
+    try:
+        with atomic_write(kept) as link:
+            os.link(path, link)
+    # Some file systems have no links; for a moment there is no file at `path` then.
+    except OSError:
+        os.replace(path, kept)
+
+
+def find_checkpoint(output: Path) -> Path | None:
+    """The checkpoint from which a run goes on: last.pth, or previous.pth if that is missing or damaged."""
+    last, previous = output / LAST, output / PREVIOUS
+    if not last.exists():
+        return previous if previous.exists() else None
+    if not is_intact(last) and is_intact(previous):
+        return previous
+    return last
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is a whole archive of torch.save, with the right checksums."""
+    try:
+        check_archive(path)
+        return zipfile.is_zipfile(path)
+    except CheckpointError:
+        return False
 
 
 def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -88,7 +201,7 @@ def load_checkpoint(path: str | Path, kind: str | None = None) -> dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    _check_archive(path)
+    check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -132,7 +245,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: damaged, not a checkpoint, or values that are not tensors.
     """
     if path.suffix != ".safetensors":
-        _check_archive(path)
+        check_archive(path)
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
     except UNREADABLE as error:
@@ -193,6 +306,8 @@ def check_fits(model: nn.Module, state_dict: dict[str, Any], path: str | Path) -
             raise CheckpointError(
                 f"{path}: of another architecture: {name} is {found}, should be {tuple(tensor.shape)}"
             )
+        if state_dict[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} is of {state_dict[name].dtype}, should be of {tensor.dtype}")
     for name in state_dict:
         if name not in own:
             raise CheckpointError(f"{path}: of another architecture: the model has no {name}")
@@ -204,14 +319,88 @@ def check_weights_finite(state: dict[str, Any], where: str) -> None:
     check_finite(((f"averaged {name}", tensor) for name, tensor in state.get("state_dict_ema", {}).items()), where)
 
 
+def check_training_state(state: dict[str, Any], classes: Collection[str], values: int, path: str | Path) -> None:
+    """Raises CheckpointError unless training can go on from the entries of a checkpoint; names the first that is wrong.
+
+    Args:
+        state: from load_checkpoint.
+        classes: further entries, which describe the classes.
+        values: number of values of a step that are logged, whose sums the checkpoint holds.
+        path: file of the checkpoint, for messages.
+    """
+    for name in (*REQUIRED, *classes):
+        if name not in state:
+            raise CheckpointError(f"{path}: has no {name}; resuming needs it")
+    for name, (expected, test) in (REQUIRED | OPTIONAL).items():
+        if name in state and not test(state[name]):
+            raise CheckpointError(f"{path}: {name} is {_describe(state[name])}, should be {expected}")
+    sums, summed = state.get("sums", []), state.get("summed", 0)
+    if len(sums) != (values if summed else 0):
+        raise CheckpointError(
+            f"{path}: sums has {len(sums)} numbers of {summed} steps, should have {values if summed else 0}"
+        )
+    for name, most in (("closed", "step"), ("step_in_epoch", "step"), ("best_epoch", "epoch")):
+        if state.get(name, 0) > state[most]:
+            raise CheckpointError(f"{path}: {name} is {state[name]}, should be at most {most}, which is {state[most]}")
+    train = state["config"].get("train")
+    if isinstance(train, dict) and train.get("ema_decay") and "optimizer" in state and "state_dict_ema" not in state:
+        raise CheckpointError(f"{path}: has no state_dict_ema, but its train.ema_decay is {train['ema_decay']}")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
     """Restores the optimizer from a checkpoint's `state`. Raises CheckpointError if it has none or one unlike it."""
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
+    groups = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: its optimizer state does not fit this configuration: {one_line(error)}"
+        ) from error
+    wrong = _find_wrong(optimizer, groups)
+    if wrong:
+        raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {wrong}")
+
+
+def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> str:
+    """The first entry that load_state_dict took but a step cannot use; `groups` are those of a new optimizer."""
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        for name in new.keys() - {"params"}:
+            if not _is_like(group.get(name), new[name]):
+                return f"{name} of group {number} is {_describe(group.get(name))}, should be like {new[name]}"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = {(name, isinstance(value, Tensor)) for values in optimizer.state.values() for name, value in values.items()}
+    if len(optimizer.state.keys() & set(parameters)) < len(optimizer.state):
+        return "it has a state of parameters that its groups lack"
+    for number, parameter in enumerate(parameters):
+        for name in dict(kinds) if parameter in optimizer.state else ():
+            value = optimizer.state[parameter].get(name)
+            if isinstance(value, Tensor) and (name not in MOMENTS or value.shape == parameter.shape):
+                continue
+            if (name, True) in kinds or not (value is None or _is_finite(value)):
+                shape = f" {tuple(parameter.shape)}" if name in MOMENTS else ""
+                return f"{name} of parameter {number} is {_describe(value)}, should be a tensor{shape}"
+    return ""
+
+
+def _is_like(value: Any, new: Any) -> bool:
+    """Whether an option of an optimizer has the type of a new optimizer's; flags may also be None."""
+    if isinstance(new, bool) or new is None:
+        return isinstance(value, bool) or value is None
+    if isinstance(new, (int, float)):
+        return _is_finite(value)
+    if isinstance(new, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(value) == len(new) and all(map(_is_like, value, new))
+    return isinstance(value, type(new))
+
+
+def _describe(value: Any) -> str:
+    """A value for an error message, or its type and shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    simple = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
 def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:
@@ -313,22 +502,30 @@ def check_class_names(names: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: its class_names should be a list of texts, each shorter than {MAX_NAME}")
 
 
-def _check_archive(path: Path) -> None:
-    """Raises CheckpointError for a zip file with compressed or overlapping members, which torch.save never writes.
+def check_archive(path: Path) -> None:
+    """Raises CheckpointError for a damaged zip file, and for compressed or overlapping members.
 
-    They would need more memory than the file has bytes. Files of torch's older format, which is not zip, pass.
+    torch.load ignores checksums: a changed byte would be another weight. torch.save never compresses, and compressed or
+    overlapping members would need more memory than the file has bytes. Files of torch's older format, which is not zip,
+    pass.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise CheckpointError(f"{path}: has compressed parts, which torch.save never writes")
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise CheckpointError(f"{path}: its parts are larger than the file")
+            # torch.serialization.set_crc32_options(False) leaves them out.
+            broken = archive.testzip() if any(member.CRC for member in members) else None
+    except CheckpointError:
+        raise
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a checkpoint, or a truncated one") from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(f"{path}: has compressed parts, which torch.save never writes")
-    if sum(member.file_size for member in members) > path.stat().st_size:
-        raise CheckpointError(f"{path}: its parts are larger than the file")
+    if broken is not None:
+        raise CheckpointError(f"{path}: is damaged: the checksum of {one_line(ValueError(broken), 100)} does not match")
 
 
 def _check_numbers(value: Any, key: str, path: Path) -> None:

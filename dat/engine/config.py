@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from dat.utils.errors import ConfigError, shown
+from dat.utils.files import atomic_write
 from dat.utils.safe_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -135,7 +136,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Writes a configuration as YAML that load_config reads back."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def get_value(config: Any, key: str) -> Any:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dat.engine.checkpoint import find_checkpoint
 from dat.utils.errors import ConfigError
 
 T = TypeVar("T")
@@ -96,27 +97,27 @@ def gather(value: T) -> list[T]:
 def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -> Path | None:
     """Checks the folder of a run, without creating it; returns the checkpoint to resume from, None if there is none.
 
-    The main process decides for all.
+    The main process decides for all. The checkpoint is last.pth, or previous.pth if that is missing or damaged.
 
     Raises:
         ConfigError: the folder holds another run's checkpoint and resume is false, it is a file, or a process does not
             find the checkpoint that the main process found.
     """
-    last, error = Path(output) / "last.pth", ""
+    folder, found, error = Path(output), None, ""
     if not str(output):
         error = "output is empty, should be the folder of this run"
-    elif last.parent.exists() and not last.parent.is_dir():
+    elif folder.exists() and not folder.is_dir():
         error = f"output: {output} is a file, should be a folder"
-    elif last.exists() and not resume:
+    elif (found := find_checkpoint(folder)) is not None and not resume:
         error = f"output: {output} holds a run; go on with train.resume=true, or choose another folder"
     # Every process raises the error of the main one, which would otherwise leave the others waiting.
-    found = gather((last.exists(), error)) if distributed.world_size > 1 else [(last.exists(), error)]
-    exists, error = found[0]
+    if distributed.world_size > 1:
+        found, error = gather((found, error))[0]
     if error:
         raise ConfigError(error)
-    if exists and not all(here for here, _ in found):
-        raise ConfigError(f"output: not every machine has {last}; it should be in a folder that all machines see")
-    return last if exists else None
+    if distributed.world_size > 1 and not all(gather(found is None or found.exists())):
+        raise ConfigError(f"output: not every machine has {found}; it should be in a folder that all machines see")
+    return found
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -61,9 +61,8 @@ class RunLogger:
             self._closing.callback(self._wandb.finish)
         self.output.mkdir(parents=True, exist_ok=True)
         self._attach(logging.StreamHandler())
-        self._attach(
-            logging.FileHandler(self.output / "train.log", "w" if resume_step is None else "a", encoding="utf-8")
-        )
+        mode = "w" if resume_step is None else "a"
+        self._attach(_LogFile(self.output / "train.log", mode=mode, encoding="utf-8"))
         self._closing.enter_context(logging_redirect_tqdm())
         lines = self.output / "log.jsonl"
         self._known = _keep_until(lines, resume_step)
@@ -136,6 +135,13 @@ class RunLogger:
     def close(self) -> None:
         """Flushes and closes every file."""
         self._closing.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; an error of writing ends the run, where logging would print a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 def _start_wandb(project: str, output: Path, resume: bool, config: dict[str, Any] | None) -> Any:

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from dat.engine import optim
 from dat.engine.backbones import starts_from_weights
 from dat.engine.checkpoint import (
+    LAST,
+    PREVIOUS,
     check_resumable,
+    check_training_state,
     check_weights_finite,
     load_checkpoint,
     load_optimizer,
@@ -38,13 +41,14 @@ from dat.engine.distributed import (
     stop_on_sigterm,
     whole_tensors,
 )
+from dat.engine.lock import lock_run
 from dat.engine.logger import RunLogger, peak_memory
 from dat.engine.progress import Progress, StepRecord, format_seconds
 from dat.engine.report import errors_as_warnings
 from dat.engine.seeds import seed_device, seed_everything
 from dat.engine.task import Task
 from dat.utils.errors import CheckpointError, ConfigError, NonFiniteError
-from dat.utils.files import write_json
+from dat.utils.files import name_full_disk, write_json
 from dat.utils.finite import check_finite, trace_non_finite
 
 
@@ -69,6 +73,9 @@ class Trainer(Task):
         self.distributed = distributed or setup_distributed(config.train.device)
         self.device, self.output = self.distributed.device, Path(config.output)
         self.warnings: list[str] = []
+        self.last_intact = resume is None or resume.name != PREVIOUS
+        if not self.last_intact:
+            self.warnings.append(f"{self.output / LAST} is missing or damaged: the run goes on from {resume}")
         train = config.train
         if self.device.type == "mps" and train.amp != "none":
             raise ConfigError(f"train.amp is {train.amp}, should be none on mps, which computes in float32")
@@ -82,6 +89,8 @@ class Trainer(Task):
         self.pending: StepRecord | None = None
         self.latest: list[float] = []
         self.stop = StopSignal()
+        # Before the checkpoint is read, which another training might be about to replace.
+        self.lock = lock_run(self.output, self.distributed)
         self._prepare_model()
 
     def _prepare_model(self) -> None:
@@ -132,6 +141,10 @@ class Trainer(Task):
         Returns:
             metrics.json of the best epoch on the main process, {} on the others.
         """
+        with self.lock, name_full_disk(self.output):
+            return self._run(until)
+
+    def _run(self, until: float) -> dict[str, Any]:
         progress, config, main = self.progress, self.config, self.distributed.main
         start = None if self.resume is None else progress.step
         self.logger = RunLogger(self.output, main, start, config.train.wandb_project, to_dict(config))
@@ -182,7 +195,7 @@ class Trainer(Task):
                 bar.update(images)
                 stopping = self._stopping()
                 if last or stopping or (train.checkpoint_steps and progress.step % train.checkpoint_steps == 0):
-                    self.save("last.pth")
+                    self.save(LAST)
                 if stopping:
                     self.stop.exit(self.distributed)
 
@@ -293,7 +306,7 @@ class Trainer(Task):
         text = ""
         if progress.epoch % train.eval_epochs == 0 or progress.step == self.total_steps:
             text = self._evaluate()
-        self.save("last.pth")
+        self.save(LAST)
         speed, left = progress.images_per_second(self.sampler.images), progress.seconds_left(self.total_steps)
         self.logger.info(
             f"epoch {progress.epoch}/{self.epochs}: loss {progress.loss:.3f}{text}, {speed:.1f} images/s, "
@@ -364,7 +377,10 @@ class Trainer(Task):
             tensors = whole_tensors(tensors)
         if self.distributed.main:
             check_weights_finite(tensors, f"step {self.progress.step}, before saving {name}")
-            save_checkpoint(self.output / name, {**self._state(), **tensors})
+            # A run that went on from previous.pth must not lose it to the damaged last.pth.
+            keep = PREVIOUS if name == LAST and self.last_intact else None
+            save_checkpoint(self.output / name, {**self._state(), **tensors}, keep)
+            self.last_intact = self.last_intact or name == LAST
 
     def _state(self) -> dict[str, Any]:
         """The entries of a checkpoint other than tensors."""
@@ -381,9 +397,11 @@ class Trainer(Task):
 
         Raises CheckpointError if it is of another model, other classes, data or images per step.
         """
-        state = load_checkpoint(path, kind=self.kind)
+        state, classes = load_checkpoint(path, kind=self.kind), self.class_state()
+        # The logged values of a step are the loss, its parts and the norm of the gradients.
+        check_training_state(state, classes, len(self.losses) + 2, path)
         check_resumable(state["config"], self.config, self.fixed_keys, path)
-        for name, now in self.class_state().items():
+        for name, now in classes.items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")
         # Earlier versions did not save the number of images.

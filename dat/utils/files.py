@@ -1,8 +1,12 @@
 """Files that commands read and write: images, JSON and CSV."""
 
 import csv
+import errno
 import json
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,19 +27,68 @@ SYSTEM_NAMES = frozenset((
     "desktop.ini",
 ))  # fmt: skip
 
+# Errors of a full disk, an exhausted quota and a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Temporary files of atomic_write hold the number of their process.
+LEFTOVER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp(\.\w+)?$")
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, of the same suffix, which replaces `path` when the block ends.
 
-    An exception inside the block leaves `path` as it was and removes the temporary file.
+    An exception inside the block leaves `path` as it was and removes the temporary file. The name of the temporary file
+    is unique: two processes may write the same file at once. Raises OSError, which names `path` if the disk is full.
     """
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    # A name may have 255 bytes.
+    temporary = path.with_name(f"{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with name_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of atomic_write that killed processes left in a folder and its subfolders."""
+    for path in folder.rglob("*.tmp*"):
+        match = LEFTOVER.search(path.name)
+        # The number of this process may have been that of a killed one, as in containers.
+        if match and (int(match[1]) == os.getpid() or not process_exists(int(match[1]))):
+            path.unlink(missing_ok=True)
+
+
+def process_exists(number: int) -> bool:
+    """Whether a process of this host has the number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def name_full_disk(path: Path) -> Iterator[None]:
+    """Adds `path`, a file or folder, the free space and the state of old files to the OSError of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        # An error that names a file comes from an inner block.
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, full_disk(error, path), str(path)) from error
+
+
+def full_disk(error: OSError, path: Path) -> str:
+    """The reason that the file `path`, or a file in the folder `path`, cannot be written."""
+    folder = path if path.is_dir() else path.parent
+    kept = "finished files are intact" if path == folder else "the old file is kept" if path.exists() else ""
+    free = shutil.disk_usage(folder).free / 2**20
+    reason = f"{os.strerror(error.errno or 0)}: {free:,.1f} MiB are free in {folder}"
+    return f"{reason}; {kept or 'nothing was written'}"
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -389,8 +389,8 @@ def test_a_run_with_denoising_resumes_to_the_same_weights(config_file, tmp_path,
     class StoppedError(Exception):
         pass
 
-    def save_and_stop(path, state):
-        save_checkpoint(path, state)
+    def save_and_stop(path, state, keep):
+        save_checkpoint(path, state, keep)
         raise StoppedError
 
     monkeypatch.setattr(SetCriterion, "forward", spy)
@@ -416,8 +416,8 @@ def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     script = (
         "import os, sys, dat.cli, dat.engine.trainer as t\n"
         "save, count = t.save_checkpoint, [0]\n"
-        "def die(path, state):\n"
-        "    save(path, state)\n"
+        "def die(path, state, keep):\n"
+        "    save(path, state, keep)\n"
         "    count[0] += 1\n"
         "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
         "t.save_checkpoint = die\n"
@@ -484,7 +484,7 @@ def test_a_run_resumes_as_it_began_or_not_at_all(trained, module_config, tmp_pat
     (output / "last.pth").write_bytes((trained / "best.pth").read_bytes())
     assert "last.pth: has no optimizer state" in fails(capsys, "train", module_config, *resume, f"output={output}")
     state = load_checkpoint(trained / "last.pth")
-    state["step"] = 7
+    state |= {"step": 7, "closed": 0}
     save_checkpoint(output / "last.pth", state)
     assert "resuming needs the same" in fails(capsys, "train", module_config, *resume, f"output={output}")
 
@@ -515,3 +515,15 @@ def test_sigterm_to_the_whole_group_saves_and_resumes(config_file, tmp_path):
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     assert load_checkpoint(tmp_path / "run/last.pth")["step"] > 0
+
+
+def test_a_checkpoint_without_an_entry_is_not_resumed(module_config, trained, tmp_path, capsys):
+    state = torch.load(trained / "last.pth", weights_only=True)
+    output = tmp_path / "run"
+    output.mkdir()
+    resume = ("train.epochs=3", "train.resume=true", f"output={output}")
+    for change in ({"category_ids": None}, {"epoch": "x"}):
+        torch.save({name: value for name, value in (state | change).items() if value is not None}, output / "last.pth")
+        line = fails(capsys, "train", module_config, *resume)
+        (name,) = change
+        assert f"last.pth: {'has no category_ids' if name == 'category_ids' else 'epoch is '}" in line

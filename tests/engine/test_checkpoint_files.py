@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from dat.engine import checkpoint
-from dat.engine.checkpoint import check_resumable, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from dat.engine.checkpoint import (
+    LAST,
+    PREVIOUS,
+    check_resumable,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+)
 from dat.engine.config import to_dict
 from dat.utils.errors import CheckpointError
 
@@ -154,3 +163,52 @@ def test_what_a_resumed_run_cannot_change_is_named(now, message):
 def test_a_resumed_run_may_change_rates_and_where_weights_came_from():
     now = Config(lr=0.2, model={"name": "a", "drop_path_rate": 0.3, "checkpoint_path": "x.pth", "pretrained": True})
     check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_changed_byte_is_named_or_changes_nothing(tmp_path, checksums):
+    path = tmp_path / "last.pth"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    save_checkpoint(path, {"state_dict": {"w": torch.arange(300.0)}, "step": 7})
+    torch.serialization.set_crc32_options(before)
+    assert load_checkpoint(path)["step"] == 7
+    whole, safe = path.read_bytes(), 0
+    for place in range(0, len(whole), 7) if checksums else ():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError as error:
+            message = str(error)
+            safe += message.startswith(f"{path}: ") and "\n" not in message
+        else:
+            safe += 1
+            assert state["step"] == 7
+            assert torch.equal(state["state_dict"]["w"], torch.arange(300.0))
+    assert safe == (len(range(0, len(whole), 7)) if checksums else 0)
+
+
+def test_the_previous_checkpoint_is_kept_and_found_if_the_last_is_damaged(tmp_path, monkeypatch):
+    last, previous = tmp_path / LAST, tmp_path / PREVIOUS
+
+    def unsupported(*paths):
+        raise OSError(95, "Operation not supported")
+
+    assert find_checkpoint(tmp_path) is None
+    save_checkpoint(last, {"step": 1}, PREVIOUS)
+    assert not previous.exists()
+    save_checkpoint(last, {"step": 2}, PREVIOUS)
+    assert [load_checkpoint(path)["step"] for path in (last, previous)] == [2, 1]
+    monkeypatch.setattr(checkpoint.os, "link", unsupported)
+    save_checkpoint(last, {"step": 3}, PREVIOUS)
+    assert [load_checkpoint(path)["step"] for path in (last, previous)] == [3, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
+    assert find_checkpoint(tmp_path) == last
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100])
+    assert find_checkpoint(tmp_path) == previous
+    last.unlink()
+    assert find_checkpoint(tmp_path) == previous
+    previous.write_bytes(whole[:-100])
+    last.write_bytes(whole[:-100])
+    assert find_checkpoint(tmp_path) == last

@@ -1,6 +1,9 @@
 """The trainer, on a task that takes milliseconds: late reading of values, resuming, what is saved and logged."""
 
+import copy
+import functools
 import json
+import operator
 import os
 import signal
 from dataclasses import dataclass, field
@@ -13,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dat.engine import optim
-from dat.engine.checkpoint import load_checkpoint, read_trained
+from dat.engine.checkpoint import OPTIONAL, load_checkpoint, read_trained
 from dat.engine.command import main_guard
-from dat.engine.distributed import Distributed, setup_distributed
+from dat.engine.distributed import Distributed, prepare_output, setup_distributed
 from dat.engine.loaders import EpochBatchSampler
 from dat.engine.task import first_few
 from dat.engine.train_config import TrainConfig, check_train_config
@@ -303,6 +306,72 @@ def test_checkpoints_of_earlier_versions_are_resumed(tmp_path):
     trainer = make(tmp_path / "run", True, epochs=2)
     assert (trainer.progress.closed, trainer.progress.seconds) == (3, 5.0)
     assert trainer.run()["epochs"] == 2
+
+
+def places(content, place=()):
+    """The place of each entry of nested dictionaries and lists."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*place, key)
+        if isinstance(value, (dict, list)) and key != "config":
+            yield from places(value, (*place, key))
+
+
+def test_an_entry_that_is_missing_or_mistyped_is_named(tmp_path):
+    """A run stopped within an epoch; entries without which earlier versions were saved may be missing."""
+    make(tmp_path / "whole", checkpoint_steps=2, ema_decay=0.9, log_steps=5).run()
+    (tmp_path / "whole/previous.pth").unlink()
+    last, path = tmp_path / "whole/last.pth", tmp_path / "run/last.pth"
+    path.parent.mkdir()
+    state = torch.load(last, weights_only=True)
+    state |= {"epoch": 1, "step_in_epoch": 1, "step": 4, "closed": 3, "sums": [1.0, 1.0, 1.0], "summed": 1}
+    optional = {*OPTIONAL, "foreach", "fused", "maximize", "capturable", "differentiable", "amsgrad"}
+    wrong = []
+    for place in places(state):
+        for change in ("deleted", None, "x", -7.5):
+            content = copy.deepcopy(state)
+            *outer, key = place
+            inner = functools.reduce(operator.getitem, outer, content)
+            before = inner[key]
+            if change == "deleted":
+                del inner[key]
+            else:
+                inner[key] = change
+            torch.save(content, path)
+            try:
+                make(path.parent, True, ema_decay=0.9, log_steps=5).run()
+            except CheckpointError as error:
+                if not str(error).startswith(f"{path}: ") or "\n" in str(error):
+                    wrong.append((place, change, str(error)))
+            else:
+                # Another number or no group at all is no mistake of the type.
+                if key not in optional and not (isinstance(before, float) and change == -7.5):
+                    wrong.append((place, change, "accepted"))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path, capsys, damage):
+    options = {"ema_decay": 0.9, "schedule": "step", "warmup_epochs": 0}
+    make(tmp_path / "whole", epochs=4, **options).run()
+    run = tmp_path / "run"
+    make(run, epochs=2, checkpoint_steps=1, **options).run()
+    last, previous = run / "last.pth", (run / "previous.pth").read_bytes()
+    weight = load_checkpoint(last)["state_dict"]["0.weight"].numpy().tobytes()
+    last.write_bytes(last.read_bytes().replace(weight, bytes(len(weight))))
+    if damage == "missing":
+        last.unlink()
+    config = Config(output=str(run))
+    config.train.epochs = 4
+    for name, value in options.items():
+        setattr(config.train, name, value)
+    trainer = ToyTrainer(config, ALONE, prepare_output(run, True, ALONE))
+    assert (run / "previous.pth").read_bytes() == previous
+    trainer.run()
+    assert (
+        f"{last} is missing or damaged: the run goes on from {run / 'previous.pth'}" in (run / "train.log").read_text()
+    )
+    assert_same(load_checkpoint(tmp_path / "whole/last.pth"), load_checkpoint(last))
+    assert load_checkpoint(run / "previous.pth")["step"] == 12
 
 
 def test_a_device_that_computes_in_float32_takes_no_bfloat16(tmp_path):
