@@ -33,7 +33,7 @@ class RunLock(AbstractContextManager["RunLock"]):
     """
 
     def __init__(self, output: Path) -> None:
-        self.path, self.process = output / NAME, os.getpid()
+        self.path, self.process, self.created = output / NAME, os.getpid(), not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         while True:
             self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
@@ -59,6 +59,9 @@ class RunLock(AbstractContextManager["RunLock"]):
         if not self.file.closed and os.getpid() == self.process:
             with suppress(OSError):
                 self.path.unlink()
+                # A run that could not start leaves no folder; one that is not empty stays.
+                if self.created:
+                    self.path.parent.rmdir()
             self.file.close()
 
     def __del__(self) -> None:

@@ -8,7 +8,7 @@ gradients and metrics to the rounding of sums. Dropout and the statistics of bat
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,7 +91,10 @@ class Trainer(Task):
         self.stop = StopSignal()
         # Before the checkpoint is read, which another training might be about to replace.
         self.lock = lock_run(self.output, self.distributed)
-        self._prepare_model()
+        with ExitStack() as failed:
+            failed.push(self.lock)
+            self._prepare_model()
+            failed.pop_all()
 
     def _prepare_model(self) -> None:
         """Model, averaged weights, optimizer and schedule, with the state of the checkpoint to resume from."""
