@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import cut_into_windows, read_dataset
+from dat.detection.data import cut_into_windows, read_splits
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.distributed import prepare_output, setup_distributed
 
@@ -26,8 +26,7 @@ def train(config: DetectionConfig, transform: Callable[..., Any] | None = None) 
     """
     check_config(config)
     distributed = setup_distributed(config.train.device)
-    train_set = read_dataset(config.data, "train")
-    val_set = read_dataset(config.data, "val", train_set.categories)
+    train_set, val_set = read_splits(config.data)
     resume = prepare_output(config.output, config.train.resume, distributed)
     train_set = cut_into_windows(train_set, config.data.train, config.seed)
     return DetectionTrainer(config, train_set, val_set, distributed, resume, transform).run()

@@ -129,6 +129,15 @@ def test_one_object_in_five_that_is_left_out_gives_a_warning(scenes, fault, coun
     assert found.warning.count(str(scenes)) <= 1
 
 
+def test_objects_that_cannot_be_read_are_not_absent(scenes, tmp_path, capsys):
+    edit(scenes, lambda annotation, image: annotation.pop("bbox"))
+    with pytest.raises(SystemExit):
+        dat("detect", "audit", scenes, "--out", tmp_path / "out")
+    text = capsys.readouterr().out
+    assert "malformed annotation (8)" in text
+    assert "no object" not in text
+
+
 def test_some_boxes_of_another_form_give_a_warning(scenes):
     edit(scenes, FAULTS["parts"][0], most=2)
     assert "2 of 8 boxes are below one pixel: they look like parts" in read_train(scenes).warning

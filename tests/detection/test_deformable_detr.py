@@ -45,6 +45,15 @@ def assert_same(ours, theirs, atol=1e-5):
         torch.testing.assert_close(ours[key], theirs[key], atol=atol, rtol=0)
 
 
+def test_one_image_with_a_map_of_one_pixel():
+    """A group of GroupNorm has one value then, where 32 channels or fewer are in as many groups."""
+    model = small_model(some_maps(sizes=((2, 2), (1, 1)))).eval()
+    one = small_model([x[:1] for x in some_maps(sizes=((2, 2), (1, 1)))]).eval()
+    images = torch.zeros(2, 3, 8, 8)
+    both = model(images)
+    assert_same(one(images[:1]), {key: both[key][:1] for key in ("pred_logits", "pred_boxes")})
+
+
 @pytest.mark.parametrize("name", ["deformable_detr_micro", "deformable_detr_refine_micro"])
 def test_official_numbers(name, double):
     tensors, c = load_fixture(name)

@@ -65,6 +65,7 @@ YAML = "train: images/train\nval: images/val\nnames:\n  0: blue\n  1: red\n"
         (YAML, {}),
         ("path: C:\\data\\mine\ntrain: ../images/train/\nval: /home/me/data/images/val\nnames: [blue, red]\n", {}),
         ("train: [images/train]\nval: images/val\nnames: {0: blue, 1: red}\nnc: 2\n", {}),
+        ("Train: images/train\nValidation: images/val\nnames: {0: blue, 1: red}\npath: .\n", {}),
         (
             "train: train.txt\nval: val.txt\nnames: [blue, red]\n",
             {f"{split}.txt": "".join(f"./images/{split}/scene_{i}.jpg\n" for i in NUMBERS) for split in SPLITS},
@@ -88,6 +89,12 @@ def test_class_names_of_yaml_are_text(write, scenes):
     root = write({"data.yaml": YAML.replace("blue", "no").replace("red", "1e3"), **labels(scenes, "labels/train")},
                  "images/train", "images/val")  # fmt: skip
     assert [category.name for category in read(root).categories] == ["no", "1e3"]
+
+
+def test_classes_without_names_are_numbers(write, scenes):
+    root = write({"data.yaml": "train: images/train\nval: images/val\nnc: 3\n", **labels(scenes, "labels/train")},
+                 "images/train", "images/val")  # fmt: skip
+    assert [category.name for category in read(root).categories] == ["0", "1", "2"]
 
 
 def test_polygons_become_boxes(write, scenes):
@@ -186,6 +193,8 @@ def test_voc_counts_pixels_from_1(write):
          ("ImageSets/Main/trainval.txt 2 images", "ImageSets/Main/test.txt 1 images")),
         ({"ImageSets/Main/train.txt": "scene_1  1\nscene_4 -1\n", "ImageSets/Main/val.txt": "scene_2\n"}, ("images",),
          ("ImageSets/Main/train.txt 2 images", "ImageSets/Main/val.txt 1 images")),
+        ({"ImageSets/Main/Train.txt": "scene_1\nscene_2\n", "ImageSets/Main/Validation.txt": "scene_3\n"},
+         ("JPEGImages",), ("ImageSets/Main/Train.txt 2 images", "ImageSets/Main/Validation.txt 1 images")),
     ],
 )  # fmt: skip
 def test_lists_of_voc(write, scenes, files, folders, names):

@@ -41,6 +41,7 @@ def find(folder, *names):
         "https://host.org/set/{}?size=full#top",
         "https://host.org/download?path=/set/{}",
         "/data/local-files/?d=set/{}",
+        "/data/local-files/?d={}",
     ],
 )
 def test_a_name_of_another_place_is_found_by_its_last_part(scenes, form):

@@ -95,6 +95,17 @@ def test_a_supercategory_with_objects_in_one_split_only(scenes, tmp_path, capsys
     assert "no class" not in capsys.readouterr().out
 
 
+def test_a_supercategory_with_objects_in_validation_only(scenes, config_file, tmp_path, capsys):
+    add_root(scenes)
+    data = json.loads((scenes / "val.json").read_text())
+    data["annotations"][0]["category_id"] = 0
+    write_json(scenes / "val.json", data)
+    dat("detect", "train", config_file, "train.steps=1")
+    assert Detector.from_checkpoint(tmp_path / "run/last.pth").categories == (Category(0, "shapes"), *CLASSES)
+    dat("detect", "audit", scenes, "--out", tmp_path / "out")
+    assert "training can start" in capsys.readouterr().out
+
+
 def test_a_run_says_so_in_its_first_lines(scenes, config_file, tmp_path):
     add_root(scenes)
     dat("detect", "train", config_file, "train.epochs=1", "train.pictures=0", "train.worst=0")

@@ -11,7 +11,7 @@ from dat.detection.data.loader import (
     train_loader,
     val_loader,
 )
-from dat.detection.data.readers import describe_sets, read_dataset, register_reader
+from dat.detection.data.readers import describe_sets, read_dataset, read_splits, register_reader
 from dat.detection.data.records import Annotations, Category, ImageRecord, Sample, load_image, load_record, read_sample
 from dat.detection.data.tiles import cut_into_windows, tile_windows
 from dat.detection.data.transforms import resized_size, train_transform, val_transform
@@ -34,6 +34,7 @@ __all__ = [
     "read_coco",
     "read_dataset",
     "read_sample",
+    "read_splits",
     "register_reader",
     "resized_size",
     "tile_windows",

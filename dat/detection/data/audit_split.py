@@ -98,6 +98,7 @@ def compare(train: SplitAudit, val: SplitAudit) -> None:
     """
     listed = {record.path for split in (train, val) for record in split.annotations.records}
     train.unlisted, val.unlisted = train.unlisted - listed, val.unlisted - listed
+    train.annotations = train.annotations.with_categories(val.annotations.categories)
     val.annotations = val.annotations.with_categories(train.annotations.categories)
     for split in (train, val):
         for text in split.annotations.dropped_roots:

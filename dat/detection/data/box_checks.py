@@ -95,6 +95,9 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     text = f"{found.path}: {useless} of {total} objects are left out: {reasons}"
     if not total:
+        # Objects that cannot be read are a problem already.
+        if any(problem.stops for problem in problems.problems.values()):
+            return
         text = f"{found.path}: no object is annotated in {len(found.records)} images; is it the right file?"
         problems.add(NOTHING, text, stops=True)
     elif useless >= NOTABLE * total:

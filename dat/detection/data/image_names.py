@@ -113,6 +113,8 @@ class _Index:
 def _readings(name: str) -> Iterator[list[str]]:
     """The parts of a name: as it stands, without the query of a URL, and with percent-encoding decoded."""
     names = [name, re.split(r"[?#]", name)[0]] if "://" in name else [name]
+    # Label Studio's local files are /data/local-files/?d=PATH.
+    names += name.split("?d=")[1:]
     for text in dict.fromkeys([*names, *map(unquote, names)]):
         yield _parts(text)
 

@@ -119,6 +119,14 @@ def read_dataset(
     return read_strictly(read, categories, partial(suggest_override, Path(data.root), f"data.{name}.images"))
 
 
+def read_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
+    """The splits for training and validation, of equal categories. Raises DataError as read_dataset does."""
+    train, val = read_dataset(data, "train"), read_dataset(data, "val")
+    # A supercategory may have objects in validation images only.
+    train = train.with_categories(val.categories)
+    return train, require_categories(val, train.categories)
+
+
 def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findings) -> Annotations:
     """Reads a split as far as it can be read, and adds its problems to `problems`. Arguments as in read_dataset."""
     root = Path(data.root)
@@ -169,13 +177,7 @@ def read_strictly(
     problems = FirstProblem()
     found = read(problems)
     if categories is not None:
-        found = found.with_categories(categories)
-    # Formats without ids count classes from 0, so that ids may differ where classes do not.
-    if categories is not None and [c.name for c in found.categories] != [c.name for c in categories]:
-        raise DataError(
-            f"{found.path}: categories are {_names(found.categories)}; "
-            f"they should be those of training, {_names(categories)}"
-        )
+        found = require_categories(found, categories)
     absent = [record for record in found.records if not os.path.isfile(record.path)]
     if absent:
         if not absent[0].path.parent.is_dir():
@@ -189,6 +191,18 @@ def read_strictly(
         for problem in problems.problems.values()
     ]
     return replace(found, warning=f"{found.path}: {'; '.join(texts)}" if texts else "")
+
+
+def require_categories(found: Annotations, categories: tuple[Category, ...]) -> Annotations:
+    """The annotations with the categories of training. Raises DataError where they have others."""
+    found = found.with_categories(categories)
+    # Formats without ids count classes from 0, so that ids may differ where classes do not.
+    if [c.name for c in found.categories] != [c.name for c in categories]:
+        raise DataError(
+            f"{found.path}: categories are {_names(found.categories)}; "
+            f"they should be those of training, {_names(categories)}"
+        )
+    return found
 
 
 class FirstProblem(Findings):

@@ -305,5 +305,13 @@ def _projections(channels: list[int], embed_dim: int, num_levels: int) -> nn.Mod
         conv: Any = nn.Conv2d(chans, embed_dim, 1) if level < len(channels) else nn.Conv2d(chans, embed_dim, 3, 2, 1)
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
-        projections.append(nn.Sequential(conv, nn.GroupNorm(math.gcd(32, embed_dim), embed_dim)))
+        projections.append(nn.Sequential(conv, _GroupNorm(math.gcd(32, embed_dim), embed_dim)))
     return projections
+
+
+class _GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm for maps of any size: a group of one value becomes its bias, in a batch of one image too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # nn.functional.group_norm refuses a single image whose groups have one value, and takes several.
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)

@@ -59,7 +59,8 @@ def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path
 
 def _file(root: Path, words: tuple[str, ...]) -> Path | None:
     """The annotations of a split. Raises DataError where several files could be meant."""
-    for word in words:
+    # CVAT's subsets are called Train and Validation.
+    for word in (*words, *map(str.capitalize, words)):
         for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
                         f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
             files = sorted(root.glob(pattern))

@@ -34,7 +34,8 @@ from dat.utils.errors import DataError
 from dat.utils.files import IMAGE_EXTENSIONS
 from dat.utils.safe_xml import Node, read_xml
 
-_LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
+# CVAT's subsets are called Train, Validation and Test.
+_LISTS = {"train": ("train", "trainval", "Train"), "val": ("val", "Validation"), "test": ("test", "Test")}
 _FOLDERS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
 # The XML of one image.
 _LARGEST = 16 * 2**20

@@ -31,8 +31,11 @@ from dat.utils.errors import DataError, shown
 from dat.utils.files import find_images
 from dat.utils.safe_yaml import parse_yaml
 
-_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+# CVAT's subsets are called Train, Validation and Test.
+_KEYS = {"train": ("train", "Train"), "val": ("val", "valid", "Validation"), "test": ("test", "Test")}
 _LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
+# A larger `nc` is no number of classes.
+_MOST_CLASSES = 100_000
 # Coordinates that rounding moved outside the image by less than this are no mistake.
 _ROUNDING = 0.01
 
@@ -57,7 +60,7 @@ def find(path: Path) -> Found | None:
         names: list[str] | None = _read_names(_locate(file.parent, str(content.get("names", ""))))
     elif file.suffix in (".yaml", ".yml"):
         content = _read_yaml(file)
-        names = _names(file, content["names"]) if isinstance(content, dict) and "names" in content else None
+        names = _names(file, content) if isinstance(content, dict) else None
     else:
         return None
     if not isinstance(content, dict) or names is None:
@@ -228,9 +231,15 @@ def _read_yaml(file: Path) -> Any:
         raise DataError(f"{file}: not valid YAML: {error}") from error
 
 
-def _names(file: Path, value: Any) -> list[str]:
-    """The names of data.yaml, a list or a dictionary by number. Raises DataError for anything else."""
-    names = value
+def _names(file: Path, content: dict[str, Any]) -> list[str] | None:
+    """The names of data.yaml, a list or a dictionary by number, or numbers up to `nc`; None: it has neither.
+
+    Raises DataError for anything else.
+    """
+    if "names" not in content:
+        count = str(content.get("nc", ""))
+        return [str(i) for i in range(int(count))] if count.isdecimal() and int(count) < _MOST_CLASSES else None
+    names = value = content["names"]
     if isinstance(value, dict):
         names = [value.get(str(i)) for i in range(len(value))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
