@@ -1,6 +1,7 @@
 """Runs commands: errors that a user can fix are printed as one line."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dat.utils.text import echo
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs a command. UserError and OSError print one line and exit with code 1, Ctrl-C with code 130.
+    """Runs a command. UserError, OSError and killed workers print one line and exit with code 1, Ctrl-C with 130.
 
     Other exceptions are defects of the program and keep their traceback. Under torchrun the failure of one process ends
     the job: torchrun sends the others SIGTERM within a second and SIGKILL 30 seconds later, if they still wait in a
@@ -21,7 +22,9 @@ def main_guard(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, UserError) and not killed_worker(error):
+            raise
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
         _fail(f"error: {error_line(error)}", 1)
@@ -33,8 +36,19 @@ def main_guard(main: Callable[[], None]) -> None:
     _leave_process_group()
 
 
+def killed_worker(error: BaseException) -> str:
+    """The number of a DataLoader's worker and the signal that killed it, "" if the error is another."""
+    match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [\w ]+|exited)", str(error))
+    return f"process {match[1]} {match[2]}" if match else ""
+
+
 def error_line(error: BaseException) -> str:
     """The message of an error on one line of at most 1,000 characters."""
+    if worker := killed_worker(error):
+        return (
+            f"a worker that reads images ended ({worker}), often for lack of memory or shared memory (/dev/shm); "
+            "lower train.workers or --workers, or the batch size; train.resume=true goes on from the last checkpoint"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).strip()

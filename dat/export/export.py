@@ -22,7 +22,7 @@ from dat.export.aot_inductor import write_compiled
 from dat.export.graph import Graph, Tensors
 from dat.export.runtime import load_exported
 from dat.utils.errors import ConfigError, DataError, ExportError, one_line
-from dat.utils.files import find_images
+from dat.utils.files import find_images, name_full_disk
 from dat.utils.images import read_image
 
 # Shape of the batch to trace with: maps of stride 32 have more than two windows along each side, and no side divides
@@ -132,7 +132,7 @@ def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compile
     graph.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), name_full_disk(path):
             write(graph, temporary)
             worst = _compare(graph, samples, temporary)
         os.replace(temporary, path)

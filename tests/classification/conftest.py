@@ -30,11 +30,16 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path, pictures):
+    """As make_settings."""
+    return make_settings(tmp_path)
+
+
+def make_settings(folder: Path) -> dict:
     """Plain configuration of a run of 3 epochs of 4 steps, with everything random switched on."""
     return {
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
         "model": {"backbone": {"name": "test_convnext", "drop_path_rate": 0.2}},
-        "data": {"root": str(pictures), "img_size": 32, "crop_pct": 1.0},
+        "data": {"root": str(folder / "pictures"), "img_size": 32, "crop_pct": 1.0},
         "train": {
             "epochs": 3, "batch_size": 6, "lr": 2e-3, "warmup_epochs": 1, "ema_decay": 0.9,
             "checkpoint_steps": 3, "log_steps": 1, "workers": 0, "device": "cpu", "pictures": 2, "worst": 2,
