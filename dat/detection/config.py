@@ -184,7 +184,11 @@ def check_config(config: DetectionConfig) -> None:
     tiles = [key for key in ("data.train.tiles", "data.val.tiles") if get_value(config, key)]
     check_range(config, tiles, SMALLEST_TILE)
     check_range(config, ["data.train.tile_overlap", "data.val.tile_overlap"], 0, 0.9)
-    check_range(config, ["data.std", "data.train.scale_jitter"], 0, exclusive=True)
+    if not data.val.whole_image and not data.val.tiles:
+        raise ConfigError("data.val.whole_image is false (--tiles-only), which needs data.val.tiles")
+    check_range(config, ["data.std"], 0, exclusive=True)
+    # The enlarged image is in memory as a whole before it is cropped.
+    check_range(config, ["data.train.scale_jitter"], 0, 8, exclusive=True)
     jitter = data.train.scale_jitter
     if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
         raise ConfigError(f"data.train.scale_jitter is {jitter}, should be [] or [smallest, largest]")

@@ -86,6 +86,8 @@ def test_rare_classes_weigh_more_and_their_images_come_more_often(config_file, s
         ("data.train.scale_jitter=[2, 0.1]", r"data.train.scale_jitter is \[2.0, 0.1\], should be \[\] or \[smallest"),
         ("data.train.scale_jitter=[1]", r"data.train.scale_jitter is \[1.0\], should be \[\] or \[smallest"),
         ("data.train.scale_jitter=[0, 1]", r"data.train.scale_jitter is \[0.0, 1.0\], should be more than 0"),
+        ("data.train.scale_jitter=[1, 50]", r"data.train.scale_jitter is \[1.0, 50.0\], .* at most 8"),
+        ("data.val.whole_image=false", r"data.val.whole_image is false \(--tiles-only\), which needs data.val.tiles"),
     ],
 )
 def test_values_that_cannot_work_are_named(config_file, override, message):
