@@ -1,5 +1,8 @@
 """Layers built on `dat.ops`, one per file."""
 
+import torch
+from einops import rearrange
+
 from dat.layers.deform_attn import DeformableAttention
 from dat.layers.deform_conv import DeformConv2d, deform_conv2d
 from dat.layers.mlp import ConvMlp
@@ -20,3 +23,7 @@ __all__ = [
     "WindowAttention",
     "deform_conv2d",
 ]
+
+# einops remembers a type of tensors at its first call with it, which torch.compile refuses within a checkpointed layer.
+for _tensor in (torch.empty(0), torch.nn.Parameter(torch.empty(0))):
+    rearrange(_tensor, "n -> n")
