@@ -45,8 +45,8 @@ def test_it_learns_and_leaves_everything_in_output(settings, tmp_path):
     output = tmp_path / "run"
     names = {path.name for path in output.iterdir()}
     assert names - {"worst.png"} == {
-        "best.pth", "last.pth", "previous.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log", "predictions.png",
-        "results.npz", "metrics.json", "confusion.png", "curve.png", "report.html",
+        "best.pth", "last.pth", "previous.pth", "config.yaml", "log.jsonl", "tensorboard", "train.log",
+        "predictions.png", "results.npz", "metrics.json", "confusion.png", "curve.png", "report.html",
     }  # fmt: skip
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics == result
