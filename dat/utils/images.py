@@ -134,6 +134,14 @@ def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -
         return _convert(image, size, source)
 
 
+def upright_size(source: str | Path | BinaryIO) -> tuple[int, int]:
+    """(width, height) of the image that `decode` gives without a `size`, from the file's head. Raises as decode."""
+    with open_image(source) as image:
+        # Pillow gives TIFFs their upright size when it opens them.
+        turned = image.format != "TIFF" and _orientation(image) in UNTURN
+        return image.size[::-1] if turned else image.size
+
+
 def _check_scans(image: Image.Image) -> None:
     """Raises ValueError for an open JPEG file that would take minutes to decode."""
     file = getattr(image, "fp", None)

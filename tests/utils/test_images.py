@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 from dat.utils import images
 from dat.utils.errors import DataError, ImageError
-from dat.utils.images import check_size, decode, has_contrast, read_image, to_image
+from dat.utils.images import check_size, decode, has_contrast, read_image, to_image, upright_size
 
 # Quarters of four colours, so that every orientation looks different.
 UPRIGHT = np.zeros((16, 24, 3), np.uint8)
@@ -52,6 +52,7 @@ def test_exif_is_followed_unless_only_the_stored_size_fits(orientation, kind):
 
     file, sides = stored(orientation, kind), (24, 16)
     assert near(read_image(file), UPRIGHT)
+    assert upright_size(file) == sides
     assert near(read_image(file, sides), UPRIGHT)
     found = decode(file, sides[::-1])
     turns = orientation >= 5

@@ -15,10 +15,7 @@ from dat.detection.data.formats.coco import clip_box
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
-from dat.utils.images import UNREADABLE, open_image
-
-# EXIF orientations that turn an image by 90 degrees.
-_TURNED = (5, 6, 7, 8)
+from dat.utils.images import UNREADABLE, upright_size
 
 # Annotations of one image, or a list of images, are no larger than this many bytes.
 LARGEST_FILE = 64 * 2**20
@@ -99,10 +96,7 @@ def image_sizes(paths: Sequence[Path], problems: Findings) -> list[tuple[int, in
 
 def _image_size(path: Path) -> tuple[int, int] | str:
     try:
-        with open_image(path) as image:
-            width, height = image.size
-            # 0x0112 is EXIF's orientation.
-            return (height, width) if image.getexif().get(0x0112) in _TURNED else (width, height)
+        return upright_size(path)
     except FileNotFoundError:
         return "no such image"
     except UNREADABLE as error:
