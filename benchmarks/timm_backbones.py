@@ -81,7 +81,7 @@ def try_model(name: str) -> Row:
 
 
 def train_step(backbone: dict[str, Any]) -> Row:
-    """What a step needed, or the line that refuses the model."""
+    """The result of one training step: the arguments and padding that it needed, or the line that refuses the model."""
     torch.manual_seed(0)
     config = DeformableDETRConfig(backbone=backbone, **SMALL)
     try:

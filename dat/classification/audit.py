@@ -111,7 +111,7 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
 
 def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) -> None:
     for name in split.left_out:
-        # Of tars and shards these are no paths.
+        # Names in tars and shards are not paths.
         kind = HEIC if lacks_heif(Path(getattr(split.reader, "root", ""), name)) else "file that is no image"
         found.add(f"{kind}, left out", name)
     for name in split.empty:

@@ -1,5 +1,6 @@
 """The parts that Deformable DETR and its successors have in common: levels, encoder, proposals and decoder."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -149,6 +150,13 @@ class DeformableModel(BaseDETR):
         self.encoder = nn.ModuleList([DeformableEncoderLayer(*layer_args) for _ in range(encoder_depth)])
         self.decoder = nn.ModuleList([DeformableDecoderLayer(*layer_args) for _ in range(decoder_depth)])
         self.decoder_norm: nn.Module | None = None
+
+    def add_heads(self, embed_dim: int, count: int) -> tuple[nn.Linear, nn.Sequential]:
+        """Adds `count` heads for classes and boxes that start equal; returns another such pair."""
+        class_head, box_head = make_class_head(embed_dim, self.num_classes), make_box_head(embed_dim)
+        self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(count)])
+        self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(count)])
+        return class_head, box_head
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         maps = self.backbone_maps(images)

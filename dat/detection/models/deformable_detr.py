@@ -3,21 +3,13 @@
 Semantics, initialisation and defaults are those of the official implementation, fundamentalvision/Deformable-DETR.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dat.detection.models.deformable import (
-    DeformableConfig,
-    DeformableModel,
-    Encoded,
-    Queries,
-    make_box_head,
-    make_class_head,
-)
+from dat.detection.models.deformable import DeformableConfig, DeformableModel, Encoded, Queries
 from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_encoding
 from dat.detection.models.registry import register
@@ -103,7 +95,12 @@ class DeformableDETR(DeformableModel):
         self.box_refine, self.two_stage, self.mixed_selection = box_refine, two_stage, mixed_selection
         self.share_heads = not box_refine
         self._add_queries(embed_dim)
-        self._add_heads(embed_dim, decoder_depth)
+        # One head per decoder layer when boxes are refined, plus the encoder's in two stages; else one for all.
+        self.add_heads(embed_dim, decoder_depth + two_stage if box_refine else 1)
+        if not two_stage:
+            # Without proposals the initial boxes are small: sigmoid(-2) of the image.
+            first: Any = self.bbox_embed[0]
+            nn.init.constant_(first[-1].bias[2:], -2.0)
 
     def _add_queries(self, embed_dim: int) -> None:
         num_queries = self.num_queries + self.one_to_many_queries
@@ -123,17 +120,6 @@ class DeformableDETR(DeformableModel):
             self.reference_points = nn.Linear(embed_dim, 2)
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
-
-    def _add_heads(self, embed_dim: int, decoder_depth: int) -> None:
-        """One head per decoder layer when boxes are refined, plus the encoder's in two stages; else one for all."""
-        num_heads = decoder_depth + self.two_stage if self.box_refine else 1
-        class_head, box_head = make_class_head(embed_dim, self.num_classes), make_box_head(embed_dim)
-        self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(num_heads)])
-        self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(num_heads)])
-        if not self.two_stage:
-            # Without proposals the initial boxes are small: sigmoid(-2) of the image.
-            first: Any = self.bbox_embed[0]
-            nn.init.constant_(first[-1].bias[2:], -2.0)
 
     def queries(self, encoded: Encoded, denoising: Denoising | None) -> Queries:
         """Learned queries or, in two stages, those of the best proposals; "enc_outputs" are all proposals."""

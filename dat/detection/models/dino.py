@@ -3,21 +3,13 @@
 Semantics, initialisation and defaults are those of the official implementation, IDEA-Research/DINO.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dat.detection.models.deformable import (
-    DeformableConfig,
-    DeformableModel,
-    Encoded,
-    Queries,
-    make_box_head,
-    make_class_head,
-)
+from dat.detection.models.deformable import DeformableConfig, DeformableModel, Encoded, Queries
 from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_encoding
 from dat.detection.models.registry import register
@@ -124,13 +116,8 @@ class DINO(DeformableModel):
             nn.init.xavier_uniform_(layer.weight)
         if denoising:
             self.label_enc = nn.Embedding(num_classes, embed_dim)
-        self._add_heads(embed_dim, 1 if share_heads else decoder_depth)
-
-    def _add_heads(self, embed_dim: int, count: int) -> None:
-        class_head, box_head = make_class_head(embed_dim, self.num_classes), make_box_head(embed_dim)
-        self.class_embed = nn.ModuleList([copy.deepcopy(class_head) for _ in range(count)])
-        self.bbox_embed = nn.ModuleList([copy.deepcopy(box_head) for _ in range(count)])
-        if not self.share_encoder_heads:
+        class_head, box_head = self.add_heads(embed_dim, 1 if share_heads else decoder_depth)
+        if not share_encoder_heads:
             self.enc_out_class_embed, self.enc_out_bbox_embed = class_head, box_head
 
     def queries(self, encoded: Encoded, denoising: Denoising | None) -> Queries:
