@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, PatchEmbed, get_device_dtype, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -21,7 +21,6 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
-from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +29,11 @@ from dat.layers import DeformableAttention
 from dat.layers.conv_stem import ConvStem
 from dat.models.blocks import Block, ConvBlock, StageConfig
 from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # The models also run with timm before 1.0.31, which keeps no record of their input size.
+    update_model_input_size = None
 
 __all__ = ["DAT", "StageConfig"]
 
@@ -167,7 +171,7 @@ class DAT(nn.Module):
         self.num_features = dim
         self.norm: nn.Module = nn.LayerNorm(dim, **dd)
         self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features
 
     def _map_size(self, stage: int) -> tuple[int, int]:
         """Size of the map that a stage's tables are made for: rounded down, as in the official code."""
@@ -201,7 +205,8 @@ class DAT(nn.Module):
         if img_size is None:
             return
         self.img_size = to_2tuple(img_size)
-        update_model_input_size(self, self.img_size)
+        if update_model_input_size is not None:
+            update_model_input_size(self, self.img_size)
         for i, stage in enumerate(self.stages):
             for module in stage.modules():
                 if isinstance(module, DeformableAttention):
@@ -214,11 +219,11 @@ class DAT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Create a new classifier of `num_classes` (0: none), with pooling `global_pool` (None: unchanged)."""
         # Read device and dtype first: the head alone may have no parameters.
-        dd = get_device_dtype(self)
+        weight = next(self.parameters())
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=weight.device, dtype=weight.dtype)
+        self.head_hidden_size = self.num_features
 
     def forward_intermediates(
         self,

@@ -27,7 +27,6 @@ from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from timm.models import get_model_args
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
 
@@ -184,7 +183,7 @@ def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
 
 def _save(model: nn.Module, folder: Path, config: dict[str, Any], data_config: Mapping[str, Any] | None) -> None:
     """Write weights and config.json, and check that they fit each other."""
-    args, data_config = get_model_args(model), dict(data_config or {})
+    args, data_config = timm.models.get_model_args(model), dict(data_config or {})
     if args.get("img_size") and not data_config.keys() & {"img_size", "input_size"}:
         data_config["img_size"] = args["img_size"]
     stages = args.get("stages")
