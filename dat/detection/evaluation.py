@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from dat.detection.data import Annotations, Batch, Category
@@ -76,6 +75,14 @@ def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for part in gather(results) for result in part]
 
 
+def _compare(annotations: Annotations, results: list[dict[str, Any]], **options: Any) -> Any:
+    # Models and training steps run without the library.
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth = COCO(annotations.to_coco())
+    return COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox", **options)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """COCO's comparison of results with annotations, at T = 10 overlaps .5, .55, ... .95 and for A = 4 sizes.
@@ -101,8 +108,7 @@ class Evaluation:
 
         `every`: AP counts every detection. COCO's counts 100 of a class and image, and large images have more objects.
         """
-        truth = COCO(annotations.to_coco())
-        evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        evaluation = _compare(annotations, results)
         if every:
             evaluation.params.maxDets = [1, 10, 100, max(100, len(results))]
         evaluation.evaluate()
@@ -155,8 +161,7 @@ def match_detections(
         The annotated objects without crowds, with "dt_id" of the detection that found them, if any; and all results by
         their ids, with "gt_id" where they found an object or are in a crowd.
     """
-    truth = COCO(annotations.to_coco())
-    evaluation = COCOeval_faster(truth, truth.loadRes([dict(result) for result in results]), "bbox", extra_calc=True)
+    evaluation = _compare(annotations, results, extra_calc=True)
     evaluation.params.useCats, evaluation.params.iouThrs = int(by_class), np.array([MATCH_IOU])
     evaluation.params.maxDets, evaluation.params.areaRng = [max(1, len(results))], [[0, 1e10]]
     evaluation.evaluate()

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
-from dat.ops.sizes import sym_max
+from dat.ops._common import autocast
+from dat.ops.sizes import is_exporting, sym_max
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of a query and a key, over all images and groups, for which the MLP of "log_cpb" runs at a time.
@@ -113,6 +114,8 @@ class DeformableAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         B, H, W, _ = x.shape
+        # Once, for the projection and for the samples.
+        x = autocast(x)
         query = self.q(x)
         positions = self.positions(query)
         sampled = self._sample(x, positions)
@@ -144,11 +147,17 @@ class DeformableAttention(nn.Module):
         else:
             offset = checkpoint(self._offsets, query, use_reentrant=False, preserve_rng_state=False)
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+        Hk, Wk = offset.shape[1:3]
+        factor = self.offset_range_factor
+        limited = factor > 0 or (factor == 0 and self.release == "2023")
         # The network predicts (y, x), as in the official checkpoints.
-        y, x = offset.unbind(-1)
-        y = self._move(_centers(y.shape[1], y)[:, None, None], y, y.shape[1])
-        x = self._move(_centers(x.shape[2], x)[:, None], x, x.shape[2])
-        return rearrange(torch.stack((x, y), -1), "b i j g xy -> b g (i j) xy")
+        y, x = (offset.tanh() if limited else offset).unbind(-1)
+        if limited:
+            y, x = y * (factor / self._steps(Hk)), x * (factor / self._steps(Wk))
+        positions = torch.stack((x + self._key_grid(Wk, x)[:, None], y + self._key_grid(Hk, y)[:, None, None]), -1)
+        if factor < 0:
+            positions = positions.tanh() if self.release == "2022" else positions.clamp(-1, 1)
+        return rearrange(positions, "b i j g xy -> b g (i j) xy")
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (Hk, Wk) of the key map for a query map of `size`."""
@@ -183,19 +192,20 @@ class DeformableAttention(nn.Module):
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
         return self.offset_proj(F.gelu(self.offset_norm(x)))
 
-    def _move(self, centers: Tensor, offset: Tensor, length: int) -> Tensor:
-        """Positions along a side of `length` keys: their references, at `centers` in pixels, plus offsets."""
-        factor = self.offset_range_factor
+    def _steps(self, length: int) -> int:
+        """Pixels, of a side of `length` keys, that the official code takes its positions -1..1 for."""
         if self.release == "2022":
-            reference = centers / length * 2 - 1
-            if factor > 0:
-                return reference + offset.tanh() * (factor / length)
-            return (reference + offset).tanh() if factor < 0 else reference + offset
-        if factor < 0:
-            # A single key's reference is infinite, and the clamp moves it to 1, as in the official code.
-            return (centers / (length - 1) * 2 - 1 + offset).clamp(-1, 1)
-        steps = sym_max(length - 1, 1)
-        return centers / steps * 2 - 1 + offset.tanh() * (factor / steps)
+            return length
+        # A single key's position is infinite, and the clamp moves it to 1, as in the official code.
+        return length - 1 if self.offset_range_factor < 0 else sym_max(length - 1, 1)
+
+    def _key_grid(self, length: int, like: Tensor) -> Tensor:
+        """Positions of keys that are not moved, along a side of `length`."""
+        steps = self._steps(length)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or length == 1:
+            return _centers(length, like) / steps * 2 - 1
+        # The same in one kernel, as small kernels take a GPU's host longer than the GPU.
+        return torch.arange(1 / steps - 1, 2 * length / steps - 1, 2 / steps, dtype=like.dtype, device=like.device)
 
     def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values of the map [B, H, W, C] at the keys' `positions`: [B, N, C]."""
@@ -222,7 +232,7 @@ class DeformableAttention(nn.Module):
             return F.scaled_dot_product_attention(chunk, k, v, bias, scale=self.scale)
 
         # An exported graph serves maps of every size, but would fix the number of chunks.
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return attend(q, grid)
         step = max(LOG_CPB_PAIRS // max(positions[..., 0].numel(), 1), 1)
         if step >= len(grid):
@@ -240,7 +250,7 @@ class DeformableAttention(nn.Module):
 
 def _centers(length: int, like: Tensor) -> Tensor:
     """Centres of `length` pixels, in pixels from the edge of the first."""
-    return torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
+    return torch.arange(0.5, length, dtype=like.dtype, device=like.device)
 
 
 def _check(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dat.ops import deform_sample
+from dat.ops.sizes import is_exporting
 
 Pair = int | tuple[int, int]
 
@@ -64,7 +65,7 @@ def deform_conv2d(
     tensors = (input, offset, weight, mask)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # Exported graphs have no backward pass, and torch.export refuses some that contain a checkpoint.
-    if differentiated and not torch.compiler.is_exporting():
+    if differentiated and not is_exporting():
         out = checkpoint(_convolve, *tensors, groups, *steps, use_reentrant=False, preserve_rng_state=False)
     else:
         out = _convolve(*tensors, groups, *steps)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.ops import neighborhood_attn
-from dat.ops.sizes import sym_max
+from dat.ops.sizes import is_exporting, sym_max
 
 
 class NeighborhoodAttention(nn.Module):
@@ -59,7 +59,7 @@ class NeighborhoodAttention(nn.Module):
         reach = self.kernel_size * self.dilation
         down, right = (sym_max(length, reach) - length for length in (H, W))
         # An exported graph serves maps of every size, so it always pads.
-        if torch.compiler.is_exporting() or down or right:
+        if is_exporting() or down or right:
             x = F.pad(x, (0, 0, 0, right, 0, down))
         return self.proj_drop(self.proj(self._attend(x)[:, :H, :W]))
 

@@ -7,6 +7,8 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dat.ops.sizes import is_exporting
+
 
 class WindowAttention(nn.Module):
     """Attention within windows with a relative position bias (Swin, https://arxiv.org/abs/2103.14030, equation 4).
@@ -51,7 +53,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] of any size to [B, H, W, C]."""
         _, H, W, _ = x.shape
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return self._forward_any_size(x)
         window, padded, shift = zip(*(self._tile(length) for length in (H, W)), strict=True)
         bias = self._bias(window, x.device)

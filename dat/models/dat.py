@@ -29,6 +29,7 @@ from dat.layers import DeformableAttention
 from dat.layers.conv_stem import ConvStem
 from dat.models.blocks import Block, ConvBlock, StageConfig
 from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
+from dat.ops.sizes import is_exporting
 
 try:
     from timm.models._input import update_model_input_size
@@ -42,7 +43,7 @@ class Patches(PatchEmbed):
     """timm's embedding [B, C, H, W] to [B, ceil(H/p), ceil(W/p), C'], exportable with dynamic sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             return super().forward(x)
         # Pad by the most that a patch can lack, whatever the size: the convolution ignores an incomplete patch.
         height, width = self.patch_size
@@ -72,7 +73,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.kernel_size == (2, 2):
             # An exported graph serves all sizes and always pads: the convolution ignores a single row.
-            odd = (1, 1) if torch.compiler.is_exporting() else (x.shape[2] % 2, x.shape[1] % 2)
+            odd = (1, 1) if is_exporting() else (x.shape[2] % 2, x.shape[1] % 2)
             x = F.pad(x, (0, 0, 0, odd[0], 0, odd[1]))
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 

@@ -27,7 +27,7 @@ COLUMNS, TABLE_KEYS = 32, 8
 # Programs that keep a large GPU busy: those with tiles of scores, and the smaller ones of the table.
 PROGRAMS, TABLE_PROGRAMS = 512, 4096
 # Gradients of scores in memory at a time, unless those of one block of keys are more.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 
 # Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
 SIZES = ["h", "group_heads", "W", "HW", "N", "T_h", "T_w"]

@@ -20,7 +20,7 @@ from dat.ops._common import (
     untraced,
 )
 from dat.ops._library import LIBRARY
-from dat.ops.sizes import sym_max
+from dat.ops.sizes import is_exporting, sym_max
 
 LIBRARY.define(
     "neighborhood_attn(Tensor query, Tensor key, Tensor value, Tensor? bias, SymInt height, SymInt width, "
@@ -79,7 +79,7 @@ def neighborhood_attn(
     if down or right:
         query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))
     # An exported graph serves maps of every size.
-    if not torch.compiler.is_exporting() and (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
+    if not is_exporting() and (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
         out = _one_window(query, key, value, bias, kernel_size, scale)
     else:
         out = _attend(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)
