@@ -223,7 +223,9 @@ class DAT(nn.Module):
         weight = next(self.parameters())
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=weight.device, dtype=weight.dtype)
+        self.head.in_features = self.num_features
+        self.head.reset(num_classes, global_pool)
+        self.head.to(weight.device, weight.dtype)
         self.head_hidden_size = self.num_features
 
     def forward_intermediates(

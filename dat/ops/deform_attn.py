@@ -158,7 +158,7 @@ def _backward(
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """The same numbers, laid out in memory as `like`, as all results for queries, keys and values are."""
-    if tensor.stride() == torch.empty_like(like, device="meta").stride():
+    if tensor.stride() == like.stride() or tensor.stride() == torch.empty_like(like, device="meta").stride():
         return tensor
     return torch.empty_like(like).copy_(tensor)
 
