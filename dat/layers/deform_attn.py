@@ -18,7 +18,8 @@ from dat.ops.sizes import is_exporting, sym_max
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
 # Pairs of a query and a key, over all images and groups, for which the MLP of "log_cpb" runs at a time.
 LOG_CPB_PAIRS = 2**21
-# Above this many elements of the key map per image, recompute the offset network in the backward pass.
+# Above this many elements of the key map per image, recompute the offset network in the backward pass on a CPU. On a
+# GPU, its few kernels take longer than its maps are worth.
 LARGE_MAP = 2**19
 
 
@@ -142,7 +143,8 @@ class DeformableAttention(nn.Module):
         """
         H, W, C = query.shape[1:]
         # Compilers choose which values to recompute themselves.
-        if torch.compiler.is_compiling() or math.prod(self.key_size((H, W))) * C <= LARGE_MAP:
+        small = query.device.type != "cpu" or math.prod(self.key_size((H, W))) * C <= LARGE_MAP
+        if torch.compiler.is_compiling() or small:
             offset = self._offsets(query)
         else:
             offset = checkpoint(self._offsets, query, use_reentrant=False, preserve_rng_state=False)

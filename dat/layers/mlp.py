@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Above this many elements of the hidden map per image, compute it in chunks of rows.
-LARGE_MAP = 2**21
+# Above this many elements of the hidden map per image, compute it in chunks of rows. On a GPU small kernels cost more
+# than memory: all maps of an image of 1333 x 1333 pixels are below.
+LARGE_MAP, GPU_LARGE_MAP = 2**21, 2**25
 # Elements of the hidden map in a chunk, of rows or of images.
 CHUNK = 2**20
 # The fewest chunks of a large map: with two or three, one of them would still hold much of it.
@@ -62,10 +63,11 @@ class ConvMlp(nn.Module):
         B, H, W, _ = x.shape
         width = W * self.fc1.out_features
         # Dropout would draw different masks for the rows that two chunks overlap in.
-        if H * width <= LARGE_MAP or (self.training and self.drop.p > 0):
+        large, elements = (LARGE_MAP, CHUNK) if x.device.type == "cpu" else (GPU_LARGE_MAP, GPU_LARGE_MAP // 2)
+        if H * width <= large or (self.training and self.drop.p > 0):
             return self._rows(x, 0, H)
         # Chunks of nearly equal size, as the largest one decides about the memory.
-        chunks = x.tensor_split(min(max(-(-B * H * width // CHUNK), MIN_CHUNKS), H), 1)
+        chunks = x.tensor_split(min(max(-(-B * H * width // elements), MIN_CHUNKS), H), 1)
         above = [x[:, :0], *(chunk[:, -1:] for chunk in chunks[:-1])]
         below = [*(chunk[:, :1] for chunk in chunks[1:]), x[:, :0]]
         run = partial(checkpoint, self._chunk, use_reentrant=False) if torch.is_grad_enabled() else self._chunk
