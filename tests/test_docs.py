@@ -36,6 +36,8 @@ SMALL_DETECTOR = [
     "model.embed_dim=16", "model.num_heads=2", "model.mlp_dim=16", "model.encoder_depth=0", "model.decoder_depth=1",
     "model.num_levels=2", "model.backbone.out_indices=[3]", "model.num_queries=5", "train.ema_decay=0",
     "data.train.sizes=[64]", "data.train.max_size=96", "data.val.size=64", "data.val.max_size=96",
+    # Tests have no network.
+    "model.backbone.pretrained=false",
 ]  # fmt: skip
 ADDED = {
     "detect train": ["train.steps=2", "train.batch_size=1", "train.workers=0", *SMALL_DETECTOR],
@@ -148,6 +150,8 @@ def test_commands_run_and_python_that_reads_their_files(workplace):
             added = [text for text in added if "out_indices" not in text]
         elif "detect train" in command:
             added = [*added, "model.backbone.name=test_resnet"]
+        if "hf-hub:" in command:
+            added = [*added, "model.checkpoint_path=null"]
         replaced = {"PATH": data, "data.root=PATH": f"data.root={data}", "IMAGES": "scenes/images"}
         arguments = [replaced.get(text, text) for text in arguments] + added
         start = time.time()

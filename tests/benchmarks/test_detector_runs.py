@@ -10,11 +10,13 @@ from coco_scenes import write_scenes
 from PIL import Image
 from processes import run_command
 
-from benchmarks import backbones, convergence, curves, detector_runs, trainings
+from benchmarks import backbones, convergence, curves, detector_runs, recipes, trainings
 from benchmarks.detector_runs import Comparison, Sizes
 from benchmarks.timing import machine
 from benchmarks.trainings import finished, last_entries, train
+from dat.detection.config import DetectionConfig
 from dat.detection.models.backbone import build_backbone
+from dat.engine.config import load_config
 
 TINY = Sizes(train=8, val=2, scene=64, crops=(40, 10), crop=32, shown=32)
 
@@ -66,6 +68,14 @@ def test_scenes_have_objects_of_both_sizes(tmp_path):
     areas = [box["area"] for box in json.loads((tmp_path / "data" / "val.json").read_text())["annotations"]]
     assert 0.3 < sum(area < 32**2 for area in areas) / len(areas) < 0.7
     assert len(list((tmp_path / "crops" / "train").rglob("*.png"))) == 10
+
+
+def test_every_row_of_recipes_adds_to_the_one_above():
+    variants = list(recipes.variants().values())
+    for variant in variants:
+        load_config(DetectionConfig, detector_runs.CONFIG, trainings.arguments(variant.keys))
+    for above, variant in zip(variants, variants[1:-1], strict=False):
+        assert above.keys.items() < variant.keys.items()
 
 
 def test_backbones_take_equal_flops_and_vary_in_nothing_else(tmp_path):
