@@ -194,7 +194,13 @@ def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, An
 
 
 def _clear_alternatives(below: dict[str, Any], data: dict[str, Any]) -> None:
-    """Sets a number of epochs in `below` to 0 where `data` gives steps, and the other way round."""
+    """Sets a number of epochs in `below` to 0 where `data` gives steps, and the other way round.
+
+    Either is a length that the user wants, so that the least number of steps in `below` goes too.
+    """
+    given_length = _get(data, "train.epochs") or _get(data, "train.steps")
+    if given_length and isinstance(below.get("train"), dict) and "least_steps" in below["train"]:
+        below["train"] = {**below["train"], "least_steps": 0}
     for a, b in _ALTERNATIVES:
         for given, other in ((a, b), (b, a)):
             section, name = other.split(".")

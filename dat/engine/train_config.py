@@ -12,7 +12,9 @@ from dat.utils.errors import ConfigError
 class TrainConfig:
     """Options of `train.*`; each task adds its own and sets defaults.
 
-    Length: `epochs`, or `steps` optimizer steps (0: not given); one replaces the other.
+    Length: `epochs`, or `steps` optimizer steps (0: not given); one replaces the other. `least_steps`: `epochs` are as
+        many more as make this many steps, so that a configuration fits data of any size; a file or argument that
+        gives `epochs` or `steps` sets it back to 0.
     Batches: `batch_size` images per process; an optimizer step takes `accumulate` batches of each process.
         `eval_batch_size` images in evaluation.
     Optimizer: any name of timm's optimizers; "adamw" is torch's fused AdamW.
@@ -37,6 +39,7 @@ class TrainConfig:
 
     epochs: int = 50
     steps: int = 0
+    least_steps: int = 0
     batch_size: int = 4
     accumulate: int = 1
     eval_batch_size: int = 4
@@ -80,7 +83,7 @@ def check_train_config(config: Any) -> None:
 
     check(1, "batch_size", "accumulate", "eval_batch_size", "decay_epochs", "eval_epochs", "log_steps")
     check(0 if train.steps else 1, "epochs")
-    check(0, "steps", "lr_batch_size", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
+    check(0, "steps", "least_steps", "lr_batch_size", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
     check(0, "early_stop", "checkpoint_steps", "pictures", "worst")
     check(0, "workers", high=MOST_WORKERS)
     check(0, "min_lr_scale", "ema_decay", high=1)

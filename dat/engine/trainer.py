@@ -81,7 +81,7 @@ class Trainer(Task):
             raise ConfigError(f"train.amp is {train.amp}, should be none on mps, which computes in float32")
         self.sampler, self.loader, self.val_loader = self.build_loaders()
         self.steps_per_epoch = self.sampler.steps
-        self.total_steps = train.steps or train.epochs * self.steps_per_epoch
+        self.total_steps = train.steps or max(train.epochs * self.steps_per_epoch, train.least_steps)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.lr = optim.scaled_lr(train.lr, self.sampler.images, train.lr_batch_size, train.lr_scaling)
         self.progress = Progress()
@@ -496,10 +496,12 @@ class Trainer(Task):
         train, parameters = self.config.train, sum(p.numel() for p in self.model.parameters()) / 1e6
         scaled = f", {train.lr:.3g} for {train.lr_batch_size} images" if train.lr_batch_size else ""
         model = self.config.model
+        raised = train.epochs and train.epochs * self.steps_per_epoch < self.total_steps
+        why = f" (train.least_steps; {train.epochs} epochs would be fewer)" if raised else ""
         start = "" if self.resume or starts_from_weights(model) else " from random weights"
         return (
             f"{model.backbone['name']}{start}, {parameters:.2f} M parameters, {self.device}: "
-            f"{self.describe_data()}; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all\n"
+            f"{self.describe_data()}; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all{why}\n"
             f"{self._describe_step('images a step ')}, learning rate {self.lr:.3g}{scaled}"
         )
 

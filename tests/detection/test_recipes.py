@@ -117,6 +117,14 @@ def test_a_run_with_every_option_resumes_to_the_same_weights(config_file, tmp_pa
         assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
 
 
+def test_epochs_are_as_many_as_make_the_least_number_of_steps(config_file):
+    """Two steps an epoch."""
+    trainer = build(config_file, "train.epochs=2", "train.least_steps=5")
+    assert (trainer.total_steps, trainer.epochs) == (5, 3)
+    assert "5 in all (train.least_steps; 2 epochs would be fewer)" in trainer._describe_run()
+    assert build(config_file, "train.epochs=3", "train.least_steps=5").total_steps == 6
+
+
 def test_the_last_epochs_of_a_run_in_steps_are_without_mosaic(config_file):
     """Two steps an epoch: five steps are three epochs."""
     trainer = build(config_file, "train.steps=5", "data.train.mosaic=1", "data.train.close_mosaic=1")

@@ -14,6 +14,7 @@ class Train:
     lr: float = 1e-3
     epochs: int = 10
     steps: int = 0
+    least_steps: int = 0
     min_lr_scale: float = 0.0
     resume: bool = False
     amp: Literal["none", "bf16"] = "none"
@@ -145,6 +146,13 @@ def test_the_length_that_the_user_gives_counts(tmp_path, base, text, overrides, 
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(Config, tmp_path / "saved.yaml") == config
     assert apply_overrides(config, ["train.epochs=4"]).train.steps == 0
+
+
+@pytest.mark.parametrize(("given", "least"), [("train.epochs=3", 0), ("train.steps=7", 0), ("train.lr=1", 100)])
+def test_a_length_that_the_user_gives_may_be_below_the_least(tmp_path, given, least):
+    path = write(tmp_path, "train: {epochs: 5, least_steps: 100}")
+    assert load_config(Config, path, [given]).train.least_steps == least
+    assert load_config(Config, path, [given, "train.least_steps=50"]).train.least_steps == 50
 
 
 @pytest.mark.parametrize(
