@@ -75,7 +75,7 @@ def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for part in gather(results) for result in part]
 
 
-def _compare(annotations: Annotations, results: list[dict[str, Any]], **options: Any) -> Any:
+def _compare(annotations: Annotations, results: Sequence[dict[str, Any]], **options: Any) -> Any:
     # Models and training steps run without the library.
     from faster_coco_eval import COCO, COCOeval_faster
 

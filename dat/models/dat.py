@@ -7,6 +7,7 @@ neighbourhood (N) and deformable attention in every stage, with more convolution
 Features are NCHW; tokens stay NHWC inside.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,12 +32,15 @@ from dat.models.blocks import Block, ConvBlock, StageConfig
 from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
 from dat.ops.sizes import is_exporting
 
-try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # The models also run with timm before 1.0.31, which keeps no record of their input size.
-    update_model_input_size = None
-
 __all__ = ["DAT", "StageConfig"]
+
+
+def _record_input_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Has timm save the model with this size; timm before 1.0.31 keeps no record, and its models need none."""
+    with contextlib.suppress(ImportError):
+        from timm.models._input import update_model_input_size
+
+        update_model_input_size(model, size)
 
 
 class Patches(PatchEmbed):
@@ -206,8 +210,7 @@ class DAT(nn.Module):
         if img_size is None:
             return
         self.img_size = to_2tuple(img_size)
-        if update_model_input_size is not None:
-            update_model_input_size(self, self.img_size)
+        _record_input_size(self, self.img_size)
         for i, stage in enumerate(self.stages):
             for module in stage.modules():
                 if isinstance(module, DeformableAttention):
