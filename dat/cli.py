@@ -339,6 +339,7 @@ def flops(options: argparse.Namespace) -> None:
 
     from dat.models import flops as count
     from dat.utils.errors import ConfigError
+    from dat.utils.text import echo
 
     model: nn.Module | str = options.name
     size = options.size
@@ -352,7 +353,7 @@ def flops(options: argparse.Namespace) -> None:
         model = build_model(config.model, 91, weights=False)
         size = size or (config.data.val.size, config.data.val.max_size)
     try:
-        print(count(model, None if size is None else tuple(size)))
+        echo(str(count(model, None if size is None else tuple(size))))
     except ImportError as error:
         raise ConfigError(f'counting needs {error.name}: pip install "dat-vision[flops]"') from error
 

@@ -21,6 +21,7 @@ from dat.engine.loaders import EpochBatchSampler, loader_options
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.files import atomic_write
 from dat.utils.images import UNREADABLE
 from dat.utils.text import printable
 
@@ -221,6 +222,7 @@ class SkippedImages:
         where = ""
         if self.path is not None:
             if distributed.main:
-                self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
+                with atomic_write(self.path) as temporary:
+                    temporary.write_text("".join(f"{name}\n" for name in sorted(self.names)), encoding="utf-8")
             where = f"; they are listed in {self.path}"
         return f"{len(self.names)} unreadable images were left out{where}"

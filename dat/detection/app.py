@@ -23,6 +23,7 @@ from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, has_points
 from dat.detection.upload import FORMATS, DecodeLimits, DecodePool, Refused
 from dat.utils.errors import UserError
+from dat.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def serve(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"{address}: {detector.path}, {len(detector.categories)} classes", flush=True)
+            print(printable(f"{address}: {detector.path}, {len(detector.categories)} classes"), flush=True)
 
     app = create_app(detector, limits, (host, *hosts), token)
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=STOPPING)

@@ -91,6 +91,7 @@ class DataConfig:
 
     With more than fit in, the first by name stay, those of training before others.
     `single_class`: all objects are of one class, "object".
+    `outside`: images that a list or data.yaml names outside of `root` are read.
     """
 
     root: str = "data/coco"
@@ -101,6 +102,7 @@ class DataConfig:
     # The sides of batches are padded to a multiple of this many pixels.
     pad_multiple: int = 1
     single_class: bool = False
+    outside: bool = False
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 4.0
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from dat.export.runtime import load_exported
 from dat.utils.errors import ConfigError, DataError, ExportError, one_line
 from dat.utils.files import find_images, name_full_disk
 from dat.utils.images import read_image
+from dat.utils.text import echo
 
 # Shape of the batch to trace with: maps of stride 32 have more than two windows along each side, and no side divides
 # evenly.
@@ -225,7 +225,7 @@ def _write_program(graph: Graph, path: Path) -> None:
 
 
 def _write_compiled(graph: Graph, path: Path) -> None:
-    print(f"compiling the {graph.metadata['kind']} model, which can take minutes", file=sys.stderr, flush=True)
+    echo(f"compiling the {graph.metadata['kind']} model, which can take minutes", error=True)
     inputs = {}
     for (name, axes), example in zip(graph.inputs.items(), graph.example, strict=True):
         sizes = [

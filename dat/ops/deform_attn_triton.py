@@ -53,10 +53,13 @@ def prepare_kernel(table, positions, coefficients, key_pixels, pixels, coordinat
     b = _pixel(table, head, u, v + 1, T_h, T_w, inside)
     c = _pixel(table, head, u + 1, v, T_h, T_w, inside)
     d = _pixel(table, head, u + 1, v + 1, T_h, T_w, inside)
-    tl.store(coefficients + index * 4, a, mask=inside)
-    tl.store(coefficients + index * 4 + 1, b - a, mask=inside)
-    tl.store(coefficients + index * 4 + 2, c - a, mask=inside)
-    tl.store(coefficients + index * 4 + 3, (d - c) - (b - a), mask=inside)
+    # Differences of infinite entries would be NaN. Their sum says what becomes of the pairs that look them up.
+    total = a + b + c + d
+    finite = total - total == 0.0
+    tl.store(coefficients + index * 4, tl.where(finite, a, total), mask=inside)
+    tl.store(coefficients + index * 4 + 1, tl.where(finite, b - a, 0.0), mask=inside)
+    tl.store(coefficients + index * 4 + 2, tl.where(finite, c - a, 0.0), mask=inside)
+    tl.store(coefficients + index * 4 + 3, tl.where(finite, (d - c) - (b - a), 0.0), mask=inside)
     # No key beyond 64 meets the table; NaN is clamped there too.
     position = tl.load(positions + index, mask=index < coordinates, other=0.0)
     position = tl.minimum(tl.where(position > -64.0, position, -64.0), 64.0)
@@ -144,7 +147,9 @@ def forward_kernel(
         scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * scale
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        p, shrink = _exp(scores, new_top[:, None]), _exp(top, new_top)
+        # Where all scores so far are minus infinity, less zero they are still without attention.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p, shrink = _exp(scores, base[:, None]), _exp(top, base)
         total = total * shrink + tl.sum(p, 1)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top

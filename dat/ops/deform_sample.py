@@ -52,8 +52,9 @@ def deform_sample(
     Returns:
         The weighted sum over levels and points [B, Q, H, D] or, where weights is None, every sample [B, Q, H, L, P, D],
         in the dtype of `value`. Sums are taken in float32 (float64 for float64 values). Differentiable in value,
-        locations and weights, any number of times, in reverse mode. Infinite values and weights may come out as NaN
-        where a sample reaches over the edge of the map; samples outside count for nothing whatever their weight.
+        locations and weights, any number of times, in reverse mode. NaN and infinity in values and weights reach only
+        what is made of the samples that read them, where infinity may come out as NaN; samples outside count for
+        nothing and get zero gradients, whatever their weight.
 
     Raises:
         TypeError: a dtype that is not supported; locations in half precision.

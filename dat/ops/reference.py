@@ -62,6 +62,14 @@ def _corners(value: Tensor, shapes: Shapes, locations: Tensor, align_corners: bo
         start += height * width
 
 
+def _inside(corners: list[_Corner], weights: Tensor) -> Tensor:
+    """The weights of a level's samples, zero where a sample is outside the map: infinity times zero would be NaN."""
+    inside = torch.zeros_like(weights, dtype=torch.bool)
+    for corner in corners:
+        inside = inside | corner.inside.squeeze(-1)
+    return torch.where(inside, weights, 0.0)
+
+
 def _gather(value: Tensor, index: Tensor, num_queries: int) -> Tensor:
     """Rows `index` [B, Q*P, H] of `value` [B, S, H, D], as [B, Q, H, P, D]."""
     rows = value.gather(1, index.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]))
@@ -75,14 +83,16 @@ def deform_sample(
     B, Q, H, _, P, _ = locations.shape
     wide = value.to(locations.dtype)
     levels = []
-    for corners in _corners(wide, shapes, locations, align_corners):
+    for level, corners in enumerate(_corners(wide, shapes, locations, align_corners)):
         out = wide.new_zeros(B, Q, H, P, value.shape[-1])
         for corner in corners:
             out = out + corner.weight.unsqueeze(-1) * corner.row
+        if weights is not None:
+            out = out * _inside(corners, weights[:, :, :, level].to(out.dtype)).unsqueeze(-1)
         levels.append(out)
     sampled = torch.stack(levels, 3)
     if weights is not None:
-        sampled = (sampled * weights.to(sampled.dtype).unsqueeze(-1)).sum((3, 4))
+        sampled = sampled.sum((3, 4))
     return sampled.to(value.dtype)
 
 
@@ -97,16 +107,14 @@ def deform_sample_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `deform_sample` with respect to value, locations and weights (an empty tensor without weights)."""
     wide, grad = value.to(locations.dtype), grad.to(locations.dtype)
-    if weights is None:
-        scaled = sample_grad = grad
-    else:
-        sample_grad = grad[:, :, :, None, None].expand(*locations.shape[:-1], -1)
-        scaled = sample_grad * weights.to(grad.dtype).unsqueeze(-1)
+    sample_grad = grad if weights is None else grad[:, :, :, None, None].expand(*locations.shape[:-1], -1)
     grad_value = torch.zeros_like(wide)
     location_levels, weight_levels = [], []
     for level, corners in enumerate(_corners(wide, shapes, locations, align_corners)):
         grad_x = grad_y = grad_weight = torch.zeros_like(locations[:, :, :, level, :, 0])
-        of_sample, of_scaled = sample_grad[:, :, :, level], scaled[:, :, :, level]
+        of_sample = of_scaled = sample_grad[:, :, :, level]
+        if weights is not None:
+            of_scaled = of_sample * _inside(corners, weights[:, :, :, level].to(grad.dtype)).unsqueeze(-1)
         for corner in corners:
             dot = (corner.row * of_scaled).sum(-1)
             grad_x = grad_x + corner.slope_x * dot

@@ -116,7 +116,9 @@ def test_shipped_configurations_are_valid(name):
     assert make_transform(config.data, training=True)
 
 
-def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(trained, pictures, tmp_path, capsys):
+def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(
+    trained, pictures, tmp_path, capsys, monkeypatch
+):
     for name in (b"caf\xe9.png", b"=cmd().png", b"new\nline.png", b"esc\x1b[31m.png"):
         Image.new("RGB", (32, 32)).save(pictures / "val/red" / os.fsdecode(name))
     (pictures / "val/red" / os.fsdecode(b"bad\xe9\x1b.png")).write_bytes(b"x")
@@ -129,4 +131,11 @@ def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(train
     command("audit", pictures, "--out", tmp_path / "audit")
     skipped = SkippedImages(SimpleNamespace(left_out=["a\nb\udce9.png"]), tmp_path / "skipped.txt")
     skipped.write(SimpleNamespace(main=True))
+    assert (tmp_path / "skipped.txt").read_text(encoding="utf-8") == r"a\nb\udce9.png" + "\n"
+    # It is replaced as a whole: a write that fails leaves the list of before.
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    skipped.names.add("c.png")
+    with pytest.raises(ZeroDivisionError):
+        skipped.write(SimpleNamespace(main=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.txt"]
     assert (tmp_path / "skipped.txt").read_text(encoding="utf-8") == r"a\nb\udce9.png" + "\n"

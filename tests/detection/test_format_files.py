@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
 from dat.detection.data import describe_sets, read_dataset
+from dat.detection.data.audit_split import audit_split
+from dat.detection.data.convert import convert_data
 from dat.utils.errors import ConfigError, DataError
 
 
@@ -83,6 +86,43 @@ def test_yaml_of_yolo(write, scenes, text, files):
         found = read(root, name)
         assert boxes(found) == true_boxes(scenes)
         assert [category.name for category in found.categories] == ["blue", "red"]
+
+
+@pytest.mark.parametrize("form", ["list", "absolute list", "path", "folder"])
+def test_names_of_yolo_lead_outside_only_where_that_is_allowed(write, scenes, tmp_path, form):
+    other = tmp_path / "other"
+    shutil.copytree(write(labels(scenes, "labels/train"), "images/train"), other)
+    texts = {
+        "list": YAML.replace("images/train", "train.txt", 1),
+        "absolute list": YAML.replace("images/train", "train.txt", 1),
+        "path": f"path: {other}\n{YAML}",
+        "folder": YAML.replace("images/train", str(other / "images/train"), 1),
+    }
+    start = other if form == "absolute list" else "../other"
+    lines = "".join(f"{start}/images/train/{scene['name']}\n" for scene in scenes)
+    root = write({"data.yaml": texts[form], "train.txt": lines, **labels(scenes, "labels/val")}, "images/val")
+    # What would be found below the folder is preferred for a name that leads nowhere.
+    shutil.rmtree(root / "images/train")
+    data = DataConfig(str(root))
+    with pytest.raises(DataError, match=r"scene_1.jpg, outside of .*; data.outside=true allows that"):
+        read_dataset(data, "train")
+    problems = audit_split(data, "train")
+    assert problems.problems["image outside of the data folder"].count == len(scenes)
+    assert not problems.annotations.records
+    assert boxes(read_dataset(replace(data, outside=True), "train")) == true_boxes(scenes)
+    with pytest.raises(DataError, match=r"scene_1.jpg, outside of"):
+        convert_data(root, tmp_path / "converted", "coco")
+    # A link is the decision of who made the folder.
+    (root / "linked").symlink_to(other)
+    (root / "data.yaml").write_text(YAML.replace("images/train", "linked/images/train", 1))
+    assert boxes(read_dataset(data, "train")) == true_boxes(scenes)
+
+
+def test_class_names_of_darknet_are_read_only_in_its_folder(write, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret\n")
+    root = write({"obj.data": "train = train.txt\nnames = ../secret.txt\n", "train.txt": ""})
+    with pytest.raises(DataError, match=r"secret\.txt"):
+        read(root)
 
 
 def test_class_names_of_yaml_are_text(write, scenes):

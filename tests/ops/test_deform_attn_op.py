@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from ops.samples import close_where_finite
 
 from benchmarks.timing import peak_bytes
 from dat.ops import deform_attn, reference
@@ -197,6 +198,43 @@ def test_positions_that_are_not_numbers_have_no_bias(device):
     ours, expected = (differentiated(deform_attn, t, sample, output_gradient(sample, device)) for t in (tensors, far))
     for one, other in zip(ours, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def check_table(attend, sample, bad):
+    """Output and gradients beside the reference's where the table holds `bad`, and where whole blocks of keys do."""
+    *tensors, table = sample.tensors()
+    # Keys on a line below and above the map, and in its middle.
+    tensors[3][..., 1] = torch.linspace(-1.23, 1.21, sample.N)
+    corner, row = table.clone(), table.clone()
+    corner[0, 3, 4] = row[0, -sample.table[0] // 3 :] = bad
+    for spoiled in (corner, row):
+        inputs = [*tensors, spoiled]
+        grad = output_gradient(sample)
+        exact = differentiated(reference.deform_attn, [t.double() for t in inputs], sample, grad)
+        out, by_query, by_key, by_value, _, by_table = attend(inputs, grad)
+        assert torch.equal(out.isfinite().all(-1).cpu(), exact[0].isfinite().all(-1))
+        for ours, theirs in zip((out, by_query, by_key, by_value, by_table), (*exact[:4], exact[5]), strict=True):
+            close_where_finite(ours, theirs, TOLERANCE[sample.dtype])
+
+
+TABLES = [
+    Sample("own-table", B=1, h=2, g=1),
+    Sample("other-table", B=1, h=2, g=1, size=(9, 20), table=(6, 9), N=150, align_corners=False),
+    Sample("more-keys", B=1, h=2, g=1, size=(9, 20), table=(17, 39), N=150),
+]
+
+
+@every_device
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sample", TABLES, ids=lambda sample: sample.name)
+def test_a_table_that_is_not_finite_reaches_the_queries_that_look_it_up(sample, dtype, bad, device):
+    sample = replace(sample, dtype=dtype)
+
+    def attend(tensors, grad):
+        return differentiated(deform_attn, [t.to(device) for t in tensors], sample, grad.to(device))
+
+    check_table(attend, sample, bad)
 
 
 @every_device

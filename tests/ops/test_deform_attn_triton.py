@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.test_deform_attn_op import SHAPES, Sample, close, output_gradient
+from ops.test_deform_attn_op import SHAPES, TABLES, Sample, check_table, close, output_gradient
 
 from dat.ops import reference
 
@@ -99,6 +99,13 @@ def interpret_low_scores():
         close(one, other.double(), 1e-4)
 
 
+def interpret_table():
+    """Tables that are not finite."""
+    for sample in TABLES[:2]:
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            check_table(lambda tensors, grad, sample=sample: attend(sample, tensors), sample, bad)
+
+
 def compile_kernels(dtype, kind, channels):
     """Shared memory and stack, in bytes, of every kernel as compiled for sm_90."""
     import triton
@@ -142,7 +149,8 @@ def compile_kernels(dtype, kind, channels):
 
 def test_interpreted_kernels_equal_the_reference():
     done = run(
-        "from ops.test_deform_attn_triton import *; interpret(); interpret_not_finite(); interpret_low_scores()",
+        "from ops.test_deform_attn_triton import *; interpret(); interpret_not_finite(); interpret_low_scores(); "
+        "interpret_table()",
         TRITON_INTERPRET="1",
     )
     assert done.count("equal") == len(SAMPLES)

@@ -160,6 +160,28 @@ def test_locations_that_are_not_numbers_or_far_away_sample_zero(dtype, device):
 
 
 @every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_samples_outside_count_for_nothing_whatever_their_weight(weight, dtype, device):
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    outside = torch.tensor([[1.5, 0.5], [0.5, -3.0], [float("nan"), 0.5], [0.5, 1e30]], dtype=real, device=device)
+    inside = torch.tensor([[0.3, 0.6]], dtype=real, device=device)
+    locations = torch.cat((inside, outside)).view(1, 1, 1, 1, 5, 2).requires_grad_()
+    weights = torch.tensor([2.0, *[weight] * 4], dtype=real, device=device).view(1, 1, 1, 1, 5).requires_grad_()
+    value = Sample(B=1, H=1, shapes=((3, 4),), dtype=dtype, device=device).tensors()[0].requires_grad_()
+    alone = deform_sample(value, ((3, 4),), locations[:, :, :, :, :1], weights[..., :1])
+    for function in (deform_sample, reference.deform_sample):
+        out = function(value, ((3, 4),), locations, weights)
+        close(out, alone.double(), TOLERANCE[dtype])
+        by_value, by_locations, by_weights = torch.autograd.grad(out.sum(), (value, locations, weights))
+        assert by_value.isfinite().all()
+        assert by_locations[..., 0, :].isfinite().all()
+        assert by_locations[..., 1:, :].count_nonzero() == by_weights[..., 1:].count_nonzero() == 0
+    args = torch.ones_like(out), value, ((3, 4),), locations, weights
+    assert all(grad.isfinite().all() for grad in reference.deform_sample_backward(*args))
+
+
+@every_device
 def test_rows_that_no_sample_touches_may_hold_anything(device):
     value = torch.full((1, 12, 1, 8), float("nan"), device=device)
     value[0, 5] = 1.0

@@ -1,13 +1,17 @@
-"""The sampling ops at sizes that hypothesis makes up."""
+"""The ops at sizes, and with numbers that are not finite, that hypothesis makes up."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import test_deform_attn_op as tables
 from ops import test_deform_sample as sampling
 from ops import test_ms_deform_attn_extremes as attention
-from ops.samples import Sample
+from ops import test_neighborhood_attn as windows
+from ops.samples import Sample, close_where_finite
 
-from dat.ops import reference
+from dat.ops import deform_attn, neighborhood_attn, reference
+
+not_finite = st.sampled_from([float("nan"), float("inf"), -float("inf")])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -50,3 +54,43 @@ def test_attention_of_any_sizes_equals_the_reference_with_gradients(reference_si
         ours = attention.with_gradients(tensors, shapes)
         assert [tensor.dtype for tensor in ours[1:]] == [tensor.dtype for tensor in tensors]
         attention.close(ours, attention.exact(tensors, shapes), dtype)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(which=st.integers(0, 2), bad=not_finite, place=st.integers(0, 10**6), D=st.integers(1, 20), Q=st.integers(1, 6))
+def test_samples_of_numbers_that_are_not_finite(which, bad, place, D, Q):
+    sample = Sample(B=1, H=2, D=D, Q=Q)
+    tensors = sample.tensors()
+    numbers = tensors[which].view(-1)
+    numbers[place % len(numbers)] = bad
+    value, locations, weights = (tensor.double() for tensor in tensors)
+    exact = reference.deform_sample(value, sample.shapes, locations, weights)
+    grads = reference.deform_sample_backward(torch.ones_like(exact), value, sample.shapes, locations, weights)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    out = sampling.call(sample, leaves)
+    ours = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for one, other in zip((out.detach(), *ours), (exact, *grads), strict=True):
+        close_where_finite(one, other, 1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    which=st.integers(0, 4), bad=not_finite, H=st.integers(5, 20), W=st.integers(5, 40), kernel=st.sampled_from([3, 5])
+)
+def test_windows_of_numbers_that_are_not_finite(which, bad, H, W, kernel):
+    sample = windows.Sample(1, 1, 4, (H, W), kernel)
+
+    def attend(*tensors):
+        *leaves, grad = (tensor.requires_grad_() for tensor in tensors)
+        out = neighborhood_attn(*leaves, **sample.options())
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.detach())
+
+    if (kernel, kernel) != (H, W):
+        windows.check_spread(attend, sample, which, bad)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(bad=not_finite, H=st.integers(2, 9), W=st.integers(2, 40), N=st.integers(1, 140), align_corners=st.booleans())
+def test_tables_of_numbers_that_are_not_finite(bad, H, W, N, align_corners):
+    sample = tables.Sample("fuzzed", 1, 2, 1, 8, (H, W), N, (6, 9), align_corners)
+    tables.check_table(lambda tensors, grad: tables.differentiated(deform_attn, tensors, sample, grad), sample, bad)

@@ -2,6 +2,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from ops.samples import close_where_finite
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat.ops import neighborhood_attn, reference
@@ -290,6 +291,54 @@ def test_a_query_sees_its_window_alone():
     expected = torch.zeros(9, 20, dtype=torch.bool)
     expected[0:5, 15:20] = True
     assert torch.equal(seen, expected)
+
+
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+
+
+def check_spread(attend, sample, which, bad):
+    """Output and gradients beside the reference's where a tensor (the last is the output's gradient) holds `bad`."""
+    tensors = sample.tensors()
+    grad = torch.linspace(-1, 1, tensors[0].numel(), dtype=torch.float64).view(tensors[0].shape).to(sample.dtype)
+    tensors.append(grad)
+    H, W = sample.size
+    for pixel in (0, H // 2 * W + W // 2, H * W - 1):
+        spoiled = [tensor.clone() for tensor in tensors]
+        # A channel of a pixel, or an entry of the bias.
+        numbers = spoiled[which][0].view(-1) if which == 3 else spoiled[which][0, 0, :, 1]
+        numbers[pixel % len(numbers)] = bad
+        wide = [tensor.double() for tensor in spoiled]
+        exact = reference.neighborhood_attn(*wide[:-1], **sample.options())
+        exact_grads = reference.neighborhood_attn_backward(wide[-1], *wide[:-1], **sample.options())
+        out, *grads = attend(*spoiled)
+        close_where_finite(out, exact, TOLERANCE[sample.dtype])
+        assert torch.equal(out.isfinite().all(-1).cpu(), exact.isfinite().all(-1))
+        # The gradient of the bias is a sum over all pixels.
+        for by_ours, by_reference in zip(grads[:3], exact_grads[:3], strict=True):
+            close_where_finite(by_ours, by_reference, TOLERANCE[sample.dtype])
+
+
+@every_device
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample(1, 2, 8, (9, 11), 3),
+        Sample(1, 1, 8, (20, 40), 7),
+        Sample(1, 1, 5, (13, 37), 3, 2),
+        Sample(1, 1, 8, (9, 17), 5, dtype=torch.float64),
+        Sample(1, 1, 8, (9, 17), 5, dtype=torch.bfloat16),
+    ],
+    ids=["small", "wide", "dilated", "float64", "bfloat16"],
+)
+def test_numbers_that_are_not_finite_reach_only_windows_that_hold_them(sample, which, bad, device):
+    def attend(*tensors):
+        *leaves, grad = (tensor.to(device).requires_grad_() for tensor in tensors)
+        out = neighborhood_attn(*leaves, **sample.options())
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.detach())
+
+    check_spread(attend, sample, which, bad)
 
 
 @every_device

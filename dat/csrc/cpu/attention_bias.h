@@ -194,20 +194,21 @@ class Bias {
     }
   }
 
+  // Sums of weights times entries, as differences of infinite entries would be NaN.
   DAT_HOST_DEVICE V unit_bias(const Real* row, int64_t n, int64_t column) const {
     const Real *high = row + unit_column(n, column), *low = high + stride_;
-    const V left = load(high) + row_fraction_[n] * (load(low) - load(high));
-    const V right = load(high + 1) + row_fraction_[n] * (load(low + 1) - load(high + 1));
-    return left + fraction_[n] * (right - left);
+    const Real lower = row_fraction_[n], upper = 1 - lower;
+    const V left = upper * load(high) + lower * load(low), right = upper * load(high + 1) + lower * load(low + 1);
+    return (1 - fraction_[n]) * left + fraction_[n] * right;
   }
 
   DAT_HOST_DEVICE V bias(const Real* row, int64_t n, int64_t column) const {
     const Columns<Real> at = columns(n, column);
     const Real *high = row + at.first, *low = high + stride_;
-    const V left_high = pick_columns(high, at.index), right_high = pick_columns(high, at.index + 1);
-    const V left = left_high + row_fraction_[n] * (pick_columns(low, at.index) - left_high);
-    const V right = right_high + row_fraction_[n] * (pick_columns(low, at.index + 1) - right_high);
-    return left + at.fraction * (right - left);
+    const Real lower = row_fraction_[n], upper = 1 - lower;
+    const V left = upper * pick_columns(high, at.index) + lower * pick_columns(low, at.index);
+    const V right = upper * pick_columns(high, at.index + 1) + lower * pick_columns(low, at.index + 1);
+    return (1 - at.fraction) * left + at.fraction * right;
   }
 
   // Scatters the gradients collected for key n into the table and the key's position.

@@ -200,10 +200,12 @@ class Forward {
       const V score = load(scores_ + n * kStride + q);
       top = score > top ? score : top;
     }
-    const V shrink = Exp<Real, N>::of(load(top_ + q) - top);
+    // Where all scores so far are minus infinity, less zero they are still without attention.
+    const V base = top == -Real(__builtin_huge_val()) ? V{} : top;
+    const V shrink = Exp<Real, N>::of(load(top_ + q) - base);
     V total = load(total_ + q) * shrink;
     for (int64_t n = 0; n < keys; n++) {
-      const V e = Exp<Real, N>::of(load(scores_ + n * kStride + q) - top);
+      const V e = Exp<Real, N>::of(load(scores_ + n * kStride + q) - base);
       store(scores_ + n * kStride + q, e);
       total += e;
     }

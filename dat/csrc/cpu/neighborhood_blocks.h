@@ -68,22 +68,26 @@ DAT_HOST_DEVICE void store_some(T* to, Vec<Real, N> v, int64_t count) {
 }
 
 // Turns `pixels` pixels of C channels, `step` numbers apart, into rows of channels `stride` numbers apart, times `factor`.
-// Pixels are filled up to whole registers, and channels to `channels`, with zeros.
+// Pixels are filled up to whole registers, and channels to `channels`, with zeros. Returns whether all numbers are finite.
 template <typename T, typename Real>
-void load_pixels(
+bool load_pixels(
     const T* from, int64_t step, int64_t pixels, int64_t C, Real factor, Real* to, int64_t stride, int64_t channels) {
   constexpr int N = kLanes<Real>;
+  // Stays zero until infinity or NaN is multiplied by zero.
+  Vec<Real, N> zero = {};
   for (int64_t x = 0; x < pixels; x += N) {
     for (int64_t c = 0; c < channels; c += N) {
       Numbers<Real, N> tile[N];
       for (int i = 0; i < N && x + N + i < pixels; i++) __builtin_prefetch(from + (x + N + i) * step + c);
       for (int i = 0; i < N; i++)
         tile[i].v = x + i < pixels ? load_some<T, Real, N>(from + (x + i) * step + c, C - c) * factor : Vec<Real, N>{};
+      for (int i = 0; i < N; i++) zero += tile[i].v * 0;
       transpose(tile);
       const int64_t rows = at_most(N, channels - c);
       for (int64_t i = 0; i < rows; i++) store(to + (c + i) * stride + x, tile[i].v);
     }
   }
+  return Sum<Real, N>::of(zero) == 0;
 }
 
 // The other way round.
@@ -156,18 +160,21 @@ struct Source {
 template <typename Real>
 using Sums = Vec<Real, kLanes<Real>>[kRows][kChannels];
 
-// Adds `taps` registers of each channel of a source, each `pixel_step` after the one before, times their factors.
-template <int kBegin, int kEnd, typename Real>
+// Adds `taps` registers of each channel of a source, each `pixel_step` after the one before, times their factors. With
+// kMasked only lanes that are `inside` of a tap's register are: a factor of zero does not hide pixels that are not finite.
+template <int kBegin, int kEnd, bool kMasked, typename Real>
 DAT_HOST_DEVICE void add_source(
     Sums<Real>& sums, const Source<Real>& source, const Real* pixels, int64_t taps, int64_t factor_step, int64_t pixel_step,
-    int64_t stride) {
+    int64_t stride, const IntOf<Real>* inside) {
+  constexpr int N = kLanes<Real>;
   for (int64_t t = 0; t < taps; t++) {
     Vec<Real, kLanes<Real>> factor[kEnd];
 #pragma GCC unroll 8
     for (int m = kBegin; m < kEnd; m++) factor[m] = load_once(source.factors[m] + t * factor_step);
 #pragma GCC unroll 8
     for (int c = 0; c < kChannels; c++) {
-      const Vec<Real, kLanes<Real>> pixel = load_once(pixels + t * pixel_step + c * stride);
+      Vec<Real, N> pixel = load_once(pixels + t * pixel_step + c * stride);
+      if constexpr (kMasked) pixel = Load<IntOf<Real>, N, IntOf<Real>>::from(inside + t * N) != 0 ? pixel : Vec<Real, N>{};
 #pragma GCC unroll 8
       for (int m = kBegin; m < kEnd; m++) sums[m][c] += factor[m] * pixel;
     }
@@ -175,10 +182,10 @@ DAT_HOST_DEVICE void add_source(
 }
 
 // Adds sources to kRows rows of a register of pixels, `row` numbers apart (or writes them, where nothing is there yet).
-template <typename Real>
+template <bool kMasked, typename Real>
 void add_sources(
     const Source<Real>* sources, int64_t count, int64_t taps, int64_t factor_step, int64_t pixel_step, int64_t stride,
-    int64_t channels, bool fresh, Real* to, int64_t row) {
+    int64_t channels, bool fresh, Real* to, int64_t row, const IntOf<Real>* inside) {
   for (int64_t first = 0; first < channels; first += kChannels) {
     Sums<Real> sums;
     Real* place = to + first * stride;
@@ -192,12 +199,12 @@ void add_sources(
       const Real* pixels = source.pixels + first * stride;
       static_assert(kRows == 3);
       switch (source.begin * 4 + source.end) {
-        case 1: add_source<0, 1>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
-        case 2: add_source<0, 2>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
-        case 3: add_source<0, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
-        case 6: add_source<1, 2>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
-        case 7: add_source<1, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
-        case 11: add_source<2, 3>(sums, source, pixels, taps, factor_step, pixel_step, stride); break;
+        case 1: add_source<0, 1, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
+        case 2: add_source<0, 2, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
+        case 3: add_source<0, 3, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
+        case 6: add_source<1, 2, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
+        case 7: add_source<1, 3, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
+        case 11: add_source<2, 3, kMasked>(sums, source, pixels, taps, factor_step, pixel_step, stride, inside); break;
       }
     }
 #pragma GCC unroll 8

@@ -18,7 +18,8 @@ class Neighborhood {
  public:
   static constexpr int N = kLanes<Real>;
   using V = Vec<Real, N>;
-  using I = Vec<IntOf<Real>, N>;
+  using Int = IntOf<Real>;
+  using I = Vec<Int, N>;
 
   Neighborhood(const NeighborhoodArgs& args, int64_t most_rows, bool with_backward, char* scratch)
       : args(args),
@@ -39,6 +40,7 @@ class Neighborhood {
     window_step = side * tap_step;
     attention_ = take(kRows * K * window_step + 2 * pad);
     sources_ = reinterpret_cast<Source<Real>*>(take((K + kRows) * int64_t(sizeof(Source<Real>) / sizeof(Real))));
+    inside_ = reinterpret_cast<Int*>(take(side * N));
     if (with_backward) {
       grad_ = take(kRows * row_size);
       grad_attention_ = take(kRows * K * window_step + 2 * pad);
@@ -111,7 +113,7 @@ class Neighborhood {
     int64_t x, place, first, taps;
     // Whether a border moves some of the windows.
     bool masked;
-    // For queries, the distance from the start of their windows to them.
+    // For queries, the distance from the start of their windows to them; lanes beyond the map have no window.
     I reach;
   };
 
@@ -123,8 +125,12 @@ class Neighborhood {
   const NeighborhoodPart* part_;
   // Rows of keys and values that are there.
   int64_t window_begin_, window_end_;
+  // Whether all pixels of the part that were loaded so far are.
+  bool finite_;
   Real *query_, *out_, *key_, *value_, *attention_;
   Source<Real>* sources_;
+  // Of every shift between a register of pixels and their neighbours the lanes that are neighbours: where not all is finite.
+  Int* inside_;
   Real *grad_, *grad_attention_, *grad_bias_, *grad_key_, *grad_value_;
 
   Real* take(int64_t count) {
@@ -136,7 +142,7 @@ class Neighborhood {
   int64_t window(int64_t row) const { return window_start(row, part_->rows, K); }
 
   void begin(const NeighborhoodPart& part) {
-    part_ = &part;
+    part_ = &part, finite_ = true;
     window_begin_ = window_end_ = window(part.row_begin);
   }
 
@@ -171,7 +177,7 @@ class Neighborhood {
     const T* head = head_of(from);
     for (int64_t r = begin; r < end; r++, to += row_size) {
       const T* pixels = head + first_pixel(r) * from.pixel;
-      load_pixels(pixels, from.pixel * args.dilation, part_->columns, args.C, factor, to + pad, stride, channels);
+      finite_ &= load_pixels(pixels, from.pixel * args.dilation, part_->columns, args.C, factor, to + pad, stride, channels);
     }
   }
 
@@ -191,8 +197,7 @@ class Neighborhood {
     block.first = window_start(last, columns, K) - last;
     block.taps = window_start(x, columns, K) + K - x - block.first;
     block.masked = x < radius || x + N > columns - radius;
-    // Lanes beyond the map have nothing to say, but as lanes without neighbours they would divide by zero.
-    for (int i = 0; i < N; i++) block.reach[i] = x + i < columns ? x + i - window_start(x + i, columns, K) : 0;
+    for (int i = 0; i < N; i++) block.reach[i] = x + i < columns ? x + i - window_start(x + i, columns, K) : -2 * side;
     return block;
   }
 
@@ -241,8 +246,7 @@ class Neighborhood {
     V top = V{} - Real(__builtin_inf());
     scores += (block.first + K - 1) * tap_step + block.place;
     for (int64_t t = 0; t < block.taps; t++) {
-      const I inside =
-          (block.reach + IntOf<Real>(block.first + t) >= 0) & (block.reach + IntOf<Real>(block.first + t) < IntOf<Real>(K));
+      const I inside = neighbours(block, t);
       for (int64_t a = 0; a < K; a++) {
         Real* place = scores + a * window_step + t * tap_step;
         V s = load(place);
@@ -260,6 +264,25 @@ class Neighborhood {
     });
     const V factor = 1 / sum;
     for_scores(block, scores, [&](V s, int64_t) { return s * factor; });
+    keep_neighbours(block, scores);
+  }
+
+  // The queries of a block whose windows hold the pixel `block.first + t` further.
+  DAT_HOST_DEVICE I neighbours(const Block& block, int64_t t) const {
+    const I place = block.reach + Int(block.first + t);
+    return (place >= 0) & (place < Int(K));
+  }
+
+  // Pairs that are no neighbours get exactly zero: a NaN of either is not to reach the other.
+  DAT_HOST_DEVICE void keep_neighbours(const Block& block, Real* scores) const {
+    if (!block.masked) return;
+    for (int64_t t = 0; t < block.taps; t++) {
+      const I inside = neighbours(block, t);
+      for (int64_t a = 0; a < K; a++) {
+        Real* place = scores + a * window_step + t * tap_step;
+        store(place, inside ? load(place) : V{});
+      }
+    }
   }
 
   // Replaces the scores of a block, which begin at `scores`, by `function` of the scores and their indices.
@@ -283,7 +306,14 @@ class Neighborhood {
       for (int64_t m = source.begin; m < source.end; m++)
         source.factors[m] = factors + score(first, m, r, block.first) + block.place;
     }
-    add_sources(sources_, sources, block.taps, tap_step, 1, stride, channels, true, to + pad + block.x, row_size);
+    if (finite_) {
+      add_sources<false>(
+          sources_, sources, block.taps, tap_step, 1, stride, channels, true, to + pad + block.x, row_size, inside_);
+    } else {
+      for (int64_t t = 0; t < block.taps; t++) Store<Int, N, Int>::to(inside_ + t * N, neighbours(block, t));
+      add_sources<true>(
+          sources_, sources, block.taps, tap_step, 1, stride, channels, true, to + pad + block.x, row_size, inside_);
+    }
   }
 
   // Attention, its gradient by the scores, and the gradient by the queries of a block.
@@ -295,12 +325,14 @@ class Neighborhood {
       softmax(first + m, block, attention_ + place);
       const int64_t start = place + (block.first + K - 1) * tap_step + block.place;
       const Real* attention = attention_ + start;
+      keep_neighbours(block, grad_attention_ + start);
       V mean = {};
       for_scores(block, grad_attention_ + start, [&](V by, int64_t k) {
         mean += by * load(attention + k);
         return by;
       });
       for_scores(block, grad_attention_ + start, [&](V by, int64_t k) { return (by - mean) * load(attention + k); });
+      keep_neighbours(block, grad_attention_ + start);
     }
     add_keys(first, count, block, grad_attention_, key_, out_);
   }
@@ -345,7 +377,24 @@ class Neighborhood {
       for (int64_t k = source.begin; k < source.end; k++)
         source.factors[k] = factors + score(first, m, r + k, block.first) + column;
     }
-    add_sources(sources_, sources, block.taps, tap_step - 1, -1, stride, channels, false, to, row_size);
+    if (finite_) {
+      add_sources<false>(sources_, sources, block.taps, tap_step - 1, -1, stride, channels, false, to, row_size, inside_);
+    } else {
+      mark_queries(block);
+      add_sources<true>(sources_, sources, block.taps, tap_step - 1, -1, stride, channels, false, to, row_size, inside_);
+    }
+  }
+
+  // Marks in `inside_`, for every shift of a block of keys, the lanes of which the query there has the key in its window.
+  void mark_queries(const Block& block) {
+    const int64_t columns = part_->columns;
+    for (int64_t t = 0; t < block.taps; t++) {
+      for (int64_t i = 0; i < N; i++) {
+        const int64_t key = block.x + i, query = key - block.first - t;
+        const int64_t start = window_start(query, columns, K);
+        inside_[t * N + i] = query >= 0 && query < columns && key >= start && key < start + K;
+      }
+    }
   }
 };
 

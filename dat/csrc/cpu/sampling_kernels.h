@@ -126,7 +126,8 @@ class Batch {
           even(low_columns[0], low_columns[1]).v, even(high_columns[0], high_columns[1]).v,
           odd(low_columns[0], low_columns[1]).v, odd(high_columns[0], high_columns[1]).v};
       const SampleGrad<RealVec> grad = sample_grad(x, y, dot);
-      const RealVec weight = args.weighted ? load(weights + k) : RealVec{} + 1;
+      // A sample outside counts for nothing, even with an infinite weight.
+      const RealVec weight = load(inside + k) == 0 ? RealVec{} : args.weighted ? load(weights + k) : RealVec{} + 1;
       const Numbers<Real, N> grad_x = {weight * grad.x}, grad_y = {weight * grad.y};
       store(grad_locations + 2 * k, zip<0>(grad_x, grad_y, Indices<N>()));
       store(grad_locations + 2 * k + N, zip<N / 2>(grad_x, grad_y, Indices<N>()));

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dat.detection.data.readers import READERS, Split, arrange, describe_sets, find_format, read_strictly
+from dat.detection.data.readers import READERS, Split, arrange, describe_sets, find_format, keep_inside, read_strictly
 from dat.detection.data.records import Annotations, Category
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.progress import progress_bar
@@ -63,10 +63,13 @@ def _read_all(source: Path) -> dict[str, Annotations]:
     splits: dict[str, Annotations] = {}
     categories: tuple[Category, ...] | None = None
     for name, split in found.splits.items():
-        splits[name] = arrange(_read_one(split, categories), f"{source}: {found.format}", split)
+        splits[name] = arrange(_read_one(source, split, categories), f"{source}: {found.format}", split)
         categories = splits[name].categories
     return splits
 
 
-def _read_one(split: Split, categories: tuple[Category, ...] | None) -> Annotations:
-    return read_strictly(lambda problems: split.read(problems, None), categories)
+def _read_one(source: Path, split: Split, categories: tuple[Category, ...] | None) -> Annotations:
+    return read_strictly(
+        lambda problems: keep_inside(split.read(problems, None), (source,), problems, "convert never reads there"),
+        categories,
+    )

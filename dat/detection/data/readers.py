@@ -1,7 +1,7 @@
 """Finds the format of a data set and reads its splits. A format is one file in `formats`, which registers itself."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -134,6 +134,9 @@ def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findin
     found, split, shared = _find_split(data, name)
     annotations = split.read(problems, root / given.images if given.images else None)
     annotations = arrange(annotations, f"{root}: {found.format}", split)
+    if not data.outside:
+        folders = (root, root / given.images, *([(root / given.annotations).parent] if given.annotations else []))
+        annotations = keep_inside(annotations, folders, problems)
     if shared:
         records, extent = annotations.records, annotations.extent
         count = f"{len(records) // HELD_OUT} of {len(records)} images"
@@ -146,6 +149,27 @@ def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findin
         records = tuple(record for i, record in enumerate(records) if (i in held) == (name == "val"))
         annotations = replace(annotations, records=records, extent=extent)
     return merge_classes(annotations) if data.single_class else annotations
+
+
+def keep_inside(
+    annotations: Annotations,
+    folders: Sequence[Path],
+    problems: Findings,
+    advice: str = "data.outside=true allows that",
+) -> Annotations:
+    """Leaves out images whose names lead outside of all `folders`, as a problem that stops training.
+
+    Links inside a folder are followed, to wherever its owner made them.
+    """
+    roots = [os.path.join(os.path.abspath(folder), "") for folder in folders]
+    inside = []
+    for record in annotations.records:
+        if os.path.abspath(record.path).startswith(tuple(roots)) or not os.path.exists(record.path):
+            inside.append(record)
+            continue
+        text = f"{annotations.path}: names {record.path}, outside of {folders[0]}; {advice}"
+        problems.add("image outside of the data folder", text, stops=True)
+    return replace(annotations, records=tuple(inside))
 
 
 def arrange(annotations: Annotations, shown: str, split: Split) -> Annotations:

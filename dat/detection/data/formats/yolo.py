@@ -57,7 +57,7 @@ def find(path: Path) -> Found | None:
     if file.suffix == ".data":
         values = dict(line.split("=", 1) for line in read_text(file, "key = value").splitlines() if "=" in line)
         content: Any = {key.strip(): value.strip() for key, value in values.items()}
-        names: list[str] | None = _read_names(_locate(file.parent, str(content.get("names", ""))))
+        names: list[str] | None = _read_names(_below(file.parent, str(content.get("names", ""))))
     elif file.suffix in (".yaml", ".yml"):
         content = _read_yaml(file)
         names = _names(file, content) if isinstance(content, dict) else None
@@ -201,10 +201,15 @@ def _images(place: Path) -> list[Path]:
 
 def _locate(root: Path, text: str) -> Path:
     """A path of a description, which may be of another machine or folder: its longest end that exists below `root`."""
-    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     given = root / text
+    return given if given.exists() else _below(root, text)
+
+
+def _below(root: Path, text: str) -> Path:
+    """The longest end of a path that exists below `root`; the path itself where there is none."""
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     ends = [root.joinpath(*parts[i:]) for i in range(len(parts))]
-    return next((path for path in (given, *ends) if path.exists()), given)
+    return next((path for path in ends if path.exists()), root.joinpath(*parts))
 
 
 def _find_label(image: Path, root: Path) -> Path:
