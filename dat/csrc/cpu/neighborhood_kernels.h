@@ -113,8 +113,8 @@ class Neighborhood {
     int64_t x, place, first, taps;
     // Whether a border moves some of the windows.
     bool masked;
-    // For queries, the distance from the start of their windows to them; lanes beyond the map have no window.
-    I reach;
+    // For queries, the distance from the start of their windows to them, and whether they are in the map.
+    I reach, exists;
   };
 
   const NeighborhoodArgs& args;
@@ -197,7 +197,9 @@ class Neighborhood {
     block.first = window_start(last, columns, K) - last;
     block.taps = window_start(x, columns, K) + K - x - block.first;
     block.masked = x < radius || x + N > columns - radius;
-    for (int i = 0; i < N; i++) block.reach[i] = x + i < columns ? x + i - window_start(x + i, columns, K) : -2 * side;
+    // Lanes beyond the map have nothing to say, but as lanes without neighbours they would divide by zero.
+    for (int i = 0; i < N; i++) block.reach[i] = x + i < columns ? x + i - window_start(x + i, columns, K) : 0;
+    for (int i = 0; i < N; i++) block.exists[i] = x + i < columns ? -1 : 0;
     return block;
   }
 
@@ -264,7 +266,6 @@ class Neighborhood {
     });
     const V factor = 1 / sum;
     for_scores(block, scores, [&](V s, int64_t) { return s * factor; });
-    keep_neighbours(block, scores);
   }
 
   // The queries of a block whose windows hold the pixel `block.first + t` further.
@@ -275,9 +276,8 @@ class Neighborhood {
 
   // Pairs that are no neighbours get exactly zero: a NaN of either is not to reach the other.
   DAT_HOST_DEVICE void keep_neighbours(const Block& block, Real* scores) const {
-    if (!block.masked) return;
     for (int64_t t = 0; t < block.taps; t++) {
-      const I inside = neighbours(block, t);
+      const I inside = neighbours(block, t) & block.exists;
       for (int64_t a = 0; a < K; a++) {
         Real* place = scores + a * window_step + t * tap_step;
         store(place, inside ? load(place) : V{});
@@ -324,17 +324,30 @@ class Neighborhood {
       const int64_t place = m * K * window_step;
       softmax(first + m, block, attention_ + place);
       const int64_t start = place + (block.first + K - 1) * tap_step + block.place;
+      V mean = average(block, start);
+      // Where all is finite, pairs that are no neighbours are zero already.
+      const bool spoiled = block.masked && !(finite_ && Sum<Real, N>::of(mean * 0) == 0);
+      if (spoiled) {
+        keep_neighbours(block, attention_ + start), keep_neighbours(block, grad_attention_ + start);
+        mean = average(block, start);
+      }
       const Real* attention = attention_ + start;
-      keep_neighbours(block, grad_attention_ + start);
-      V mean = {};
-      for_scores(block, grad_attention_ + start, [&](V by, int64_t k) {
-        mean += by * load(attention + k);
-        return by;
-      });
       for_scores(block, grad_attention_ + start, [&](V by, int64_t k) { return (by - mean) * load(attention + k); });
-      keep_neighbours(block, grad_attention_ + start);
+      if (spoiled) keep_neighbours(block, grad_attention_ + start);
     }
     add_keys(first, count, block, grad_attention_, key_, out_);
+  }
+
+  // The mean of the gradients by the attention of a block, from `start`, weighted with it.
+  V average(const Block& block, int64_t start) {
+    V mean = {};
+    for (int64_t a = 0; a < K; a++) {
+      for (int64_t t = 0; t < block.taps; t++) {
+        const int64_t place = start + a * window_step + t * tap_step;
+        mean += load(grad_attention_ + place) * load(attention_ + place);
+      }
+    }
+    return mean;
   }
 
   void add_bias(int64_t row, const Real* grad_scores) {
