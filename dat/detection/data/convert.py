@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dat.detection.data.readers import READERS, Split, arrange, describe_sets, find_format, keep_inside, read_strictly
 from dat.detection.data.records import Annotations, Category
+from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.progress import progress_bar
 
@@ -69,7 +70,10 @@ def _read_all(source: Path) -> dict[str, Annotations]:
 
 
 def _read_one(source: Path, split: Split, categories: tuple[Category, ...] | None) -> Annotations:
-    return read_strictly(
-        lambda problems: keep_inside(split.read(problems, None), (source,), problems, "convert never reads there"),
-        categories,
-    )
+    def read(problems: Findings) -> Annotations:
+        annotations = split.read(problems, None)
+        if not split.anywhere:
+            return annotations
+        return keep_inside(annotations, (source,), problems, "convert never reads there")
+
+    return read_strictly(read, categories)

@@ -24,10 +24,12 @@ class Split(NamedTuple):
 
     `name` is shown to the user, such as "train/". `read(problems, images)` reads it and adds its problems to
     `problems`, which may raise at the first that would stop training; `images`: the folder of its images, None: found.
+    `anywhere`: the format names files by paths, which may lead out of the folder of the data.
     """
 
     name: str
     read: Callable[[Findings, Path | None], Annotations]
+    anywhere: bool = False
 
 
 class Found(NamedTuple):
@@ -134,7 +136,7 @@ def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findin
     found, split, shared = _find_split(data, name)
     annotations = split.read(problems, root / given.images if given.images else None)
     annotations = arrange(annotations, f"{root}: {found.format}", split)
-    if not data.outside:
+    if split.anywhere and not data.outside:
         folders = (root, root / given.images, *([(root / given.annotations).parent] if given.annotations else []))
         annotations = keep_inside(annotations, folders, problems)
     if shared:

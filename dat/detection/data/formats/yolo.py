@@ -127,7 +127,7 @@ def _split(folder: _Folder, value: Any) -> Split:
     values = _listed(value)
     places = [_locate(folder.root, text) for text in values]
     names = [f"{text.rstrip('/')}/" if place.is_dir() else text for text, place in zip(values, places, strict=True)]
-    return Split(", ".join(names), partial(_read, folder, places))
+    return Split(", ".join(names), partial(_read, folder, places), anywhere=True)
 
 
 def _listed(value: Any) -> list[str]:
