@@ -77,10 +77,7 @@ def _store(data, value, pixel, step, inside, C, BLOCK_C: tl.constexpr):
 def _scores(
     q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS: tl.constexpr, K: tl.constexpr
 ):
-    """Scores of queries and keys, minus infinity for those that are no neighbours, and which pairs are neighbours.
-
-    Pixels outside the map have none.
-    """
+    """Scores of queries and keys, minus infinity for those that are no neighbours; pixels outside the map have none."""
     first_row, first_column = _window_start(row, rows, K)[:, None], _window_start(column, columns, K)[:, None]
     dy, dx = key_row[None, :] - first_row, key_column[None, :] - first_column
     near = (dy >= 0) & (dy < K) & (dx >= 0) & (dx < K) & ((row < rows) & (column < columns))[:, None]
@@ -88,18 +85,7 @@ def _scores(
     if HAS_BIAS:
         place = (key_row[None, :] - row[:, None] + K - 1) * (2 * K - 1) + key_column[None, :] - column[:, None] + K - 1
         scores += tl.load(bias + place, mask=near, other=0.0)
-    return tl.where(near, scores, float("-inf")), near
-
-
-@triton.jit
-def _clean(rows):
-    """Pixels with zeros for NaN and infinity, and which of them held any.
-
-    In a product of matrices a factor of zero would not keep them from queries that are no neighbours; neighbours get
-    NaN by their scores.
-    """
-    finite = rows - rows == 0.0
-    return tl.where(finite, rows, 0.0), tl.min(finite.to(tl.int32), 1) == 0
+    return tl.where(near, scores, float("-inf"))
 
 
 @triton.jit
@@ -139,9 +125,8 @@ def _forward(
         key_inside = (key_row < rows) & (key_column < columns)
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
         k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
-        v, spoiled = _clean(_load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C))
-        s, near = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        s = tl.where(near & spoiled[None, :], float("nan"), s)
+        v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
         shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
@@ -197,9 +182,8 @@ def _backward_queries(
         key_inside = (key_row < rows) & (key_column < columns)
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
         k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
-        v, spoiled = _clean(_load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C))
-        s, near = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        s = tl.where(near & spoiled[None, :], float("nan"), s)
+        v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
         shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
@@ -214,12 +198,11 @@ def _backward_queries(
         key_row, key_column = _grid(begin_row + step * ROWS, begin_column, ROWS, COLUMNS)
         key_inside = (key_row < rows) & (key_column < columns)
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
-        k, spoiled = _clean(_load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C))
+        k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
-        s, near = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        s = tl.where(spoiled[None, :], float("nan"), s)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         grad_attention = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-        grad_scores = tl.where(near, _exp(s, log_sum[:, None]) * (grad_attention - mean[:, None]), 0.0)
+        grad_scores = _exp(s, log_sum[:, None]) * (grad_attention - mean[:, None])
         query_sums += tl.dot(grad_scores.to(k.dtype), k, input_precision="tf32x3")
         if HAS_BIAS:
             bias_sums += _bias_sums(grad_scores, row, column, key_row, key_column, k.dtype, KERNEL, SIDE, ROWS, COLUMNS)
@@ -272,17 +255,15 @@ def _backward_keys(
         row, column = _grid(block_row, begin_column + step % column_steps * COLUMNS, ROWS, COLUMNS)
         inside = (row < rows) & (column < columns)
         pixel = _pixel(row, column, y, x, W, DILATION)
-        # Those of a spoiled query are NaN by its `log_sum`.
-        q, _ = _clean(_load(query, pixel, q_pixel, inside, C, BLOCK_C))
-        g, spoiled = _clean(_load(grad, pixel, g_pixel, inside, C, BLOCK_C))
+        q = _load(query, pixel, q_pixel, inside, C, BLOCK_C)
+        g = _load(grad, pixel, g_pixel, inside, C, BLOCK_C)
         place = (image * heads + head) * H * W + pixel
         log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
         mean = tl.load(means + place, mask=inside, other=0.0)
-        s, near = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        p = tl.where(near, _exp(tl.where(spoiled[:, None], float("nan"), s), log_sum[:, None]), 0.0)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
+        p = _exp(s, log_sum[:, None])
         value_sums += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
-        grad_attention = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-        grad_scores = tl.where(near, p * (grad_attention - mean[:, None]), 0.0)
+        grad_scores = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - mean[:, None])
         key_sums += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision="tf32x3")
     base = image * H * W * heads * C + head * C
     _store(grad_key + base, key_sums * scale, key_pixel, heads * C, key_inside, C, BLOCK_C)
