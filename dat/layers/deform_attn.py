@@ -252,7 +252,7 @@ class DeformableAttention(nn.Module):
 
 def _centers(length: int, like: Tensor) -> Tensor:
     """Centres of `length` pixels, in pixels from the edge of the first."""
-    return torch.arange(0.5, length, dtype=like.dtype, device=like.device)
+    return torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
 
 
 def _check(
