@@ -149,7 +149,7 @@ def test_commands_run_and_python_that_reads_their_files(workplace):
         elif "detect train" in command:
             added = [*added, "model.backbone.name=test_resnet"]
         if "hf-hub:" in command:
-            added = [*added, "model.checkpoint_path=null"]
+            added = [*added, "model.checkpoint_path=null", "model.backbone.pretrained=false"]
         replaced = {"PATH": data, "data.root=PATH": f"data.root={data}", "IMAGES": "scenes/images"}
         # Tests have no network, and train a few steps.
         left_out = ("train.epochs=", "model.backbone.pretrained=")
