@@ -21,7 +21,7 @@ images/.
 
 from collections.abc import Sequence
 
-from benchmarks.detector_runs import Variant, compare, parser
+from benchmarks.detector_runs import Variant, compare, on_data, parser
 
 RESNET = {"name": "resnet18", "layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
 DC5 = {"output_stride": 16}
@@ -42,8 +42,7 @@ VARIANTS = {
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, VARIANTS, "convergence").parse_args(argv)
     reference = "detr_10x" if "detr_10x" in options.variants.split(",") else "detr"
-    title = "DETR and Deformable DETR on " + ("generated scenes" if options.data is None else str(options.data))
-    compare(VARIANTS, options, reference, title)
+    compare(VARIANTS, options, reference, on_data("DETR and Deformable DETR", options))
 
 
 if __name__ == "__main__":

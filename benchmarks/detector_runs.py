@@ -239,6 +239,11 @@ def parser(doc: str, variants: Mapping[str, Variant], name: str) -> argparse.Arg
     return parser
 
 
+def on_data(title: str, options: argparse.Namespace) -> str:
+    """The title of a plot, with the data of its runs."""
+    return f"{title} on {options.data or 'generated scenes'}"
+
+
 def compare(
     variants: Mapping[str, Variant],
     options: argparse.Namespace,

@@ -1,4 +1,4 @@
-"""What DINO's ingredients are worth: AP against epochs and seconds, one row an ingredient added.
+"""What each ingredient of DINO is worth: AP against epochs and seconds, each row with one ingredient more.
 
     python -m benchmarks.recipes [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants two_stage,dino]
     python -m benchmarks.recipes --data FOLDER --epochs 16 --runs runs/mine --out mine.json --plot mine.png [key=value]
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.convergence import REFINE, RESNET
-from benchmarks.detector_runs import Variant, compare, parser
+from benchmarks.detector_runs import Variant, compare, on_data, parser
 
 # Ingredients in the order in which they are added: name, label and keys.
 INGREDIENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -41,8 +41,7 @@ def variants() -> dict[str, Variant]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, variants(), "recipes").parse_args(argv)
-    title = "From Deformable DETR to DINO on " + ("generated scenes" if options.data is None else str(options.data))
-    compare(variants(), options, "two_stage", title)
+    compare(variants(), options, "two_stage", on_data("From Deformable DETR to DINO", options))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_names_of_yolo_lead_outside_only_where_that_is_allowed(write, scenes, tm
     start = other if form == "absolute list" else "../other"
     lines = "".join(f"{start}/images/train/{scene['name']}\n" for scene in scenes)
     root = write({"data.yaml": texts[form], "train.txt": lines, **labels(scenes, "labels/val")}, "images/val")
-    # What would be found below the folder is preferred for a name that leads nowhere.
+    # A name that leads nowhere is looked for below the folder instead.
     shutil.rmtree(root / "images/train")
     data = DataConfig(str(root))
     with pytest.raises(DataError, match=r"scene_1.jpg, outside of .*; data.outside=true allows that"):
