@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import yaml
 
 HUGE = (0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1)
 
@@ -129,6 +130,19 @@ def save(state: Any) -> bytes:
 
 def change_checkpoint(data: bytes, random: random.Random) -> bytes:
     return save(doctor(torch.load(io.BytesIO(data), weights_only=True), random))
+
+
+def change_json(data: bytes, random: random.Random) -> bytes:
+    return _json(doctor(json.loads(data), random)).encode()
+
+
+def change_yaml(data: bytes, random: random.Random) -> bytes:
+    content = doctor(yaml.safe_load(data), random)
+    try:
+        return yaml.safe_dump(content).encode()
+    # Python writes no numbers of so many digits.
+    except ValueError:
+        return data.replace(b": 2\n", b": " + b"9" * 20_000 + b"\n")
 
 
 def change_onnx(data: bytes, random: random.Random) -> bytes:

@@ -1,5 +1,7 @@
 """Damages every kind of file that commands take from strangers, and lists what does not end in one clear error.
 
+Configurations, annotations in several formats and the arguments of raw calls of the ops are damaged too.
+
     python -m tests.fuzz [KIND ...] [--count 500] [--seed 0] [--seconds 60] [--mebibytes 1500] [--out runs/fuzz]
 
 A command may use a damaged file or refuse it in one line that names it. Anything else is listed, and its file kept in
@@ -11,13 +13,15 @@ import contextlib
 import faulthandler
 import io
 import json
+import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,10 @@ from dat.utils.errors import UserError
 from tests.damage import (
     change_checkpoint,
     change_either,
+    change_json,
     change_onnx,
     change_safetensors,
+    change_yaml,
     change_zip,
     damage,
     save,
@@ -50,6 +56,8 @@ class Kind:
     whole: tuple[bytes, ...]
     use: Callable[[Path], None]
     change: Callable[[bytes, random.Random], bytes] | None = None
+    # Errors name the file; those of folders of data and of configurations may name a key or another file.
+    named: bool = True
 
     def case(self, seed: int) -> bytes:
         """A damaged file; the same for the same seed."""
@@ -77,6 +85,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     """What makes each kind, its whole files and what belongs to them in `folder`."""
     import numpy as np
 
+    import dat.ops  # noqa: F401 (torch.ops.dat)
     from dat import visualize
     from dat.classification.classifier import Classifier
     from dat.classification.config import ClassificationConfig
@@ -88,6 +97,8 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     from dat.utils.images import FORMATS
     from tests.coco_scenes import write_scenes
     from tests.detection.exporting import write_detector
+    from tests.detection.formats import write_all
+    from tests.kills import write_data
 
     picture = folder / "picture.png"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=np.uint8))
@@ -250,7 +261,51 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         path = detectors()[1]
         return Kind(".mp4", tuple(whole), lambda case: call("detect predict", path, case, "--out", out))
 
+    def calls() -> Kind:
+        """Arguments of a raw call of an op, as JSON."""
+        return Kind(".json", tuple(describe_calls()), call_op, change_json)
+
+    def configuration(task: str) -> Callable[[], Kind]:
+        def make() -> Kind:
+            def use(path: Path) -> None:
+                shutil.rmtree(out, ignore_errors=True)
+                short = ["train.epochs=1", "train.device=cpu", "train.workers=0"]
+                call(f"{task} train", path, f"output={out}", *short)
+
+            data = {"detect": "detection", "classify": "classification"}[task]
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            return Kind(".yaml", read(write_data(data, folder / "data")), use, change_yaml, named=False)
+
+        return make
+
+    def annotations(form: str, name: str, change: Callable[..., bytes] | None = None) -> Callable[[], Kind]:
+        """A file of a folder of data in one of the formats."""
+
+        def make() -> Kind:
+            shutil.rmtree(folder / "formats", ignore_errors=True)
+            root = write_all(folder / "formats")[form]
+
+            def use(path: Path) -> None:
+                shutil.copy(path, root / name)
+                # An audit that finds what would stop a training prints it and exits with 1.
+                with contextlib.suppress(SystemExit):
+                    call("detect audit", root, "--out", out, "--samples", 2)
+
+            return Kind(Path(name).suffix, read(root / name), use, change, named=False)
+
+        return make
+
     return {
+        "calls": calls,
+        "detection_yaml": configuration("detect"),
+        "classification_yaml": configuration("classify"),
+        "coco": annotations("coco", "train.json", change_json),
+        "yolo": annotations("yolo", "data.yaml", change_yaml),
+        "yolo_labels": annotations("yolo", "labels/train/scene_1.txt"),
+        "voc": annotations("voc", "Annotations/scene_1.xml"),
+        "cvat": annotations("cvat_xml", "annotations.xml"),
+        "darknet": annotations("darknet", "train.txt"),
+        "huggingface": annotations("huggingface", "train/metadata.jsonl"),
         "detector": detector,
         "points": points,
         "evaluated_detector": evaluated_detector,
@@ -271,6 +326,47 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     }
 
 
+def describe_calls() -> Iterator[bytes]:
+    """Sound calls of every op, forward and backward."""
+    value, where, weights = (2, 10, 8, 4), (2, 5, 8, 2, 3, 2), (2, 5, 8, 2, 3)
+    query, key, window = (2, 4, 6, 8), (2, 4, 5, 8), (2, 4, 42, 8)
+    # tensors by their shapes; the other arguments; those that only the backward op takes
+    calls: dict[str, tuple[list[tuple[int, ...]], list[Any], list[Any]]] = {
+        "deform_sample": ([value, where, weights], [[2, 3, 4, 1], False], [False]),
+        "ms_deform_attn": ([value, (2, 5, 2, 4), where, weights], [[2, 3, 4, 1]], [True, False]),
+        "deform_attn": ([query, key, key, (2, 4, 5, 2), (4, 3, 5)], [[2, 3], 0.5, True], []),
+        "neighborhood_attn": ([window, window, window, (4, 5, 5)], [7, 6, 3, 2, 0.5], []),
+    }
+
+    def describe(op: str, tensors: list[Any], others: list[Any]) -> bytes:
+        described = [{"shape": shape, "dtype": "float32", "fill": 0.25} for shape in tensors]
+        return json.dumps({"op": op, "arguments": [*described, *others]}).encode()
+
+    for name, (tensors, others, more) in calls.items():
+        out = getattr(torch.ops.dat, name)(*map(torch.zeros, tensors), *others)
+        kept = [tuple(tensor.shape) for tensor in out] if name == "deform_attn" else []
+        grad = kept[0] if kept else tuple(out.shape)
+        yield describe(name, tensors, others)
+        yield describe(f"{name}_backward", [grad, *tensors, *kept], [*others, *more])
+
+
+def call_op(path: Path) -> None:
+    """Calls an op as a file says. It may refuse the arguments, but not crash."""
+
+    def build(argument: Any) -> Any:
+        if not isinstance(argument, dict):
+            return argument
+        if math.prod(argument["shape"]) > 10**7:
+            raise ValueError("too large to try")
+        return torch.full(argument["shape"], argument["fill"], dtype=getattr(torch, argument["dtype"]))
+
+    # The file may hold no call at all.
+    errors = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    with contextlib.suppress(*errors):
+        case = json.loads(path.read_bytes())
+        getattr(torch.ops.dat, str(case["op"]))(*map(build, case["arguments"]))
+
+
 def void(value: object) -> None:
     """For what should give nothing."""
 
@@ -280,7 +376,7 @@ def fails(kind: Kind, path: Path) -> str | None:
     try:
         kind.use(path)
     except (UserError, OSError) as error:
-        if path.name not in str(error):
+        if kind.named and path.name not in str(error):
             return f"the error does not name the file: {type(error).__name__}: {str(error)[:300]}"
         if len(error_line(error)) > 2000:
             return f"the error has {len(str(error))} characters: {str(error)[:300]}"

@@ -15,11 +15,13 @@ import random
 import re
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,10 @@ from tests.detection.exporting import write_detector
 
 ROOT = Path(__file__).parents[1]
 SLOWEST, LONGEST_END, GROWTH = 20, 10.0, 1.05
+
+# Images that decode slowly, claim too many pixels, are cut off, are none or are too large; addresses and pages of
+# other sites; an argument that is no number; clients that end within a request, after it, or send half and wait.
+HOSTILE = ("slow", "bomb", "cut", "text", "large", "host", "origin", "argument", "abort", "leave", "stall")
 
 
 def encode(seed: int, form: str) -> bytes:
@@ -51,6 +57,14 @@ def slow_jpeg() -> bytes:
     return content[:last] + content[last : last + 60] * 20_000 + b"\xff\xd9"
 
 
+def pixel_bomb() -> bytes:
+    """A PNG of a few kilobytes that claims 60,000 by 60,000 pixels."""
+    content = bytearray(encode(0, "PNG"))
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
 class Clients:
     """Threads that send requests, and what came of them."""
 
@@ -62,7 +76,7 @@ class Clients:
             [result["bbox"] for result in detector.predict(Image.open(io.BytesIO(image)), threshold=0).to_coco()]
             for image in self.images
         ]
-        self.slow = slow_jpeg()
+        self.slow, self.bomb = slow_jpeg(), pixel_bomb()
         self.times: list[float] = []
         self.problems: Counter[str] = Counter()
         self.hostile: Counter[tuple[str, str]] = Counter()
@@ -98,27 +112,32 @@ class Clients:
 
     def _attack(self, generator: random.Random) -> None:
         image = generator.choice(self.images)
-        kind = generator.choice(("slow", "cut", "text", "host", "origin", "large", "abort", "leave"))
-        bodies = {"slow": self.slow, "cut": image[: len(image) // 2], "text": b"hello", "large": bytes(17 * 2**20)}
+        kind = generator.choice(HOSTILE)
+        bodies = {
+            "slow": self.slow, "bomb": self.bomb, "cut": image[: len(image) // 2], "text": b"hello",
+            "large": bytes(17 * 2**20),
+        }  # fmt: skip
         try:
-            if kind in ("abort", "leave"):
+            if kind in ("abort", "leave", "stall"):
                 with socket.create_connection(("127.0.0.1", self.port), 60) as connection:
                     head = f"POST /detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n\r\n"
-                    connection.sendall(head.encode() + image[: len(image) // (2 if kind == "abort" else 1)])
+                    connection.sendall(head.encode() + image[: len(image) // (1 if kind == "leave" else 2)])
+                    time.sleep(1 if kind == "stall" else 0)
                 outcome = "closed"
             else:
                 headers = {"host": {"Host": "evil.example"}, "origin": {"Origin": "http://evil.example"}}.get(kind, {})
-                outcome = str(self._post(bodies.get(kind, image), headers)[0])
+                path = "/detect?threshold=nan" if kind == "argument" else "/detect"
+                outcome = str(self._post(bodies.get(kind, image), headers, path)[0])
         # The server may close the connection before it has read all of a body that it refuses.
         except (OSError, http.client.HTTPException) as error:
             outcome = type(error).__name__
         with self.lock:
             self.hostile[kind, outcome] += 1
 
-    def _post(self, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict]:
+    def _post(self, body: bytes, headers: dict[str, str] | None = None, path: str = "/detect") -> tuple[int, dict]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request("POST", "/detect", body, headers or {})
+            connection.request("POST", path, body, headers or {})
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:
