@@ -50,7 +50,9 @@ def error_line(error: BaseException) -> str:
             "lower train.workers or --workers, or the batch size; train.resume=true goes on from the last checkpoint"
         )
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        name = str(error.filename or "")
+        name = name if len(name) <= 900 else f"{name[:900]} ..."
+        return f"{name}: {error.strerror}" if name else error.strerror
     text = str(error).strip()
     # A DataLoader worker passes its error on as the text of a whole traceback.
     if "Original Traceback" in text:

@@ -21,6 +21,8 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".m
 # FFmpeg's names of the containers that hold a video themselves. A playlist under the name of a video could have other
 # files and addresses opened.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,gif,image2"
+# Of a frame of a video: Pillow's limit for images. A video of a few kilobytes may state sizes that fill the memory.
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 # The reason to leave out other files; see ImageError.
 NO_IMAGE = "of no image format"
 # How images are turned by display matrices (a, b, c, d): x' = ax + cy and y' = bx + dy, where y points down.
@@ -105,7 +107,7 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
     The rotation and mirroring that a video states, as phones' do, are followed.
 
     Raises:
-        ImageError: a file that cannot be read, or an image that is too small.
+        ImageError: a file that cannot be read, or an image or frame that is too small or too large.
         ConfigError: a video, and PyAV is not installed.
     """
     if not media.is_video:
@@ -121,10 +123,20 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
     try:
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         with av.open(str(media.path), options=options) as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            stream = container.streams.video[0]
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            for number, frame in enumerate(container.decode(stream)):
                 empty = False
                 if number % every == 0:
-                    yield Frame(media, _turn(frame), number)
+                    image = _turn(frame)
+                    check_size(image, f"{media.path}: frame {number}")
+                    yield Frame(media, image, number)
+    except av.error.ArgumentError as error:
+        # FFmpeg's error for too many pixels says no more.
+        message = f"it cannot be decoded, or its frames have more than {MOST_PIXELS} pixels"
+        raise ImageError(f"{media.path}: cannot be read as a video: {message}") from error
+    except ImageError:
+        raise
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise ImageError(f"{media.path}: cannot be read as a video: {one_line(error)}") from error
     if empty:

@@ -125,6 +125,14 @@ def test_class_names_of_darknet_are_read_only_in_its_folder(write, tmp_path):
         read(root)
 
 
+def test_the_audit_names_images_of_a_list_that_are_not_there(write, scenes):
+    names = "".join(f"obj_train_data/{name}.jpg\n" for name in ("scene_1", "gone"))
+    files = {"obj.data": "train = train.txt\nnames = obj.names\n", "obj.names": "blue\nred\n", "train.txt": names}
+    root = write({**files, **labels(scenes, "obj_train_data")}, "obj_train_data")
+    found = audit_split(DataConfig(str(root)), "train")
+    assert "gone.jpg: no such image" in found.problems["missing image file"].examples[0]
+
+
 def test_class_names_of_yaml_are_text(write, scenes):
     root = write({"data.yaml": YAML.replace("blue", "no").replace("red", "1e3"), **labels(scenes, "labels/train")},
                  "images/train", "images/val")  # fmt: skip

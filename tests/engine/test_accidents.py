@@ -1,5 +1,6 @@
 """A full disk and a killed worker are one line; logs and checkpoints stay whole."""
 
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from test_trainer import ALONE, Config, Points, ToyTrainer, lines, make
 from torch.utils.data import DataLoader
 
 from dat.engine.checkpoint import load_checkpoint
-from dat.engine.command import main_guard
+from dat.engine.command import error_line, main_guard
 from dat.utils.files import write_json
 
 
@@ -111,3 +112,8 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, capsys):
     assert "lower train.workers" in line
     assert len(lines(tmp_path)) == 3
     assert make(tmp_path, True).run()["steps"] == 6
+
+
+def test_a_name_of_a_file_without_end_is_cut():
+    error = OSError(errno.ENAMETOOLONG, "File name too long", "0" * 90_000)
+    assert error_line(error) == f"{'0' * 900} ...: File name too long"

@@ -1,5 +1,6 @@
 """The ops at sizes, and with numbers that are not finite, that hypothesis makes up."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from ops import test_ms_deform_attn_extremes as attention
 from ops import test_neighborhood_attn as windows
 from ops.samples import Sample, close_where_finite
 
-from dat.ops import deform_attn, neighborhood_attn, reference
+from dat.ops import deform_attn, deform_sample, neighborhood_attn, reference
 
 not_finite = st.sampled_from([float("nan"), float("inf"), -float("inf")])
 
@@ -94,3 +95,52 @@ def test_windows_of_numbers_that_are_not_finite(which, bad, H, W, kernel):
 def test_tables_of_numbers_that_are_not_finite(bad, H, W, N, align_corners):
     sample = tables.Sample("fuzzed", 1, 2, 1, 8, (H, W), N, (6, 9), align_corners)
     tables.check_table(lambda tensors, grad: tables.differentiated(deform_attn, tensors, sample, grad), sample, bad)
+
+
+def table_call(H, W, *tensors):
+    return deform_attn(*tensors, size=(H, W), scale=0.5)
+
+
+def window_call(H, W, *tensors):
+    return neighborhood_attn(*tensors, size=(H, W), kernel_size=3, scale=0.5)
+
+
+def sample_call(H, W, value, *points):
+    return deform_sample(value, ((H, W),), *points)
+
+
+def table_tensors(B, H, W, N):
+    query, key, value = (torch.randn(B, 2, count, 8) for count in (H * W, N, N))
+    return query, key, value, torch.rand(B, 1, N, 2) * 2 - 1, torch.randn(2, 5, 7)
+
+
+def window_tensors(B, H, W, N):
+    return *(torch.randn(B, 2, H * W, 8) for _ in range(3)), torch.randn(2, 5, 5)
+
+
+def sample_tensors(B, H, W, N):
+    return torch.randn(B, H * W, 2, 8), torch.rand(B, N, 2, 1, 3, 2), torch.randn(B, N, 2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "make"),
+    [(sample_call, sample_tensors), (table_call, table_tensors), (window_call, window_tensors)],
+    ids=["deform_sample", "deform_attn", "neighborhood_attn"],
+)
+def test_compiled_calls_of_any_sizes_equal_eager_ones(call, make):
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(B=st.integers(0, 3), H=st.integers(3, 9), W=st.integers(3, 40), N=st.integers(1, 20))
+    def compare(B, H, W, N):
+        torch.manual_seed(0)
+        results, tensors = [], make(B, H, W, N)
+        for function in (compiled, call):
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            out = function(H, W, *leaves)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+    compare()

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -83,6 +84,29 @@ def test_nothing_is_said_where_all_is_read(tmp_path):
     frames = Frames(*find_media([tmp_path]), every=1)
     assert len(list(frames.batches(2))) == 1
     assert frames.summary() == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((3, 90), "frame 1: 3x90 pixels are too small"), ((16000, 12000), r"frames have more than \d+ pixels")],
+)
+def test_frames_of_another_size_end_a_video_but_not_the_others(tmp_path, size, message):
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuvj420p"
+        for number, shape in enumerate([(96, 80), size]):
+            write(tmp_path / "frame.jpg", shape)
+            packet = av.Packet((tmp_path / "frame.jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 5)
+            container.mux(packet)
+    write(tmp_path / "later.png")
+    frames = Frames([Media(path, path.name), Media(tmp_path / "later.png", "later.png")], [], every=1)
+    assert [frame.name for batch in frames.batches(2) for frame in batch] == ["clip.mkv#0", "later.png"]
+    assert "clip.mkv" in frames.summary()
+    with pytest.raises(ImageError, match=f"clip.mkv: .*{message}"):
+        list(read_frames(Media(path, path.name)))
 
 
 def test_a_folder_without_readable_images_says_why(tmp_path, without_heif):

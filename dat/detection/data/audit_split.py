@@ -78,10 +78,10 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
             if checked.digest:
                 found.hashes[checked.digest].append(record)
                 found.turned += checked.turned
-    absent = found.problems.get("missing image file")
+    # Those that a list of images names have no record.
+    absent = next((record for record in records if not record.path.is_file()), None)
     if absent is not None:
-        record = next(record for record in records if not record.path.is_file())
-        absent.examples[0] += suggest_override(root, key, record)
+        found.problems["missing image file"].examples[0] += suggest_override(root, key, absent)
     for same in found.hashes.values():
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
