@@ -1,5 +1,6 @@
 """Runs commands: errors that a user can fix are printed as one line."""
 
+import errno
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from dat.utils.text import echo
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs a command. UserError, OSError and killed workers print one line and exit with code 1, Ctrl-C with 130.
+    """Runs a command; UserError, OSError, killed workers and lack of memory are one line and exit code 1, Ctrl-C 130.
 
     Other exceptions are defects of the program and keep their traceback. Under torchrun the failure of one process ends
     the job: torchrun sends the others SIGTERM within a second and SIGKILL 30 seconds later, if they still wait in a
@@ -22,8 +23,8 @@ def main_guard(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, UserError) and not killed_worker(error):
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (UserError, OSError)) and not killed_worker(error) and not lacks_memory(error):
             raise
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
@@ -42,6 +43,11 @@ def killed_worker(error: BaseException) -> str:
     return f"process {match[1]} {match[2]}" if match else ""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or a GPU did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: " in str(error)
+
+
 def error_line(error: BaseException) -> str:
     """The message of an error on one line of at most 1,000 characters."""
     if worker := killed_worker(error):
@@ -49,6 +55,14 @@ def error_line(error: BaseException) -> str:
             f"a worker that reads images ended ({worker}), often for lack of memory or shared memory (/dev/shm); "
             "lower train.workers or --workers, or the batch size; train.resume=true goes on from the last checkpoint"
         )
+    if lacks_memory(error):
+        where = "of the GPU" if isinstance(error, torch.OutOfMemoryError) else "of the machine"
+        return (
+            f"the memory {where} does not suffice; lower train.batch_size (train.accumulate makes up for it), "
+            "--batch-size, train.workers or the sizes of images, or set train.grad_checkpointing=true or train.amp=bf16"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; raise their limit (ulimit -n) or lower train.workers or --workers"
     if isinstance(error, OSError) and error.strerror:
         name = str(error.filename or "")
         name = name if len(name) <= 900 else f"{name[:900]} ..."
@@ -63,6 +77,8 @@ def error_line(error: BaseException) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     echo(message, error=True)
+    # What cannot be cleaned up any more, such as a loader whose workers did not all start, is no news behind the error.
+    sys.unraisablehook = lambda unraisable: None
     if _in_process_group():
         # Leaving a process group in which other processes wait or have failed may never return.
         sys.stdout.flush()

@@ -43,6 +43,8 @@ class ExportError(UserError, RuntimeError):
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The error message on one line, truncated to `limit` characters; the type's name if it is empty."""
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice"
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 

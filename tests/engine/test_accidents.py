@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 
 import pytest
@@ -112,6 +113,34 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, capsys):
     assert "lower train.workers" in line
     assert len(lines(tmp_path)) == 3
     assert make(tmp_path, True).run()["steps"] == 6
+
+
+def allocate():
+    return torch.empty(2**62, dtype=torch.uint8)
+
+
+def ask():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def open_all(path):
+    """Opens more files than the process may have."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 5, limits[1]))
+    files = []
+    try:
+        for _ in range(100):
+            files.append(path.open("w"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            file.close()
+
+
+def test_too_little_memory_and_too_many_files_are_one_line(tmp_path, capsys):
+    assert fails(capsys, allocate).startswith("error: the memory of the machine does not suffice; lower train.batch")
+    assert fails(capsys, ask).startswith("error: the memory of the GPU does not suffice; lower train.batch_size")
+    assert fails(capsys, lambda: open_all(tmp_path / "x")).startswith("error: too many open files; raise their limit")
 
 
 def test_a_name_of_a_file_without_end_is_cut():

@@ -14,7 +14,7 @@ from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE
 from dat.detection.data.formats.coco import clip_box
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError, shown
+from dat.utils.errors import DataError, one_line, shown
 from dat.utils.images import UNREADABLE, upright_size
 
 # Annotations of one image, or a list of images, are no larger than this many bytes.
@@ -100,7 +100,7 @@ def _image_size(path: Path) -> tuple[int, int] | str:
     except FileNotFoundError:
         return "no such image"
     except UNREADABLE as error:
-        return f"cannot be read as an image: {error}"
+        return f"cannot be read as an image: {one_line(error)}"
 
 
 def relative_names(annotations: Annotations) -> list[Path]:
