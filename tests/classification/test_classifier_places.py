@@ -139,3 +139,25 @@ def test_a_format_of_ones_own(monkeypatch):
     assert (split.name(3), split.left_out) == ("row 3", ["row 7"])
     with pytest.raises(DataError, match=r"data.val: cannot load split 'nowhere' of Table/pets: 'no such table'"):
         open_split(data, "val")
+
+
+def test_links_in_a_tar_lead_nowhere_outside(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PNG)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(PNG)
+            tar.addfile(member, io.BytesIO(PNG))
+        for name, kind, target in (
+            ("cat/out.png", tarfile.SYMTYPE, str(secret)),
+            ("cat/up.png", tarfile.SYMTYPE, "../../secret.png"),
+            ("dog/hard.png", tarfile.LNKTYPE, str(secret)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    data = DataConfig(root=str(tmp_path), train=SplitConfig("all.tar"), val=SplitConfig("all.tar"))
+    split = open_split(data, "train")
+    assert [name for name in names(split) if name.endswith(("out.png", "up.png", "hard.png"))] == []
+    assert len(split) == 3

@@ -1,16 +1,21 @@
 """The page of `dat detect serve` in a browser: what a person does with it."""
 
 import copy
+import json
 import shutil
 import subprocess
 
 import pytest
 import torch
+from coco_scenes import write_scenes
 from exporting import write_detector
 from PIL import Image
 
 from dat.detection import Detector
-from dat.detection.data import Category
+from dat.detection.config import DetectionConfig
+from dat.detection.data import Category, read_coco
+from dat.detection.evaluation import Evaluation
+from dat.detection.report import write_report
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
@@ -194,6 +199,33 @@ def test_names_of_classes_and_files_run_no_script(browser, detector, picture, tm
         page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=alert(1)>')")
         page.wait_for_timeout(200)
         page.close()
+    assert dialogs == []
+
+
+def test_a_report_with_names_of_strangers_runs_no_script(browser, tmp_path):
+    write_scenes(tmp_path, "val", 3)
+    nasty = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    path = tmp_path / "val.json"
+    content = json.loads(path.read_text())
+    for category in content["categories"]:
+        category["name"] = f"{nasty}{category['id']}"
+    for image in content["images"]:
+        stranger = f"<img src=x onerror=alert(3)>{image['file_name']}"
+        (tmp_path / "images" / image["file_name"]).rename(tmp_path / "images" / stranger)
+        image["file_name"] = stranger
+    path.write_text(json.dumps(content))
+    annotations = read_coco(path, tmp_path / "images")
+    evaluation = Evaluation.of(annotations, [{**found, "score": 0.9} for found in annotations.to_coco()["annotations"]])
+    (tmp_path / "out").mkdir()
+    write_report(tmp_path / "out", DetectionConfig(), evaluation, evaluation.metrics(), nasty)
+    dialogs = []
+    page = browser.new_page()
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto((tmp_path / "out/report.html").as_uri())
+    assert nasty in page.inner_text("body")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=alert(1)>')")
+    page.wait_for_timeout(200)
+    page.close()
     assert dialogs == []
 
 

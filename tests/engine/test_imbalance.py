@@ -1,5 +1,6 @@
 """Weights of rare classes, and how often their images are drawn."""
 
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,3 +101,18 @@ def test_steps_of_repeated_images_do_not_depend_on_how_they_are_split(make):
             for i in range(0, len(parts[0]), accumulate)
         ]
         assert split == steps[1:]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 12, 13])
+def test_processes_share_every_step_of_any_number_of_images_from_any_step_on(length, world_size):
+    whole = EpochBatchSampler(length, 2 * world_size, seed=1)
+    for first in range(whole.steps + 1):
+        whole.set_position(3, first)
+        parts = []
+        for rank in range(world_size):
+            sampler = EpochBatchSampler(length, 2, 1, rank, world_size)
+            sampler.set_position(3, first)
+            parts.append(list(sampler))
+            assert len(parts[-1]) == len(sampler) == len(whole)
+        assert [[*chain(*batches)] for batches in zip(*parts, strict=True)] == list(whole)
