@@ -124,6 +124,8 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         with av.open(str(media.path), options=options) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ImageError(f"{media.path}: cannot be read as a video: there is no decoder for it")
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             for number, frame in enumerate(container.decode(stream)):
                 empty = False

@@ -334,7 +334,7 @@ def check_spread(attend, sample, which, bad):
 )
 def test_numbers_that_are_not_finite_reach_only_windows_that_hold_them(sample, which, bad, device):
     if device == "cuda":
-        pytest.xfail("the Triton kernels spread them within a tile, as the docstring says")
+        pytest.skip("on a GPU they reach further, see test_nan_goes_no_further_than_documented")
 
     def attend(*tensors):
         *leaves, grad = (tensor.to(device).requires_grad_() for tensor in tensors)

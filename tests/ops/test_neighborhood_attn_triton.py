@@ -46,9 +46,43 @@ def interpret(size, kernel_size, dilation, h, c, biased, dtype):
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
+def spread(size, kernel_size, dilation, reach):
+    """How far NaN gets from one pixel: outputs equal those without it beyond `reach` pixels, gradients beyond twice."""
+    from dat.ops import neighborhood_attn_triton as kernels
+
+    torch.manual_seed(0)
+    clean = [*torch.randn(4, 1, 1, size[0] * size[1], 8)]
+    bias = torch.randn(1, 2 * kernel_size - 1, 2 * kernel_size - 1)
+    numbers = (*size, kernel_size, dilation, 0.4)
+
+    def results(query, key, value, grad):
+        tensors = query, key, value, bias, *numbers
+        return kernels.forward(*tensors), *kernels.backward(grad, *tensors)[:3]
+
+    y, x = size[0] // 2, size[1] // 2
+    distance = torch.maximum((torch.arange(size[0]) - y).abs()[:, None], (torch.arange(size[1]) - x).abs()).flatten()
+    exact = results(*clean)
+    # A key, and the output's gradient.
+    for which in (1, 3):
+        spoiled = [tensor.clone() for tensor in clean]
+        spoiled[which][0, 0, y * size[1] + x, 1] = float("nan")
+        for number, (found, without) in enumerate(zip(results(*spoiled), exact, strict=True)):
+            far = distance > (reach if number == 0 else 2 * reach)
+            assert far.any()
+            assert torch.equal(found[:, :, far], without[:, :, far])
+
+
 def test_interpreted_kernels_equal_the_reference():
     """In a process of their own, as triton decides when it is imported whether it interprets."""
-    code = "from ops.test_neighborhood_attn_triton import *\nfor case in CASES: interpret(*case)"
+    run_interpreted("for case in CASES: interpret(*case)")
+
+
+def test_nan_goes_no_further_than_documented():
+    run_interpreted("spread((4, 50), 3, 1, 11)")
+
+
+def run_interpreted(line):
+    code = f"from ops.test_neighborhood_attn_triton import *\n{line}"
     path = os.pathsep.join(sys.path)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, check=True)

@@ -86,26 +86,39 @@ def test_nothing_is_said_where_all_is_read(tmp_path):
     assert frames.summary() == ""
 
 
+def write_frames(path, *sizes):
+    """A video of frames of these sizes."""
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=5)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuvj420p"
+        for number, size in enumerate(sizes):
+            write(path.with_suffix(".jpg"), size)
+            packet = av.Packet(path.with_suffix(".jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 5)
+            container.mux(packet)
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [((3, 90), "frame 1: 3x90 pixels are too small"), ((16000, 12000), r"frames have more than \d+ pixels")],
 )
 def test_frames_of_another_size_end_a_video_but_not_the_others(tmp_path, size, message):
-    av = pytest.importorskip("av", reason="the extra 'video'")
     path = tmp_path / "clip.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuvj420p"
-        for number, shape in enumerate([(96, 80), size]):
-            write(tmp_path / "frame.jpg", shape)
-            packet = av.Packet((tmp_path / "frame.jpg").read_bytes())
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 5)
-            container.mux(packet)
+    write_frames(path, (96, 80), size)
     write(tmp_path / "later.png")
     frames = Frames([Media(path, path.name), Media(tmp_path / "later.png", "later.png")], [], every=1)
     assert [frame.name for batch in frames.batches(2) for frame in batch] == ["clip.mkv#0", "later.png"]
     assert "clip.mkv" in frames.summary()
     with pytest.raises(ImageError, match=f"clip.mkv: .*{message}"):
+        list(read_frames(Media(path, path.name)))
+
+
+def test_a_video_without_a_decoder_is_named(tmp_path):
+    path = tmp_path / "clip.mkv"
+    write_frames(path, (96, 80))
+    path.write_bytes(path.read_bytes().replace(b"V_MJPEG", b"V_OTHER"))
+    with pytest.raises(ImageError, match=r"clip.mkv: cannot be read as a video: there is no decoder for it"):
         list(read_frames(Media(path, path.name)))
 
 
