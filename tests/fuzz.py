@@ -330,7 +330,7 @@ def describe_calls() -> Iterator[bytes]:
     """Sound calls of every op, forward and backward."""
     value, where, weights = (2, 10, 8, 4), (2, 5, 8, 2, 3, 2), (2, 5, 8, 2, 3)
     query, key, window = (2, 4, 6, 8), (2, 4, 5, 8), (2, 4, 42, 8)
-    # tensors by their shapes; the other arguments; those that only the backward op takes
+    # Of each op the shapes of its tensors, its other arguments, and those that only the backward op takes.
     calls: dict[str, tuple[list[tuple[int, ...]], list[Any], list[Any]]] = {
         "deform_sample": ([value, where, weights], [[2, 3, 4, 1], False], [False]),
         "ms_deform_attn": ([value, (2, 5, 2, 4), where, weights], [[2, 3, 4, 1]], [True, False]),

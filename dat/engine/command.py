@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from dat.utils.errors import UserError
+from dat.utils.errors import TooManyFilesError, UserError
 from dat.utils.text import echo
 
 
@@ -45,7 +45,9 @@ def killed_worker(error: BaseException) -> str:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory of the machine or a GPU did not suffice."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: " in str(error)
+    if type(error) is RuntimeError:
+        return "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def error_line(error: BaseException) -> str:
@@ -62,7 +64,7 @@ def error_line(error: BaseException) -> str:
             "--batch-size, train.workers or the sizes of images, or set train.grad_checkpointing=true or train.amp=bf16"
         )
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many open files; raise their limit (ulimit -n) or lower train.workers or --workers"
+        return str(TooManyFilesError())
     if isinstance(error, OSError) and error.strerror:
         name = str(error.filename or "")
         name = name if len(name) <= 900 else f"{name[:900]} ..."

@@ -378,6 +378,8 @@ def _convert(kind: Any, value: Any) -> Any:
     if kind is float and _is_number(_floats(value)):
         return float(value)
     if kind is str and (isinstance(value, str) or _is_number(value)):
+        if "\0" in str(value):
+            raise ValueError("text without NUL characters")
         return str(value)
     if kind is type(None) and value is None:
         return value

@@ -1,5 +1,6 @@
 """Errors that a user can fix: commands print them as one line; all others keep their traceback."""
 
+import errno
 import reprlib
 from typing import Any
 
@@ -39,6 +40,19 @@ class NonFiniteError(UserError, RuntimeError):
 
 class ExportError(UserError, RuntimeError):
     """A model cannot be exported, or the exported file gives other results than torch."""
+
+
+class TooManyFilesError(UserError):
+    """The process may not open another file. This is no fault of the file, and no reason to go on without it."""
+
+    def __init__(self) -> None:
+        super().__init__("too many open files; raise their limit (ulimit -n) or lower train.workers or --workers")
+
+    @staticmethod
+    def check(error: BaseException) -> None:
+        """Raises this error if that is what `error` means."""
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise TooManyFilesError from error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

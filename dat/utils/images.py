@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dat.utils.errors import DataError, ImageError, one_line
+from dat.utils.errors import DataError, ImageError, TooManyFilesError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class LacksHeif(UnidentifiedImageError):
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Image.open, limited to formats that Pillow decodes itself: EPS would start another program.
 
-    HEIC is among them where the package pillow_heif is installed. Raises one of UNREADABLE.
+    HEIC is among them where the package pillow_heif is installed. Raises one of UNREADABLE, or TooManyFilesError.
     """
     try:
         return Image.open(source, formats=_formats())
@@ -105,6 +105,12 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
         if "HEIF" not in _formats() and _is_heic(source):
             raise LacksHeif(f"it is {HEIC}") from error
         raise
+    except OSError as error:
+        TooManyFilesError.check(error)
+        raise
+    # Of Pillow's reader of AVIF.
+    except RuntimeError as error:
+        raise UnidentifiedImageError(one_line(error)) from error
 
 
 def _is_heic(source: str | Path | BinaryIO) -> bool:
@@ -131,7 +137,11 @@ def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -
     """Decodes an image file. Raises one of UNREADABLE; see read_image for the arguments and the rules."""
     with open_image(source) as image:
         _check_scans(image)
-        return _convert(image, size, source)
+        try:
+            return _convert(image, size, source)
+        # Of Pillow's reader of AVIF.
+        except RuntimeError as error:
+            raise OSError(one_line(error)) from error
 
 
 def upright_size(source: str | Path | BinaryIO) -> tuple[int, int]:

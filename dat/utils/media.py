@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from timm.utils import natural_key
 
-from dat.utils.errors import ConfigError, DataError, ImageError, one_line
+from dat.utils.errors import ConfigError, DataError, ImageError, TooManyFilesError, one_line
 from dat.utils.files import find_images
 from dat.utils.images import HEIC, check_size, lacks_heif, read_image
 
@@ -121,12 +121,17 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
         raise ConfigError(f'{media.path}: reading videos needs PyAV: pip install "dat-vision[video]"') from error
     empty = True
     try:
-        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-        with av.open(str(media.path), options=options) as container:
+        # FFmpeg decodes a frame of each stream to learn about it.
+        limit = {"max_pixels": str(MOST_PIXELS)}
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, **limit}
+        # Part of a relative path may look like a protocol.
+        with av.open(os.path.abspath(media.path), options=options) as container:
+            if not container.streams.video:
+                raise ImageError(f"{media.path}: cannot be read as a video: it holds no video")
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ImageError(f"{media.path}: cannot be read as a video: there is no decoder for it")
-            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            stream.codec_context.options = limit
             for number, frame in enumerate(container.decode(stream)):
                 empty = False
                 if number % every == 0:
@@ -140,6 +145,7 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
     except ImageError:
         raise
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        TooManyFilesError.check(error)
         raise ImageError(f"{media.path}: cannot be read as a video: {one_line(error)}") from error
     if empty:
         raise ImageError(f"{media.path}: cannot be read as a video: it has no frames")

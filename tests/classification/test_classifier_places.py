@@ -159,5 +159,4 @@ def test_links_in_a_tar_lead_nowhere_outside(tmp_path):
             tar.addfile(member)
     data = DataConfig(root=str(tmp_path), train=SplitConfig("all.tar"), val=SplitConfig("all.tar"))
     split = open_split(data, "train")
-    assert [name for name in names(split) if name.endswith(("out.png", "up.png", "hard.png"))] == []
-    assert len(split) == 3
+    assert sorted(names(split)) == ["cat/1.png", "cat/2.png", "dog/1.png"]

@@ -131,6 +131,8 @@ def test_the_audit_names_images_of_a_list_that_are_not_there(write, scenes):
     root = write({**files, **labels(scenes, "obj_train_data")}, "obj_train_data")
     found = audit_split(DataConfig(str(root)), "train")
     assert "gone.jpg: no such image" in found.problems["missing image file"].examples[0]
+    (root / "train.txt").write_text(names + "x" * 3000 + ".jpg\n")
+    assert audit_split(DataConfig(str(root)), "train").problems["missing image file"].count == 2
 
 
 def test_class_names_of_yaml_are_text(write, scenes):

@@ -203,6 +203,7 @@ def test_overriding_a_configuration_leaves_it_alone():
         ("train: {sizes: 3}", [], r"train.sizes is 3, should be a list, each an integer"),
         ("train: {scale: [1]}", [], r"train.scale is \[1\], should be a list \[a number, a number\]"),
         ("train: {policy: [1]}", [], r"train.policy is \[1\], should be text or null"),
+        ('output: "\\0"', [], r"output is '\\x00', should be text without NUL characters"),
         ("train: 3", [], r"train is 3, should hold keys and values"),
         ("train: 3", ["train.lr=1"], r"train holds a value, it has no keys"),
         ("[1, 2]", [], r"config.yaml: should hold keys and values, holds a list"),

@@ -1,5 +1,6 @@
 """Every reader sees the pixels that a viewer shows, whatever the file's orientation, values and transparency."""
 
+import errno
 import io
 import logging
 import struct
@@ -11,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from dat.utils import images
-from dat.utils.errors import DataError, ImageError
+from dat.utils.errors import DataError, ImageError, TooManyFilesError
 from dat.utils.images import check_size, decode, has_contrast, read_image, to_image, upright_size
 
 # Quarters of four colours, so that every orientation looks different.
@@ -323,3 +324,21 @@ def test_jpegs_of_too_many_scans_are_refused_before_they_are_decoded(monkeypatch
 
 def test_scans_in_the_metadata_of_a_jpeg_do_not_count():
     assert read_image(jpeg_of_scans(20, comment=b"\xff\xda" * 500)).size == (24, 16)
+
+
+def test_what_pillow_raises_for_damaged_avif_is_an_unreadable_image(monkeypatch, tmp_path):
+    def fail(*arguments, **named):
+        raise RuntimeError("Failed to decode image: Missing or empty image item")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageError, match=r"a.avif: cannot be read as an image: Failed to decode image: Missing"):
+        read_image(tmp_path / "a.avif")
+
+
+def test_too_many_open_files_are_not_blamed_on_the_image(monkeypatch, tmp_path):
+    def fail(*arguments, **named):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(TooManyFilesError, match="ulimit -n"):
+        read_image(tmp_path / "a.png")

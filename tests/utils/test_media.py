@@ -3,6 +3,7 @@
 import re
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_a_video_without_a_decoder_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"V_MJPEG", b"V_OTHER"))
     with pytest.raises(ImageError, match=r"clip.mkv: cannot be read as a video: there is no decoder for it"):
         list(read_frames(Media(path, path.name)))
+
+
+def test_a_file_without_video_is_named(tmp_path):
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame(format="s16", layout="mono", samples=80)
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(ImageError, match=r"sound.mkv: cannot be read as a video: it holds no video"):
+        list(read_frames(Media(tmp_path / "sound.mkv", "sound.mkv")))
+
+
+def test_a_name_like_a_protocol_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_frames(tmp_path / "http:1.mkv", (96, 80))
+    assert len(list(read_frames(Media(Path("http:1.mkv"), "http:1.mkv")))) == 1
 
 
 def test_a_folder_without_readable_images_says_why(tmp_path, without_heif):

@@ -1,6 +1,7 @@
 """Reads a split of a data set and collects all of its problems, where training stops at the first."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.readers import collecting, read_split
 from dat.detection.data.records import Annotations, ImageRecord, check_annotated_size
 from dat.engine.audit import Findings
-from dat.utils.errors import DataError, one_line
+from dat.utils.errors import DataError, TooManyFilesError, one_line
 from dat.utils.files import is_image, list_files
 from dat.utils.images import UNREADABLE, decode, has_contrast
 from dat.utils.progress import progress_bar
+
+MISSING = "missing image file"
 
 
 @dataclass
@@ -66,22 +69,22 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
     records = found.annotations.records
     root, key = Path(data.root), f"data.{name}.images"
     folders = {record.path.parent for record in records}
-    if records and not any(folder.is_dir() for folder in folders):
+    if records and not any(os.path.isdir(folder) for folder in folders):
         text = f"{records[0].path.parent}: no such folder of images{suggest_override(root, key, records[0])}"
-        found.add("missing image file", text, stops=True, count=len(records))
+        found.add(MISSING, text, stops=True, count=len(records))
         return found
+    suggested = ""
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
         for record, checked in progress_bar(results, total=len(records), desc="images", leave=False):
             for kind, example in checked.problems.items():
+                if kind == MISSING and not suggested:
+                    suggested = suggest_override(root, key, record)
+                    example += suggested
                 found.add(kind, example, stops=not checked.digest)
             if checked.digest:
                 found.hashes[checked.digest].append(record)
                 found.turned += checked.turned
-    # Those that a list of images names have no record.
-    absent = next((record for record in records if not record.path.is_file()), None)
-    if absent is not None:
-        found.problems["missing image file"].examples[0] += suggest_override(root, key, absent)
     for same in found.hashes.values():
         names = sorted({record.path.name for record in same})
         if len(names) > 1:
@@ -138,12 +141,13 @@ class CheckedFile(NamedTuple):
 
 def _check_file(record: ImageRecord) -> tuple[ImageRecord, CheckedFile]:
     path, size = record.path, (record.width, record.height)
-    if not path.is_file():
-        return record, CheckedFile("", {"missing image file": absent_text(record)})
+    if not os.path.isfile(path):
+        return record, CheckedFile("", {MISSING: absent_text(record)})
     try:
         content = path.read_bytes()
         decoded = decode(BytesIO(content), size)
     except UNREADABLE as error:
+        TooManyFilesError.check(error)
         text = f"{path}: cannot be read as an image: {one_line(error)}"
         return record, CheckedFile("", {"unreadable image file": text})
     try:

@@ -48,7 +48,7 @@ def absent_text(record: ImageRecord, more: str = "") -> str:
     """A message that an image is absent; `more`: a remark on others."""
     path, name = record.path, record.file_name or record.path.name
     tried = path.parent / name
-    reason = f"{tried} leads outside it" if tried.exists() else f"there is no {tried}"
+    reason = f"{tried} leads outside it" if os.path.exists(tried) else f"there is no {tried}"
     return f"the image {name}, which is absent from {path.parent}{more}: {reason}"
 
 
@@ -138,7 +138,7 @@ def _find_shared(names: Sequence[str], paths: Sequence[Path], problems: Findings
     for name, path in zip(names, paths, strict=True):
         by_path[path].add(name)
     for path, different in by_path.items():
-        if len(different) > 1 and path.is_file():
+        if len(different) > 1 and os.path.isfile(path):
             first, second, *_ = sorted(different)
             text = f"{source}: the images {first} and {second} are one file, {path}"
             problems.add("one file of several images", text, stops=True)

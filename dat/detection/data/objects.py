@@ -89,7 +89,7 @@ def image_sizes(paths: Sequence[Path], problems: Findings) -> list[tuple[int, in
         found = list(pool.map(_image_size, paths))
     for path, size in zip(paths, found, strict=True):
         if isinstance(size, str):
-            kind = "unreadable image file" if path.is_file() else "missing image file"
+            kind = "unreadable image file" if os.path.isfile(path) else "missing image file"
             problems.add(kind, f"{path}: {size}", stops=True)
     return [None if isinstance(size, str) else size for size in found]
 

@@ -1,6 +1,7 @@
 """CVAT's own XML, "CVAT for images 1.1": one annotations.xml, and images/."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -62,7 +63,7 @@ def _read(file: Path, subsets: tuple[str, ...] | None, problems: Findings, image
                 raise DataError(
                     f"{file}:{entry.line}: image has {text}, should have a name and sides of at least 1 pixel"
                 )
-            name = f"{subset}/{name}" if subset and (folder / subset).is_dir() else name
+            name = f"{subset}/{name}" if subset and os.path.isdir(folder / subset) else name
             entries.append((name, (int(width), int(height)), entry))
     paths = find_files(folder, [name for name, *_ in entries], problems, file)
     records = [

@@ -187,7 +187,7 @@ def _extracted(file: Path) -> Iterator[_Row]:
             if not image.get("bytes"):
                 _check_inside(where, image["path"])
                 path = file.parent / image["path"]
-            elif not path.is_file() or path.stat().st_size != len(image["bytes"]):
+            elif not os.path.isfile(path) or path.stat().st_size != len(image["bytes"]):
                 # Other processes of torchrun may extract the same file.
                 temporary = path.with_name(f"{path.name}.{os.getpid()}")
                 temporary.write_bytes(image["bytes"])

@@ -7,6 +7,7 @@ below 1 anywhere in a data set means that the coordinates of all its files are t
 "difficult" are neither trained nor scored, as VOC's own evaluation does not score them; they are COCO's crowds here.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -136,7 +137,7 @@ def _split(folder: Path, root: Path, file: Path | None = None) -> Split:
         lines = [line.strip() for line in read_text(file, "names of images").splitlines()]
         # A list of one class has a column that says whether the image shows it.
         shorter = {line: re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line}
-        names = [line if (folder / f"{line}.xml").is_file() else short for line, short in shorter.items()]
+        names = [line if os.path.isfile(folder / f"{line}.xml") else short for line, short in shorter.items()]
     name = (file or folder).relative_to(root).as_posix()
     found = _Folder(folder, images or root, names, sorted(root.rglob("*.xml")), root)
     return Split(name if file else f"{name}/", partial(_read, found))

@@ -5,6 +5,7 @@ A line may also be a polygon, "class x y x y x y ...", whose extent is the box. 
 Studio).
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -69,9 +70,9 @@ def find(path: Path) -> Found | None:
     # `path` may be a folder of the machine that made the file.
     base = file.parent / str(content.get("path", ""))
     places = [_locate(base, value) for value in _listed(found["train"] or found["val"])]
-    folder = _Folder(base if any(p.exists() for p in places) else file.parent, file, names, "kpt_shape" in content)
+    folder = _Folder(base if any(map(os.path.exists, places)) else file.parent, file, names, "kpt_shape" in content)
     # Roboflow names a folder of test images where it exports none.
-    if found["test"] and not _locate(folder.root, str(found["test"])).exists():
+    if found["test"] and not os.path.exists(_locate(folder.root, str(found["test"]))):
         found["test"] = None
     return Found("YOLO", {name: _split(folder, value) for name, value in found.items() if value is not None})
 
@@ -126,7 +127,9 @@ def _split(folder: _Folder, value: Any) -> Split:
     """The split of an entry of data.yaml: a folder, a text file that lists images, or a list of these."""
     values = _listed(value)
     places = [_locate(folder.root, text) for text in values]
-    names = [f"{text.rstrip('/')}/" if place.is_dir() else text for text, place in zip(values, places, strict=True)]
+    names = [
+        f"{text.rstrip('/')}/" if os.path.isdir(place) else text for text, place in zip(values, places, strict=True)
+    ]
     return Split(", ".join(names), partial(_read, folder, places), anywhere=True)
 
 
@@ -138,7 +141,8 @@ def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: P
     paths = sorted({path for place in ([images] if images else places) for path in _images(place)}, key=path_order)
     names = _numbers(folder.root) if folder.names is None else folder.names
     categories = make_categories(names, folder.file)
-    labels = {path: label for path in paths if (label := _find_label(path, folder.root)).is_file()}
+    found = {path: _find_label(path, folder.root) for path in paths}
+    labels = {path: label for path, label in found.items() if os.path.isfile(label)}
     if not labels:
         wanted = _label_path(paths[0], folder.root) if paths else "labels/"
         problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
@@ -191,7 +195,7 @@ def _parse(
 
 def _images(place: Path) -> list[Path]:
     """The images of a folder, or those that a text file lists."""
-    if place.is_dir():
+    if os.path.isdir(place):
         return find_images(place)[0]
     if place.suffix != ".txt":
         raise DataError(f"{place}: no such folder or list of images")
@@ -202,19 +206,21 @@ def _images(place: Path) -> list[Path]:
 def _locate(root: Path, text: str) -> Path:
     """A path of a description, which may be of another machine or folder: its longest end that exists below `root`."""
     given = root / text
-    return given if given.exists() else _below(root, text)
+    return given if os.path.exists(given) else _below(root, text)
 
 
 def _below(root: Path, text: str) -> Path:
     """The longest end of a path that exists below `root`; the path itself where there is none."""
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    # No path has more parts.
+    parts = parts[-2048:]
     ends = [root.joinpath(*parts[i:]) for i in range(len(parts))]
-    return next((path for path in ends if path.exists()), root.joinpath(*parts))
+    return next((path for path in ends if os.path.exists(path)), root.joinpath(*parts))
 
 
 def _find_label(image: Path, root: Path) -> Path:
     label = _label_path(image, root)
-    return label if label.is_file() else image.with_suffix(".txt")
+    return label if os.path.isfile(label) else image.with_suffix(".txt")
 
 
 def _label_path(image: Path, root: Path) -> Path:
