@@ -1,6 +1,5 @@
 """Runs commands: errors that a user can fix are printed as one line."""
 
-import errno
 import os
 import re
 import sys
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from dat.utils.errors import TooManyFilesError, UserError
+from dat.utils.errors import TooManyFilesError, UserError, too_many_files
 from dat.utils.text import echo
 
 
@@ -63,7 +62,7 @@ def error_line(error: BaseException) -> str:
             f"the memory {where} does not suffice; lower train.batch_size (train.accumulate makes up for it), "
             "--batch-size, train.workers or the sizes of images, or set train.grad_checkpointing=true or train.amp=bf16"
         )
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if too_many_files(error):
         return str(TooManyFilesError())
     if isinstance(error, OSError) and error.strerror:
         name = str(error.filename or "")
@@ -79,7 +78,7 @@ def error_line(error: BaseException) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     echo(message, error=True)
-    # What cannot be cleaned up any more, such as a loader whose workers did not all start, is no news behind the error.
+    # A DataLoader whose workers did not all start fails once more when it is deleted, and would print that last.
     sys.unraisablehook = lambda unraisable: None
     if _in_process_group():
         # Leaving a process group in which other processes wait or have failed may never return.

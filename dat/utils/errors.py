@@ -51,8 +51,13 @@ class TooManyFilesError(UserError):
     @staticmethod
     def check(error: BaseException) -> None:
         """Raises this error if that is what `error` means."""
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        if too_many_files(error):
             raise TooManyFilesError from error
+
+
+def too_many_files(error: BaseException) -> bool:
+    """Whether the process, or the machine, may not open another file."""
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -108,7 +108,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     except OSError as error:
         TooManyFilesError.check(error)
         raise
-    # Of Pillow's reader of AVIF.
+    # Pillow raises it for damaged AVIF files.
     except RuntimeError as error:
         raise UnidentifiedImageError(one_line(error)) from error
 
@@ -139,7 +139,7 @@ def decode(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -
         _check_scans(image)
         try:
             return _convert(image, size, source)
-        # Of Pillow's reader of AVIF.
+        # Pillow raises it for damaged AVIF files.
         except RuntimeError as error:
             raise OSError(one_line(error)) from error
 

@@ -144,11 +144,8 @@ def test_a_format_of_ones_own(monkeypatch):
 def test_links_in_a_tar_lead_nowhere_outside(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(PNG)
-    with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
-            member = tarfile.TarInfo(name)
-            member.size = len(PNG)
-            tar.addfile(member, io.BytesIO(PNG))
+    write_tar(tmp_path / "all.tar", ["cat/1.png", "cat/2.png", "dog/1.png"])
+    with tarfile.open(tmp_path / "all.tar", "a") as tar:
         for name, kind, target in (
             ("cat/out.png", tarfile.SYMTYPE, str(secret)),
             ("cat/up.png", tarfile.SYMTYPE, "../../secret.png"),

@@ -73,14 +73,15 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
         text = f"{records[0].path.parent}: no such folder of images{suggest_override(root, key, records[0])}"
         found.add(MISSING, text, stops=True, count=len(records))
         return found
-    suggested = ""
+    suggestion = None
     with ThreadPoolExecutor() as pool:
         results = pool.map(_check_file, records)
         for record, checked in progress_bar(results, total=len(records), desc="images", leave=False):
             for kind, example in checked.problems.items():
-                if kind == MISSING and not suggested:
-                    suggested = suggest_override(root, key, record)
-                    example += suggested
+                # The search takes long: one example of a missing image is enough.
+                if kind == MISSING and suggestion is None:
+                    suggestion = suggest_override(root, key, record)
+                    example += suggestion
                 found.add(kind, example, stops=not checked.digest)
             if checked.digest:
                 found.hashes[checked.digest].append(record)
