@@ -65,8 +65,7 @@ def neighborhood_attn(
         tensor, any number of times, in reverse mode. NaN and infinity in a pixel of `query`, or of the output's
         gradient, reach that query alone, in a pixel of `key` or `value` the queries whose windows hold it, and the
         gradients of pixels that share a window with one of these queries; which channels of a pixel depends on the
-        device, and on a GPU they may reach outputs within kernel_size + 8 pixels (times dilation) and gradients within
-        twice that. In the gradient of the bias they may reach all of a head. A bias of minus infinity is no attention.
+        device. In the gradient of the bias they may reach all of a head. A bias of minus infinity is no attention.
 
     Raises:
         TypeError: a dtype that is not supported, or different dtypes.

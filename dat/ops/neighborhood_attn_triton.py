@@ -3,6 +3,9 @@
 A program takes a tile of 8 x 8 queries (or of keys) and loops over the pixels around it one block at a time: with a
 window of 7 x 7 these are 14 x 14 pixels, in seven blocks of 2 x 16. No two programs add to the same number, so that
 sums are always taken in the same order.
+
+A product of matrices gives 0 * NaN to queries that are no neighbours of a NaN. Rows of results that are not finite are
+therefore taken once more, each from its own window; while all numbers are finite this costs a comparison.
 """
 
 # Kernels have no types in Python.
@@ -100,6 +103,69 @@ def _finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
+@triton.jit
+def _not_finite(sums):
+    """Which rows hold NaN or infinity."""
+    return tl.max((sums - sums != 0.0).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _holds(cells, dy, dx):
+    """Whether a cell of the tile is among `cells`."""
+    return tl.max((cells & (tl.arange(0, TILE * TILE) == TILE * dy + dx)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _load_one(data, pixel, step, C, BLOCK_C: tl.constexpr):
+    channel = tl.arange(0, BLOCK_C)
+    return tl.load(data + pixel * step + channel, mask=channel < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_one(data, value, pixel, step, C, BLOCK_C: tl.constexpr):
+    channel = tl.arange(0, BLOCK_C)
+    tl.store(data + pixel * step + channel, value.to(data.dtype.element_ty), mask=channel < C)
+
+
+@triton.jit
+def _window_row(
+    q, key, value, bias, k_pixel, v_pixel, step, row, column, rows, columns, y, x, W, C, scale,
+    HAS_BIAS: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A row of the window of one query: keys, values [COLUMNS, BLOCK_C] and scores [COLUMNS]."""
+    key_row, key_column = _window_start(row, rows, K) + step, _window_start(column, columns, K) + tl.arange(0, COLUMNS)
+    near = tl.arange(0, COLUMNS) < K
+    pixel = _pixel(key_row, key_column, y, x, W, DILATION)
+    k = _load(key, pixel, k_pixel, near, C, BLOCK_C).to(tl.float32)
+    v = _load(value, pixel, v_pixel, near, C, BLOCK_C).to(tl.float32)
+    scores = tl.sum(q[None, :] * k, 1) * scale
+    if HAS_BIAS:
+        place = (key_row - row + K - 1) * (2 * K - 1) + key_column - column + K - 1
+        scores += tl.load(bias + place, mask=near, other=0.0)
+    return k, v, tl.where(near, scores, float("-inf"))
+
+
+@triton.jit
+def _attend_one(
+    q, key, value, bias, k_pixel, v_pixel, row, column, rows, columns, y, x, W, C, scale,
+    HAS_BIAS: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Output of one query and the logarithm of the sum of its exponentials."""
+    top, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    for step in range(K):
+        _, v, s = _window_row(
+            q, key, value, bias, k_pixel, v_pixel, step, row, column, rows, columns, y, x, W, C, scale,
+            HAS_BIAS, K, DILATION, BLOCK_C, COLUMNS,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(s, 0))
+        shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher))
+        total = total * shrink + tl.sum(p, 0)
+        sums = sums * shrink + tl.sum(p[:, None] * v, 0)
+        top = higher
+    return sums / total, _finite(top) + tl.log(total)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
     query, key, value, bias, out, q_image, q_head, q_pixel, k_image, k_head, k_pixel, v_image, v_head, v_pixel,
@@ -115,7 +181,8 @@ def _forward(
     key += image * k_image + head * k_head
     value += image * v_image + head * v_head
     bias += head * (2 * KERNEL - 1) * (2 * KERNEL - 1)
-    q = _load(query + image * q_image + head * q_head, pixel, q_pixel, inside, C, BLOCK_C)
+    query += image * q_image + head * q_head
+    q = _load(query, pixel, q_pixel, inside, C, BLOCK_C)
     top = tl.full((TILE * TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE * TILE,), tl.float32)
     sums = tl.zeros((TILE * TILE, BLOCK_C), tl.float32)
@@ -133,7 +200,20 @@ def _forward(
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
         top = higher
     out += image * H * W * heads * C + head * C
-    _store(out, sums / total[:, None], pixel, heads * C, inside, C, BLOCK_C)
+    spoiled = inside & _not_finite(sums)
+    _store(out, sums / total[:, None], pixel, heads * C, inside & ~spoiled, C, BLOCK_C)
+    if tl.max(spoiled.to(tl.int32), 0) > 0:
+        for dy in range(TILE):
+            for dx in range(TILE):
+                if _holds(spoiled, dy, dx):
+                    row_one, column_one = first_row + dy, first_column + dx
+                    pixel_one = _pixel(row_one, column_one, y, x, W, DILATION)
+                    result, _ = _attend_one(
+                        _load_one(query, pixel_one, q_pixel, C, BLOCK_C), key, value, bias, k_pixel, v_pixel,
+                        row_one, column_one, rows, columns, y, x, W, C, scale,
+                        HAS_BIAS, KERNEL, DILATION, BLOCK_C, COLUMNS,
+                    )  # fmt: skip
+                    _store_one(out, result, pixel_one, heads * C, C, BLOCK_C)
 
 
 @triton.jit
@@ -171,8 +251,10 @@ def _backward_queries(
     key += image * k_image + head * k_head
     value += image * v_image + head * v_head
     bias += head * (2 * KERNEL - 1) * (2 * KERNEL - 1)
-    q = _load(query + image * q_image + head * q_head, pixel, q_pixel, inside, C, BLOCK_C)
-    g = _load(grad + image * g_image + head * g_head, pixel, g_pixel, inside, C, BLOCK_C)
+    query += image * q_image + head * q_head
+    q = _load(query, pixel, q_pixel, inside, C, BLOCK_C)
+    grad += image * g_image + head * g_head
+    g = _load(grad, pixel, g_pixel, inside, C, BLOCK_C)
     begin_row, begin_column = _window_start(first_row, rows, KERNEL), _window_start(first_column, columns, KERNEL)
     top = tl.full((TILE * TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE * TILE,), tl.float32)
@@ -206,11 +288,40 @@ def _backward_queries(
         query_sums += tl.dot(grad_scores.to(k.dtype), k, input_precision="tf32x3")
         if HAS_BIAS:
             bias_sums += _bias_sums(grad_scores, row, column, key_row, key_column, k.dtype, KERNEL, SIDE, ROWS, COLUMNS)
-    place = (image * heads + head) * H * W + pixel
-    tl.store(log_sums + place, log_sum, mask=inside)
-    tl.store(means + place, mean, mask=inside)
+    log_sums += (image * heads + head) * H * W
+    means += (image * heads + head) * H * W
     grad_query += image * H * W * heads * C + head * C
-    _store(grad_query, query_sums * scale, pixel, heads * C, inside, C, BLOCK_C)
+    spoiled = inside & _not_finite(query_sums)
+    sound = inside & ~spoiled
+    tl.store(log_sums + pixel, log_sum, mask=sound)
+    tl.store(means + pixel, mean, mask=sound)
+    _store(grad_query, query_sums * scale, pixel, heads * C, sound, C, BLOCK_C)
+    if tl.max(spoiled.to(tl.int32), 0) > 0:
+        for dy in range(TILE):
+            for dx in range(TILE):
+                if _holds(spoiled, dy, dx):
+                    row_one, column_one = first_row + dy, first_column + dx
+                    pixel_one = _pixel(row_one, column_one, y, x, W, DILATION)
+                    q_one = _load_one(query, pixel_one, q_pixel, C, BLOCK_C)
+                    g_one = _load_one(grad, pixel_one, g_pixel, C, BLOCK_C)
+                    result, log_sum_one = _attend_one(
+                        q_one, key, value, bias, k_pixel, v_pixel,
+                        row_one, column_one, rows, columns, y, x, W, C, scale,
+                        HAS_BIAS, KERNEL, DILATION, BLOCK_C, COLUMNS,
+                    )  # fmt: skip
+                    mean_one = tl.sum(g_one * result, 0)
+                    sums_one = tl.zeros((BLOCK_C,), tl.float32)
+                    for step in range(KERNEL):
+                        k_one, v_one, s_one = _window_row(
+                            q_one, key, value, bias, k_pixel, v_pixel, step,
+                            row_one, column_one, rows, columns, y, x, W, C, scale,
+                            HAS_BIAS, KERNEL, DILATION, BLOCK_C, COLUMNS,
+                        )  # fmt: skip
+                        grad_one = _exp(s_one, log_sum_one) * (tl.sum(g_one[None, :] * v_one, 1) - mean_one)
+                        sums_one += tl.sum(grad_one[:, None] * k_one, 0)
+                    tl.store(log_sums + pixel_one, log_sum_one)
+                    tl.store(means + pixel_one, mean_one)
+                    _store_one(grad_query, sums_one * scale, pixel_one, heads * C, C, BLOCK_C)
     if HAS_BIAS:
         side = tl.arange(0, SIDE)
         used = side < 2 * KERNEL - 1
@@ -232,7 +343,7 @@ def _backward_keys(
     g_image, g_head, g_pixel, q_image, q_head, q_pixel, k_image, k_head, k_pixel, v_image, v_head, v_pixel,
     heads, H, W, C, scale,
     HAS_BIAS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     image, head, y, x, first_row, first_column = _locate(heads, H, W, DILATION)
     rows, columns = _group_size(H, W, y, x, DILATION)
@@ -242,8 +353,12 @@ def _backward_keys(
     grad += image * g_image + head * g_head
     query += image * q_image + head * q_head
     bias += head * (2 * KERNEL - 1) * (2 * KERNEL - 1)
-    k = _load(key + image * k_image + head * k_head, key_pixel, k_pixel, key_inside, C, BLOCK_C)
-    v = _load(value + image * v_image + head * v_head, key_pixel, v_pixel, key_inside, C, BLOCK_C)
+    key += image * k_image + head * k_head
+    value += image * v_image + head * v_head
+    log_sums += (image * heads + head) * H * W
+    means += (image * heads + head) * H * W
+    k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
+    v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
     last_row, last_column = tl.minimum(first_row + TILE, rows) - 1, tl.minimum(first_column + TILE, columns) - 1
     begin_row, end_row = _queries_around(first_row, last_row, rows, KERNEL)
     begin_column, end_column = _queries_around(first_column, last_column, columns, KERNEL)
@@ -257,17 +372,48 @@ def _backward_keys(
         pixel = _pixel(row, column, y, x, W, DILATION)
         q = _load(query, pixel, q_pixel, inside, C, BLOCK_C)
         g = _load(grad, pixel, g_pixel, inside, C, BLOCK_C)
-        place = (image * heads + head) * H * W + pixel
-        log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
-        mean = tl.load(means + place, mask=inside, other=0.0)
+        log_sum = tl.load(log_sums + pixel, mask=inside, other=0.0)
+        mean = tl.load(means + pixel, mask=inside, other=0.0)
         s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         p = _exp(s, log_sum[:, None])
         value_sums += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
         grad_scores = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - mean[:, None])
         key_sums += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision="tf32x3")
-    base = image * H * W * heads * C + head * C
-    _store(grad_key + base, key_sums * scale, key_pixel, heads * C, key_inside, C, BLOCK_C)
-    _store(grad_value + base, value_sums, key_pixel, heads * C, key_inside, C, BLOCK_C)
+    grad_key += image * H * W * heads * C + head * C
+    grad_value += image * H * W * heads * C + head * C
+    spoiled = key_inside & (_not_finite(key_sums) | _not_finite(value_sums))
+    sound = key_inside & ~spoiled
+    _store(grad_key, key_sums * scale, key_pixel, heads * C, sound, C, BLOCK_C)
+    _store(grad_value, value_sums, key_pixel, heads * C, sound, C, BLOCK_C)
+    if tl.max(spoiled.to(tl.int32), 0) > 0:
+        for dy in range(TILE):
+            for dx in range(TILE):
+                if _holds(spoiled, dy, dx):
+                    row_one, column_one = first_row + dy, first_column + dx
+                    pixel_one = _pixel(row_one, column_one, y, x, W, DILATION)
+                    k_one = _load_one(key, pixel_one, k_pixel, C, BLOCK_C)
+                    v_one = _load_one(value, pixel_one, v_pixel, C, BLOCK_C)
+                    begin_row, end_row = _queries_around(row_one, row_one, rows, KERNEL)
+                    begin_column, end_column = _queries_around(column_one, column_one, columns, KERNEL)
+                    column = begin_column + tl.arange(0, SIDE)
+                    near = column <= end_column
+                    key_one = tl.zeros((BLOCK_C,), tl.float32)
+                    value_one = tl.zeros((BLOCK_C,), tl.float32)
+                    for row in range(begin_row, end_row + 1):
+                        pixel = _pixel(row, column, y, x, W, DILATION)
+                        q = _load(query, pixel, q_pixel, near, C, BLOCK_C).to(tl.float32)
+                        g = _load(grad, pixel, g_pixel, near, C, BLOCK_C).to(tl.float32)
+                        log_sum = tl.load(log_sums + pixel, mask=near, other=0.0)
+                        mean = tl.load(means + pixel, mask=near, other=0.0)
+                        s = tl.sum(q * k_one[None, :], 1) * scale
+                        if HAS_BIAS:
+                            place = (row_one - row + KERNEL - 1) * (2 * KERNEL - 1) + column_one - column + KERNEL - 1
+                            s += tl.load(bias + place, mask=near, other=0.0)
+                        p = tl.where(near, _exp(s, log_sum), 0.0)
+                        value_one += tl.sum(p[:, None] * g, 0)
+                        key_one += tl.sum((p * (tl.sum(g * v_one[None, :], 1) - mean))[:, None] * q, 0)
+                    _store_one(grad_key, key_one * scale, pixel_one, heads * C, C, BLOCK_C)
+                    _store_one(grad_value, value_one, pixel_one, heads * C, C, BLOCK_C)
 
 
 def launch_options(query: Tensor, kernel_size: int, dilation: int, biased: bool) -> dict[str, Any]:
@@ -350,7 +496,7 @@ def backward(
     if grad_query.numel():
         log_sums, means = query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
         tensors, steps = _arguments((grad, query, key, value))
-        options = launch_options(query, kernel_size, dilation, biased)
+        options = launch_options(query, kernel_size, dilation, biased) | {"SIDE": max(16, _power_of_2(side))}
         table = query if bias is None else bias.contiguous()
         numbers = (*steps, h, H, W, query.shape[3], scale)
         with torch.cuda.device_of(query):
@@ -363,7 +509,6 @@ def backward(
                 means,
                 *numbers,
                 **options,
-                SIDE=max(16, _power_of_2(side)),
             )
             _backward_keys[(programs,)](*tensors, table, grad_key, grad_value, log_sums, means, *numbers, **options)
     elif biased:

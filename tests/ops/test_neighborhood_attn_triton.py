@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from ops.test_neighborhood_attn import Sample, check_spread
 
 from dat.ops import reference
 
@@ -46,30 +47,24 @@ def interpret(size, kernel_size, dilation, h, c, biased, dtype):
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
-def spread(size, kernel_size, dilation, reach):
-    """How far NaN gets from one pixel: outputs equal those without it beyond `reach` pixels, gradients beyond twice."""
+# Maps wider than a tile and its windows; which of query, key, value, bias and gradient holds what, and in which pixel.
+SPREAD = (
+    *(((3, 18), 1, which, float("nan"), 27) for which in range(5)),
+    ((3, 18), 1, 2, float("inf"), 0),
+    ((6, 25), 2, 1, -float("inf"), 149),
+)
+
+
+def spread(size, dilation, which, bad, pixel):
     from dat.ops import neighborhood_attn_triton as kernels
 
-    torch.manual_seed(0)
-    clean = [*torch.randn(4, 1, 1, size[0] * size[1], 8)]
-    bias = torch.randn(1, 2 * kernel_size - 1, 2 * kernel_size - 1)
-    numbers = (*size, kernel_size, dilation, 0.4)
+    sample = Sample(1, 1, 5, size, 3, dilation)
 
-    def results(query, key, value, grad):
-        tensors = query, key, value, bias, *numbers
-        return kernels.forward(*tensors), *kernels.backward(grad, *tensors)[:3]
+    def attend(query, key, value, bias, grad):
+        tensors = query, key, value, bias, *sample.numbers()
+        return kernels.forward(*tensors), *kernels.backward(grad, *tensors)
 
-    y, x = size[0] // 2, size[1] // 2
-    distance = torch.maximum((torch.arange(size[0]) - y).abs()[:, None], (torch.arange(size[1]) - x).abs()).flatten()
-    exact = results(*clean)
-    # A key, and the output's gradient.
-    for which in (1, 3):
-        spoiled = [tensor.clone() for tensor in clean]
-        spoiled[which][0, 0, y * size[1] + x, 1] = float("nan")
-        for number, (found, without) in enumerate(zip(results(*spoiled), exact, strict=True)):
-            far = distance > (reach if number == 0 else 2 * reach)
-            assert far.any()
-            assert torch.equal(found[:, :, far], without[:, :, far])
+    check_spread(attend, sample, which, bad, [pixel])
 
 
 def test_interpreted_kernels_equal_the_reference():
@@ -77,8 +72,8 @@ def test_interpreted_kernels_equal_the_reference():
     run_interpreted("for case in CASES: interpret(*case)")
 
 
-def test_nan_goes_no_further_than_documented():
-    run_interpreted("spread((4, 50), 3, 1, 11)")
+def test_numbers_that_are_not_finite_reach_only_windows_that_hold_them():
+    run_interpreted("for case in SPREAD: spread(*case)")
 
 
 def run_interpreted(line):
