@@ -49,9 +49,10 @@ def interpret(size, kernel_size, dilation, h, c, biased, dtype):
 
 # Maps wider than a tile and its windows; which of query, key, value, bias and gradient holds what, and in which pixel.
 SPREAD = (
-    *(((3, 18), 1, which, float("nan"), 27) for which in range(5)),
+    ((3, 18), 1, 1, float("nan"), 27),
     ((3, 18), 1, 2, float("inf"), 0),
-    ((6, 25), 2, 1, -float("inf"), 149),
+    ((3, 18), 1, 4, float("nan"), 27),
+    ((6, 25), 2, 2, -float("inf"), 149),
 )
 
 
