@@ -32,7 +32,7 @@ from PIL import Image
 from dat.cli import parse
 from dat.engine.command import error_line
 from dat.export import runtime
-from dat.utils.errors import UserError
+from dat.utils.errors import DataError, UserError
 from tests.damage import (
     change_checkpoint,
     change_either,
@@ -269,10 +269,13 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         def make() -> Kind:
             def use(path: Path) -> None:
                 shutil.rmtree(out, ignore_errors=True)
-                short = ["train.epochs=1", "train.device=cpu", "train.workers=0"]
-                call(f"{task} train", path, f"output={out}", *short)
+                call(f"{task} train", path, f"output={out}", length, "train.device=cpu", "train.workers=0")
 
-            data = {"detect": "detection", "classify": "classification"}[task]
+            # What is left of a damaged file may be the defaults, of which an epoch is long.
+            data, length = {
+                "detect": ("detection", "train.steps=2"),
+                "classify": ("classification", "train.epochs=1"),
+            }[task]
             shutil.rmtree(folder / "data", ignore_errors=True)
             return Kind(".yaml", read(write_data(data, folder / "data")), use, change_yaml, named=False)
 
@@ -376,7 +379,8 @@ def fails(kind: Kind, path: Path) -> str | None:
     try:
         kind.use(path)
     except (UserError, OSError) as error:
-        if kind.named and path.name not in str(error):
+        # A sound checkpoint of other classes: the error names the data that do not fit.
+        if kind.named and path.name not in str(error) and not isinstance(error, DataError):
             return f"the error does not name the file: {type(error).__name__}: {str(error)[:300]}"
         if len(error_line(error)) > 2000:
             return f"the error has {len(str(error))} characters: {str(error)[:300]}"
