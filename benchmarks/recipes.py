@@ -24,6 +24,19 @@ INGREDIENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("matchability", "+ matchability-aware loss", {"train.loss.class_loss": "matchability"}),
     ("one_to_many", "+ one-to-many training", {"model.one_to_many_queries": 150}),
     ("average", "+ average of the weights", {"train.ema_decay": 0.998}),
+    # An epoch has twice as many steps, each of half as many images. Cells have no upright side.
+    (
+        "schedule",
+        "+ steps of two images, cosine, flips",
+        {
+            "train.batch_size": 2,
+            "train.lr": 8e-4,
+            "train.schedule": "cosine",
+            "train.min_lr_scale": 0.01,
+            "train.ema_decay": 0.996,
+            "data.train.vertical_flip": 0.5,
+        },
+    ),
 )
 OF_TWO_STAGE = ("model.box_refine", "model.two_stage", "model.mixed_selection")
 

@@ -13,6 +13,7 @@ import argparse
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespa
     """Calls a function with its options, and ends with one line on errors that a user can fix."""
     from dat.engine.command import main_guard
     from dat.utils.errors import ConfigError
+
+    # Pillow's remarks on odd files do not name them; files that cannot be used are reported.
+    warnings.filterwarnings("ignore", module="PIL")
 
     def call() -> None:
         try:
@@ -284,14 +288,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _at_least(low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """A type for argparse: numbers of the type of `low`, in low..high."""
+    """A type for argparse: finite numbers of the type of `low`, in low..high."""
 
     def convert(text: str) -> float:
         try:
             value = type(low)(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or value == float("inf"):
             kind = "an integer" if isinstance(low, int) else "a number"
             limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"is {text}, should be {kind} {limits}")

@@ -37,7 +37,21 @@ SLOWEST, LONGEST_END, GROWTH = 20, 10.0, 1.05
 
 # Images that decode slowly, claim too many pixels, are cut off, are none or are too large; addresses and pages of
 # other sites; an argument that is no number; clients that end within a request, after it, or send half and wait.
-HOSTILE = ("slow", "bomb", "cut", "text", "large", "host", "origin", "argument", "abort", "leave", "stall")
+HOSTILE = (
+    "slow",
+    "bomb",
+    "cut",
+    "text",
+    "large",
+    "host",
+    "origin",
+    "argument",
+    "chunk",
+    "socket",
+    "abort",
+    "leave",
+    "stall",
+)
 
 
 def encode(seed: int, form: str) -> bytes:
@@ -124,6 +138,14 @@ class Clients:
                     connection.sendall(head.encode() + image[: len(image) // (1 if kind == "leave" else 2)])
                     time.sleep(1 if kind == "stall" else 0)
                 outcome = "closed"
+            elif kind in ("chunk", "socket"):
+                head = {
+                    "chunk": "POST / HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+                    "socket": "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+                }[kind]
+                with socket.create_connection(("127.0.0.1", self.port), 60) as connection:
+                    connection.sendall(head.encode())
+                    outcome = connection.recv(12).decode()
             else:
                 headers = {"host": {"Host": "evil.example"}, "origin": {"Origin": "http://evil.example"}}.get(kind, {})
                 path = "/detect?threshold=nan" if kind == "argument" else "/detect"

@@ -8,6 +8,7 @@ from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, check_config
 from dat.engine.config import load_config
 from dat.utils.errors import CheckpointError, DataError
+from dat.utils.files import check_folder
 from dat.utils.text import echo
 
 
@@ -22,6 +23,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     classifier = Classifier.from_checkpoint(options.checkpoint, options.overrides, options.device)
     out = options.out or Path(str(classifier.path)).parent / "evaluation"
+    check_folder(out, "--out")
     metrics = classifier.evaluate(out=out, real=options.real, v2=options.v2)
     if metrics:
         echo(f"{format_table(metrics)}\nwritten to {out}")
@@ -31,6 +33,7 @@ def predict(options: argparse.Namespace) -> None:
     from dat.classification.predict import predict
     from dat.utils.media import Frames, find_media
 
+    check_folder(options.out, "--out")
     # Results of an earlier call are left out.
     frames = Frames(*find_media(options.sources, exclude=options.out), options.every)
     classifier = Classifier.from_checkpoint(options.model, options.overrides, options.device, options.trust)
@@ -53,6 +56,7 @@ def audit(options: argparse.Namespace) -> None:
     from dat.classification.audit import audit, draw_samples, format_summaries, read_source, summarize
     from dat.engine.audit import finish_audit
 
+    check_folder(options.out, "--out")
     config = read_source(Path(options.data), options.overrides)
     found = audit(config.data)
     class_names = next((part.split.class_names for part in found.values() if part.split is not None), [])

@@ -9,7 +9,9 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Collection
+from contextlib import suppress
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,7 +55,9 @@ class Access:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.headers)
-            await send(message)
+            # The rest of the request is no HTTP: nobody reads an answer, and the connection is closed.
+            with suppress(LocalProtocolError):
+                await send(message)
 
         refused = self._refuse(scope["path"], Headers(scope=scope), (scope.get("client") or [""])[0])
         await (refused or self.app)(scope, receive, send_with_headers)

@@ -22,7 +22,7 @@ from dat.detection.access import Access, page_policy
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, has_points
 from dat.detection.upload import FORMATS, DecodeLimits, DecodePool, Refused
-from dat.utils.errors import UserError
+from dat.utils.errors import ConfigError, UserError
 from dat.utils.text import printable
 
 logger = logging.getLogger(__name__)
@@ -136,8 +136,13 @@ def serve(
 
     Raises:
         OSError: the address cannot be used.
+        ConfigError: `host` is no name.
     """
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # of names that cannot be encoded
+    except (TypeError, UnicodeError) as error:
+        raise ConfigError(f"--host {host!r} is no name or address of this machine") from error
     found, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if token is None and not ipaddress.ip_address(found).is_loopback:
@@ -150,10 +155,14 @@ def serve(
             print(printable(f"{address}: {detector.path}, {len(detector.categories)} classes"), flush=True)
 
     app = create_app(detector, limits, (host, *hosts), token)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=STOPPING)
     # Interrupting is the way to stop a server.
     with listener, suppress(KeyboardInterrupt):
-        Server(config).run([listener])
+        Server(server_config(app)).run([listener])
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves; its warnings are of requests that are no HTTP, a line or two for each."""
+    return uvicorn.Config(app, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=STOPPING)
 
 
 def create_app(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dat.detection.detector import Detector
 from dat.detection.predictor import OPTIONS
 from dat.engine.config import load_config
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.files import check_folder, file_names
 from dat.utils.text import echo
 
 
@@ -29,6 +31,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     detector = Detector.from_checkpoint(options.checkpoint, options.overrides, options.device)
     out = options.out or Path(str(detector.path)).parent / "evaluation"
+    check_folder(out, "--out")
     metrics = detector.evaluate(out=out, **{f"data.val.{name}": x for name, x in _prediction(options).items()})
     if metrics:
         echo(f"{format_table(metrics)}\nwritten to {out}")
@@ -39,6 +42,7 @@ def predict(options: argparse.Namespace) -> None:
     from dat.detection.predict import Output, choose_targets, predict
     from dat.utils.media import Frames, find_media
 
+    check_folder(options.out, "--out")
     # Results of an earlier call are left out.
     media, others = find_media(options.sources, exclude=options.out)
     targets = choose_targets(media, options.out)
@@ -47,7 +51,8 @@ def predict(options: argparse.Namespace) -> None:
     if options.show_points:
         check_points(detector)
     frames = Frames(media, others, options.every)
-    output = Output(options.out, targets, options.threshold, options.crops, options.show_points)
+    crops = file_names(category.name for category in detector.categories) if options.crops else {}
+    output = Output(options.out, targets, options.threshold, crops, options.show_points)
     images, drawn = predict(detector, frames, output, options.classes, options.batch_size)
     echo(f"{drawn} detections with a score of at least {options.threshold} in {images} images: {options.out}")
     if left_out := frames.summary():
@@ -80,8 +85,8 @@ def serve(options: argparse.Namespace) -> None:
     detector.val = detector.options(**_prediction(options))
     # A token on the command line is seen by every user of the machine.
     token = os.environ.get("DAT_SERVE_TOKEN") if options.token is None else options.token
-    if token == "":
-        raise ConfigError("the token (--token or DAT_SERVE_TOKEN) is empty, should be a secret text")
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise ConfigError("the token (--token or DAT_SERVE_TOKEN) should be letters, digits and signs of ASCII")
     serve(detector, options.host, options.port, limits, options.allow_host, token)
 
 
@@ -90,6 +95,7 @@ def audit(options: argparse.Namespace) -> None:
     from dat.detection.data import describe_sets
     from dat.engine.audit import finish_audit
 
+    check_folder(options.out, "--out")
     folder = Path(options.data).is_dir()
     source, root = (options.config, [f"data.root={options.data}"]) if folder else (options.data, [])
     config = load_config(DetectionConfig, source, [*root, *options.overrides])

@@ -1,7 +1,7 @@
 """Detections of many images and videos, written as annotated images and as tables in COCO's result format."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, draw_points
 from dat.utils.errors import ConfigError
-from dat.utils.files import file_name, write_csv, write_json
+from dat.utils.files import real_path, short_name, write_csv, write_json
 from dat.utils.media import Frame, Frames, Media
 from dat.utils.progress import progress_bar
 
@@ -24,14 +24,14 @@ class Output:
         folder: of all files.
         targets: for each image its annotated image, for each video the folder of its frames.
         threshold: lowest score of detections that are drawn and cropped.
-        crops: also cut out detections.
+        crops: the folder in crops/ of each class whose detections are also cut out.
         points: also draw their sampling points.
     """
 
     folder: Path
     targets: dict[Media, Path]
     threshold: float
-    crops: bool = False
+    crops: Mapping[str, str] = field(default_factory=dict)
     points: bool = False
 
     def write(self, frame: Frame, detections: Detections, points: Points | None) -> int:
@@ -50,26 +50,35 @@ class Output:
         return len(drawn)
 
     def _cut(self, drawn: Detections, target: Path) -> None:
-        image, relative = drawn.image, target.relative_to(self.folder).with_suffix("")
+        image = drawn.image
+        stem = short_name("_".join(target.relative_to(self.folder).with_suffix("").parts))
         for i, (name, box) in enumerate(zip(drawn.class_names, drawn.boxes.tolist(), strict=True), 1):
             # A crop has at least one pixel.
             left, top = min(int(box[0]), image.width - 1), min(int(box[1]), image.height - 1)
             right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
-            folder = self.folder / "crops" / file_name(name)
+            folder = self.folder / "crops" / self.crops[name]
             folder.mkdir(parents=True, exist_ok=True)
             crop = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-            crop.save(folder / f"{'_'.join(relative.parts)}_{i}.png")
+            crop.save(folder / f"{stem}_{i}.png")
 
 
 def choose_targets(media: Sequence[Media], out: Path) -> dict[Media, Path]:
     """The annotated image of each image, and the folder for each video. Raises ConfigError if one is a source."""
-    targets = [out / (one.name if one.is_video else Path(one.name).with_suffix(".png")) for one in media]
+    paths = [out / one.name for one in media]
+
+    def choose(stems: Iterable[str]) -> list[Path]:
+        return [
+            path if one.is_video else path.with_name(f"{short_name(stem)}.png")
+            for one, path, stem in zip(media, paths, stems, strict=True)
+        ]
+
+    targets = choose(path.stem for path in paths)
     if len(set(targets)) < len(targets):
         # Keep the suffix where photo.jpg and photo.png would collide.
-        targets = [out / (one.name if one.is_video else f"{one.name}.png") for one in media]
-    sources = {one.path.resolve() for one in media}
+        targets = choose(path.name for path in paths)
+    sources = {real_path(one.path) for one in media}
     for target in targets:
-        if target.resolve() in sources:
+        if real_path(target) in sources:
             raise ConfigError(f"--out: {target} is one of the images to search, choose another folder")
     return dict(zip(media, targets, strict=True))
 
@@ -114,6 +123,8 @@ def predict(
                 drawn += output.write(frame, detections, points)
                 results += [result | frame.origin for result in detections.to_coco(images)]
             bar.update(len(batch))
+            # Before the next batch is read: an image may take a gigabyte.
+            del batch, frame, detections, points
     names = {category.id: category.name for category in detector.categories}
     rows = [
         {**r, "label": names[r["category_id"]], **dict(zip(("x", "y", "width", "height"), r["bbox"], strict=True))}

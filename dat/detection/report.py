@@ -17,7 +17,7 @@ from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
 from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError, shown
-from dat.utils.files import atomic_write, read_json
+from dat.utils.files import atomic_write, read_json, short_name
 from dat.utils.plots import draw_confusion, draw_curves
 
 CURVES = {
@@ -111,7 +111,8 @@ def save_predictions(
         image = open_record(record)
         predicted = draw_boxes(image, by_image[record.id], annotations.categories, "predicted")
         annotated = draw_boxes(image, annotations.objects(record), annotations.categories, "annotated")
-        paths.append(folder / f"{record.id:06d}_{record.path.stem}.png")
+        name = short_name(f"{record.id:06d}_{record.path.stem}")
+        paths.append(folder / f"{name}.png")
         with atomic_write(paths[-1]) as temporary:
             side_by_side(predicted, annotated).save(temporary)
     return paths

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dat.engine.checkpoint import find_checkpoint
 from dat.utils.errors import ConfigError
+from dat.utils.files import check_folder
 
 T = TypeVar("T")
 
@@ -104,12 +105,15 @@ def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -
             find the checkpoint that the main process found.
     """
     folder, found, error = Path(output), None, ""
-    if not str(output):
-        error = "output is empty, should be the folder of this run"
-    elif folder.exists() and not folder.is_dir():
-        error = f"output: {output} is a file, should be a folder"
-    elif (found := find_checkpoint(folder)) is not None and not resume:
-        error = f"output: {output} holds a run; go on with train.resume=true, or choose another folder"
+    try:
+        if not str(output):
+            raise ConfigError("output is empty, should be the folder of this run")
+        check_folder(folder, "output")
+        found = find_checkpoint(folder)
+        if found is not None and not resume:
+            raise ConfigError(f"output: {output} holds a run; go on with train.resume=true, or choose another folder")
+    except ConfigError as failure:
+        error = str(failure)
     # Every process raises the error of the main one, which would otherwise leave the others waiting.
     if distributed.world_size > 1:
         found, error = gather((found, error))[0]

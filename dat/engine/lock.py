@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from dat.engine.distributed import Distributed, gather
 from dat.utils.errors import ConfigError, one_line
-from dat.utils.files import process_exists, remove_leftovers
+from dat.utils.files import check_folder, process_exists, real_path, remove_leftovers
 
 NAME = "run.lock"
 
@@ -85,7 +85,8 @@ def lock_run(output: Path, distributed: Distributed | None = None) -> AbstractCo
     lock, error = None, ""
     if distributed is None or distributed.main:
         try:
-            place = output.resolve()
+            check_folder(output, "output")
+            place = real_path(output)
             lock = _locks.get(place)
             if lock is None or lock.file.closed:
                 lock = _locks[place] = RunLock(output)

@@ -100,9 +100,9 @@ def save_for_hf(
         ValueError: the model is not a whole DAT made by timm, directory is a file, label_names do not fit the classes,
             or there are metrics without datasets.
     """
-    directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory must be a folder or a new path, {directory} is a file")
+    directory = Path(os.path.realpath(directory))
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise ValueError(f"directory must be a folder or a new path, {directory} is a file or a broken link")
     cfg = _pretrained_cfg(model)
     num_classes = model.num_classes
     if label_names is not None and len(label_names) != num_classes:

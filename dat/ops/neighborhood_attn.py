@@ -167,14 +167,16 @@ def _backward(
     return *(_heads_last(query).copy_(first) for first in firsts), grad_bias
 
 
-def _has_triton_kernels(query: Tensor) -> bool:
-    """Whether the kernels for GPUs, which keep all channels of a tile on the chip, take such a query."""
-    return query.dtype != torch.float64 and query.shape[3] <= 128 and importlib.util.find_spec("triton") is not None
+def _has_triton_kernels(query: Tensor, kernel_size: int) -> bool:
+    """Whether the kernels for GPUs take such a query: all channels of a tile are in the 99 KiB that any GPU has."""
+    bytes_per_pixel = query.shape[3] * query.element_size()
+    fits = query.dtype != torch.float64 and bytes_per_pixel <= (256 if kernel_size <= 9 else 128)
+    return fits and importlib.util.find_spec("triton") is not None
 
 
 @torch.library.impl(LIBRARY, "neighborhood_attn", "CUDA")
 def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
-    if not _has_triton_kernels(query):
+    if not _has_triton_kernels(query, numbers[2]):
         return _forward(query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 
@@ -185,7 +187,7 @@ def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 def _cuda_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, ...]:
-    if not _has_triton_kernels(query):
+    if not _has_triton_kernels(query, numbers[2]):
         return _backward(grad, query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 

@@ -2,19 +2,21 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from timm.utils import natural_key
 
-from dat.utils.errors import DataError
+from dat.utils.errors import ConfigError, DataError
 from dat.utils.images import HEIC, UNREADABLE, lacks_heif, open_image
 from dat.utils.text import printable
 
@@ -31,6 +33,8 @@ SYSTEM_NAMES = frozenset((
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Temporary files of atomic_write hold the number of their process.
 LEFTOVER = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp(\.\w+)?$")
+# Bytes of a name before its ending, such as "_points.png": names of files have at most 255.
+LONGEST_NAME = 240
 
 
 @contextmanager
@@ -158,8 +162,42 @@ def _cell(value: Any) -> Any:
 
 
 def file_name(text: str) -> str:
-    """Makes a text a valid name of a file or folder on any system."""
-    return "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in text).strip() or "_"
+    """Makes a text a valid name of a file or folder on any system, to which an ending may be added; see short_name."""
+    name = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in text).strip() or "_"
+    return short_name(name, text)
+
+
+def file_names(texts: Iterable[str]) -> dict[str, str]:
+    """The file_name of each text; a hash tells those apart that had to be changed and would share their name."""
+    names = {text: file_name(text) for text in texts}
+    count = Counter(names.values())
+    return {text: name if name == text or count[name] == 1 else _add_hash(name, text) for text, name in names.items()}
+
+
+def short_name(name: str, text: str = "") -> str:
+    """The name, or if it is longer than LONGEST_NAME its beginning and a hash of the whole, or of `text` if given."""
+    return name if len(os.fsencode(name)) <= LONGEST_NAME else _add_hash(name, text or name)
+
+
+def _add_hash(name: str, text: str) -> str:
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    # Part of a letter may be left at the end.
+    start = os.fsencode(name)[: LONGEST_NAME - len(digest) - 1].decode(errors="ignore")
+    return f"{start}_{digest}"
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without symbolic links. One that leads to itself stays, where Path.resolve may raise."""
+    return Path(os.path.realpath(path))
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raises ConfigError, which starts with `name`, if a file or a broken link stands in the way of a folder."""
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if os.path.lexists(place):
+            raise ConfigError(f"{name}: {place} is a file or a broken link, should be a folder")
 
 
 def is_hidden(name: str) -> bool:
@@ -205,9 +243,9 @@ def find_images(source: Path, exclude: Path | None = None, more: Collection[str]
         raise DataError(f"{source}: no such image or folder")
     images: list[Path] = []
     others: list[Path] = []
-    skipped = exclude.resolve() if exclude is not None and source.resolve() in exclude.resolve().parents else None
+    skipped = real_path(exclude) if exclude is not None and real_path(source) in real_path(exclude).parents else None
     for path in map(Path, list_files(source)):
-        if skipped is not None and skipped in path.resolve().parents:
+        if skipped is not None and skipped in real_path(path).parents:
             continue
         found = path.is_file() and (path.suffix.lower() in more or is_image(str(path)))
         (images if found else others).append(path)

@@ -41,6 +41,9 @@ LARGEST_JPEG = 2**29
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SCAN, _END = 0xDA, 0xD9
 
+# Pixels that are converted at a time.
+STRIP_PIXELS = 2**22
+
 # See check_size.
 SHORTEST_SIDE = 4
 LARGEST_ASPECT = 500
@@ -242,14 +245,23 @@ def _to_rgb(image: Image.Image, largest: float = 0, white_is_zero: bool = False)
     """
     if image.mode[0] in "IF":
         return Image.fromarray(_to_8_bits(np.asarray(image), largest, white_is_zero)).convert("RGB")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        # Images that are in memory already are not copied; those of files keep their file.
+        return image if image.mode == "RGB" and type(image) is Image.Image else image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    # Strip by strip, as copies of a whole image of four channels take gigabytes.
+    rows = max(STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return result
 
 
 def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.ndarray:
     """Scales values of pixels to uint8. Raises ValueError for a range that is not known."""
     low, high = float(values.min()), float(values.max())
+    # Strip by strip, as copies of a whole image of 32 bits take gigabytes.
+    strips = np.array_split(values, min(values.size // STRIP_PIXELS + 1, len(values)))
     if not np.isfinite([low, high]).all():
         raise ValueError("some of its pixels are NaN or infinite")
     limit = max(high, largest)
@@ -257,14 +269,16 @@ def _to_8_bits(values: np.ndarray, largest: float, white_is_zero: bool) -> np.nd
     if values.dtype.kind == "f" and limit < 2:
         top = 1
     # A dark image of 8 bits that were scaled to 16 is no image of 12 or 14 bits.
-    elif limit < 65536 and not ((values % 257).any() and (values % 256).any()):
+    elif limit < 65536 and not all(any((strip % step).any() for strip in strips) for step in (257, 256)):
         top = 65535
     else:
         top = next((2**bits - 1 for bits in BITS if limit < 2**bits), 0)
     if not top or low < -top / 10:
         raise ValueError(f"its pixels are {low:g} to {high:g}, should be 0 to 65535 or, of floats, 0 to 1")
-    grey = (values.astype(np.float32) * (255 / top)).clip(0, 255).round().astype(np.uint8)
-    return 255 - grey if white_is_zero else grey
+    grey = np.empty(values.shape, np.uint8)
+    for strip, scaled in zip(strips, np.array_split(grey, len(strips)), strict=True):
+        scaled[...] = (strip.astype(np.float32) * (255 / top)).clip(0, 255).round()
+    return np.subtract(255, grey, out=grey) if white_is_zero else grey
 
 
 def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:

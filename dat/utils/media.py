@@ -6,7 +6,6 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,as
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 # The reason to leave out other files; see ImageError.
 NO_IMAGE = "of no image format"
+# Pixels beyond which a batch takes no further frame.
+BATCH_PIXELS = 2**26
 # How images are turned by display matrices (a, b, c, d): x' = ax + cy and y' = bx + dy, where y points down.
 TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -182,10 +183,21 @@ class Frames:
             self.left_out[HEIC if lacks_heif(other.path) else NO_IMAGE].append(other.name)
 
     def batches(self, size: int) -> Iterator[list[Frame]]:
-        """At most `size` frames at a time, in order. Raises the first error if no frame at all can be read."""
-        frames = self._frames()
-        while batch := list(islice(frames, size)):
-            self.count += len(batch)
+        """At most `size` frames at a time, fewer of large ones, in order.
+
+        Raises the first error if no frame at all can be read.
+        """
+        batch, pixels = list[Frame](), 0
+        for frame in self._frames():
+            batch.append(frame)
+            pixels += frame.image.width * frame.image.height
+            self.count += 1
+            if len(batch) == size or pixels >= BATCH_PIXELS:
+                yield batch
+                # Before the next frame is read: one may take gigabytes.
+                del frame
+                batch, pixels = [], 0
+        if batch:
             yield batch
         if not self.count and self._error is not None:
             raise self._error

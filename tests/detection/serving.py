@@ -8,15 +8,14 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from dat.detection.app import create_app
+from dat.detection.app import create_app, server_config
 
 
 @contextmanager
 def serving(detector, limits, **options):
     """The port of a server that runs in a thread; `options` of create_app."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    config = uvicorn.Config(create_app(detector, limits, **options), log_level="warning", lifespan="on")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(create_app(detector, limits, **options)))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     while not server.started:

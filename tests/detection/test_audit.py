@@ -161,3 +161,11 @@ def test_a_folder_that_is_missing_is_one_line(tmp_path, capsys):
         main_guard(lambda: dat("detect", "audit", tmp_path / "nowhere"))
     assert ended.value.code == 1
     assert "nowhere: no such file, nor a configuration of this name" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_results_ends_the_audit_before_it_starts(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main_guard(lambda: dat("detect", "audit", tmp_path / "nowhere", "--out", tmp_path / "file"))
+    assert ended.value.code == 1
+    assert "file is a file or a broken link, should be a folder" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dat.detection import Detector
 from dat.detection.points import detect_with_points
+from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
@@ -154,7 +155,6 @@ def test_without_a_reader_videos_say_what_to_install(checkpoint, folder, tmp_pat
 @pytest.mark.parametrize("kind", ["deformable_detr", "dino"])
 def test_points_are_those_that_the_last_layer_sampled(kind, tmp_path, monkeypatch):
     """Reference, offsets and logits are taken from the op's own arguments; images are padded."""
-    from dat.engine.checkpoint import load_checkpoint, save_checkpoint
     from dat.layers import ms_deform_attn as layer
 
     path = write_detector(tmp_path / "best.pth", decoder_depth=2, num_levels=3, kind=kind)
@@ -232,3 +232,25 @@ def test_hostile_names_of_files_are_written_and_shown_without_obeying_them(check
         cells = {row["file_name"] for row in csv.DictReader(file)}
     wanted = {r"caf\udce9.png", "'=cmd().png", r"new\x0aline.png", r"esc\x1b[31m.png", r"a\u202eb.png", "<i>.png"}
     assert cells == {name.replace(r"\x0a", r"\n") for name in wanted}
+
+
+def test_long_names_of_files_and_classes_lose_no_result(checkpoint, tmp_path):
+    state = load_checkpoint(checkpoint)
+    state["class_names"] = ["字" * 300, "x" * 900]
+    save_checkpoint(tmp_path / "long.pth", state)
+    deep = tmp_path / "in" / "/".join("abc" * 20 for _ in range(6))
+    deep.mkdir(parents=True)
+    for path in (tmp_path / "in" / f"{'x' * 246}.png", tmp_path / "in" / ("字" * 85), deep / "1.png"):
+        noise((64, 48)).save(path, "PNG")
+    out = tmp_path / "out"
+    run(tmp_path / "long.pth", tmp_path / "in", "--out", out, "--crops", "--show-points")
+    assert len(list((out / "crops").glob("*"))) == 2
+    assert len(list((out / "crops").glob("*/*.png"))) == len(read(out)) == 3 * 14
+    assert len(list(out.glob("*_points.png"))) == 2
+    assert (out / deep.relative_to(tmp_path / "in") / "1_points.png").is_file()
+
+
+def test_a_link_that_leads_to_itself_is_no_folder_of_results(checkpoint, folder, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"--out: \S+loop is a file or a broken link, should be a folder"):
+        run(checkpoint, folder, "--out", tmp_path / "loop")

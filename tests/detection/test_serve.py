@@ -255,7 +255,11 @@ def test_a_port_in_use_is_named(detector, port):
         app.serve(detector, "127.0.0.1", port, app.Limits())
 
 
-def test_limits_are_checked(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("argument", "value", "kind"),
+    [("--max-waiting", 0, "an integer of at least 1"), ("--max-megabytes", "inf", "a number")],
+)
+def test_limits_are_checked(tmp_path, capsys, argument, value, kind):
     with pytest.raises(SystemExit):
-        dat("detect", "serve", tmp_path / "best.pth", "--max-waiting", 0)
-    assert "argument --max-waiting: is 0, should be an integer of at least 1" in capsys.readouterr().err
+        dat("detect", "serve", tmp_path / "best.pth", argument, value)
+    assert f"argument {argument}: is {value}, should be {kind}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import multiprocessing
+import socket
 import sys
 import threading
 import time
@@ -14,7 +15,9 @@ import pytest
 from exporting import write_detector
 from PIL import Image
 
-from dat.detection import Detector
+from dat.cli import parse
+from dat.detection import Detector, commands
+from dat.utils.errors import ConfigError
 
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 app = pytest.importorskip("dat.detection.app", reason="the extra 'serve'")
@@ -136,6 +139,26 @@ def test_an_upload_that_is_cut_off_is_no_error_of_the_server(detector, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "request_", [
+        "POST /detect HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        "POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        "GET /model HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        "hello\r\n\r\n",
+    ],
+    ids=["refused", "unknown", "websocket", "text"],
+)  # fmt: skip
+def test_what_is_no_http_is_one_line_of_the_log_at_most(detector, request_, capfd):
+    with serving(detector, app.Limits()) as port:
+        with socket.create_connection(("127.0.0.1", port), 30) as connection:
+            connection.sendall(request_.encode())
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+        assert ask(port, encode())[0] == 200
+    assert len(capfd.readouterr().err.splitlines()) <= 1
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "192.168.0.7", "Cameras.example:80"])
 def test_addresses_and_known_hosts_are_served(port, host):
     assert ask(port, b"", "GET", "/", host=host)[0] == 200
@@ -188,6 +211,15 @@ def test_requests_of_a_client_are_limited_per_second(detector):
         assert found[-1][1]["Retry-After"] == "1"
         time.sleep(1.1)
         assert ask(port, b"", "GET", "/model")[0] == 200
+
+
+def test_hosts_and_tokens_that_cannot_work_are_refused_at_once(detector, monkeypatch):
+    with pytest.raises(ConfigError, match="is no name or address"):
+        app.serve(detector, "a\udcff", 0, app.Limits())
+    monkeypatch.setattr(commands.Detector, "from_checkpoint", lambda *arguments: detector)
+    for token in ("", "s\u00e9cret", "two words"):
+        with pytest.raises(ConfigError, match=r"the token .* should be letters, digits and signs of ASCII"):
+            commands.serve(parse(["detect", "serve", "best.pth", "--port", "0", "--token", token])[1])
 
 
 def test_serving_everybody_without_a_token_is_warned_of(detector, monkeypatch, caplog):

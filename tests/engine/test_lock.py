@@ -63,6 +63,12 @@ def test_a_process_may_lock_again_what_it_holds(tmp_path):
     assert not (tmp_path / NAME).exists()
 
 
+def test_a_link_that_leads_to_itself_is_no_folder(tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(ConfigError, match=r"output: \S+run is a file or a broken link, should be a folder"):
+        lock_run(tmp_path / "run")
+
+
 def test_a_forked_worker_neither_holds_nor_drops_the_lock(tmp_path):
     with lock_run(tmp_path) as lock:
         worker = multiprocessing.get_context("fork").Process(target=lock.__exit__)

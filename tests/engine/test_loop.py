@@ -270,6 +270,9 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         prepare_output(run, False, ALONE)
     with pytest.raises(ConfigError, match="is a file"):
         prepare_output(run / "last.pth", False, ALONE)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match="output: .*loop is a file or a broken link"):
+        prepare_output(tmp_path / "loop", True, ALONE)
 
 
 def prepare_as(rank, store, output, resume, answers):

@@ -152,6 +152,9 @@ def test_directory_is_a_file(model, tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(ValueError, match=r"directory must be a folder or a new path, .*a is a file"):
         save_for_hf(model, tmp_path / "a")
+    (tmp_path / "b").symlink_to("b")
+    with pytest.raises(ValueError, match="b is a file or a broken link"):
+        save_for_hf(model, tmp_path / "b")
 
 
 def test_what_fails_on_the_way_leaves_the_old_files(model, tmp_path, monkeypatch):

@@ -95,8 +95,11 @@ def test_nothing_to_do():
     assert torch.equal(grad_bias, torch.zeros(2, 5, 5))
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel_size", "dtype"), [(32, 7, torch.bfloat16), (64, 9, torch.float32)], ids=["dat++", "largest"]
+)
 @pytest.mark.parametrize("name", ["_forward", "_backward_queries", "_backward_keys"])
-def test_kernels_compile_for_sm_90_into_tensor_core_code(name):
+def test_kernels_compile_for_sm_90_into_tensor_core_code(name, channels, kernel_size, dtype):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,12 +107,16 @@ def test_kernels_compile_for_sm_90_into_tensor_core_code(name):
     from dat.ops import neighborhood_attn_triton as kernels
 
     kernel = getattr(kernels, name)
-    constants = kernels.launch_options(torch.empty(1, 2, 64, 32, dtype=torch.bfloat16), 7, 1, True)
+    constants = kernels.launch_options(torch.empty(1, 2, 64, channels, dtype=dtype), kernel_size, 1, True)
     options = {key: constants.pop(key) for key in ("num_stages", "num_warps")}
-    constants |= {"SIDE": 16} if "SIDE" in kernel.arg_names else {}
+    constants |= {"SIDE": 16 if kernel_size == 7 else 32} if "SIDE" in kernel.arg_names else {}
     floats = dict.fromkeys(("bias", "grad_bias", "log_sums", "means"), "*fp32") | {"scale": "fp32"}
     tensors = ("query", "key", "value", "grad", "out", "grad_query", "grad_key", "grad_value")
-    types = floats | dict.fromkeys(tensors, "*bf16") | dict.fromkeys(constants, "constexpr")
+    types = (
+        floats
+        | dict.fromkeys(tensors, "*bf16" if dtype == torch.bfloat16 else "*fp32")
+        | dict.fromkeys(constants, "constexpr")
+    )
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(key),): value for key, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

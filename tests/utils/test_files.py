@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from dat.utils.errors import DataError
-from dat.utils.files import find_images, read_json, read_jsonl, write_json
+from dat.utils.errors import ConfigError, DataError
+from dat.utils.files import check_folder, file_name, file_names, find_images, read_json, read_jsonl, write_json
 
 
 @pytest.mark.parametrize("content", [{"AP": 0.5}, [{"score": 1}, {"score": 0.5}], []])
@@ -61,3 +61,41 @@ def test_nothing_to_find_is_named(tmp_path):
         find_images(tmp_path)
     with pytest.raises(DataError, match="no such image or folder"):
         find_images(tmp_path / "none")
+
+
+def test_names_that_are_too_long_are_shortened_and_stay_distinct(tmp_path):
+    assert [file_name(text) for text in ("a b-c_d", "a/b.png", " ", "x" * 240, "字" * 80)] == [
+        "a b-c_d", "a_b_png", "_", "x" * 240, "字" * 80,
+    ]  # fmt: skip
+    texts = ["x" * 900, "x" * 901, "字" * 90, "x" + "字" * 90, "/" * 300, ":" * 300, "\udce9" * 300]
+    names = [file_name(text) for text in texts]
+    assert len(set(names)) == len(names)
+    for name in names:
+        (tmp_path / f"{name}_points.png").touch()
+
+
+def test_classes_whose_names_differ_in_unsafe_letters_have_their_own_names():
+    names = file_names(["a_b", "a/b", "a:b", "c/d", "e"])
+    assert len(set(names.values())) == 5
+    assert [names[text] for text in ("a_b", "c/d", "e")] == ["a_b", "c_d", "e"]
+    assert names["a/b"].startswith("a_b_")
+
+
+def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    for name in ("file", "loop", "gone"):
+        for place in (tmp_path / name, tmp_path / name / "a/b"):
+            with pytest.raises(
+                ConfigError, match=rf"^--out: \S+{name} is a file or a broken link, should be a folder$"
+            ):
+                check_folder(place, "--out")
+    (tmp_path / "link").symlink_to(".")
+    check_folder(tmp_path / "link/new/newer", "--out")
+
+
+def test_links_that_lead_to_themselves_are_no_images(tmp_path):
+    (tmp_path / "1.png").touch()
+    (tmp_path / "2.png").symlink_to("2.png")
+    assert find_images(tmp_path, exclude=tmp_path / "out") == ([tmp_path / "1.png"], [tmp_path / "2.png"])

@@ -31,6 +31,12 @@ STORED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def short_strips(monkeypatch):
+    """Images as small as those of the tests are converted in strips too."""
+    monkeypatch.setattr(images, "STRIP_PIXELS", 100)
+
+
 def encode(pixels, kind="PNG", **options):
     file = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))

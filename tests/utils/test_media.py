@@ -80,6 +80,15 @@ def test_what_is_left_out_is_counted_with_the_reason(tmp_path, without_heif):
     ]
 
 
+def test_batches_of_large_images_are_shorter(tmp_path, monkeypatch):
+    for name, size in (("1.png", (40, 50)), ("2.png", (200, 100)), ("3.png", (40, 50)), ("4.png", (40, 50))):
+        write(tmp_path / name, size)
+    monkeypatch.setattr("dat.utils.media.BATCH_PIXELS", 10_000)
+    frames = Frames(*find_media([tmp_path]), every=1)
+    assert [[frame.name for frame in batch] for batch in frames.batches(3)] == [["1.png", "2.png"], ["3.png", "4.png"]]
+    assert frames.count == 4
+
+
 def test_nothing_is_said_where_all_is_read(tmp_path):
     write(tmp_path / "1.jpg")
     frames = Frames(*find_media([tmp_path]), every=1)

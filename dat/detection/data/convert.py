@@ -32,7 +32,7 @@ def convert_data(source: Path, target: Path, name: str, link: bool = False) -> l
     if writer is None:
         writable = ", ".join(name for name, reader in READERS.items() if reader.write is not None)
         raise ConfigError(f"--to is {name}, should be one of {writable}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already, should be absent or an empty folder")
     splits = _read_all(source)
     target.parent.mkdir(parents=True, exist_ok=True)
