@@ -351,6 +351,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     """Restores the optimizer from a checkpoint's `state`. Raises CheckpointError if it has none or one unlike it."""
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
+    # Before it is loaded, as loading casts.
+    wrong = _find_unsound(state["optimizer"])
+    if wrong:
+        raise CheckpointError(f"{path}: its optimizer state is unsound: {wrong}")
     groups = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
@@ -361,6 +365,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     wrong = _find_wrong(optimizer, groups)
     if wrong:
         raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {wrong}")
+
+
+def _find_unsound(saved: dict[str, Any]) -> str:
+    """The first tensor of an optimizer's saved state that no optimizer could have left."""
+    states = saved.get("state")
+    for number, values in states.items() if isinstance(states, dict) else ():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if not isinstance(value, Tensor):
+                continue
+            where = f"{name} of parameter {number} is {_describe(value)}"
+            if value.layout != torch.strided or value.is_complex():
+                return f"{where} of {value.layout} and {value.dtype}, should be dense and real"
+            if not value.isfinite().all():
+                return f"{where} that holds NaN or infinity"
+            if name == "step" and value.numel() != 1:
+                return f"{where}, should be one number"
+            # Numbers of steps, and means of squares.
+            if (name == "step" or name.endswith("_sq")) and (value < 0).any():
+                return f"{where} that holds {value.min():g}, should be 0 or more"
+    return ""
 
 
 def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> str:
@@ -391,7 +415,8 @@ def _is_like(value: Any, new: Any) -> bool:
     if isinstance(new, (int, float)):
         return _is_finite(value)
     if isinstance(new, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(new) and all(map(_is_like, value, new))
+        # The configuration has none of these, such as betas.
+        return isinstance(value, (list, tuple)) and list(value) == list(new)
     return isinstance(value, type(new))
 
 

@@ -243,9 +243,9 @@ def test_long_names_of_files_and_classes_lose_no_result(checkpoint, tmp_path):
     for path in (tmp_path / "in" / f"{'x' * 246}.png", tmp_path / "in" / ("字" * 85), deep / "1.png"):
         noise((64, 48)).save(path, "PNG")
     out = tmp_path / "out"
-    run(tmp_path / "long.pth", tmp_path / "in", "--out", out, "--crops", "--show-points")
-    assert len(list((out / "crops").glob("*"))) == 2
-    assert len(list((out / "crops").glob("*/*.png"))) == len(read(out)) == 3 * 14
+    run(tmp_path / "long.pth", tmp_path / "in", "--out", out, "--crops", "--show-points", "--top-k", 1)
+    assert len(list((out / "crops").glob("*"))) == len({result["category_id"] for result in read(out)})
+    assert len(list((out / "crops").glob("*/*.png"))) == len(read(out)) == 3
     assert len(list(out.glob("*_points.png"))) == 2
     assert (out / deep.relative_to(tmp_path / "in") / "1_points.png").is_file()
 

@@ -1,5 +1,6 @@
 """Checkpoints: atomic, exact, and clear about what is wrong with a file."""
 
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,37 @@ def test_optimizer_state_that_is_missing_or_unfit_is_named():
     other = torch.optim.AdamW([{"params": [parameter]} for parameter in model.parameters()])
     with pytest.raises(CheckpointError, match=r"last.pth: its optimizer state does not fit .* parameter groups"):
         load_optimizer(optimizer, {"optimizer": other.state_dict()}, "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("step", torch.tensor([1.0, 2.0]), "a tensor (2,), should be one number"),
+        ("step", torch.tensor(-1.0), "a tensor () that holds -1, should be 0 or more"),
+        ("exp_avg", torch.zeros(2, 2).to_sparse(), "of torch.sparse_coo and torch.float32, should be dense and real"),
+        ("exp_avg", torch.zeros(2, 2, dtype=torch.complex64), "and torch.complex64, should be dense and real"),
+        ("exp_avg_sq", torch.full((2, 2), -1.0), "a tensor (2, 2) that holds -1, should be 0 or more"),
+        ("exp_avg_sq", torch.full((2, 2), float("nan")), "a tensor (2, 2) that holds NaN or infinity"),
+    ],
+)
+def test_tensors_that_no_optimizer_leaves_are_named(name, tensor, message):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0][name] = tensor
+    wanted = f"last.pth: its optimizer state is unsound: {name} of parameter 0 is .*{re.escape(message)}"
+    with pytest.raises(CheckpointError, match=wanted):
+        load_optimizer(optimizer, {"optimizer": saved}, "last.pth")
+
+
+def test_betas_are_those_of_the_optimizer():
+    optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = (2.0, -3.0)
+    with pytest.raises(CheckpointError, match=r"betas of group 0 is a tuple, should be like \(0.9, 0.999\)"):
+        load_optimizer(optimizer, {"optimizer": saved}, "last.pth")
 
 
 @dataclass

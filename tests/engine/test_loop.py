@@ -271,7 +271,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="is a file"):
         prepare_output(run / "last.pth", False, ALONE)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(ConfigError, match="output: .*loop is a file or a broken link"):
+    with pytest.raises(ConfigError, match=r"output: \S+loop is a file or a broken link"):
         prepare_output(tmp_path / "loop", True, ALONE)
 
 
