@@ -1,9 +1,21 @@
+import gc
+import multiprocessing
 import os
 
+import pytest
 import torch
 
 # Tests run side by side on few cores: one thread each is faster than many, and the tests of threading set their own.
 torch.set_num_threads(int(os.environ.get("DAT_TEST_THREADS", "1")))
+
+
+@pytest.fixture
+def fork():
+    """Processes as copies of this one, which do not free what earlier tests left: that may wait for threads."""
+    gc.collect()
+    gc.freeze()
+    yield multiprocessing.get_context("fork")
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from dat.utils.errors import ConfigError, shown
-from dat.utils.files import atomic_write
+from dat.utils.files import atomic_write, real_path
 from dat.utils.safe_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, An
         raise ConfigError(f"{path}: {_BASE} is {base!r}, should be the path of a YAML file, relative to this one")
     target = path.parent / base
     above = [*above, path]
-    if target.resolve() in [file.resolve() for file in above]:
+    if real_path(target) in map(real_path, above):
         chain = " -> ".join(str(file) for file in [*above, target])
         raise ConfigError(f"{path}: {_BASE} leads back to a file that it is read for: {chain}")
     below = _read_with_base(schema, target, above)

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -69,9 +68,9 @@ def test_a_link_that_leads_to_itself_is_no_folder(tmp_path):
         lock_run(tmp_path / "run")
 
 
-def test_a_forked_worker_neither_holds_nor_drops_the_lock(tmp_path):
+def test_a_forked_worker_neither_holds_nor_drops_the_lock(tmp_path, fork):
     with lock_run(tmp_path) as lock:
-        worker = multiprocessing.get_context("fork").Process(target=lock.__exit__)
+        worker = fork.Process(target=lock.__exit__)
         worker.start()
         worker.join()
         assert (tmp_path / NAME).exists()
@@ -110,10 +109,9 @@ def lock_as(rank, folder, answers):
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_of_a_job_end_with_the_same_error(tmp_path, holder):
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    processes = [context.Process(target=lock_as, args=(rank, tmp_path, answers)) for rank in (0, 1)]
+def test_all_processes_of_a_job_end_with_the_same_error(tmp_path, holder, fork):
+    answers = fork.Queue()
+    processes = [fork.Process(target=lock_as, args=(rank, tmp_path, answers)) for rank in (0, 1)]
     for process in processes:
         process.start()
     found = {answers.get(timeout=60) for _ in processes}

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -296,16 +295,14 @@ def prepare_as(rank, store, output, resume, answers):
         ([1], False, "None"),
     ],
 )
-def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected):
+def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected, fork):
     for rank in (0, 1):
         (tmp_path / str(rank) / "run").mkdir(parents=True)
     for rank in holders:
         (tmp_path / str(rank) / "run/last.pth").touch()
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
+    answers = fork.Queue()
     processes = [
-        context.Process(target=prepare_as, args=(rank, tmp_path / "store", tmp_path, resume, answers))
-        for rank in (0, 1)
+        fork.Process(target=prepare_as, args=(rank, tmp_path / "store", tmp_path, resume, answers)) for rank in (0, 1)
     ]
     for process in processes:
         process.start()
