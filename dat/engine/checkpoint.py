@@ -52,7 +52,7 @@ def _is_optimizer_state(value: Any) -> bool:
 
 
 _COUNT, _FINITE = ("an integer of at least 0", _is_count), ("a finite number", _is_finite)
-_SECONDS = ("a number of seconds", lambda value: _is_finite(value) and value >= 0)
+_SECONDS = ("a number of seconds", lambda value: _is_finite(value) and 0 <= value < 1e12)
 _TENSORS = ("a dictionary of tensors", lambda value: isinstance(value, dict))
 
 # Entries of last.pth beside those of the classes: the values that each should be, and a test for them.
