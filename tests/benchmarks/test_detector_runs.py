@@ -76,7 +76,8 @@ def test_every_row_of_recipes_adds_to_the_one_above():
     for variant in variants:
         load_config(DetectionConfig, detector_runs.CONFIG, trainings.arguments(variant.keys))
     for above, variant in itertools.pairwise(variants[:-1]):
-        assert above.keys.items() < variant.keys.items()
+        # The last has another average of the weights too.
+        assert above.keys.keys() < variant.keys.keys()
 
 
 def test_backbones_take_equal_flops_and_vary_in_nothing_else(tmp_path):
