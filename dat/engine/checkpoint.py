@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.optim import NvNovoGrad
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -46,6 +47,7 @@ def _is_optimizer_state(value: Any) -> bool:
     groups = value.get("param_groups")
     return (
         all(type(key) is int and isinstance(item, dict) for key, item in value["state"].items())
+        and all(isinstance(name, str) for item in value["state"].values() for name in item)
         and isinstance(groups, list)
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     )
@@ -81,7 +83,19 @@ OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "summed": _COUNT,
 }
 # State of torch's and timm's optimizers with the shape of the parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+MOMENTS = (
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "exp_avg_diff", "exp_inf",
+    "momentum", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "grad_sum_sq", "sum", "last_grad",
+    "neg_pre_grad",
+)  # fmt: skip
+# Numbers of steps, of a parameter or of a group (Lamb, Adan and Lookahead).
+STEPS = ("step", "lookahead_step")
+# Beginnings of names of state that is never negative: numbers of steps, means of squares and their factors.
+NEVER_NEGATIVE = (
+    *STEPS, "exp_avg_sq", "max_exp_avg", "exp_avg_var", "exp_inf", "square_avg", "acc_delta", "grad_sum_sq", "sum",
+)  # fmt: skip
+# Options of an optimizer that may change when a run is resumed.
+RATES = ("lr", "initial_lr", "max_lr_snapshot")
 
 # The state of training after the last save and after the one before, in the folder of a run.
 LAST, PREVIOUS = "last.pth", "previous.pth"
@@ -91,6 +105,12 @@ UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, AssertionError, MemoryError,
     OverflowError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError,
 )  # fmt: skip
+
+# Types of the numbers of weights and of an optimizer's state.
+PLAIN = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+}  # fmt: skip
 
 # Limits far beyond any real checkpoint: plain values, their nesting, characters of a text, integers.
 MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_INTEGER = 200_000, 50, 100_000, 2**63
@@ -225,10 +245,7 @@ def read_trained(path: Path, kind: str | None) -> Trained:
     """
     state = load_checkpoint(path, kind)
     weights: Any = state.get("state_dict_ema") or state.get("state_dict")
-    check_tensors(weights, path)
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} holds NaN or infinity")
+    _check_finite(weights, path)
     config: Any = state.get("config")
     names: Any = state.get("class_names")
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -296,7 +313,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], path: str | Path)
 
 def check_fits(model: nn.Module, state_dict: dict[str, Any], path: str | Path) -> None:
     """Raises CheckpointError unless these are tensors with the names and shapes of a model's."""
-    check_tensors(state_dict, Path(path))
+    check_tensors(state_dict, path)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state_dict:
@@ -334,6 +351,8 @@ def check_training_state(state: dict[str, Any], classes: Collection[str], values
     for name, (expected, test) in (REQUIRED | OPTIONAL).items():
         if name in state and not test(state[name]):
             raise CheckpointError(f"{path}: {name} is {_describe(state[name])}, should be {expected}")
+    for part in ("state_dict", "state_dict_ema"):
+        _check_finite({f"{part}.{name}": value for name, value in state.get(part, {}).items()}, path)
     sums, summed = state.get("sums", []), state.get("summed", 0)
     if len(sums) != (values if summed else 0):
         raise CheckpointError(
@@ -347,17 +366,27 @@ def check_training_state(state: dict[str, Any], classes: Collection[str], values
         raise CheckpointError(f"{path}: has no state_dict_ema, but its train.ema_decay is {train['ema_decay']}")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    """Restores the optimizer from a checkpoint's `state`. Raises CheckpointError if it has none or one unlike it."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    path: str | Path,
+    shard: Callable[[dict[str, Any], torch.optim.Optimizer], dict[str, Any]] | None = None,
+) -> None:
+    """Restores the optimizer from a checkpoint's `state`, which check_training_state took; `shard` splits its tensors.
+
+    Raises:
+        CheckpointError: it has no state of an optimizer, or one unlike it.
+    """
     if "optimizer" not in state:
         raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
+    saved = state["optimizer"]
     # Before it is loaded, as loading casts.
-    wrong = _find_unsound(state["optimizer"])
+    wrong = _find_unsound(saved)
     if wrong:
         raise CheckpointError(f"{path}: its optimizer state is unsound: {wrong}")
-    groups = [dict(group) for group in optimizer.param_groups]
+    groups = [{name: group[name] for name in group.keys() - {*STEPS}} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(saved if shard is None else shard(saved, optimizer))
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: its optimizer state does not fit this configuration: {one_line(error)}"
@@ -365,58 +394,89 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
     wrong = _find_wrong(optimizer, groups)
     if wrong:
         raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {wrong}")
+    for group, new in zip(optimizer.param_groups, groups, strict=True):
+        group.update(new)
 
 
 def _find_unsound(saved: dict[str, Any]) -> str:
-    """The first tensor of an optimizer's saved state that no optimizer could have left."""
-    states = saved.get("state")
-    for number, values in states.items() if isinstance(states, dict) else ():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if not isinstance(value, Tensor):
-                continue
-            where = f"{name} of parameter {number} is {_describe(value)}"
-            if value.layout != torch.strided or value.is_complex():
-                return f"{where} of {value.layout} and {value.dtype}, should be dense and real"
-            if not value.isfinite().all():
-                return f"{where} that holds NaN or infinity"
-            if name == "step" and value.numel() != 1:
-                return f"{where}, should be one number"
-            # Numbers of steps, and means of squares.
-            if (name == "step" or name.endswith("_sq")) and (value < 0).any():
-                return f"{where} that holds {value.min():g}, should be 0 or more"
+    """The first value of an optimizer's saved state that no optimizer could have left."""
+    states = saved["state"]
+    layouts = {frozenset(values) for values in states.values()}
+    # The others have tensors for no parameter.
+    tensors = {
+        name
+        for values in states.values()
+        for name, value in values.items()
+        if isinstance(value, (Tensor, list)) or (name in MOMENTS and (name, value) != ("momentum_buffer", None))
+    }
+    for number, values in states.items():
+        # Muon and Adafactor have other values for matrices, but never only a part of the others'.
+        lacking = next((names - values.keys() for names in layouts if values.keys() < names), None)
+        if lacking:
+            return f"{min(lacking)} of parameter {number} is missing, should be there as for others"
+    places = [(f"parameter {number}", values) for number, values in states.items()]
+    for number, group in enumerate(saved["param_groups"]):
+        places.append((f"group {number}", {name: group[name] for name in STEPS if name in group}))
+    for place, values in places:
+        for name, value in values.items():
+            wrong = _find_wrong_value(name, value, name in tensors)
+            if wrong:
+                return f"{name} of {place} is {_describe(value)}{wrong}"
+    return ""
+
+
+def _find_wrong_value(name: str, value: Any, tensor: bool) -> str:
+    """What is wrong with the value `name` of an optimizer's state, "" if nothing; `tensor`: it should be one."""
+    if name == "Q" and isinstance(value, list):
+        # Kron has several.
+        return next(filter(None, (_find_wrong_value(name, part, True) for part in value)), "")
+    if isinstance(value, Tensor):
+        if not _is_plain(value):
+            return f" on {value.device} of {value.layout} and {value.dtype}, should be dense and real"
+        if not value.isfinite().all():
+            return " that holds NaN or infinity"
+        if name in STEPS and value.numel() != 1:
+            return ", should be one number"
+    elif tensor:
+        return ", should be a tensor"
+    elif name in STEPS:
+        return "" if _is_finite(value) and value >= 0 else ", should be a number of at least 0"
+    else:
+        # Muon has a flag, SGD without momentum None.
+        sound = isinstance(value, bool) or _is_finite(value) or (name, value) == ("momentum_buffer", None)
+        return "" if sound else ", should be a finite number"
+    if name.startswith(NEVER_NEGATIVE) and (value < 0).any():
+        return f" that holds {value.min():g}, should be 0 or more"
     return ""
 
 
 def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> str:
     """The first entry that load_state_dict took but a step cannot use; `groups` are those of a new optimizer."""
     for number, (group, new) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        for name in new.keys() - {"params"}:
+        for name in new.keys() - {"params", *RATES}:
             if not _is_like(group.get(name), new[name]):
                 return f"{name} of group {number} is {_describe(group.get(name))}, should be like {new[name]}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    kinds = {(name, isinstance(value, Tensor)) for values in optimizer.state.values() for name, value in values.items()}
     if len(optimizer.state.keys() & set(parameters)) < len(optimizer.state):
         return "it has a state of parameters that its groups lack"
     for number, parameter in enumerate(parameters):
-        for name in dict(kinds) if parameter in optimizer.state else ():
-            value = optimizer.state[parameter].get(name)
-            if isinstance(value, Tensor) and (name not in MOMENTS or value.shape == parameter.shape):
-                continue
-            if (name, True) in kinds or not (value is None or _is_finite(value)):
-                shape = f" {tuple(parameter.shape)}" if name in MOMENTS else ""
-                return f"{name} of parameter {number} is {_describe(value)}, should be a tensor{shape}"
+        for name, value in optimizer.state.get(parameter, {}).items():
+            # NovoGrad has one second moment for all numbers of a parameter.
+            single = name == "exp_avg_sq" and isinstance(optimizer, NvNovoGrad)
+            shape = () if single else tuple(parameter.shape)
+            if name in MOMENTS and value is not None and tuple(value.shape) != shape:
+                return f"{name} of parameter {number} is {_describe(value)}, should be a tensor {shape}"
     return ""
 
 
 def _is_like(value: Any, new: Any) -> bool:
-    """Whether an option of an optimizer has the type of a new optimizer's; flags may also be None."""
+    """Whether an option of an optimizer is that of a new optimizer; flags may differ, and be None."""
     if isinstance(new, bool) or new is None:
         return isinstance(value, bool) or value is None
     if isinstance(new, (int, float)):
-        return _is_finite(value)
+        return _is_finite(value) and math.isclose(value, new, rel_tol=1e-6)
     if isinstance(new, (list, tuple)):
-        # The configuration has none of these, such as betas.
-        return isinstance(value, (list, tuple)) and list(value) == list(new)
+        return isinstance(value, (list, tuple)) and len(value) == len(new) and all(map(_is_like, value, new))
     return isinstance(value, type(new))
 
 
@@ -491,6 +551,8 @@ def check_content(content: Any, path: Path) -> None:
         value, depth = waiting.pop()
         values += 1
         if isinstance(value, Tensor):
+            if value.is_nested:
+                raise CheckpointError(f"{path}: holds a tensor of tensors")
             size += value.nbytes if value.layout == torch.strided else 0
         elif isinstance(value, (Mapping, list, tuple, set)):
             parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
@@ -505,19 +567,30 @@ def check_content(content: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: its tensors would take {size} bytes, the file has {path.stat().st_size}")
 
 
-def check_tensors(state: Any, path: Path) -> None:
+def check_tensors(state: Any, path: str | Path) -> None:
     """Raises CheckpointError unless this is a dictionary of dense, real tensors by name."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, should hold tensors by name")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {str(name)[:100]} is a {type(tensor).__name__}, should be a tensor")
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not dense or tensor.is_complex():
+        if not _is_plain(tensor):
             raise CheckpointError(
                 f"{path}: {name[:100]} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, "
                 "should be a plain one"
             )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in PLAIN
+
+
+def _check_finite(tensors: Any, path: str | Path) -> None:
+    """check_tensors, which also raises CheckpointError for NaN and infinity."""
+    check_tensors(tensors, path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} holds NaN or infinity")
 
 
 def check_class_names(names: Any, path: Path) -> None:

@@ -125,9 +125,8 @@ class Trainer(Task):
             min_lr=train.min_lr_scale * self.lr,
         )
         if state is not None and self.resume is not None:
-            if is_sharded(self.model) and "optimizer" in state:
-                state["optimizer"] = shard_optimizer_state(state["optimizer"], self.optimizer)
-            load_optimizer(self.optimizer, state, self.resume)
+            shard = shard_optimizer_state if is_sharded(self.model) else None
+            load_optimizer(self.optimizer, state, self.resume, shard)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         train = self.config.train

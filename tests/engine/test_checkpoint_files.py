@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dat.engine import checkpoint
+from dat.engine import checkpoint, optim
 from dat.engine.checkpoint import (
     LAST,
     PREVIOUS,
     check_resumable,
+    check_training_state,
     find_checkpoint,
     load_checkpoint,
     load_optimizer,
@@ -150,6 +151,12 @@ def test_optimizer_state_that_is_missing_or_unfit_is_named():
         ("exp_avg", torch.zeros(2, 2, dtype=torch.complex64), "and torch.complex64, should be dense and real"),
         ("exp_avg_sq", torch.full((2, 2), -1.0), "a tensor (2, 2) that holds -1, should be 0 or more"),
         ("exp_avg_sq", torch.full((2, 2), float("nan")), "a tensor (2, 2) that holds NaN or infinity"),
+        ("exp_avg", torch.zeros(2, 2, device="meta"), "on meta of torch.strided and torch.float32, should be"),
+        ("exp_avg", torch.zeros(2, 2).to(torch.float8_e4m3fn), "and torch.float8_e4m3fn, should be dense and real"),
+        ("exp_avg", 0.5, "0.5, should be a tensor"),
+        ("exp_avg_sq", None, "None, should be a tensor"),
+        ("exp_avg_sq_row", torch.tensor([-1.0]), "a tensor (1,) that holds -1, should be 0 or more"),
+        ("use_muon", "x", "'x', should be a finite number"),
     ],
 )
 def test_tensors_that_no_optimizer_leaves_are_named(name, tensor, message):
@@ -158,18 +165,72 @@ def test_tensors_that_no_optimizer_leaves_are_named(name, tensor, message):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     saved = optimizer.state_dict()
+    for values in saved["state"].values():
+        values.setdefault(name, values["exp_avg"] if isinstance(tensor, torch.Tensor) else True)
     saved["state"][0][name] = tensor
     wanted = f"last.pth: its optimizer state is unsound: {name} of parameter 0 is .*{re.escape(message)}"
     with pytest.raises(CheckpointError, match=wanted):
         load_optimizer(optimizer, {"optimizer": saved}, "last.pth")
 
 
-def test_betas_are_those_of_the_optimizer():
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("betas", (2.0, -3.0), r"betas of group 0 is a tuple, should be like \(0.9, 0.999\)"),
+        ("eps", -1.0, "eps of group 0 is -1.0, should be like 1e-08"),
+        ("step", -1, "step of group 0 is -1, should be a number of at least 0"),
+    ],
+)
+def test_options_are_those_of_the_optimizer(name, value, message):
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters())
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["betas"] = (2.0, -3.0)
-    with pytest.raises(CheckpointError, match=r"betas of group 0 is a tuple, should be like \(0.9, 0.999\)"):
+    saved["param_groups"][0][name] = value
+    with pytest.raises(CheckpointError, match=message):
         load_optimizer(optimizer, {"optimizer": saved}, "last.pth")
+
+
+def test_rates_and_flags_are_those_of_the_configuration():
+    parameters = [*nn.Linear(2, 2).parameters()]
+    saved = torch.optim.AdamW(parameters, lr=1.0, maximize=True).state_dict()
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    load_optimizer(optimizer, {"optimizer": saved}, "last.pth")
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["maximize"]) == (0.1, False)
+
+
+def one_step(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+    optimizer.step()
+
+
+# Lamb, Adan and Lookahead count the steps of a group, Muon and Adafactor treat matrices in another way, NovoGrad has
+# one second moment of all numbers of a parameter.
+@pytest.mark.parametrize(
+    "name",
+    ["adamw", "sgd", "rmsprop", "lamb", "adan", "lookahead_adamw", "muon", "adafactor", "adafactorbv", "novograd"],
+)
+def test_every_kind_of_optimizer_goes_on(tmp_path, name):
+    models = [nn.Sequential(nn.Linear(2, 40), nn.Linear(130, 140)) for _ in range(2)]
+    whole, resumed = (optim.make_optimizer(optim.param_groups(m, 0.1, 0.01), name, 0.1, 0.01) for m in models)
+    one_step(whole)
+    save_checkpoint(tmp_path / "last.pth", {"optimizer": whole.state_dict()})
+    models[1].load_state_dict(models[0].state_dict())
+    load_optimizer(resumed, load_checkpoint(tmp_path / "last.pth"), tmp_path / "last.pth")
+    one_step(whole)
+    one_step(resumed)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+@pytest.mark.parametrize("part", ["state_dict", "state_dict_ema"])
+def test_weights_that_are_not_finite_are_named(part):
+    state = dict.fromkeys(("step", "epoch", "step_in_epoch", "best", "best_epoch"), 0)
+    state |= {"config": {}, "state_dict": {"w": torch.zeros(2)}, "state_dict_ema": {"w": torch.zeros(2)}}
+    check_training_state(state, (), 0, "last.pth")
+    state[part] = {"w": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(CheckpointError, match=rf"last.pth: {part}.w \(2,\) holds NaN or infinity"):
+        check_training_state(state, (), 0, "last.pth")
 
 
 @dataclass
