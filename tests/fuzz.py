@@ -271,7 +271,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
                 shutil.rmtree(out, ignore_errors=True)
                 call(f"{task} train", path, f"output={out}", length, "train.device=cpu", "train.workers=0")
 
-            # What is left of a damaged file may be the defaults, of which an epoch is long.
+            # A damaged file may still be sound, and describe a detector of the usual size: an epoch takes minutes.
             data, length = {
                 "detect": ("detection", "train.steps=2"),
                 "classify": ("classification", "train.epochs=1"),
@@ -333,7 +333,7 @@ def describe_calls() -> Iterator[bytes]:
     """Sound calls of every op, forward and backward."""
     value, where, weights = (2, 10, 8, 4), (2, 5, 8, 2, 3, 2), (2, 5, 8, 2, 3)
     query, key, window = (2, 4, 6, 8), (2, 4, 5, 8), (2, 4, 42, 8)
-    # Of each op the shapes of its tensors, its other arguments, and those that only the backward op takes.
+    # For each op: the shapes of its tensors, its other arguments, and the arguments that only its backward op takes.
     calls: dict[str, tuple[list[tuple[int, ...]], list[Any], list[Any]]] = {
         "deform_sample": ([value, where, weights], [[2, 3, 4, 1], False], [False]),
         "ms_deform_attn": ([value, (2, 5, 2, 4), where, weights], [[2, 3, 4, 1]], [True, False]),

@@ -36,22 +36,11 @@ ROOT = Path(__file__).parents[1]
 SLOWEST, LONGEST_END, GROWTH = 20, 10.0, 1.05
 
 # Images that decode slowly, claim too many pixels, are cut off, are none or are too large; addresses and pages of
-# other sites; an argument that is no number; clients that end within a request, after it, or send half and wait.
+# other sites; an argument that is no number; a body that is no HTTP, and a request for a web socket; clients that end
+# within a request, after it, or send half and wait.
 HOSTILE = (
-    "slow",
-    "bomb",
-    "cut",
-    "text",
-    "large",
-    "host",
-    "origin",
-    "argument",
-    "chunk",
-    "socket",
-    "abort",
-    "leave",
-    "stall",
-)
+    "slow", "bomb", "cut", "text", "large", "host", "origin", "argument", "chunk", "socket", "abort", "leave", "stall",
+)  # fmt: skip
 
 
 def encode(seed: int, form: str) -> bytes:

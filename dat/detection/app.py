@@ -140,7 +140,7 @@ def serve(
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    # of names that cannot be encoded
+    # Names that cannot be encoded raise one of these.
     except (TypeError, UnicodeError) as error:
         raise ConfigError(f"--host {host!r} is no name or address of this machine") from error
     found, port = listener.getsockname()[:2]

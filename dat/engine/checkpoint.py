@@ -245,7 +245,7 @@ def read_trained(path: Path, kind: str | None) -> Trained:
     """
     state = load_checkpoint(path, kind)
     weights: Any = state.get("state_dict_ema") or state.get("state_dict")
-    _check_finite(weights, path)
+    _check_weights(weights, path)
     config: Any = state.get("config")
     names: Any = state.get("class_names")
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -352,7 +352,7 @@ def check_training_state(state: dict[str, Any], classes: Collection[str], values
         if name in state and not test(state[name]):
             raise CheckpointError(f"{path}: {name} is {_describe(state[name])}, should be {expected}")
     for part in ("state_dict", "state_dict_ema"):
-        _check_finite({f"{part}.{name}": value for name, value in state.get(part, {}).items()}, path)
+        _check_weights({f"{part}.{name}": value for name, value in state.get(part, {}).items()}, path)
     sums, summed = state.get("sums", []), state.get("summed", 0)
     if len(sums) != (values if summed else 0):
         raise CheckpointError(
@@ -402,7 +402,7 @@ def _find_unsound(saved: dict[str, Any]) -> str:
     """The first value of an optimizer's saved state that no optimizer could have left."""
     states = saved["state"]
     layouts = {frozenset(values) for values in states.values()}
-    # The others have tensors for no parameter.
+    # Names that are tensors for one parameter are so for all.
     tensors = {
         name
         for values in states.values()
@@ -426,7 +426,13 @@ def _find_unsound(saved: dict[str, Any]) -> str:
 
 
 def _find_wrong_value(name: str, value: Any, tensor: bool) -> str:
-    """What is wrong with the value `name` of an optimizer's state, "" if nothing; `tensor`: it should be one."""
+    """Describes what is wrong with a value of an optimizer's state; "" where it is sound.
+
+    Args:
+        name: its key, such as "exp_avg".
+        value: as the checkpoint holds it.
+        tensor: whether it should be a tensor.
+    """
     if name == "Q" and isinstance(value, list):
         # Kron has several.
         return next(filter(None, (_find_wrong_value(name, part, True) for part in value)), "")
@@ -585,7 +591,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in PLAIN
 
 
-def _check_finite(tensors: Any, path: str | Path) -> None:
+def _check_weights(tensors: Any, path: str | Path) -> None:
     """check_tensors, which also raises CheckpointError for NaN and infinity."""
     check_tensors(tensors, path)
     for name, tensor in tensors.items():
