@@ -261,27 +261,17 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, module_config, tmp_pat
     assert "should not be overridden" in fails(capsys, "evaluate", trained / "best.pth", "model.num_queries=3")
 
 
-@pytest.mark.parametrize(
-    ("parameter", "value", "message"),
-    [
-        ("encoder.0.norm1.weight", float("nan"), "encoder.0.norm1.weight (16,): 1 NaN"),
-        # finite weights, but their products are not
-        ("input_proj.0.0.weight", 3e38, "output of input_proj.0.0"),
-    ],
-)
-def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(
-    config_file, tmp_path, capsys, parameter, value, message
-):
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(config_file, tmp_path, capsys):
     main_guard(lambda: dat("detect", "train", config_file, "train.epochs=1"))
     last = tmp_path / "run/last.pth"
     state = load_checkpoint(last)
-    state["state_dict"][parameter].view(-1)[0] = value
+    # the weights are finite, but their products are not
+    state["state_dict"]["input_proj.0.0.weight"].view(-1)[0] = 3e38
     save_checkpoint(last, state)
     before = last.read_bytes()
     line = fails(capsys, "train", config_file, "train.resume=true")
     assert "step 3, images [10" in line
-    assert "first non-finite tensor is" in line
-    assert message in line
+    assert "first non-finite tensor is output of input_proj.0.0" in line
     assert last.read_bytes() == before
 
 
