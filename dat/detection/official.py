@@ -4,12 +4,14 @@ import argparse
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dat.detection.models.backbone import SwinMaps
 from dat.engine.checkpoint import load_weights, read_weights
 from dat.utils.errors import CheckpointError, ConfigError
 
@@ -73,6 +75,14 @@ _DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm":
 _STAGE = re.compile(r"^backbone\.res(\d)\.")
 # Names of transformers' own ResNet.
 _RESNET = re.compile(r"^backbone\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(\w+)\.")
+# Names of the official Swin and of detectron2's, whose patches merge at the end of a stage; timm's at the next one's start.
+_SWIN = (
+    (r"^backbone\.0\.", "backbone."),
+    (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
+    (r"^backbone\.(patch_embed\.|layers\.)", r"backbone.body.\1"),
+    (r"^(backbone\.body\.layers)\.(\d)\.downsample\.", lambda m: f"{m[1]}_{int(m[2]) + 1}.downsample."),
+    (r"^backbone\.body\.layers\.", "backbone.body.layers_"),
+)
 _PARTS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -98,6 +108,11 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     for their_name, tensor in state_dict.items():
         name = _rename(their_name, is_detr)
         name = name if is_detr else _rename_heads(name, model)
+        if isinstance(model.backbone, SwinMaps):
+            if their_name.endswith("relative_position_index"):
+                # timm computes it.
+                continue
+            name = _substitute(_SWIN, name)
         if name == "label_enc.weight":
             # Only training needs it. The official table has a label more than there are classes.
             if not hasattr(model, "label_enc"):
@@ -173,8 +188,7 @@ def read(path: str | Path, key: str) -> dict[str, Tensor]:
 
 
 def _rename(name: str, is_detr: bool) -> str:
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
+    name = _substitute(_RENAMES, name)
     norms = _DETR_NORMS if is_detr else _DEFORMABLE_NORMS
     name = re.sub(r"^(decoder\.\d+)\.(\w+_attn_layer_norm)\.", lambda m: f"{m[1]}.{norms[m[2]]}.", name)
     # The layers of their MLP have no activations between them.
@@ -182,6 +196,12 @@ def _rename(name: str, is_detr: bool) -> str:
     name = re.sub(mlps, lambda m: f"{m[1]}{2 * int(m[2])}", name)
     name = _STAGE.sub(lambda m: f"backbone.layer{int(m[1]) - 1}.", name)
     return _RESNET.sub(_resnet_name, name)
+
+
+def _substitute(renames: Iterable[tuple[str, Any]], name: str) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _rename_heads(name: str, model: Any) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dat.detection.config import TrainConfig
-from dat.detection.models.backbone import SimplePyramid
+from dat.detection.models.backbone import SimplePyramid, SwinMaps
 from dat.detection.models.deformable import DeformableModel
 from dat.engine.backbones import create_timm_model, without_weights
 from dat.engine.optim import layer_scales, param_groups
@@ -39,7 +39,7 @@ def backbone_scales(backbone: Any, arguments: dict[str, Any], decay: float) -> d
     with torch.device("meta"):
         known = layer_scales(create_timm_model(body), decay)
     names = [name for name, _ in backbone.named_parameters()]
-    if isinstance(backbone, SimplePyramid):
+    if isinstance(backbone, (SimplePyramid, SwinMaps)):
         names = [name for name in names if name.startswith("body.")]
     return {name: known[_classifier_name(name.removeprefix("body."), known)] for name in names}
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from commands import dat
+from torchvision.models.swin_transformer import SwinTransformer
 
 from dat.detection import official
 from dat.detection.checkpoint import load_detector
@@ -134,6 +135,54 @@ def test_files_in_full_size_fit(config, overrides, names, classes):
     for name, tensor in converted.items():
         assert tensor.shape == own[name].shape, name
         assert tensor.flatten()[0] == own[name].flatten()[0], name
+
+
+def swin_names(state):
+    """The official names of torchvision's Swin, whose norms of the maps are not in it."""
+    renamed = {}
+    for name, tensor in state.items():
+        place, _, rest = name.removeprefix("features.").partition(".")
+        if name.startswith(("norm.", "head.")):
+            continue
+        if place == "0":
+            name = "patch_embed." + rest.replace("0.", "proj.").replace("2.", "norm.")
+        elif int(place) % 2:
+            name = f"layers.{int(place) // 2}.blocks.{rest}".replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+        else:
+            name = f"layers.{int(place) // 2 - 1}.downsample.{rest}"
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["backbone.0.", "backbone."], ids=["official", "detrex"])
+def test_a_swin_with_converted_weights_gives_the_official_maps(prefix):
+    """On maps that are no multiple of the window, which torchvision pads and rolls as the official detectors do."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 2]}
+    theirs = SwinTransformer(patch_size=[4, 4], window_size=[7, 7], stochastic_depth_prob=0.0, **sizes).eval().double()
+    norms = [torch.nn.LayerNorm(width).double() for width in (16, 32, 64)]
+    for parameter in (*theirs.parameters(), *(p for norm in norms for p in norm.parameters())):
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = swin_names(theirs.state_dict())
+    state |= {f"norm{i}.{key}": t for i, norm in enumerate(norms, 1) for key, t in norm.state_dict().items()}
+
+    changes = "{name: swin_tiny_patch4_window7_224, always_partition: true, out_indices: [1, 2, 3], %s}"
+    changes %= ", ".join(f"{key}: {value}" for key, value in sizes.items())
+    config = load_config(DetectionConfig, "dino_swin_tiny", [f"model.backbone={changes}"])
+    model = build_model(config.model, 3, weights=False).eval().double()
+    converted = official.convert({prefix + name: tensor for name, tensor in state.items()}, model)
+    backbone = {name.removeprefix("backbone."): tensor for name, tensor in converted.items()}
+    model.backbone.load_state_dict(backbone)
+
+    images = torch.randn(2, 3, 272, 320, dtype=torch.double)
+    x, expected = images, []
+    with torch.no_grad():
+        for i, part in enumerate(theirs.features):
+            x = part(x)
+            if i in (3, 5, 7):
+                expected.append(norms[i // 2 - 1](x).permute(0, 3, 1, 2))
+        found = model.backbone(images)
+    torch.testing.assert_close(found, expected)
 
 
 def test_own_names_stay():

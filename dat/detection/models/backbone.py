@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm2d, to_2tuple
 from timm.models import FeatureInfo
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dat  # noqa: F401  registers the backbones with timm
 from dat.engine.backbones import classifier_weights, create_timm_model, without_weights
@@ -26,8 +28,8 @@ def build_backbone(arguments: dict[str, Any], num_maps: int = 3) -> nn.Module:
     """A timm feature extractor from `name`, `checkpoint_path` (of a classifier) and any arguments of its model.
 
     Gives the last `num_maps` maps, of strides 8, 16 and 32 when three, unless `out_indices` says otherwise. If all of
-    a model's maps have one stride, they are made from the last one (SimplePyramid). Its attributes `pad_multiple` and
-    `largest_side` say what the sides of images must be.
+    a model's maps have one stride, they are made from the last one (SimplePyramid); those of a Swin are normalised
+    (SwinMaps). Its attributes `pad_multiple` and `largest_side` say what the sides of images must be.
 
     Raises ConfigError for arguments that do not work, such as a model for images of one size, and CheckpointError for
     unfit weights.
@@ -46,6 +48,8 @@ def build_backbone(arguments: dict[str, Any], num_maps: int = 3) -> nn.Module:
     backbone: Any = create_timm_model(arguments, **fixed)
     if makes_pyramid and len(set(backbone.feature_info.reduction())) == 1:
         backbone = SimplePyramid(backbone, num_maps)
+    if any(isinstance(module, SwinTransformerBlock) for module in backbone.modules()):
+        backbone = SwinMaps(backbone)
     backbone.pad_multiple, backbone.largest_side = fit.multiple, fit.largest
     return backbone
 
@@ -180,6 +184,50 @@ class SimplePyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the ViT's blocks in the backward pass."""
         self.body.model.set_grad_checkpointing(enable)
+
+
+class SwinMaps(nn.Module):
+    """Maps of a Swin as its detectors have them (arXiv:2103.14030; the official Swin-Transformer-Object-Detection).
+
+    Each map has a LayerNorm of its own, and maps whose sides are no multiple of the window's are padded before they are
+    rolled. timm rolls first, so that the lowest pixels would attend to those at the top of the image.
+
+    Args:
+        body: timm's feature extractor of a Swin Transformer (the first version).
+    """
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.feature_info = body.feature_info
+        stages = [name.split(".")[-1] for name in body.feature_info.module_name()]
+        self.norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(width) for stage, width in zip(stages, body.feature_info.channels(), strict=True)}
+        )
+        for module in body.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.__class__ = _PaddedSwinBlock
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] to maps [B, C, h, w], coarsest last."""
+        maps = feature_maps(self.body, images)
+        norms = self.norms.values()
+        return [
+            norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps, strict=True)
+        ]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the stages in the backward pass."""
+        self.body.set_grad_checkpointing(enable)
+
+
+class _PaddedSwinBlock(SwinTransformerBlock):
+    """timm's block, which pads its map to whole windows before it rolls it."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        return super()._attn(x)[:, :height, :width]
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
