@@ -96,7 +96,9 @@ def doctor(content: Any, random: random.Random) -> Any:
             place = place[key]
         value = place[key]
         if isinstance(value, torch.Tensor):
-            place[key] = _doctor_tensor(value, random)
+            # Most changes fail on a tensor that has become sparse or of terabytes.
+            if value.layout is torch.strided and value.numel() < 10**9:
+                place[key] = _doctor_tensor(value, random)
         elif isinstance(place, dict) and random.random() < 0.15:
             del place[key]
         else:

@@ -75,7 +75,7 @@ _DEFORMABLE_NORMS = {"self_attn_layer_norm": "norm2", "encoder_attn_layer_norm":
 _STAGE = re.compile(r"^backbone\.res(\d)\.")
 # Names of transformers' own ResNet.
 _RESNET = re.compile(r"^backbone\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(\w+)\.")
-# Names of the official Swin and of detectron2's, whose patches merge at the end of a stage; timm's at the next one's start.
+# Names of the official Swin and detectron2's, which merge patches at the end of a stage, not at the start of the next.
 _SWIN = (
     (r"^backbone\.0\.", "backbone."),
     (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
