@@ -90,6 +90,8 @@ class DataConfig:
     """`cache` "memory": decoded images stay in memory, `cache_gib` of them at most for each process.
 
     With more than fit in, the first by name stay, those of training before others.
+    `least_side`: if more than a tenth of the training objects have a side of fewer pixels than this at `val.size`, all
+    sizes are raised until they have it, see dat.detection.sizes; 0: never. A given `val.size` switches it off.
     `single_class`: all objects are of one class, "object".
     `outside`: images that a list or data.yaml names outside of `root` are read.
     """
@@ -101,6 +103,7 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # The sides of batches are padded to a multiple of this many pixels.
     pad_multiple: int = 1
+    least_side: int = 0
     single_class: bool = False
     outside: bool = False
     cache: Literal["none", "memory"] = "none"
@@ -162,7 +165,8 @@ def check_config(config: DetectionConfig) -> None:
     data = config.data
     check_train_config(config)
     at_least_0 = [
-        *("data.train.max_pixels", "data.train.close_mosaic", "data.cache_gib", "data.train.tiles", "data.val.tiles"),
+        *("data.train.max_pixels", "data.train.close_mosaic", "data.train.tiles", "data.val.tiles"),
+        *_keys("data", "cache_gib", "least_side"),
         *_keys("train", "backbone_lr_scale", "sampling_lr_scale"),
         *_keys("train.loss", "cost_box", "cost_giou", "weight_box", "weight_giou", "no_object_weight"),
         *(key for key in _keys("train.loss", "cost_class", "weight_class") if get_value(config, key) is not None),

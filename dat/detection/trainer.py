@@ -22,9 +22,10 @@ from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
 from dat.detection.predictor import Predictor
 from dat.detection.report import read_results, write_report
+from dat.detection.sizes import settle_sizes
 from dat.engine.backbones import starts_from_weights
 from dat.engine.checkpoint import load_checkpoint
-from dat.engine.distributed import Distributed
+from dat.engine.distributed import Distributed, setup_distributed
 from dat.engine.imbalance import class_weights
 from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
@@ -71,10 +72,12 @@ class DetectionTrainer(Trainer):
         config = replace(config, model=settle_batch_norm(config.model, resume))
         if resume is not None and train_set.roots:
             train_set, val_set = _with_saved_classes(resume, train_set, val_set)
+        distributed = distributed or setup_distributed(config.train.device)
+        config, self.why_sizes = settle_sizes(config, train_set, distributed.device, resume)
         self.train_set, self.val_set, self.transform = train_set, val_set, transform
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)
-        self.warnings = [*train_set.warnings, *val_set.warnings]
+        self.warnings += [*train_set.warnings, *val_set.warnings]
         self.criterion = build_criterion(self.model, config.train.loss, self._class_weights())
         self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
@@ -165,12 +168,13 @@ class DetectionTrainer(Trainer):
         return f"images {first_few([target['image_id'] for target in batch[-1]])}"
 
     def describe_classes(self) -> str:
-        """The label of each category of the annotation file."""
+        """The label of each category of the annotation file, after why images have the sizes that they have."""
         start, classes = self.config.model.checkpoint_path, self.train_set.categories
         weights = f"starts from {start}\n" if start and self.resume is None else ""
         shown = [f"{label:>5}  {category.id:>8}  {category.name}" for label, category in enumerate(classes[:100])]
         more = [f"... and {len(classes) - 100} more"] if len(classes) > 100 else []
-        return weights + "\n".join([f"label  id in file  name of {len(classes)} classes", *shown, *more])
+        why = f"{self.why_sizes}\n" if self.why_sizes else ""
+        return weights + why + "\n".join([f"label  id in file  name of {len(classes)} classes", *shown, *more])
 
 
 def _with_saved_classes(resume: Path, train_set: Annotations, val_set: Annotations) -> tuple[Annotations, Annotations]:

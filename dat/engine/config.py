@@ -31,6 +31,13 @@ _BASE = "base"
 
 # Pairs of keys of which one replaces the other; 0 stands for "not given".
 _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train.warmup_steps"))
+# Keys, and what raises their values.
+_RAISED_BY = (
+    ("train.epochs", "train.least_steps"),
+    ("train.steps", "train.least_steps"),
+    ("data.val.size", "data.least_side"),
+    ("data.train.sizes", "data.least_side"),
+)
 
 # YAML 1.1 reads 1e-4 as text because it has no decimal point.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -196,16 +203,13 @@ def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, An
 def _clear_alternatives(below: dict[str, Any], data: dict[str, Any]) -> None:
     """Sets a number of epochs in `below` to 0 where `data` gives steps, and the other way round.
 
-    Either is a length that the user wants, so that the least number of steps in `below` goes too.
+    Values that the user gives stay as they are, so that what raises them in `below` is switched off too.
     """
-    given_length = _get(data, "train.epochs") or _get(data, "train.steps")
-    if given_length and isinstance(below.get("train"), dict) and "least_steps" in below["train"]:
-        below["train"] = {**below["train"], "least_steps": 0}
-    for a, b in _ALTERNATIVES:
-        for given, other in ((a, b), (b, a)):
-            section, name = other.split(".")
-            if _get(data, given) and isinstance(below.get(section), dict) and name in below[section]:
-                below[section] = {**below[section], name: 0}
+    pairs = [pair for a, b in _ALTERNATIVES for pair in ((a, b), (b, a))]
+    for given, other in (*pairs, *_RAISED_BY):
+        section, name = other.split(".")
+        if _get(data, given) and isinstance(below.get(section), dict) and name in below[section]:
+            below[section] = {**below[section], name: 0}
 
 
 def _resolve_alternatives(data: dict[str, Any], known: list[str], source: str) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def _fit_sizes(arguments: dict[str, Any]) -> Fit | None:
     backbone: Any = create_timm_model(arguments, features_only=True, **free) if free else plain
     own = max(to_2tuple(arguments.get("img_size") or model.pretrained_cfg["input_size"][1:]))
     for multiple in (1, 16, 32, 64, own):
-        if _runs(backbone, [tuple(-(-side // multiple) * multiple for side in sides) for sides in SIDES]):
+        # Its own size is no evidence.
+        sizes = [*SIDES, (2 * own, own)] if multiple == own else SIDES
+        if _runs(backbone, [tuple(-(-side // multiple) * multiple for side in size) for size in sizes]):
             return Fit(free, multiple)
     if not _runs(plain, [(own, own)]):
         return None
