@@ -238,12 +238,14 @@ def _named_places(root: Path, name: str, path: str) -> list[Path]:
 
 def _class_folders(root: Path) -> set[Path]:
     """The folders directly in `root` that hold images; none where images lie elsewhere below it too."""
-    folders = {
-        Path(path).parent
-        for path in list_files(root, follow_links=True)
-        if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS
-    }
-    return folders if all(folder.parent == root for folder in folders) else set()
+    folders = set()
+    for path in list_files(root, follow_links=True):
+        if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:
+            folder = Path(path).parent
+            if folder.parent != root:
+                return set()
+            folders.add(folder)
+    return folders
 
 
 def _hold_out(split: Split, place: Path, validation: bool) -> Split:

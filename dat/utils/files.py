@@ -17,7 +17,7 @@ from typing import Any
 from timm.utils import natural_key
 
 from dat.utils.errors import ConfigError, DataError
-from dat.utils.images import HEIC, UNREADABLE, lacks_heif, open_image
+from dat.utils.images import HEIC, UNREADABLE, is_special, lacks_heif, open_image
 from dat.utils.text import printable
 
 IMAGE_EXTENSIONS = frozenset((
@@ -206,10 +206,28 @@ def is_hidden(name: str) -> bool:
 
 
 def list_files(folder: str | Path, follow_links: bool = False) -> Iterator[str]:
-    """The paths of the files in a folder and its subfolders, without hidden ones, in any order."""
-    for place, folders, files in os.walk(folder, followlinks=follow_links):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (os.path.join(place, name) for name in files if not is_hidden(name))
+    """The paths of the files in a folder and its subfolders, without hidden ones, in any order.
+
+    Pipes, sockets and devices are no files: to read them may wait forever. Links that lead back to a folder that they
+    are in are not followed. Broken links are listed.
+    """
+    waiting = [(str(folder), frozenset[tuple[int, int]]())]
+    while waiting:
+        place, above = waiting.pop()
+        # Folders that cannot be read are passed over, as os.walk does.
+        with suppress(OSError), os.scandir(place) as entries:
+            status = os.stat(place)
+            own = status.st_dev, status.st_ino
+            for entry in () if own in above else entries:
+                path, linked = entry.path, entry.is_symlink()
+                # Of a link that leads to itself, only os.path can be asked.
+                is_folder = os.path.isdir(path) if linked else entry.is_dir()
+                if is_hidden(entry.name):
+                    continue
+                if is_folder:
+                    waiting += [(path, above | {own})] if follow_links or not linked else []
+                elif entry.is_file(follow_symlinks=False) or (linked and not is_special(path)):
+                    yield path
 
 
 def is_image(path: str) -> bool:

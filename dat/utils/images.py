@@ -1,6 +1,7 @@
 """Reading image files with Pillow: every reader of the package comes here, so that all of them see the same pixels."""
 
 import logging
+import os
 import re
 import struct
 import tarfile
@@ -97,11 +98,18 @@ class LacksHeif(UnidentifiedImageError):
     """The file is HEIC, and the package pillow_heif is not installed."""
 
 
+def is_special(path: str | Path) -> bool:
+    """Whether a path is of a pipe, a socket or a device, or of a link to one: to open it may wait forever."""
+    return not os.path.isfile(path) and os.path.exists(path) and not os.path.isdir(path)
+
+
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Image.open, limited to formats that Pillow decodes itself: EPS would start another program.
 
     HEIC is among them where the package pillow_heif is installed. Raises one of UNREADABLE, or TooManyFilesError.
     """
+    if isinstance(source, (str, Path)) and is_special(source):
+        raise UnidentifiedImageError("it is a pipe, a socket or a device, should be a file")
     try:
         return Image.open(source, formats=_formats())
     except UnidentifiedImageError as error:

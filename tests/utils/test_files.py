@@ -4,9 +4,20 @@ import json
 import os
 
 import pytest
+from PIL import Image
 
-from dat.utils.errors import ConfigError, DataError
-from dat.utils.files import check_folder, file_name, file_names, find_images, read_json, read_jsonl, write_json
+from dat.utils.errors import ConfigError, DataError, ImageError
+from dat.utils.files import (
+    check_folder,
+    file_name,
+    file_names,
+    find_images,
+    list_files,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from dat.utils.images import read_image
 
 
 @pytest.mark.parametrize("content", [{"AP": 0.5}, [{"score": 1}, {"score": 0.5}], []])
@@ -99,3 +110,38 @@ def test_links_that_lead_to_themselves_are_no_images(tmp_path):
     (tmp_path / "1.png").touch()
     (tmp_path / "2.png").symlink_to("2.png")
     assert find_images(tmp_path, exclude=tmp_path / "out") == ([tmp_path / "1.png"], [tmp_path / "2.png"])
+
+
+def test_links_back_are_not_followed_for_ever(tmp_path):
+    for name in ("cats", "more/dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.jpg").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.jpg").touch()
+    links = {
+        "data/cats/up": "data",
+        "data/cats/round": "elsewhere",
+        "elsewhere/back": "data/cats",
+        "data/c.jpg": "elsewhere/b.jpg",
+        "data/d.jpg": "nowhere",
+        "data/e.jpg": "data/e.jpg",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    own = ["c.jpg", "cats/a.jpg", "d.jpg", "e.jpg", "more/dogs/a.jpg"]
+    for follow_links, more in ((False, []), (True, ["cats/round/b.jpg"])):
+        found = [os.path.relpath(path, tmp_path / "data") for path in list_files(tmp_path / "data", follow_links)]
+        assert sorted(found) == sorted(own + more)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in the file system")
+def test_pipes_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to("pipe.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert find_images(tmp_path) == ([tmp_path / "a.png"], [])
+    for name in ("pipe.jpg", "link.jpg"):
+        with pytest.raises(DataError, match="no such image"):
+            find_images(tmp_path / name)
+        with pytest.raises(ImageError, match=f"{name}: .*it is a pipe, a socket or a device, should be a file"):
+            read_image(tmp_path / name)
