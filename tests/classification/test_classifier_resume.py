@@ -62,7 +62,7 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
 
 
 def test_killed_at_random_moments(settings, tmp_path, write_config):
-    settings["train"] |= {"epochs": 16, "workers": 1}
+    settings["train"] |= {"epochs": 30, "workers": 1}
     killed = train_killed("classification", write_config(settings), tmp_path / "run", kills=2, seed=0, spread=0.2)
     assert [name for name, _ in killed] == ["SIGKILL", "SIGTERM"]
     run(settings, tmp_path / "whole", workers=0)
