@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, TypeVar, cast
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.optim import NvNovoGrad
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -36,7 +35,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether this is a number, neither NaN nor infinite."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -53,8 +53,8 @@ def _is_optimizer_state(value: Any) -> bool:
     )
 
 
-_COUNT, _FINITE = ("an integer of at least 0", _is_count), ("a finite number", _is_finite)
-_SECONDS = ("a number of seconds", lambda value: _is_finite(value) and 0 <= value < 1e12)
+_COUNT, _FINITE = ("an integer of at least 0", _is_count), ("a finite number", is_finite)
+_SECONDS = ("a number of seconds", lambda value: is_finite(value) and 0 <= value < 1e12)
 _TENSORS = ("a dictionary of tensors", lambda value: isinstance(value, dict))
 
 # Entries of last.pth beside those of the classes: the values that each should be, and a test for them.
@@ -79,24 +79,9 @@ OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval_seconds": _SECONDS,
     # NaN before the first line of the log.
     "loss": ("a number", lambda value: type(value) in (int, float)),
-    "sums": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_finite, value))),
+    "sums": ("a list of numbers", lambda value: isinstance(value, list) and all(map(is_finite, value))),
     "summed": _COUNT,
 }
-# State of torch's and timm's optimizers with the shape of the parameter.
-MOMENTS = (
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "exp_avg_diff", "exp_inf",
-    "momentum", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "grad_sum_sq", "sum", "last_grad",
-    "neg_pre_grad",
-)  # fmt: skip
-# Numbers of steps, of a parameter or of a group (Lamb, Adan and Lookahead).
-STEPS = ("step", "lookahead_step")
-# Beginnings of names of state that is never negative: numbers of steps, means of squares and their factors.
-NEVER_NEGATIVE = (
-    *STEPS, "exp_avg_sq", "max_exp_avg", "exp_avg_var", "exp_inf", "square_avg", "acc_delta", "grad_sum_sq", "sum",
-)  # fmt: skip
-# Options of an optimizer that may change when a run is resumed.
-RATES = ("lr", "initial_lr", "max_lr_snapshot")
-
 # The state of training after the last save and after the one before, in the folder of a run.
 LAST, PREVIOUS = "last.pth", "previous.pth"
 
@@ -350,7 +335,7 @@ def check_training_state(state: dict[str, Any], classes: Collection[str], values
             raise CheckpointError(f"{path}: has no {name}; resuming needs it")
     for name, (expected, test) in (REQUIRED | OPTIONAL).items():
         if name in state and not test(state[name]):
-            raise CheckpointError(f"{path}: {name} is {_describe(state[name])}, should be {expected}")
+            raise CheckpointError(f"{path}: {name} is {describe(state[name])}, should be {expected}")
     for part in ("state_dict", "state_dict_ema"):
         _check_weights({f"{part}.{name}": value for name, value in state.get(part, {}).items()}, path)
     sums, summed = state.get("sums", []), state.get("summed", 0)
@@ -366,127 +351,7 @@ def check_training_state(state: dict[str, Any], classes: Collection[str], values
         raise CheckpointError(f"{path}: has no state_dict_ema, but its train.ema_decay is {train['ema_decay']}")
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    path: str | Path,
-    shard: Callable[[dict[str, Any], torch.optim.Optimizer], dict[str, Any]] | None = None,
-) -> None:
-    """Restores the optimizer from a checkpoint's `state`, which check_training_state took; `shard` splits its tensors.
-
-    Raises:
-        CheckpointError: it has no state of an optimizer, or one unlike it.
-    """
-    if "optimizer" not in state:
-        raise CheckpointError(f"{path}: has no optimizer state, as best.pth has none; resuming needs a last.pth")
-    saved = state["optimizer"]
-    # Before it is loaded, as loading casts.
-    wrong = _find_unsound(saved)
-    if wrong:
-        raise CheckpointError(f"{path}: its optimizer state is unsound: {wrong}")
-    groups = [{name: group[name] for name in group.keys() - {*STEPS}} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved if shard is None else shard(saved, optimizer))
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: its optimizer state does not fit this configuration: {one_line(error)}"
-        ) from error
-    wrong = _find_wrong(optimizer, groups)
-    if wrong:
-        raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {wrong}")
-    for group, new in zip(optimizer.param_groups, groups, strict=True):
-        group.update(new)
-
-
-def _find_unsound(saved: dict[str, Any]) -> str:
-    """The first value of an optimizer's saved state that no optimizer could have left."""
-    states = saved["state"]
-    layouts = {frozenset(values) for values in states.values()}
-    # Names that are tensors for one parameter are so for all.
-    tensors = {
-        name
-        for values in states.values()
-        for name, value in values.items()
-        if isinstance(value, (Tensor, list)) or (name in MOMENTS and (name, value) != ("momentum_buffer", None))
-    }
-    for number, values in states.items():
-        # Muon and Adafactor have other values for matrices, but never only a part of the others'.
-        lacking = next((names - values.keys() for names in layouts if values.keys() < names), None)
-        if lacking:
-            return f"{min(lacking)} of parameter {number} is missing, should be there as for others"
-    places = [(f"parameter {number}", values) for number, values in states.items()]
-    for number, group in enumerate(saved["param_groups"]):
-        places.append((f"group {number}", {name: group[name] for name in STEPS if name in group}))
-    for place, values in places:
-        for name, value in values.items():
-            wrong = _find_wrong_value(name, value, name in tensors)
-            if wrong:
-                return f"{name} of {place} is {_describe(value)}{wrong}"
-    return ""
-
-
-def _find_wrong_value(name: str, value: Any, tensor: bool) -> str:
-    """Describes what is wrong with a value of an optimizer's state; "" where it is sound.
-
-    Args:
-        name: its key, such as "exp_avg".
-        value: as the checkpoint holds it.
-        tensor: whether it should be a tensor.
-    """
-    if name == "Q" and isinstance(value, list):
-        # Kron has several.
-        return next(filter(None, (_find_wrong_value(name, part, True) for part in value)), "")
-    if isinstance(value, Tensor):
-        if not _is_plain(value):
-            return f" on {value.device} of {value.layout} and {value.dtype}, should be dense and real"
-        if not value.isfinite().all():
-            return " that holds NaN or infinity"
-        if name in STEPS and value.numel() != 1:
-            return ", should be one number"
-    elif tensor:
-        return ", should be a tensor"
-    elif name in STEPS:
-        return "" if _is_finite(value) and value >= 0 else ", should be a number of at least 0"
-    else:
-        # Muon has a flag, SGD without momentum None.
-        sound = isinstance(value, bool) or _is_finite(value) or (name, value) == ("momentum_buffer", None)
-        return "" if sound else ", should be a finite number"
-    if name.startswith(NEVER_NEGATIVE) and (value < 0).any():
-        return f" that holds {value.min():g}, should be 0 or more"
-    return ""
-
-
-def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> str:
-    """The first entry that load_state_dict took but a step cannot use; `groups` are those of a new optimizer."""
-    for number, (group, new) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        for name in new.keys() - {"params", *RATES}:
-            if not _is_like(group.get(name), new[name]):
-                return f"{name} of group {number} is {_describe(group.get(name))}, should be like {new[name]}"
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(optimizer.state.keys() & set(parameters)) < len(optimizer.state):
-        return "it has a state of parameters that its groups lack"
-    for number, parameter in enumerate(parameters):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            # NovoGrad has one second moment for all numbers of a parameter.
-            single = name == "exp_avg_sq" and isinstance(optimizer, NvNovoGrad)
-            shape = () if single else tuple(parameter.shape)
-            if name in MOMENTS and value is not None and tuple(value.shape) != shape:
-                return f"{name} of parameter {number} is {_describe(value)}, should be a tensor {shape}"
-    return ""
-
-
-def _is_like(value: Any, new: Any) -> bool:
-    """Whether an option of an optimizer is that of a new optimizer; flags may differ, and be None."""
-    if isinstance(new, bool) or new is None:
-        return isinstance(value, bool) or value is None
-    if isinstance(new, (int, float)):
-        return _is_finite(value) and math.isclose(value, new, rel_tol=1e-6)
-    if isinstance(new, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(new) and all(map(_is_like, value, new))
-    return isinstance(value, type(new))
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value for an error message, or its type and shape."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
@@ -580,14 +445,15 @@ def check_tensors(state: Any, path: str | Path) -> None:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {str(name)[:100]} is a {type(tensor).__name__}, should be a tensor")
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             raise CheckpointError(
                 f"{path}: {name[:100]} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, "
                 "should be a plain one"
             )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a dense one of real numbers in the main memory."""
     return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in PLAIN
 
 

@@ -26,7 +26,6 @@ from dat.engine.checkpoint import (
     check_training_state,
     check_weights_finite,
     load_checkpoint,
-    load_optimizer,
     load_weights,
     save_checkpoint,
 )
@@ -43,6 +42,7 @@ from dat.engine.distributed import (
 )
 from dat.engine.lock import lock_run
 from dat.engine.logger import RunLogger, peak_memory
+from dat.engine.optimizer_state import load_optimizer
 from dat.engine.progress import Progress, StepRecord, format_seconds
 from dat.engine.report import errors_as_warnings
 from dat.engine.seeds import seed_device, seed_everything

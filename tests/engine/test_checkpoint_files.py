@@ -17,11 +17,11 @@ from dat.engine.checkpoint import (
     check_training_state,
     find_checkpoint,
     load_checkpoint,
-    load_optimizer,
     load_weights,
     save_checkpoint,
 )
 from dat.engine.config import to_dict
+from dat.engine.optimizer_state import load_optimizer
 from dat.utils.errors import CheckpointError
 
 
