@@ -20,7 +20,7 @@ from dat.engine.config import apply_overrides, from_dict, keyword_overrides, loa
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError
-from dat.utils.files import write_json
+from dat.utils.files import check_folder, write_json
 from dat.utils.hub import find_checkpoint
 from dat.utils.images import to_image
 
@@ -213,6 +213,8 @@ class Classifier:
             empty dictionary.
         """
         model, config, names = self.trained_model(), self._configure(data, overrides), self.class_names
+        if out is not None:
+            check_folder(Path(out), "out")
         split = open_split(config.data, "val", names)
         with checkpoint_errors(str(self.path)):
             results, more = evaluate_split(model, config, split, self.distributed)

@@ -21,7 +21,7 @@ from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, 
 from dat.engine.distributed import Distributed, setup_distributed
 from dat.export.runtime import is_exported, load_exported
 from dat.utils.errors import CheckpointError, ConfigError, DataError
-from dat.utils.files import write_json
+from dat.utils.files import check_folder, write_json
 from dat.utils.hub import find_checkpoint
 from dat.utils.text import echo
 
@@ -53,6 +53,8 @@ class Detector(Predictor):
         Raises:
             CheckpointError, ConfigError: a file that cannot be used, or wrong arguments.
         """
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ConfigError(f"top_k is {top_k!r}, should be an integer of at least 1")
         detector = cls()
         detector.path = find_checkpoint(path)
         if is_exported(detector.path):
@@ -121,6 +123,8 @@ class Detector(Predictor):
             only detections.json is written, with the file's image ids.
         """
         model, distributed, config = self._trained(), self.distributed, self._configure(data, overrides)
+        if out is not None:
+            check_folder(Path(out), "out")
         val = config.data.val
         annotations = read_dataset(config.data, "val", self.categories, annotated=False)
         if distributed.main:

@@ -119,6 +119,17 @@ def test_overrides_do_not_reach_the_model(detector):
         Detector.from_checkpoint(detector.path, ["model.num_queries=3"], device="cpu")
 
 
+@pytest.mark.parametrize("top_k", [0, "5"])
+def test_a_wrong_number_of_detections_is_named(detector, top_k):
+    with pytest.raises(ConfigError, match=rf"top_k is {top_k!r}, should be an integer of at least 1"):
+        Detector.from_checkpoint(detector.path, device="cpu", top_k=top_k)
+
+
+def test_a_file_in_the_place_of_results_is_named_before_they_are_computed(detector, tmp_path):
+    with pytest.raises(ConfigError, match=r"out: .*best.pth is a file or a broken link, should be a folder"):
+        detector.evaluate(tmp_path, out=detector.path)
+
+
 def test_a_name_of_the_hub(detector, monkeypatch):
     asked = []
 
