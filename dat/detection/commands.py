@@ -93,7 +93,9 @@ def serve(options: argparse.Namespace) -> None:
 def audit(options: argparse.Namespace) -> None:
     from dat.detection.audit import audit, draw_samples, draw_sizes, format_summary, summarize
     from dat.detection.data import describe_sets
+    from dat.detection.sizes import settle_sizes
     from dat.engine.audit import finish_audit
+    from dat.engine.distributed import setup_distributed
 
     check_folder(options.out, "--out")
     folder = Path(options.data).is_dir()
@@ -104,10 +106,13 @@ def audit(options: argparse.Namespace) -> None:
     read = [split.annotations for split in found.values() if split.annotations.format]
     if read:
         echo(describe_sets(*read))
+    config, why = settle_sizes(config, found["train"].annotations, setup_distributed(config.train.device).device)
     val = config.data.val
     summaries = {name: summarize(split, val.size, val.max_size) for name, split in found.items()}
     for name, summary in summaries.items():
         echo(format_summary(name, summary, val.size))
+    if why:
+        echo(f"train: {why}")
     options.out.mkdir(parents=True, exist_ok=True)
     for name, split in found.items():
         draw_samples(split, options.out / f"samples_{name}.png", options.samples)

@@ -91,7 +91,7 @@ class DataConfig:
 
     With more than fit in, the first by name stay, those of training before others.
     `least_side`: if more than a tenth of the training objects have a side of fewer pixels than this at `val.size`, all
-    sizes are raised until they have it, see dat.detection.sizes; 0: never. A given `val.size` switches it off.
+    sizes are raised until they have it, see dat.detection.sizes; 0: never. Any size that is given switches it off.
     `single_class`: all objects are of one class, "object".
     `outside`: images that a list or data.yaml names outside of `root` are read.
     """

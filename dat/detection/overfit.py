@@ -16,6 +16,7 @@ from dat.detection.data import Annotations, cut_into_windows, read_dataset, resi
 from dat.detection.data.records import merge_classes
 from dat.detection.evaluation import average_precision
 from dat.detection.report import read_results
+from dat.detection.sizes import settle_sizes
 from dat.detection.trainer import DetectionTrainer
 from dat.engine.checkpoint import LAST, PREVIOUS
 from dat.engine.distributed import setup_distributed
@@ -37,9 +38,12 @@ def overfit(config: DetectionConfig, count: int) -> None:
     Raises UserError for a configuration that cannot work.
     """
     check_config(config)
-    config = overfit_config(config, count)
     distributed = setup_distributed(config.train.device)
     train_set = cut_into_windows(read_dataset(config.data, "train"), config.data.train, config.seed)
+    config, why = settle_sizes(config, train_set, distributed.device)
+    if why and distributed.main:
+        echo(why)
+    config = overfit_config(config, count)
     some = choose(train_set, count)
     output = Path(config.output)
     with lock_run(output, distributed):

@@ -73,7 +73,7 @@ class DetectionTrainer(Trainer):
         if resume is not None and train_set.roots:
             train_set, val_set = _with_saved_classes(resume, train_set, val_set)
         distributed = distributed or setup_distributed(config.train.device)
-        config, self.why_sizes = settle_sizes(config, train_set, distributed.device, resume)
+        config, self.why_sizes = settle_sizes(config, train_set, distributed.device)
         self.train_set, self.val_set, self.transform = train_set, val_set, transform
         self.cache = ImageCache(config.data.cache_gib) if config.data.cache == "memory" else None
         super().__init__(config, distributed, resume)

@@ -35,8 +35,11 @@ _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train
 _RAISED_BY = (
     ("train.epochs", "train.least_steps"),
     ("train.steps", "train.least_steps"),
-    ("data.val.size", "data.least_side"),
-    ("data.train.sizes", "data.least_side"),
+    *((f"data.val.{name}", "data.least_side") for name in ("size", "max_size")),
+    *(
+        (f"data.train.{name}", "data.least_side")
+        for name in ("sizes", "max_size", "max_pixels", "crop_resize", "crop_min", "crop_max")
+    ),
 )
 
 # YAML 1.1 reads 1e-4 as text because it has no decimal point.

@@ -211,22 +211,20 @@ def list_files(folder: str | Path, follow_links: bool = False) -> Iterator[str]:
     Pipes, sockets and devices are no files: to read them may wait forever. Links that lead back to a folder that they
     are in are not followed. Broken links are listed.
     """
-    waiting = [(str(folder), frozenset[tuple[int, int]]())]
+    waiting = [(str(folder), False, frozenset[tuple[int, int]]())]
     while waiting:
-        place, above = waiting.pop()
+        place, linked, above = waiting.pop()
         # Folders that cannot be read are passed over, as os.walk does.
         with suppress(OSError), os.scandir(place) as entries:
             status = os.stat(place)
             own = status.st_dev, status.st_ino
-            for entry in () if own in above else entries:
-                path, linked = entry.path, entry.is_symlink()
-                # Of a link that leads to itself, only os.path can be asked.
-                is_folder = os.path.isdir(path) if linked else entry.is_dir()
+            for entry in () if linked and own in above else entries:
+                path, link = entry.path, os.path.islink(entry.path)
                 if is_hidden(entry.name):
                     continue
-                if is_folder:
-                    waiting += [(path, above | {own})] if follow_links or not linked else []
-                elif entry.is_file(follow_symlinks=False) or (linked and not is_special(path)):
+                if os.path.isdir(path) if link else entry.is_dir():
+                    waiting += [(path, link, above | {own})] if follow_links or not link else []
+                elif entry.is_file(follow_symlinks=False) or (link and not is_special(path)):
                     yield path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm2d, to_2tuple
 from timm.models import FeatureInfo
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,12 +24,12 @@ SIDES = ((161, 238), (319, 130))
 ANY_SIZE = {"strict_img_size": False, "dynamic_img_size": True, "dynamic_img_pad": True}
 
 
-def build_backbone(arguments: dict[str, Any], num_maps: int = 3) -> nn.Module:
+def build_backbone(arguments: dict[str, Any], num_maps: int = 3, norm_maps: bool = False) -> nn.Module:
     """A timm feature extractor from `name`, `checkpoint_path` (of a classifier) and any arguments of its model.
 
     Gives the last `num_maps` maps, of strides 8, 16 and 32 when three, unless `out_indices` says otherwise. If all of
-    a model's maps have one stride, they are made from the last one (SimplePyramid); those of a Swin are normalised
-    (SwinMaps). Its attributes `pad_multiple` and `largest_side` say what the sides of images must be.
+    a model's maps have one stride, they are made from the last one (SimplePyramid). `norm_maps`: see SwinMaps. Its
+    attributes `pad_multiple` and `largest_side` say what the sides of images must be.
 
     Raises ConfigError for arguments that do not work, such as a model for images of one size, and CheckpointError for
     unfit weights.
@@ -48,7 +48,9 @@ def build_backbone(arguments: dict[str, Any], num_maps: int = 3) -> nn.Module:
     backbone: Any = create_timm_model(arguments, **fixed)
     if makes_pyramid and len(set(backbone.feature_info.reduction())) == 1:
         backbone = SimplePyramid(backbone, num_maps)
-    if any(isinstance(module, SwinTransformerBlock) for module in backbone.modules()):
+    if norm_maps:
+        if not any(isinstance(module, SwinTransformerBlock) for module in backbone.modules()):
+            raise ConfigError(f"model.norm_maps is true, should be false: {arguments['name']} is no Swin Transformer")
         backbone = SwinMaps(backbone)
     backbone.pad_multiple, backbone.largest_side = fit.multiple, fit.largest
     return backbone
@@ -192,7 +194,7 @@ class SwinMaps(nn.Module):
     """Maps of a Swin as its detectors have them (arXiv:2103.14030; the official Swin-Transformer-Object-Detection).
 
     Each map has a LayerNorm of its own, and maps whose sides are no multiple of the window's are padded before they are
-    rolled. timm rolls first, so that the lowest pixels would attend to those at the top of the image.
+    rolled. timm rolls first, so that the lowest pixels attend to those at the top of the image.
 
     Args:
         body: timm's feature extractor of a Swin Transformer (the first version).
@@ -219,8 +221,10 @@ class SwinMaps(nn.Module):
         ]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the stages in the backward pass."""
-        self.body.set_grad_checkpointing(enable)
+        """Recomputes the blocks in the backward pass."""
+        for module in self.body.modules():
+            if isinstance(module, SwinTransformerStage):
+                module.grad_checkpointing = enable
 
 
 class _PaddedSwinBlock(SwinTransformerBlock):

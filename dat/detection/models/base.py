@@ -31,6 +31,7 @@ class ModelConfig:
     hf-hub:OWNER/NAME. Its class heads stay new where its number of classes is another.
     `freeze_batch_norm`: batch norms of the backbone keep their statistics and weights. A run whose backbone starts from
     random weights sets it to false.
+    `norm_maps`: the maps of a Swin backbone as its official detectors have them, see SwinMaps.
     `freeze`: modules of the backbone that are not trained, such as [conv1, bn1, layer1] of a ResNet.
     """
 
@@ -49,6 +50,7 @@ class ModelConfig:
     mlp_dim: int = 1024
     drop_rate: float = 0.1
     freeze_batch_norm: bool = True
+    norm_maps: bool = False
     freeze: list[str] = field(default_factory=list)
 
     @property
@@ -58,7 +60,7 @@ class ModelConfig:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the detector's constructor beside the backbone and the number of classes."""
-        others = ("kind", "backbone", "checkpoint_path", "freeze_batch_norm", "freeze")
+        others = ("kind", "backbone", "checkpoint_path", "freeze_batch_norm", "norm_maps", "freeze")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
 
     def check(self) -> None:

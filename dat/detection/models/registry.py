@@ -37,7 +37,7 @@ def build_model(config: ModelConfig, num_classes: int, weights: bool = True) -> 
     Raises ConfigError for a backbone or numbers that do not work, CheckpointError for weights that do not fit.
     """
     arguments = config.backbone if weights and not config.checkpoint_path else without_weights(config.backbone)
-    backbone = build_backbone(arguments, config.num_maps)
+    backbone = build_backbone(arguments, config.num_maps, config.norm_maps)
     if config.freeze_batch_norm:
         backbone = freeze_batch_norm_2d(backbone)
     freeze(backbone, config.freeze)
