@@ -48,6 +48,23 @@ def test_images_of_odd_sizes_train(backbone, multiple):
     assert first.grad.abs().sum() > 0
 
 
+def test_normed_maps_of_a_swin_are_recomputed_alike():
+    torch.manual_seed(0)
+    backbone = build_backbone({**SWIN, "depths": [2, 2, 2, 2], "drop_path_rate": 0.0}, norm_maps=True).train()
+    assert [x.shape[1:] for x in backbone(torch.zeros(1, 3, 96, 160))] == [(16, 12, 20), (32, 6, 10), (64, 3, 5)]
+    gradients = []
+    for recompute in (False, True):
+        backbone.set_grad_checkpointing(recompute)
+        backbone.zero_grad()
+        torch.manual_seed(1)
+        sum(x.exp().sum() for x in backbone(torch.randn(1, 3, 96, 160))).backward()
+        gradients.append([p.grad.clone() for p in backbone.parameters()])
+    assert all(grad.abs().sum() > 0 for grad in gradients[0])
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ConfigError, match="model.norm_maps is true, should be false: test_resnet is no Swin"):
+        build_backbone({"name": "test_resnet"}, norm_maps=True)
+
+
 def test_the_mask_follows_the_padding():
     torch.manual_seed(0)
     model = build_model(DeformableDETRConfig(backbone=SWIN, **SMALL), 3).eval()
