@@ -61,7 +61,7 @@ def test_normed_maps_of_a_swin_are_recomputed_alike():
         gradients.append([p.grad.clone() for p in backbone.parameters()])
     assert all(grad.abs().sum() > 0 for grad in gradients[0])
     torch.testing.assert_close(*gradients)
-    with pytest.raises(ConfigError, match="model.norm_maps is true, should be false: test_resnet is no Swin"):
+    with pytest.raises(ConfigError, match=r"model.norm_maps is true, should be false: test_resnet is no Swin"):
         build_backbone({"name": "test_resnet"}, norm_maps=True)
 
 
