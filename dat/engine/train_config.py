@@ -7,6 +7,9 @@ from dat.engine.config import MOST_WORKERS, check_range
 from dat.engine.imbalance import ClassWeights
 from dat.utils.errors import ConfigError
 
+# More images in a batch or batches in a step are a mistake, whose lists of indices would not fit into memory.
+MOST_IMAGES, MOST_BATCHES = 65536, 1024
+
 
 @dataclass
 class TrainConfig:
@@ -81,7 +84,9 @@ def check_train_config(config: Any) -> None:
     def check(low: float, *names: str, high: float = float("inf"), exclusive: bool = False) -> None:
         check_range(config, [f"train.{name}" for name in names], low, high, exclusive=exclusive)
 
-    check(1, "batch_size", "accumulate", "eval_batch_size", "decay_epochs", "eval_epochs", "log_steps")
+    check(1, "batch_size", "eval_batch_size", high=MOST_IMAGES)
+    check(1, "accumulate", high=MOST_BATCHES)
+    check(1, "decay_epochs", "eval_epochs", "log_steps")
     check(0 if train.steps else 1, "epochs")
     check(0, "steps", "least_steps", "lr_batch_size", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
     check(0, "early_stop", "checkpoint_steps", "pictures", "worst")
