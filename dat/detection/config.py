@@ -16,6 +16,9 @@ from dat.utils.errors import ConfigError
 ClassLoss = Literal["focal", "varifocal", "matchability"]
 # Least side of a tile in pixels.
 SMALLEST_TILE = 16
+# The sizes of images in `data.train` and `data.val`, which `data.least_side` raises by one factor.
+TRAIN_SIZES = ("sizes", "max_size", "crop_resize", "crop_min", "crop_max")
+VAL_SIZES = ("size", "max_size")
 
 
 @dataclass
@@ -153,6 +156,10 @@ class TrainConfig(BaseTrainConfig):
 @dataclass
 class DetectionConfig:
     folder = "detection"
+    raised_by = (
+        *((f"data.train.{name}", "data.least_side") for name in (*TRAIN_SIZES, "max_pixels")),
+        *((f"data.val.{name}", "data.least_side") for name in VAL_SIZES),
+    )
     output: str = "runs/detection"
     seed: int = 0
     model: ModelConfig = field(default_factory=DeformableDETRConfig)

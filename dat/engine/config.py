@@ -31,16 +31,8 @@ _BASE = "base"
 
 # Pairs of keys of which one replaces the other; 0 stands for "not given".
 _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train.warmup_steps"))
-# Keys, and what raises their values.
-_RAISED_BY = (
-    ("train.epochs", "train.least_steps"),
-    ("train.steps", "train.least_steps"),
-    *((f"data.val.{name}", "data.least_side") for name in ("size", "max_size")),
-    *(
-        (f"data.train.{name}", "data.least_side")
-        for name in ("sizes", "max_size", "max_pixels", "crop_resize", "crop_min", "crop_max")
-    ),
-)
+# Keys, and what raises their values; a schema may have more of them in `raised_by`.
+_RAISED_BY = (("train.epochs", "train.least_steps"), ("train.steps", "train.least_steps"))
 
 # YAML 1.1 reads 1e-4 as text because it has no decimal point.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -199,17 +191,17 @@ def _read_with_base(schema: type, path: Path, above: list[Path]) -> dict[str, An
         chain = " -> ".join(str(file) for file in [*above, target])
         raise ConfigError(f"{path}: {_BASE} leads back to a file that it is read for: {chain}")
     below = _read_with_base(schema, target, above)
-    _clear_alternatives(below, data)
+    _clear_alternatives(schema, below, data)
     return _lay_over(schema, below, data)
 
 
-def _clear_alternatives(below: dict[str, Any], data: dict[str, Any]) -> None:
+def _clear_alternatives(schema: type, below: dict[str, Any], data: dict[str, Any]) -> None:
     """Sets a number of epochs in `below` to 0 where `data` gives steps, and the other way round.
 
     Values that the user gives stay as they are, so that what raises them in `below` is switched off too.
     """
     pairs = [pair for a, b in _ALTERNATIVES for pair in ((a, b), (b, a))]
-    for given, other in (*pairs, *_RAISED_BY):
+    for given, other in (*pairs, *_RAISED_BY, *getattr(schema, "raised_by", ())):
         section, name = other.split(".")
         if _get(data, given) and isinstance(below.get(section), dict) and name in below[section]:
             below[section] = {**below[section], name: 0}
@@ -270,7 +262,7 @@ def _apply_overrides(schema: type, overrides: Iterable[str], data: dict[str, Any
     # Applied to an empty configuration first, to see which of two alternatives the overrides themselves give.
     for override in overrides:
         _apply_override(schema, override, given)
-    _clear_alternatives(data, given)
+    _clear_alternatives(schema, data, given)
     for override in overrides:
         _apply_override(schema, override, data)
 

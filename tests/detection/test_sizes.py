@@ -60,7 +60,7 @@ def test_all_sizes_grow_by_one_factor():
         (annotations(12, images=20), CPU, 512),
         # no larger than the files
         (annotations(4, 400, 600, images=20), GPU, 384),
-        # of long images that their longest side limits to a tenth
+        # long images, which max_size shows at an eighth of their size
         (annotations(40, 300, 3000, images=20), GPU, 448),
         # no side above 1333 pixels
         (annotations(4, 4000, 4000, images=20), GPU, 832),
