@@ -12,7 +12,6 @@ place by hand.
 """
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -20,9 +19,11 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps
 from timm.layers import freeze_batch_norm_2d
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
@@ -34,13 +35,15 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.timing import machine
+from benchmarks.timing import write_json
 from dat.detection.config import DetectionConfig
 from dat.detection.data import Annotations, read_splits
+from dat.detection.draw import open_record
 from dat.detection.evaluation import average_precision
 from dat.engine.config import load_config
 
 BACKBONE = "tf_efficientnet_lite0"
+FLIPS = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
 FROZEN = ("conv_stem", "bn1", "blocks.0.", "blocks.1.")
 
 
@@ -55,15 +58,11 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = ImageOps.exif_transpose(Image.open(record.path)).convert("RGB")
-        boxes = torch.from_numpy(record.boxes).clone()
-        if self.flips and random.random() < 0.5:
-            image, boxes = ImageOps.mirror(image), boxes[:, [2, 1, 0, 3]]
-            boxes[:, [0, 2]] = record.width - boxes[:, [0, 2]]
-        if self.flips and random.random() < 0.5:
-            image, boxes = ImageOps.flip(image), boxes[:, [0, 3, 2, 1]]
-            boxes[:, [1, 3]] = record.height - boxes[:, [1, 3]]
-        boxes[:, 2:] -= boxes[:, :2]
+        size = record.height, record.width
+        image, boxes = open_record(record), tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=size)
+        if self.flips:
+            image, boxes = FLIPS(image, boxes)
+        boxes = box_convert(boxes, "xyxy", "xywh")
         objects = [
             {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
             for box, label in zip(boxes.tolist(), record.labels.tolist(), strict=True)
@@ -131,22 +130,14 @@ def main() -> None:
     processor = DeformableDetrImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
     def collate(samples: list[dict[str, Any]], size: int = 0) -> Any:
-        size = {"shortest_edge": size or random.choice(data.train.sizes), "longest_edge": data.train.max_size}
+        edges = {"shortest_edge": size or random.choice(data.train.sizes), "longest_edge": data.train.max_size}
         joined = {name: [sample[name] for sample in samples] for name in samples[0]}
-        return processor(**joined, size=size, return_tensors="pt")
+        return processor(**joined, size=edges, return_tensors="pt")
 
     backbone = [p for n, p in detector.named_parameters() if "backbone" in n and p.requires_grad]
     others = [p for n, p in detector.named_parameters() if "backbone" not in n and p.requires_grad]
     groups = [{"params": others}, {"params": backbone, "lr": options.lr / 4}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=train.weight_decay)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=train.warmup_steps),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps - train.warmup_steps),
-        ],
-        [train.warmup_steps],
-    )
     trainer = Trainer(
         detector,
         TrainingArguments(
@@ -154,6 +145,8 @@ def main() -> None:
             per_device_train_batch_size=train.batch_size,
             max_steps=options.steps,
             max_grad_norm=train.clip_grad,
+            lr_scheduler_type="cosine",
+            warmup_steps=train.warmup_steps,
             use_cpu=True,
             bf16=True,
             remove_unused_columns=False,
@@ -163,7 +156,7 @@ def main() -> None:
         ),
         data_collator=collate,
         train_dataset=Photographs(train_set, flips=True),
-        optimizers=(optimizer, schedule),
+        optimizers=(optimizer, None),
         callbacks=[Stop(options.minutes)],
     )
     start = time.process_time()
@@ -175,15 +168,15 @@ def main() -> None:
             outputs = detector.eval()(**collate([sample], data.val.size))
         size = torch.tensor([[record.height, record.width]])
         found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=size, top_k=100)[0]
-        found["boxes"][:, 2:] -= found["boxes"][:, :2]
-        for score, label, box in zip(found["scores"], found["labels"], found["boxes"], strict=True):
+        boxes = box_convert(found["boxes"], "xyxy", "xywh")
+        for score, label, box in zip(found["scores"], found["labels"], boxes, strict=True):
             detection = {"category_id": val_set.categories[int(label)].id, "bbox": box.tolist(), "score": float(score)}
             results.append({"image_id": record.id, **detection})
     metrics = average_precision(val_set, results)
-    row = {"machine": machine(), "steps": steps, "planned_steps": options.steps, "cpu_minutes": round(minutes, 1)}
+    row = {"steps": steps, "planned_steps": options.steps, "cpu_minutes": round(minutes, 1)}
     row |= {key: round(metrics[key], 3) for key in ("AP", "AP50", "AP75")}
-    print(json.dumps(row))
-    options.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    print(row)
+    write_json(options.out, [row])
 
 
 if __name__ == "__main__":
