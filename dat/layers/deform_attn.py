@@ -158,7 +158,8 @@ class DeformableAttention(nn.Module):
             y, x = y * (factor / self._steps(Hk)), x * (factor / self._steps(Wk))
         positions = torch.stack((x + self._key_grid(Wk, x)[:, None], y + self._key_grid(Hk, y)[:, None, None]), -1)
         if factor < 0:
-            positions = positions.tanh() if self.release == "2022" else positions.clamp(-1, 1)
+            # A clamp whose gradient is one kernel instead of five.
+            positions = positions.tanh() if self.release == "2022" else F.hardtanh(positions)
         return rearrange(positions, "b i j g xy -> b g (i j) xy")
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -217,7 +218,8 @@ class DeformableAttention(nn.Module):
         sampled = deform_sample(
             x.reshape(B, H * W, self.num_groups, C // self.num_groups),
             ((H, W),),
-            (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2,
+            # (positions + 1) / 2 in one kernel.
+            torch.rsub(positions.transpose(1, 2)[:, :, :, None, None], 0.5, alpha=-0.5),
             align_corners=True,
         )
         return sampled.reshape(B, positions.shape[2], C)

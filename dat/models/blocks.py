@@ -17,6 +17,7 @@ from dat.layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
+from dat.layers.autocast import casts_parameters_together
 from dat.layers.mlp import depthwise, residual_depthwise
 
 # These branch on shapes, dtypes or whether gradients are enabled, which torch.fx cannot trace: keep them as leaves.
@@ -112,6 +113,7 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
+    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
@@ -141,6 +143,7 @@ class ConvBlock(nn.Module):
         self.mlp = create_mlp(config, mlp_ratio, proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
+    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
         return x + self.drop_path(self.mlp(self.norm(depthwise(self.conv, x))))

@@ -1,0 +1,137 @@
+"""Casts of a block's parameters together give what autocast's own casts give, to the bit."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import dat  # noqa: F401
+import dat.layers.autocast as casts
+from dat.layers.autocast import casts_parameters_together
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(6, 4), nn.Linear(4, 3), nn.LayerNorm(3)
+        self.seen = None
+
+    @casts_parameters_together
+    def forward(self, x, fail=False):
+        self.seen = self.first.weight.dtype, self.second.bias.dtype, self.norm.weight.dtype
+        self.wanted = self.first.weight.requires_grad, self.first.bias.requires_grad
+        if fail:
+            raise RuntimeError("stop")
+        return self.norm(self.second(self.first(x)))
+
+
+def gradients(model, x):
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_has_the_loss_and_the_gradients_of_autocast_to_the_bit(checkpointing, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("dat_pp_nano", img_size=64, num_classes=5).train()
+    model.set_grad_checkpointing(checkpointing)
+    x = torch.randn(2, 3, 64, 64)
+    calls = []
+    original = casts._Cast.apply
+    monkeypatch.setattr(casts._Cast, "apply", lambda *args: calls.append(len(args)) or original(*args))
+    torch.manual_seed(1)
+    loss, ours = gradients(model, x)
+    assert len(calls) >= sum(len(stage.blocks) for stage in model.stages)
+    monkeypatch.setattr(casts, "is_traced", lambda args: True)
+    torch.manual_seed(1)
+    expected, theirs = gradients(model, x)
+    assert torch.equal(loss, expected)
+    for name, grad in theirs.items():
+        assert (ours[name] is None) == (grad is None), name
+        assert grad is None or (ours[name].dtype == torch.float32 and torch.equal(ours[name], grad)), name
+
+
+def test_layers_hold_copies_only_while_the_block_runs_and_their_own_after_an_error():
+    model = Pair()
+    before = list(model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 6))
+        assert model.seen == (torch.bfloat16, torch.bfloat16, torch.float32)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(torch.randn(2, 6), fail=True)
+    after = list(model.parameters())
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_prediction_and_float32_see_the_parameters_themselves():
+    model = Pair()
+    model(torch.randn(2, 6))
+    assert model.seen[0] == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 6))
+    assert model.seen[0] == torch.float32
+    # A user who turns autocast's cache off wants parameters cast where they are used.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        model(torch.randn(2, 6))
+    assert model.seen[0] == torch.float32
+
+
+def test_frozen_and_unused_parameters_and_subclasses_are_left_as_autocast_leaves_them():
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            assert self.weight.dtype == torch.float32
+            return super().forward(x)
+
+    model = Pair()
+    model.unused = nn.Linear(2, 2)
+    model.second = Adapted(4, 3)
+    model.first.weight.requires_grad_(False)
+    parametrize.register_parametrization(model.first, "bias", nn.Identity())
+    loss, grads = gradients(model, torch.randn(2, 6))
+    assert loss.isfinite()
+    assert model.wanted == (False, True)
+    assert grads["first.weight"] is None
+    assert grads["unused.weight"] is None
+    assert grads["unused.bias"] is None
+    assert grads["second.weight"] is not None
+    assert grads["first.parametrizations.bias.original"] is not None
+
+
+def test_second_derivatives_and_torch_func():
+    model = Pair()
+    x = torch.randn(2, 6)
+
+    def penalty(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).square().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), model.first.weight)[0]
+
+    plain = copy.deepcopy(model)
+    plain.forward = Pair.forward.__wrapped__.__get__(plain)
+    torch.testing.assert_close(penalty(model), penalty(plain), rtol=2e-2, atol=1e-3)
+
+    def loss(parameters):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)({name: parameter.detach() for name, parameter in model.named_parameters()})
+    assert grads["first.weight"].dtype == torch.float32
+    assert grads["first.weight"].abs().sum() > 0
+
+
+def test_compiled_blocks_have_the_same_results():
+    torch._dynamo.reset()
+    model = Pair()
+    x = torch.randn(2, 6)
+    _, expected = gradients(model, x)
+    _, ours = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    for (name, grad), other in zip(expected.items(), ours.values(), strict=True):
+        torch.testing.assert_close(grad, other, rtol=2e-2, atol=1e-3, msg=name)
