@@ -67,6 +67,13 @@ class Layers:
         predicted = self.outputs["pred_boxes"][self.image, self.query]
         return predicted, torch.cat([t["boxes"] for t in self.targets])[self.target].to(predicted.dtype)
 
+    @cached_property
+    def matched_corners(self) -> tuple[Tensor, Tensor]:
+        """The same boxes, xyxy."""
+        predicted, wanted = box_convert(torch.stack(self.matched_boxes), "cxcywh", "xyxy")
+        # Otherwise the losses would work out gradients by the targets.
+        return predicted, wanted.detach()
+
     def sum(self, x: Tensor) -> Tensor:
         """[L]: sums over equal parts of the first dimension; each layer has as many matches as any other."""
         layers = len(self.suffixes)
@@ -200,7 +207,7 @@ class SetCriterion(nn.Module):
         Negatives are weighted by 0.75 p^2 (varifocal) or p^1.5 (matchability), positives by their target, the IoU
         (varifocal), or by 1, with the target IoU^1.5.
         """
-        predicted, wanted = (box_convert(boxes, "cxcywh", "xyxy") for boxes in layers.matched_boxes)
+        predicted, wanted = layers.matched_corners
         iou = torch.zeros_like(logits[..., 0])
         iou[layers.image, layers.query] = paired_iou(predicted.detach(), wanted).to(iou.dtype)
         p, target = logits.detach().sigmoid(), one_hot * iou[..., None]
@@ -218,12 +225,16 @@ class SetCriterion(nn.Module):
 
     def loss_giou(self, layers: Layers, normalizers: Normalizers) -> Tensor:
         """1 minus the generalised IoU."""
-        predicted, wanted = (box_convert(boxes, "cxcywh", "xyxy") for boxes in layers.matched_boxes)
+        predicted, wanted = layers.matched_corners
         return layers.sum(1 - generalized_iou(predicted, wanted)) / normalizers.boxes
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of what forward returned, a scalar; suffixes such as "_0" or "_enc" do not matter."""
-        return torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
+        groups: dict[float, list[Tensor]] = {}
+        for name, loss in losses.items():
+            groups.setdefault(self._weight(name), []).append(loss)
+        # A sum of each group, as a product for each loss would be a launch for each, and another in the backward pass.
+        return torch.stack([weight * torch.stack(group).sum() for weight, group in groups.items()]).sum()
 
     def normalizers(self, targets: Targets, num_queries: int, device: torch.device) -> Normalizers:
         """Loss normalisers for the targets of all batches of one optimizer step.

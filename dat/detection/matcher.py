@@ -79,8 +79,8 @@ class HungarianMatcher:
         class_cost = -p
         if self.scores == "sigmoid":
             class_cost = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
-        corners, target_corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes, target_boxes))
-        giou = generalized_iou(corners[:, :, None], target_corners[:, None])
+        corners = box_convert(torch.cat((boxes, target_boxes), 1), "cxcywh", "xyxy")
+        giou = generalized_iou(corners[:, : boxes.shape[1], None], corners[:, None, boxes.shape[1] :])
         distance = torch.cdist(boxes, target_boxes, p=1)
         return self.cost_class * class_cost + self.cost_box * distance - self.cost_giou * giou
 

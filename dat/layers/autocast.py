@@ -5,6 +5,7 @@ GPU a quarter of all launches.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dat.ops._common import is_traced
+
+# What autocast casts of each type of layer. Subclasses (parametrized, adapted, quantized) have ways of their own. So have
+# convolutions in groups, whose weights are used in float32: to repeat them, or by kernels of our own.
+CAST = {
+    nn.Linear: ("weight", "bias"),
+    nn.Conv2d: ("weight", "bias"),
+    nn.MultiheadAttention: ("in_proj_weight", "in_proj_bias"),
+    nn.modules.linear.NonDynamicallyQuantizableLinear: ("weight", "bias"),
+}
 
 
 class _Cast(torch.autograd.Function):
@@ -41,15 +51,17 @@ def _copies(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ..
 
 
 def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's `forward` that finds the weights and biases of its linear layers and convolutions in autocast's dtype.
+    """A module's `forward` that finds the weights and biases of its layers in autocast's dtype.
 
-    They are what autocast would make of them, to the bit, and so are the gradients. Only for training: while `forward`
-    runs, the layers hold the copies, and threads that share a model for prediction must not see them come and go.
+    They are what autocast would make of them, to the bit, and so are the gradients. While `forward` runs, the layers
+    hold the copies. Threads that share a model for prediction must not see them come and go: prediction casts together
+    only in a process of one thread.
     """
 
     @functools.wraps(forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or is_traced(args) or not torch.is_autocast_cache_enabled():
+        alone = torch.is_grad_enabled() or threading.active_count() == 1
+        if not alone or is_traced(args) or not torch.is_autocast_cache_enabled():
             return forward(self, *args, **kwargs)
         parameters = _parameters_to_cast(self)
         if not parameters:
@@ -68,15 +80,11 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _parameters_to_cast(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Layers with the names and values of their parameters that autocast casts, all of one device.
-
-    Subclasses of layers and of parameters (parametrized, adapted, sharded, quantized) have casts of their own.
-    Depth-wise convolutions are left out, as their weights are used in float32, to repeat them or by kernels of our own.
-    """
+    """Layers with the names and values of their parameters that autocast casts, all of one device; not sharded ones."""
     found: list[tuple[nn.Module, str, nn.Parameter]] = []
     for layer in module.modules():
-        if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1):
-            for name in ("weight", "bias"):
+        if getattr(layer, "groups", 1) == 1:
+            for name in CAST.get(type(layer), ()):
                 parameter = layer._parameters.get(name)
                 if type(parameter) is nn.Parameter and parameter.dtype == torch.float32:
                     found.append((layer, name, parameter))

@@ -1,6 +1,7 @@
 """Casts of a block's parameters together give what autocast's own casts give, to the bit."""
 
 import copy
+import threading
 
 import pytest
 import timm
@@ -70,13 +71,15 @@ def test_layers_hold_copies_only_while_the_block_runs_and_their_own_after_an_err
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
-def test_prediction_and_float32_see_the_parameters_themselves():
+def test_threads_that_predict_and_float32_see_the_parameters_themselves(monkeypatch):
     model = Pair()
     model(torch.randn(2, 6))
     assert model.seen[0] == torch.float32
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(2, 6))
-    assert model.seen[0] == torch.float32
+    for threads, dtype in ((1, torch.bfloat16), (2, torch.float32)):
+        monkeypatch.setattr(threading, "active_count", lambda threads=threads: threads)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 6))
+        assert model.seen[0] == dtype
     # A user who turns autocast's cache off wants parameters cast where they are used.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         model(torch.randn(2, 6))
@@ -135,3 +138,24 @@ def test_compiled_blocks_have_the_same_results():
     _, ours = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
     for (name, grad), other in zip(expected.items(), ours.values(), strict=True):
         torch.testing.assert_close(grad, other, rtol=2e-2, atol=1e-3, msg=name)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    @casts_parameters_together
+    def forward(self, x):
+        assert self.attn.in_proj_weight.dtype == torch.bfloat16
+        assert self.attn.out_proj.bias.dtype == torch.bfloat16
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_multi_head_attention_has_the_gradients_of_autocast_to_the_bit():
+    torch.manual_seed(0)
+    model, x = Attends(), torch.randn(2, 5, 8)
+    _, ours = gradients(model, x)
+    model.forward = lambda x: model.attn(x, x, x, need_weights=False)[0]
+    _, theirs = gradients(model, x)
+    assert all(torch.equal(ours[name], grad) for name, grad in theirs.items())
