@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dat.ops._common import is_traced
 
-# What autocast casts of each type of layer. Subclasses (parametrized, adapted, quantized) have ways of their own. So have
-# convolutions in groups, whose weights are used in float32: to repeat them, or by kernels of our own.
+# What autocast casts of each type of layer. Subclasses (parametrized, adapted, quantized) have ways of their own. So do
+# convolutions in groups, which use their weights in float32: to repeat them, or in kernels of our own.
 CAST = {
     nn.Linear: ("weight", "bias"),
     nn.Conv2d: ("weight", "bias"),
@@ -82,9 +82,15 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
 def _parameters_to_cast(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Layers with the names and values of their parameters that autocast casts, all of one device; not sharded ones."""
     found: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for layer in module.modules():
-        if getattr(layer, "groups", 1) == 1:
-            for name in CAST.get(type(layer), ()):
+    # Several times as fast as `modules()`, which counts here: this runs for every block in every step.
+    layers: list[nn.Module | None] = [module]
+    for layer in layers:
+        if layer is None:
+            continue
+        layers.extend(layer._modules.values())
+        names = CAST.get(type(layer), ())
+        if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+            for name in names:
                 parameter = layer._parameters.get(name)
                 if type(parameter) is nn.Parameter and parameter.dtype == torch.float32:
                     found.append((layer, name, parameter))
