@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dat.ops.triton_launch import launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 8
@@ -310,7 +312,9 @@ def ceil_div(length: int, size: int) -> int:
 
 def _is_laid_out(tensor: Tensor) -> bool:
     """Whether this is one of the layouts of models, heads or rows first, which new tensors like it have too."""
-    return tensor.stride(3) == 1 and (tensor.is_contiguous() or tensor.transpose(1, 2).is_contiguous())
+    _, h, rows, c = tensor.shape
+    image, *steps = tensor.stride()
+    return image == h * rows * c and steps in ([rows * c, c, 1], [c, h * c, 1])
 
 
 def _arguments(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
@@ -339,7 +343,7 @@ class Axis:
         return 1 / self.step if self.step else 0.0
 
 
-class Launch:
+class Call:
     """The arguments that all kernels of one call have in common."""
 
     def __init__(
@@ -382,32 +386,36 @@ class Launch:
         key_pixels = torch.empty_like(self.positions)
         if self.biased:
             pixels, coordinates = coefficients.numel() // 4, key_pixels.numel()
-            prepare_kernel[(ceil_div(max(pixels, coordinates), 256),)](
-                self.table, self.positions, coefficients, key_pixels, pixels, coordinates, T_h, T_w, BLOCK=256
-            )
+            launch(
+                prepare_kernel, ceil_div(max(pixels, coordinates), 256),
+                (self.table, self.positions, coefficients, key_pixels), (pixels, coordinates, T_h, T_w), {"BLOCK": 256},
+            )  # fmt: skip
         return coefficients, key_pixels
 
 
 class TableGradient:
     """The sum of the table's gradient over chunks of keys."""
 
-    def __init__(self, launch: Launch, key_pixels: Tensor, chunk: int) -> None:
-        self.launch, self.key_pixels = launch, key_pixels
-        h, T_h, T_w = launch.table.shape
+    def __init__(self, call: Call, key_pixels: Tensor, chunk: int) -> None:
+        self.call, self.key_pixels = call, key_pixels
+        h, T_h, T_w = call.table.shape
         self.programs = T_h * ceil_div(T_w, COLUMNS) * h
-        blocks = launch.rows // h * ceil_div(chunk, TABLE_KEYS)
-        self.parts = launch.table.new_empty(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
+        blocks = call.rows // h * ceil_div(chunk, TABLE_KEYS)
+        self.parts = call.table.new_empty(max(1, min(TABLE_PROGRAMS // self.programs, blocks)), h, T_h, T_w)
 
     def add(self, grad_scores: Tensor, first: int, last: int) -> None:
         """Add the contributions of the gradients [rows, last - first, H*W] of the scores of keys first..last."""
-        launch, parts = self.launch, len(self.parts)
-        images = launch.rows // launch.heads[0]
+        call, parts = self.call, len(self.parts)
+        images = call.rows // call.heads[0]
         length = ceil_div(images * ceil_div(last - first, TABLE_KEYS), parts)
-        table_kernel[(parts * self.programs,)](
-            grad_scores, self.key_pixels, self.parts,
-            launch.x.start, launch.x.step, launch.x.inverse, launch.y.start, launch.y.step, launch.y.inverse,
-            images, *launch.heads, *launch.size, launch.sizes[4], *launch.table.shape[1:], first, last, parts, length,
-            launch.x.taps, launch.y.taps, V=COLUMNS, K=TABLE_KEYS, num_warps=1,
+        launch(
+            table_kernel, parts * self.programs, (grad_scores, self.key_pixels, self.parts),
+            (
+                call.x.start, call.x.step, call.x.inverse, call.y.start, call.y.step, call.y.inverse,
+                images, *call.heads, *call.size, call.sizes[4], *call.table.shape[1:], first, last, parts, length,
+                call.x.taps, call.y.taps,
+            ),
+            {"V": COLUMNS, "K": TABLE_KEYS, "num_warps": 1},
         )  # fmt: skip
 
     def total(self) -> Tensor:
@@ -427,12 +435,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, h, H*W, c] and logarithms [B, h, H*W] of the queries' sums of exponentials; nothing may be empty."""
     (query, key, value), steps = _arguments(query, key, value)
-    launch = Launch(query, key, positions, table, size, align_corners)
+    call = Call(query, key, positions, table, size, align_corners)
     out, lse = torch.empty_like(query), positions.new_empty(query.shape[:3])
-    programs = ceil_div(query.shape[2], launch.tile["M"]) * launch.rows
-    forward_kernel[(programs,)](
-        query, key, value, *launch.prepare(), out, lse,
-        *steps, *launch.axes, scale, *launch.sizes, **launch.constants, **launch.tile,
+    programs = ceil_div(query.shape[2], call.tile["M"]) * call.rows
+    launch(
+        forward_kernel, programs, (query, key, value, *call.prepare(), out, lse),
+        (*steps, *call.axes, scale, *call.sizes), call.constants | call.tile,
     )  # fmt: skip
     return out, lse
 
@@ -454,38 +462,39 @@ def backward(
     B, h, HW, c = query.shape
     N, g = key.shape[2], positions.shape[1]
     (grad, query, key, value, out), steps = _arguments(grad, query, key, value, out)
-    launch = Launch(query, key, positions, table, size, align_corners)
-    coefficients, key_pixels = launch.prepare()
+    call = Call(query, key, positions, table, size, align_corners)
+    coefficients, key_pixels = call.prepare()
     grad_query, dots = torch.empty_like(query), torch.empty_like(lse)
-    programs = ceil_div(HW, launch.tile["M"]) * launch.rows
-    query_kernel[(programs,)](
-        grad, query, key, value, coefficients, key_pixels, out, lse, dots, grad_query,
-        *steps, *launch.axes, scale, *launch.sizes, **launch.constants, **launch.tile,
+    programs = ceil_div(HW, call.tile["M"]) * call.rows
+    launch(
+        query_kernel, programs, (grad, query, key, value, coefficients, key_pixels, out, lse, dots, grad_query),
+        (*steps, *call.axes, scale, *call.sizes), call.constants | call.tile,
     )  # fmt: skip
 
-    M, K = launch.key_tile["M"], launch.key_tile["K"]
-    block_bytes = K * launch.rows * HW * query.element_size()
-    chunk = max(CHUNK_BYTES // block_bytes, 1) * K if launch.biased else N
+    M, K = call.key_tile["M"], call.key_tile["K"]
+    block_bytes = K * call.rows * HW * query.element_size()
+    chunk = max(CHUNK_BYTES // block_bytes, 1) * K if call.biased else N
     tiles = ceil_div(HW, M)
-    length = ceil_div(tiles, max(1, PROGRAMS // (ceil_div(min(chunk, N), K) * launch.rows)))
+    length = ceil_div(tiles, max(1, PROGRAMS // (ceil_div(min(chunk, N), K) * call.rows)))
     parts = ceil_div(tiles, length)
     sums = lse.new_empty(B, h, N, 2 * c + 2)
-    table_gradient = TableGradient(launch, key_pixels, min(chunk, N))
+    table_gradient = TableGradient(call, key_pixels, min(chunk, N))
     for first in range(0, N, chunk):
         last = min(first + chunk, N)
-        grad_scores = query.new_empty(launch.rows, last - first, HW) if launch.biased else query
+        grad_scores = query.new_empty(call.rows, last - first, HW) if call.biased else query
         part_sums = lse.new_empty(parts, B, h, last - first, 2 * c + 2)
-        key_kernel[(parts * launch.rows * ceil_div(last - first, K),)](
-            grad, query, key, value, coefficients, key_pixels, lse, dots, part_sums, grad_scores,
-            *steps[:12], *launch.axes, scale, *launch.sizes, launch.rows, first, last, parts, length * M,
-            **launch.constants, **launch.key_tile,
+        launch(
+            key_kernel, parts * call.rows * ceil_div(last - first, K),
+            (grad, query, key, value, coefficients, key_pixels, lse, dots, part_sums, grad_scores),
+            (*steps[:12], *call.axes, scale, *call.sizes, call.rows, first, last, parts, length * M),
+            call.constants | call.key_tile,
         )  # fmt: skip
         torch.sum(part_sums, 0, out=sums[:, :, first:last])
-        if launch.biased:
+        if call.biased:
             table_gradient.add(grad_scores, first, last)
     grad_key = torch.empty_like(key).copy_(sums[..., :c])
     grad_value = torch.empty_like(value).copy_(sums[..., c : 2 * c])
-    if not launch.biased:
+    if not call.biased:
         return grad_query, grad_key, grad_value, lse.new_empty(0), lse.new_empty(0)
     grad_positions = sums[..., 2 * c :].unflatten(1, (g, h // g)).sum(2)
     return grad_query, grad_key, grad_value, grad_positions, table_gradient.total()

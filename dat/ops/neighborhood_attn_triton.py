@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dat.ops.triton_launch import launch
+
 TILE = tl.constexpr(8)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
@@ -469,10 +471,9 @@ def forward(
     tensors, steps = _arguments((query, key, value))
     options = launch_options(query, kernel_size, dilation, bias is not None)
     table = query if bias is None else bias.contiguous()
+    numbers = (*steps, query.shape[1], H, W, query.shape[3], scale)
     with torch.cuda.device_of(query):
-        _forward[(_num_programs(query, H, W, dilation),)](
-            *tensors, table, out, *steps, query.shape[1], H, W, query.shape[3], scale, **options
-        )
+        launch(_forward, _num_programs(query, H, W, dilation), (*tensors, table, out), numbers, options)
     return out.transpose(1, 2)
 
 
@@ -500,17 +501,10 @@ def backward(
         table = query if bias is None else bias.contiguous()
         numbers = (*steps, h, H, W, query.shape[3], scale)
         with torch.cuda.device_of(query):
-            _backward_queries[(programs,)](
-                *tensors,
-                table,
-                grad_query,
-                grad_bias,
-                log_sums,
-                means,
-                *numbers,
-                **options,
-            )
-            _backward_keys[(programs,)](*tensors, table, grad_key, grad_value, log_sums, means, *numbers, **options)
+            outputs = (grad_query, grad_bias, log_sums, means)
+            launch(_backward_queries, programs, (*tensors, table, *outputs), numbers, options)
+            outputs = (grad_key, grad_value, log_sums, means)
+            launch(_backward_keys, programs, (*tensors, table, *outputs), numbers, options)
     elif biased:
         grad_bias.zero_()
     if bias is not None:

@@ -115,16 +115,16 @@ def compile_kernels(dtype, kind, channels):
     from dat.ops import deform_attn_triton as kernels
 
     query, key, _, positions, table = Sample("compiled", c=channels, dtype=dtype).tensors()
-    launch = kernels.Launch(query, key, positions, table, [5, 7], True)
+    call = kernels.Call(query, key, positions, table, [5, 7], True)
     types = dict.fromkeys(("query", "key", "value", "out", "grad", "grad_query", "grad_scores"), "*" + kind)
     floats = ("coefficients", "key_pixels", "lse", "dots", "sums", "table", "positions", "grad_table")
     types |= dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("scale", "start_x", "step_x", "inverse_x", "start_y", "step_y", "inverse_y"), "fp32")
     for kernel, constants in (
         (kernels.prepare_kernel, {"BLOCK": 256}),
-        (kernels.forward_kernel, launch.constants | launch.tile),
-        (kernels.query_kernel, launch.constants | launch.tile),
-        (kernels.key_kernel, launch.constants | launch.key_tile),
+        (kernels.forward_kernel, call.constants | call.tile),
+        (kernels.query_kernel, call.constants | call.tile),
+        (kernels.key_kernel, call.constants | call.key_tile),
         (kernels.table_kernel, {"V": kernels.COLUMNS, "K": kernels.TABLE_KEYS, "num_warps": 1}),
     ):
         names = kernel.arg_names

@@ -1,0 +1,40 @@
+"""Launches of Triton kernels that were launched before with such arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Compiled kernels and the values of their constants. Sizes and chunks of a map are keys too: enough for many maps.
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+MOST_KEYS = 4096
+
+
+def launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor], numbers: tuple[float, ...], constants: dict[str, Any]
+) -> None:
+    """kernel[(programs,)](*tensors, *numbers, **constants), the arguments in the order of the kernel's.
+
+    Triton looks at every argument of every launch to find out which compiled kernel it needs, which takes the host
+    several times as long as to launch it. The same numbers with tensors of the same dtypes, aligned alike, always need
+    the same one.
+    """
+    key = (
+        kernel,
+        tensors[0].device,
+        numbers,
+        tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]),
+        tuple(constants.values()),
+    )
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, values = found
+        compiled[(programs, 1, 1)](*tensors, *numbers, *values)
+        return
+    compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+    # The interpreter compiles nothing.
+    if compiled is not None:
+        if len(_compiled) >= MOST_KEYS:
+            _compiled.clear()
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        _compiled[key] = compiled, [constants[name] for name in names]
