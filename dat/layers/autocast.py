@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dat.ops._common import is_traced
+from dat.ops._common import autocast_dtype, is_traced
 
 # What autocast casts of each type of layer. Subclasses (parametrized, adapted, quantized) have ways of their own. So do
 # convolutions in groups, which use their weights in float32: to repeat them, or in kernels of our own.
@@ -51,7 +51,7 @@ def _copies(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ..
 
 
 def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's `forward` that finds the weights and biases of its layers in autocast's dtype.
+    """A module's `forward`, of a tensor and more, that finds the weights and biases of its layers in autocast's dtype.
 
     They are what autocast would make of them, to the bit, and so are the gradients. While `forward` runs, the layers
     hold the copies. Threads that share a model for prediction must not see them come and go: prediction casts together
@@ -59,19 +59,20 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
     """
 
     @functools.wraps(forward)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         alone = torch.is_grad_enabled() or threading.active_count() == 1
-        if not alone or is_traced(args) or not torch.is_autocast_cache_enabled():
-            return forward(self, *args, **kwargs)
-        parameters = _parameters_to_cast(self)
+        # The order matters to torch.fx, whose tensors have no device.
+        if is_traced((x,)) or not alone or not torch.is_autocast_cache_enabled():
+            return forward(self, x, *args, **kwargs)
+        dtype = autocast_dtype(x)
+        parameters = _parameters_to_cast(self, x.device) if dtype else []
         if not parameters:
-            return forward(self, *args, **kwargs)
-        dtype = torch.get_autocast_dtype(parameters[0][2].device.type)
+            return forward(self, x, *args, **kwargs)
         copies = _Cast.apply(dtype, *(parameter for _, _, parameter in parameters))
         for (layer, name, _), copy in zip(parameters, copies, strict=True):
             layer._parameters[name] = copy
         try:
-            return forward(self, *args, **kwargs)
+            return forward(self, x, *args, **kwargs)
         finally:
             for layer, name, parameter in parameters:
                 layer._parameters[name] = parameter
@@ -79,8 +80,8 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
     return wrapped
 
 
-def _parameters_to_cast(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Layers with the names and values of their parameters that autocast casts, all of one device; not sharded ones."""
+def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Layers with the names and values of their parameters on `device` that autocast casts."""
     found: list[tuple[nn.Module, str, nn.Parameter]] = []
     # Several times as fast as `modules()`, which counts here: this runs for every block in every step.
     layers: list[nn.Module | None] = [module]
@@ -92,8 +93,7 @@ def _parameters_to_cast(module: nn.Module) -> list[tuple[nn.Module, str, nn.Para
         if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
             for name in names:
                 parameter = layer._parameters.get(name)
-                if type(parameter) is nn.Parameter and parameter.dtype == torch.float32:
+                # The types of sharded ones are their own.
+                if type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and parameter.device == device:
                     found.append((layer, name, parameter))
-    if not found or not torch.is_autocast_enabled(found[0][2].device.type):
-        return []
-    return found if len({parameter.device for _, _, parameter in found}) == 1 else []
+    return found

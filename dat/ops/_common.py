@@ -45,13 +45,17 @@ def check_device(value: Tensor, tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be on the device of value, {value.device}, got {tensor.device}")
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of `tensor`, None where it is off."""
+    device = tensor.device.type
+    # The meta device has no autocast, and torch refuses to say that it is off.
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def autocast(value: Tensor) -> Tensor:
     """`value`, where it is float32 and autocast is on, in autocast's dtype."""
-    device = value.device.type
-    # The meta device has no autocast, and torch refuses to say that it is off.
-    if value.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
-        return value.to(torch.get_autocast_dtype(device))
-    return value
+    dtype = autocast_dtype(value) if value.dtype == torch.float32 else None
+    return value if dtype is None else value.to(dtype)
 
 
 def sum_dtype(value: Tensor) -> torch.dtype:
