@@ -110,7 +110,7 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*args: Any) -> Any:
-        if _is_traced(args):
+        if is_traced(args):
             return packet(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
@@ -120,7 +120,7 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     return call
 
 
-def _is_traced(args: Sequence[Any]) -> bool:
+def is_traced(args: Sequence[Any]) -> bool:
     """Whether anything but autograd may want to see a call: torch.compile, export, torch.func, modes or subclasses."""
     return (
         torch.compiler.is_compiling()
