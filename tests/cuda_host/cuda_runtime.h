@@ -1,8 +1,9 @@
-// The part of CUDA that dat's kernels use, on the host: a block's threads are fibres that meet in warp operations.
+// The part of CUDA that dat's kernels use, on the host: a block's threads are fibres that meet in warp operations and
+// barriers.
 //
 // Stands in for CUDA's own header when tests compile the kernels with a plain C++ compiler. A lane runs until it meets the
-// others of its warp. The kernels' mistakes are errors: lanes that meet in different places or have left, accesses outside
-// a buffer or not aligned; shared memory starts out as NaN.
+// others of its warp, or block. The kernels' mistakes are errors: lanes that meet in different places or have left, accesses
+// outside a buffer or not aligned; shared memory starts out as NaN.
 #pragma once
 
 #include <cmath>
@@ -50,7 +51,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum class Meeting { kSyncWarp, kAny, kExchange };
+enum class Meeting { kSyncWarp, kSyncBlock, kAny, kExchange };
 
 // What a lane brings to a meeting, and what it takes away from it.
 struct Visit {
@@ -60,7 +61,7 @@ struct Visit {
   int lane_mask;
 };
 
-// Waits for the other lanes; returns what the meeting gives this one.
+// Waits for the other lanes of the warp or, in kSyncBlock, of the block; returns what the meeting gives this one.
 uint64_t meet(const Visit& visit);
 
 void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
@@ -74,6 +75,10 @@ inline void check_full(unsigned mask) {
 inline void __syncwarp(unsigned mask = 0xffffffffu, std::source_location place = std::source_location::current()) {
   check_full(mask);
   emulator::meet({emulator::Meeting::kSyncWarp, place, 0, 0});
+}
+
+inline void __syncthreads(std::source_location place = std::source_location::current()) {
+  emulator::meet({emulator::Meeting::kSyncBlock, place, 0, 0});
 }
 
 inline int __any_sync(unsigned mask, int predicate, std::source_location place = std::source_location::current()) {

@@ -25,7 +25,8 @@ void* shared_memory_of(size_t size) {
 
 namespace emulator {
 
-// Whether the last lane of a warp runs first. What lanes do between meetings must not depend on it.
+// Whether the last warp of a block and the last lane of a warp run first. What lanes do between meetings must not depend on
+// it.
 bool last_lane_first = false;
 // How far the device's grids go in their second and third dimension. Kernels that loop over them do with any number.
 unsigned max_grid = 65535;
@@ -109,17 +110,21 @@ std::string name_of(const Visit& visit) {
   return std::string(visit.place.file_name()) + ":" + std::to_string(visit.place.line());
 }
 
+// Fails unless all of `count` lanes are at the same meeting.
+void check_meeting(const Fibre* lanes, unsigned count, const char* group) {
+  for (unsigned i = 0; i < count; i++) {
+    if (lanes[i].state == State::kDone) checked::fail(place_of(lanes[i].index) + " has left the others behind");
+    if (!same_meeting(lanes[i].visit, lanes[0].visit))
+      checked::fail(
+          place_of(lanes[i].index) + " is at " + name_of(lanes[i].visit) + ", the first of its " + group + " at " +
+          name_of(lanes[0].visit));
+  }
+}
+
 // Gives every lane of a warp its result. All must be there.
 void hold_meeting(Fibre* lanes) {
-  const Visit& first = lanes[0].visit;
   bool any = false;
-  for (unsigned i = 0; i < kWarpSize; i++) {
-    if (lanes[i].state == State::kDone) checked::fail(place_of(lanes[i].index) + " has left the others behind");
-    if (!same_meeting(lanes[i].visit, first))
-      checked::fail(
-          place_of(lanes[i].index) + " is at " + name_of(lanes[i].visit) + ", the first of its warp at " + name_of(first));
-    any |= lanes[i].visit.bits != 0;
-  }
+  for (unsigned i = 0; i < kWarpSize; i++) any |= lanes[i].visit.bits != 0;
   for (unsigned i = 0; i < kWarpSize; i++) {
     const Visit& visit = lanes[i].visit;
     lanes[i].result = visit.meeting == Meeting::kExchange ? lanes[i ^ visit.lane_mask].visit.bits : any;
@@ -127,8 +132,8 @@ void hold_meeting(Fibre* lanes) {
   }
 }
 
-// Runs a warp until it is done. Warps do not wait for each other: no kernel has them do so.
-void run_warp(Fibre* lanes) {
+// Runs a warp until it is done, which it returns, or waits for the block's others.
+bool run_warp(Fibre* lanes) {
   for (;;) {
     unsigned done = 0;
     for (unsigned i = 0; i < kWarpSize; i++) {
@@ -137,16 +142,24 @@ void run_warp(Fibre* lanes) {
       if (error) checked::fail(*error);
       done += lane.state == State::kDone;
     }
-    if (done == kWarpSize) return;
-    // A lane that has left while others wait is found by the meeting.
+    if (done == kWarpSize) return true;
+    // A lane that has left while others wait is found here.
+    check_meeting(lanes, kWarpSize, "warp");
+    if (lanes[0].visit.meeting == Meeting::kSyncBlock) return false;
     hold_meeting(lanes);
   }
 }
 
 void run_block(unsigned threads) {
   memset(checked::shared, 0xff, sizeof(checked::shared));
-  for (unsigned i = 0; i < threads; i++) fibres[i].state = State::kReady;
-  for (unsigned i = 0; i < threads; i += kWarpSize) run_warp(&fibres[i]);
+  for (;;) {
+    for (unsigned i = 0; i < threads; i++) fibres[i].state = State::kReady;
+    unsigned done = 0;
+    for (unsigned i = 0; i < threads; i += kWarpSize)
+      done += run_warp(&fibres[last_lane_first ? threads - kWarpSize - i : i]);
+    if (done == threads / kWarpSize) return;
+    check_meeting(fibres.data(), threads, "block");
+  }
 }
 
 }  // namespace

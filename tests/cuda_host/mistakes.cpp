@@ -33,6 +33,15 @@ void lane_leaves(Numbers) {
   if (threadIdx.x) __syncwarp();
 }
 
+void warp_leaves(Numbers) {
+  if (threadIdx.x >= 32) __syncthreads();
+}
+
+void warps_part(Numbers) {
+  if (threadIdx.x >= 32) __syncthreads();
+  if (threadIdx.x < 32) __syncthreads();
+}
+
 // Lane 0 reads what lane 31 writes, and the other way round.
 void trade(Numbers numbers, bool wait) {
   auto& shared = checked::shared_memory<checked::SharedArray<float, 64>>();
@@ -49,8 +58,9 @@ void trade_alone(Numbers numbers) { trade(numbers, false); }
 // Runs kernel `which` on 64 threads and as many numbers; null, or what went wrong.
 extern "C" const char* run_mistake(int which, float* numbers) {
   static std::string error;
-  void (*const kernels[])(Numbers) = {past_the_end, before_the_start, half_past_the_end, not_aligned,   shared_past_the_end,
-                                      lanes_part,   lane_leaves,      trade_alone,       trade_together};
+  void (*const kernels[])(Numbers) = {past_the_end,        before_the_start, half_past_the_end, not_aligned,
+                                      shared_past_the_end, lanes_part,       lane_leaves,       warp_leaves,
+                                      warps_part,          trade_alone,      trade_together};
   cudaLaunchConfig_t config;
   config.gridDim = dim3(1);
   config.blockDim = dim3(64);

@@ -390,7 +390,9 @@ def test_every_mistake_is_found(tmp_path):
         "not aligned to 16",
         "index 32 of 32 in shared memory",
         "the first of its warp at",
-        "left the others behind",
+        "thread 0 of block (0, 0, 0) has left the others behind",
+        "thread 0 of block (0, 0, 0) has left the others behind",
+        "the first of its block at",
     )
     numbers = torch.zeros(64)
 
