@@ -218,8 +218,7 @@ class DeformableAttention(nn.Module):
         sampled = deform_sample(
             x.reshape(B, H * W, self.num_groups, C // self.num_groups),
             ((H, W),),
-            # (positions + 1) / 2 in one kernel.
-            torch.rsub(positions.transpose(1, 2)[:, :, :, None, None], 0.5, alpha=-0.5),
+            (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2,
             align_corners=True,
         )
         return sampled.reshape(B, positions.shape[2], C)

@@ -65,7 +65,8 @@ class NeighborhoodAttention(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
-        q, k, v = rearrange(self.qkv(x), "b y x (qkv h c) -> qkv b h (y x) c", qkv=3, h=self.num_heads)
+        # Gradients of chunks come together in one copy, those of a dimension of three in two.
+        q, k, v = (rearrange(part, "b y x (h c) -> b h (y x) c", h=self.num_heads) for part in self.qkv(x).chunk(3, -1))
         out = neighborhood_attn(
             q, k, v, self.rpb, size=(H, W), kernel_size=self.kernel_size, scale=self.scale, dilation=self.dilation
         )

@@ -113,7 +113,8 @@ class WindowAttention(nn.Module):
 
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
         """Attention within windows [B * n, h*w, C]; all images have the same biases [n or 1, num_heads, h*w, h*w]."""
-        q, k, v = rearrange(self.qkv(x), "w n (qkv h c) -> qkv w h n c", qkv=3, h=self.num_heads)
+        # Gradients of chunks come together in one copy, those of a dimension of three in two.
+        q, k, v = (rearrange(part, "w n (h c) -> w h n c", h=self.num_heads) for part in self.qkv(x).chunk(3, -1))
         bias = bias.to(q.dtype)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             # No fused CPU kernel differentiates the bias, and PyTorch's substitute copies more than this.
