@@ -23,6 +23,10 @@ LOG_CPB_PAIRS = 2**21
 LARGE_MAP = 2**19
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that works in float32 under autocast: its type keeps it from `casts_parameters_together`."""
+
+
 class DeformableAttention(nn.Module):
     """Deformable multi-head attention (DAT, https://arxiv.org/abs/2201.00520, section 3.2, equations 6 to 9).
 
@@ -87,7 +91,7 @@ class DeformableAttention(nn.Module):
             padding = 0 if self.unpadded else kernel_size // 2
             self.offset_conv = nn.Conv2d(width, width, kernel_size, stride, padding, groups=width, **dd)
             self.offset_norm = nn.LayerNorm(width, **dd)
-            self.offset_proj = nn.Linear(width, 2, bias=False, **dd)
+            self.offset_proj = Float32Linear(width, 2, bias=False, **dd)
         self.q = nn.Linear(embed_dims, embed_dims, **dd)
         self.k = nn.Linear(embed_dims, embed_dims, **dd)
         self.v = nn.Linear(embed_dims, embed_dims, **dd)
@@ -185,6 +189,10 @@ class DeformableAttention(nn.Module):
         groups = self.num_groups
         if self.no_off:
             return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
+        if query.dtype in (torch.bfloat16, torch.float16) and self.offset_conv.weight.dtype == torch.float32:
+            # Autocast would cast between its layers, four launches more, and round positions.
+            with torch.autocast(query.device.type, enabled=False):
+                return self._offsets(query.float())
         x = query.permute(0, 3, 1, 2)
         if self.unpadded:
             x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))

@@ -188,11 +188,18 @@ def test_positions(stride, keys):
     assert ((positions - still).abs() <= torch.tensor([2 / columns, 2 / rows])).all()
 
 
-def test_positions_stay_float32_under_autocast():
+def test_positions_are_those_of_float32_under_autocast():
     layer = make_layer(num_groups=2).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer.positions(layer.q(torch.randn(1, 4, 4, 24))).dtype == torch.float32
+        query = layer.q(torch.randn(1, 4, 4, 24))
+        positions = layer.positions(query)
         assert layer(torch.randn(1, 4, 4, 24)).isfinite().all()
+    assert query.dtype == torch.bfloat16
+    assert torch.equal(positions, layer.positions(query.float()))
+    # A model in half precision has no float32 weights to work with.
+    layer.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.positions(query).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
