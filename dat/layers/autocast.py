@@ -23,6 +23,9 @@ CAST = {
     nn.modules.linear.NonDynamicallyQuantizableLinear: ("weight", "bias"),
 }
 
+# Where the classes of modules are defined whose layers are looked for.
+OWN = ("dat.", "torch.nn.", "timm.layers.")
+
 
 class _Cast(torch.autograd.Function):
     """Copies of tensors in another dtype, in one launch for all; likewise their gradients."""
@@ -46,16 +49,18 @@ class _Cast(torch.autograd.Function):
 
 def _copies(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
-    torch._foreach_copy_(copies, tensors)
+    if copies:
+        torch._foreach_copy_(copies, tensors)
     return copies
 
 
 def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A module's `forward`, of a tensor and more, that finds the weights and biases of its layers in autocast's dtype.
 
-    They are what autocast would make of them, to the bit, and so are the gradients. While `forward` runs, the layers
-    hold the copies. Threads that share a model for prediction must not see them come and go: prediction casts together
-    only in a process of one thread.
+    They are what autocast would make of them, to the bit, and so are the gradients, except that those of parameters
+    which are used twice are summed in float32. While `forward` runs, the layers hold the copies. Threads that share a
+    model for prediction must not see them come and go: prediction casts together only in a process of one thread. No
+    other thread may save the model meanwhile.
     """
 
     @functools.wraps(forward)
@@ -69,9 +74,9 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
         if not parameters:
             return forward(self, x, *args, **kwargs)
         copies = _Cast.apply(dtype, *(parameter for _, _, parameter in parameters))
-        for (layer, name, _), copy in zip(parameters, copies, strict=True):
-            layer._parameters[name] = copy
         try:
+            for (layer, name, _), copy in zip(parameters, copies, strict=True):
+                layer._parameters[name] = copy
             return forward(self, x, *args, **kwargs)
         finally:
             for layer, name, parameter in parameters:
@@ -80,20 +85,43 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
     return wrapped
 
 
+def calls_forward_only(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's `forward` and nothing else, as hooks would be."""
+    return (
+        "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
 def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Layers with the names and values of their parameters on `device` that autocast casts."""
     found: list[tuple[nn.Module, str, nn.Parameter]] = []
     # Several times as fast as `modules()`, which counts here: this runs for every block in every step.
-    layers: list[nn.Module | None] = [module]
+    layers = [module]
     for layer in layers:
-        if layer is None:
-            continue
-        layers.extend(layer._modules.values())
+        # Modules of others, in the place of ours, may turn autocast off or look at their weights.
+        layers.extend(part for part in layer._modules.values() if part is not None and type(part).__module__.startswith(OWN))
         names = CAST.get(type(layer), ())
-        if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1) and calls_forward_only(layer):
             for name in names:
                 parameter = layer._parameters.get(name)
-                # The types of sharded ones are their own.
-                if type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and parameter.device == device:
+                if (
+                    parameter is not None
+                    and parameter.dtype == torch.float32
+                    and parameter.device == device
+                    and _is_plain(parameter)
+                ):
                     found.append((layer, name, parameter))
     return found
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether nobody else has to do with a parameter: sharded ones have a type or attributes of their own."""
+    return (
+        type(parameter) is nn.Parameter
+        and not parameter.__dict__
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )

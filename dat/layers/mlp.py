@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dat.layers.autocast import calls_forward_only
 from dat.ops import depthwise as fused
 
 # Above this many elements of the hidden map per image, compute it in chunks of rows. On a GPU small kernels cost more
@@ -111,12 +112,10 @@ def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
-    """Whether a call of `conv` pads by one zero, convolves and does nothing else, as hooks would."""
+    """Whether a call of `conv` pads by one zero, convolves and does nothing else."""
     return (
         type(conv) is nn.Conv2d
         and conv.stride == conv.padding == conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
-        and "forward" not in conv.__dict__
-        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()
+        and calls_forward_only(conv)
     )

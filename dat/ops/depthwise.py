@@ -57,13 +57,12 @@ def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         [B, H, W, C] in the dtype of `x`, from sums in float32. Differentiable any number of times, in reverse mode;
         sums are taken in the same order every time.
     """
-    return _ResidualDepthwise.apply(x, weight, bias)
+    return _ResidualDepthwise.apply(x.contiguous(), weight, bias)
 
 
 class _ResidualDepthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x, weight, bias)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.dat.residual_depthwise.default(x, weight, bias)

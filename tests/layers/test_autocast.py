@@ -159,3 +159,72 @@ def test_multi_head_attention_has_the_gradients_of_autocast_to_the_bit():
     model.forward = lambda x: model.attn(x, x, x, need_weights=False)[0]
     _, theirs = gradients(model, x)
     assert all(torch.equal(ours[name], grad) for name, grad in theirs.items())
+
+
+class Disables(nn.Module):
+    """What users put into a block: a layer that is to work in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.inner(x.float())
+
+
+def test_modules_of_others_may_turn_autocast_off():
+    model = Pair()
+    model.second = Disables()
+    model.second.bias = nn.Parameter(torch.zeros(3))
+    _, grads = gradients(model, torch.randn(2, 6))
+    assert grads["second.inner.weight"].abs().sum() > 0
+    assert model.seen[0] == torch.bfloat16
+
+
+def test_layers_with_hooks_and_parameters_with_hooks_or_owners_are_left_alone():
+    mask = torch.arange(24).reshape(4, 6) % 2
+    for touch in (
+        lambda model: model.first.register_forward_pre_hook(lambda layer, args: layer.weight.data.mul_(mask)),
+        lambda model: model.first.weight.register_hook(lambda grad: grad.clamp(-1, 1)),
+        lambda model: model.first.weight.register_post_accumulate_grad_hook(lambda parameter: None),
+        # Shards of FSDP and ZeRO are told by their attributes.
+        lambda model: setattr(model.first.weight, "_fsdp_flattened", True),
+        lambda model: setattr(model.first, "forward", lambda x: nn.functional.linear(x.float(), model.first.weight)),
+    ):
+        model = Pair()
+        touch(model)
+        _, grads = gradients(model, torch.randn(2, 6))
+        assert model.seen[:2] == (torch.float32, torch.bfloat16)
+        assert grads["first.weight"] is not None
+        model.first.weight.data.add_(1)
+
+
+def test_no_gradient_at_all_and_an_interrupted_start():
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.expand(2, 6), None
+
+    model, x = Pair(), torch.randn(2, 6, requires_grad=True)
+    model.norm = nn.Identity()
+    with torch.autocast("cpu", torch.bfloat16):
+        run = casts_parameters_together(lambda self, x: Nothing.apply(x, self.first.weight))
+        run(model, x).backward()
+    assert model.first.weight.grad is None
+    assert torch.equal(x.grad, torch.ones(2, 6))
+
+    class Stops(dict):
+        def __setitem__(self, name, value):
+            if value is not None and value.dtype == torch.bfloat16:
+                raise KeyboardInterrupt
+            super().__setitem__(name, value)
+
+    model.second.__dict__["_parameters"] = Stops(model.second._parameters)
+    with pytest.raises(KeyboardInterrupt), torch.autocast("cpu", torch.bfloat16):
+        run(model, x)
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())

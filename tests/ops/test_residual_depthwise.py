@@ -204,7 +204,13 @@ def test_third_derivatives_and_maps_that_are_not_contiguous():
         second = torch.autograd.grad(first.sum(), x, create_graph=True)[0]
         return torch.autograd.grad(second.sum(), x)[0]
 
-    close(third(depthwise.residual_depthwise), third(exact), 1e-5)
+    def mixed(function):
+        grads = torch.autograd.grad(function(x, weight, None).pow(4).sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), x)[0]
+
+    weight.requires_grad_()
+    for derivative in (third, mixed):
+        close(derivative(depthwise.residual_depthwise), derivative(exact), 1e-5)
 
 
 class Other(nn.Conv2d):
