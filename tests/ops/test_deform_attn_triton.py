@@ -100,8 +100,8 @@ def interpret_low_scores():
 
 
 def interpret_table():
-    """Tables that are not finite."""
-    for sample in TABLES[:2]:
+    """Tables that are not finite. The interpreter takes a second for a few queries and keys."""
+    for sample in (TABLES[0], replace(TABLES[1], size=(4, 6), N=12)):
         for bad in (float("nan"), float("inf"), -float("inf")):
             check_table(lambda tensors, grad, sample=sample: attend(sample, tensors), sample, bad)
 
