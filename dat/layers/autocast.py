@@ -102,7 +102,9 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
     layers = [module]
     for layer in layers:
         # Modules of others, in the place of ours, may turn autocast off or look at their weights.
-        layers.extend(part for part in layer._modules.values() if part is not None and type(part).__module__.startswith(OWN))
+        layers.extend(
+            part for part in layer._modules.values() if part is not None and type(part).__module__.startswith(OWN)
+        )
         names = CAST.get(type(layer), ())
         if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1) and calls_forward_only(layer):
             for name in names:

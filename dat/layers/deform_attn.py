@@ -189,19 +189,26 @@ class DeformableAttention(nn.Module):
         groups = self.num_groups
         if self.no_off:
             return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
-        if query.dtype in (torch.bfloat16, torch.float16) and self.offset_conv.weight.dtype == torch.float32:
-            # Autocast would cast between its layers, four launches more, and round positions.
-            with torch.autocast(query.device.type, enabled=False):
-                return self._offsets(query.float())
         x = query.permute(0, 3, 1, 2)
         if self.unpadded:
             x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))
-        # The groups have the same weights; repeating these avoids copying the queries to put groups into the batch.
-        conv = self.offset_conv
-        weight, bias = conv.weight.repeat(groups, 1, 1, 1), None if conv.bias is None else conv.bias.repeat(groups)
+        conv, norm = self.offset_conv, self.offset_norm
+        weight = self._for_groups(conv.weight, query.dtype)
+        bias = None if conv.bias is None else self._for_groups(conv.bias, query.dtype)
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
-        return self.offset_proj(F.gelu(self.offset_norm(x)))
+        if x.dtype == norm.weight.dtype:
+            return self.offset_proj(F.gelu(norm(x)))
+        # Autocast would cast between these layers, four launches more, and round positions.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.offset_proj(F.gelu(norm(x.to(norm.weight.dtype))))
+
+    def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """A parameter of the groups' convolution, once for each of them, which saves to put groups into the batch.
+
+        In the dtype of the queries, as autocast would cast it, so that one copy does both.
+        """
+        return parameter.expand(self.num_groups, *parameter.shape).to(dtype).flatten(0, 1)
 
     def _steps(self, length: int) -> int:
         """Pixels, of a side of `length` keys, that the official code takes its positions -1..1 for."""
