@@ -1,8 +1,8 @@
 """Builds the two libraries of kernels; all metadata is in pyproject.toml.
 
 Neither is needed to install: without a compiler the ops run on their PyTorch reference.
-DAT_BUILD_CUDA=0/1 overrides whether the CUDA library is built, TORCH_CUDA_ARCH_LIST the architectures. DAT_BUILD=0 builds
-neither.
+DAT_BUILD_CUDA=0/1 overrides whether the CUDA library is built, TORCH_CUDA_ARCH_LIST the architectures.
+DAT_BUILD=0 builds neither.
 """
 
 import contextlib
