@@ -32,13 +32,8 @@ define install
 	@# A venv that was left without pip (Debian without python3-venv) is made anew.
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@# Python compiles modules when they are first imported, a few of the many thousand.
-	$(BIN)/python -m pip install --no-compile "torch>=2.11" "setuptools>=77" wheel ninja
-	@# The kernels compile while pip fetches the rest: one after the other takes half as long again.
-	DAT_BUILD=0 $(BIN)/python -m pip install --no-compile --no-build-isolation --editable ".[$(1)]" & pip=$$!; \
-	trap 'kill $$pip; exit 1' INT TERM; \
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace || { kill $$pip; exit 1; }; \
-	wait $$pip
+	$(BIN)/python -m pip install "torch>=2.11" "setuptools>=77" wheel ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[$(1)]"
 endef
 
 # The demo needs the package and the extra `demo` alone, not the tools of developers.

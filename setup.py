@@ -2,7 +2,6 @@
 
 Neither is needed to install: without a compiler the ops run on their PyTorch reference.
 DAT_BUILD_CUDA=0/1 overrides whether the CUDA library is built, TORCH_CUDA_ARCH_LIST the architectures.
-DAT_BUILD=0 builds neither.
 """
 
 import contextlib
@@ -139,11 +138,8 @@ def main() -> None:
         "packages": [*find_packages(include=["dat*"]), "dat.configs"],
         "package_dir": {"dat.configs": "configs"},
     }
-    why_not = None if has_compiler() else "no C++ compiler"
-    if os.environ.get("DAT_BUILD") == "0":
-        why_not = "DAT_BUILD=0"
-    if why_not:
-        print(f"dat: {why_not}: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
+    if not has_compiler():
+        print("dat: no C++ compiler: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
         setup(**packages)
         return
     setup(
