@@ -65,9 +65,10 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(forward)
     def wrapped(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alone = torch.is_grad_enabled() or threading.active_count() == 1
-        # The order matters to torch.fx, whose tensors have no device.
-        if is_traced((x,)) or not alone or not torch.is_autocast_cache_enabled():
+        # First, as compilers trace no threads and tensors of torch.fx have no device.
+        if is_traced((x,)) or not torch.is_autocast_cache_enabled():
+            return forward(self, x, *args, **kwargs)
+        if not torch.is_grad_enabled() and threading.active_count() > 1:
             return forward(self, x, *args, **kwargs)
         dtype = autocast_dtype(x)
         parameters = _parameters_to_cast(self, x.device) if dtype else []

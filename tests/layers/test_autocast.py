@@ -138,6 +138,9 @@ def test_compiled_blocks_have_the_same_results():
     _, ours = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
     for (name, grad), other in zip(expected.items(), ours.values(), strict=True):
         torch.testing.assert_close(grad, other, rtol=2e-2, atol=1e-3, msg=name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=1e-2)
 
 
 class Attends(nn.Module):
