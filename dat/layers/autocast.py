@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dat.ops._common import autocast_dtype, is_traced
 
-# What autocast casts of each type of layer. Subclasses (parametrized, adapted, quantized) have ways of their own. So do
-# convolutions in groups, which use their weights in float32: to repeat them, or in kernels of our own.
+# The parameters that autocast casts, by the type of layer. Subclasses are left out, as they may use their parameters in
+# another way (parametrized, adapted, quantized). So are convolutions in groups, whose weights are used in float32: they
+# are repeated, or read by our own kernels.
 CAST = {
     nn.Linear: ("weight", "bias"),
     nn.Conv2d: ("weight", "bias"),

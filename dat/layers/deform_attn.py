@@ -204,9 +204,9 @@ class DeformableAttention(nn.Module):
             return self.offset_proj(F.gelu(norm(x.to(norm.weight.dtype))))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """A parameter of the groups' convolution, once for each of them, which saves to put groups into the batch.
+        """A parameter of the convolution, which all groups share, repeated for each of them and cast in one copy.
 
-        In the dtype of the queries, as autocast would cast it, so that one copy does both.
+        With the groups in the batch instead, the queries would have to be copied.
         """
         return parameter.expand(self.num_groups, *parameter.shape).to(dtype).flatten(0, 1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from dat.ops._common import is_traced, second_derivatives
+from dat.ops._common import autocast_dtype, is_traced, second_derivatives
 from dat.ops._library import LIBRARY
 
 # CUDA kernels only: whatever traces, and any other device, takes torch's convolution.
@@ -28,20 +28,12 @@ def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         # Subclasses that only dispatch, as DTensor, have no mode and no __torch_function__ that would show them.
         and {type(x), type(weight)} <= {Tensor, torch.nn.Parameter}
         and forward_ad._current_level < 0
-        and (x.dtype == torch.float32 or _is_autocast(x))
+        # Without autocast, torch refuses a map in half precision with weights in float32.
+        and x.dtype in (torch.float32, autocast_dtype(x))
         and weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
         and weight.shape[0] % 4 == 0
         and weight.shape[1:] == (1, 3, 3)
-    )
-
-
-def _is_autocast(x: Tensor) -> bool:
-    """Whether `x` is what autocast would make of it: in half precision, in which the kernel keeps sums in float32."""
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and torch.is_autocast_enabled(DEVICE)
-        and x.dtype == torch.get_autocast_dtype(DEVICE)
     )
 
 

@@ -1,35 +1,19 @@
 // Runs dat's CUDA kernels on the host for tests/ops/test_cuda_kernels_on_host.py, compiled once for each type of value.
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "calls.h"
 // The stand-in for CUDA comes first.
 #include "../../dat/csrc/cuda/launch.cuh"
-
-namespace emulator {
-extern bool last_lane_first;
-extern unsigned max_grid;
-}  // namespace emulator
 
 namespace {
 
 using T = DAT_VALUE_TYPE;
 using Real = typename dat::RealOf<T>::type;
 
-struct Buffer {
-  void* data;
-  int64_t bytes;
-
-  template <typename U>
-  checked::Pointer<U> as() const {
-    if (!data) return nullptr;
-    return checked::Pointer<U>(static_cast<U*>(data), bytes / static_cast<int64_t>(sizeof(U)));
-  }
-  bool aligned() const { return dat::aligned(static_cast<const char*>(data)); }
-};
+bool is_aligned(const Buffer& buffer) { return dat::aligned(static_cast<const char*>(buffer.data)); }
 
 }  // namespace
 
@@ -56,21 +40,6 @@ dat::Geometry geometry_of(const Call& call) {
   return dat::make_geometry(call.B, call.H, call.D, call.Q, call.P, levels, call.align_corners);
 }
 
-// Memory that the registration would take from torch, full of NaN.
-struct Scratch {
-  std::vector<Real> numbers;
-
-  checked::Pointer<Real> take(bool wanted, int64_t count) {
-    if (!wanted) return nullptr;
-    numbers.assign(static_cast<size_t>(std::max<int64_t>(1, count)), std::numeric_limits<Real>::quiet_NaN());
-    return checked::Pointer<Real>(numbers.data(), count);
-  }
-};
-
-void require(cudaError_t error) {
-  if (error != cudaSuccess) checked::fail("launch error " + std::to_string(error));
-}
-
 void sum_by_value(const Call& call, const dat::Geometry& g, const dat::KeptInput<Real>& kept, bool row_per_sample) {
   std::vector<int> keys, sorted;
   std::vector<int64_t> order;
@@ -88,8 +57,8 @@ void sum_by_value(const Call& call, const dat::Geometry& g, const dat::KeptInput
   };
   require(
       dat::run_deterministic<T, Real>(
-          g, kept, row_per_sample, call.grad.as<const T>(), call.grad_value.as<Real>(), call.grad.aligned(), call.max_batch,
-          nullptr, sort));
+          g, kept, row_per_sample, call.grad.as<const T>(), call.grad_value.as<Real>(), is_aligned(call.grad),
+          call.max_batch, nullptr, sort));
 }
 
 template <template <typename> typename Source>
@@ -98,11 +67,11 @@ void points(const Call& call) {
   const dat::Geometry g = geometry_of(call);
   const dat::PointsInput<Real> in = {call.locations.as<const Real>(), call.weights.as<const Real>()};
   if (!call.grad.data) {
-    const bool aligned = call.value.aligned() && call.out.aligned();
+    const bool aligned = is_aligned(call.value) && is_aligned(call.out);
     require(dat::run_forward<Source, T>(g, in, call.value.as<const T>(), call.out.as<T>(), aligned, nullptr));
     return;
   }
-  Scratch pixels;
+  Scratch<Real> pixels;
   const auto kept_pixels = pixels.take(call.deterministic, g.B * g.H * g.Q * g.samples() * 2);
   const dat::PointsGrads<Real> grads = {
       call.grad_locations.as<Real>(), call.grad_weights.as<Real>(), {kept_pixels, nullptr}};
@@ -110,8 +79,8 @@ void points(const Call& call) {
   if (!call.deterministic) sums = call.grad_value.as<Real>();
   require(
       dat::run_backward<Source, T, Real>(
-          g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums, call.value.aligned() && call.grad.aligned(),
-          nullptr));
+          g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums,
+          is_aligned(call.value) && is_aligned(call.grad), nullptr));
   if (call.deterministic) sum_by_value(call, g, {kept_pixels, in.weights}, kLone);
 }
 
@@ -127,7 +96,7 @@ dat::AttentionInput<Real> attention_input(const Call& call) {
 
 void attention_backward(const Call& call, const dat::Geometry& g, const dat::AttentionInput<Real>& in) {
   const int64_t samples = g.B * g.H * g.Q * g.samples();
-  Scratch grad_weights, grad_pixels, pixels, weights;
+  Scratch<Real> grad_weights, grad_pixels, pixels, weights;
   dat::AttentionGrads<Real> grads = {};
   grads.grad_offsets = call.grad_offsets.as<char>(), grads.grad_logits = call.grad_logits.as<char>();
   grads.grad_weights = call.narrow ? grad_weights.take(true, samples) : call.grad_logits.as<Real>();
@@ -137,8 +106,8 @@ void attention_backward(const Call& call, const dat::Geometry& g, const dat::Att
   if (!call.deterministic) sums = call.grad_value.as<Real>();
   require(
       dat::run_backward<dat::Attention, T, Real>(
-          g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums, call.value.aligned() && call.grad.aligned(),
-          nullptr));
+          g, in, grads, call.grad.as<const T>(), call.value.as<const T>(), sums,
+          is_aligned(call.value) && is_aligned(call.grad), nullptr));
   if (call.grad_reference.data)
     require(dat::run_reference_grad<T, Real>(g, in, grads.grad_pixels, call.grad_reference.as<Real>(), nullptr));
   if (call.deterministic) sum_by_value(call, g, {grads.kept.pixels, grads.kept.weights}, false);
@@ -148,7 +117,7 @@ void attention(const Call& call) {
   const dat::Geometry g = geometry_of(call);
   const auto in = attention_input(call);
   if (call.grad.data) return attention_backward(call, g, in);
-  const bool aligned = call.value.aligned() && call.out.aligned();
+  const bool aligned = is_aligned(call.value) && is_aligned(call.out);
   require(dat::run_forward<dat::Attention, T>(g, in, call.value.as<const T>(), call.out.as<T>(), aligned, nullptr));
 }
 
@@ -156,10 +125,9 @@ void attention(const Call& call) {
 
 // Null, or what went wrong.
 extern "C" const char* run(const Call* call) {
-  static std::string error;
   emulator::last_lane_first = call->last_lane_first;
   emulator::max_grid = static_cast<unsigned>(call->max_grid);
-  try {
+  return error_of([&] {
     if (call->reference.data) {
       attention(*call);
     } else if (call->weights.data) {
@@ -167,9 +135,5 @@ extern "C" const char* run(const Call* call) {
     } else {
       points<dat::LonePoints>(*call);
     }
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-  return nullptr;
+  });
 }

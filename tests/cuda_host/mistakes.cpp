@@ -1,8 +1,7 @@
 // Kernels with a mistake each, that the emulator has to find.
 #include <cstdint>
-#include <string>
 
-#include "cuda_runtime.h"
+#include "calls.h"
 
 namespace {
 
@@ -57,18 +56,11 @@ void trade_alone(Numbers numbers) { trade(numbers, false); }
 
 // Runs kernel `which` on 64 threads and as many numbers; null, or what went wrong.
 extern "C" const char* run_mistake(int which, float* numbers) {
-  static std::string error;
   void (*const kernels[])(Numbers) = {past_the_end,        before_the_start, half_past_the_end, not_aligned,
                                       shared_past_the_end, lanes_part,       lane_leaves,       warp_leaves,
                                       warps_part,          trade_alone,      trade_together};
   cudaLaunchConfig_t config;
   config.gridDim = dim3(1);
   config.blockDim = dim3(64);
-  try {
-    cudaLaunchKernelEx(&config, kernels[which], Numbers(numbers, which == 2 ? 35 : 64));
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-  return nullptr;
+  return error_of([&] { cudaLaunchKernelEx(&config, kernels[which], Numbers(numbers, which == 2 ? 35 : 64)); });
 }

@@ -1,38 +1,17 @@
 // Runs the kernels of residual_depthwise on the host for tests/ops/test_residual_depthwise.py.
-#include <limits>
 #include <string>
-#include <vector>
 
-#include "cuda_runtime.h"
+#include "calls.h"
 // The stand-in for CUDA comes first.
 #include "../../dat/csrc/cuda/residual_depthwise.cuh"
 
-namespace emulator {
-extern bool last_lane_first;
-}  // namespace emulator
-
 // The same fields as in the test. `grad` is null for the forward.
-struct Buffer {
-  void* data;
-  int64_t bytes;
-
-  template <typename U>
-  checked::Pointer<U> as() const {
-    if (!data) return nullptr;
-    return checked::Pointer<U>(static_cast<U*>(data), bytes / static_cast<int64_t>(sizeof(U)));
-  }
-};
-
 struct Call {
   int64_t B, H, W, C, processors, last_lane_first;
   Buffer x, weight, bias, out, grad, grad_x, grad_weight, grad_bias;
 };
 
 namespace {
-
-void require(cudaError_t error) {
-  if (error != cudaSuccess) checked::fail("launch error " + std::to_string(error));
-}
 
 template <typename T>
 void run_call(const Call& c) {
@@ -42,11 +21,8 @@ void run_call(const Call& c) {
     return require(
         dat::run_convolve<T>(c.B, c.H, c.W, c.C, false, x, weight, c.bias.as<const float>(), c.out.as<T>(), nullptr));
   require(dat::run_convolve<T>(c.B, c.H, c.W, c.C, true, grad, weight, nullptr, c.grad_x.as<T>(), nullptr));
-  std::vector<float> parts;
-  const auto take = [&](int64_t count) {
-    parts.assign(static_cast<size_t>(count) + 1, std::numeric_limits<float>::quiet_NaN());
-    return checked::Pointer<float>(parts.data(), count);
-  };
+  Scratch<float> parts;
+  const auto take = [&](int64_t count) { return parts.take(true, count); };
   require(
       dat::run_weight_grad<T>(
           c.B, c.H, c.W, c.C, static_cast<int>(c.processors), grad, x, c.grad_weight.as<float>(), c.grad_bias.as<float>(),
@@ -57,16 +33,11 @@ void run_call(const Call& c) {
 
 // Null, or what went wrong.
 extern "C" const char* run(const Call* call, const char* dtype) {
-  static std::string error;
   emulator::last_lane_first = call->last_lane_first;
-  try {
+  return error_of([&] {
     const std::string name = dtype;
     if (name == "torch.float32") run_call<float>(*call);
     if (name == "torch.bfloat16") run_call<__nv_bfloat16>(*call);
     if (name == "torch.float16") run_call<__half>(*call);
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-  return nullptr;
+  });
 }

@@ -165,7 +165,7 @@ def test_multi_head_attention_has_the_gradients_of_autocast_to_the_bit():
 
 
 class Disables(nn.Module):
-    """What users put into a block: a layer that is to work in float32."""
+    """A module of a user, in a block of ours, that turns autocast off for its layer."""
 
     def __init__(self):
         super().__init__()

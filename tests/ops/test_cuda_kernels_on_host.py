@@ -53,12 +53,15 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def build(output: Path, *sources: str, defines: tuple[str, ...] = ()) -> Path:
+def build(output: Path, source: str, defines: tuple[str, ...] = (), function: str = "run") -> ctypes.CDLL:
+    """A library of the emulator and `source`, whose `function` returns what went wrong."""
     # A fortified longjmp takes the change to another fibre's stack for an error.
     flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", f"-I{SOURCES}"]
-    command = [CXX, *flags, *defines, *(str(SOURCES / source) for source in sources), "-o", str(output)]
+    command = [CXX, *flags, *defines, str(SOURCES / "emulator.cpp"), str(SOURCES / source), "-o", str(output)]
     subprocess.run(command, check=True)
-    return output
+    library = ctypes.CDLL(str(output))
+    getattr(library, function).restype = ctypes.c_char_p
+    return library
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +73,7 @@ def libraries(tmp_path_factory) -> dict[torch.dtype, ctypes.CDLL]:
         # Vector atomics of sm_90 here, those of older devices there.
         if dtype in (torch.float32, torch.bfloat16):
             defines.append("-D__CUDA_ARCH__=900")
-        path = build(folder / f"{TYPES[dtype]}.so", "emulator.cpp", "driver.cpp", defines=tuple(defines))
-        loaded = ctypes.CDLL(str(path))
-        loaded.run.restype = ctypes.c_char_p
-        return loaded
+        return build(folder / f"{TYPES[dtype]}.so", "driver.cpp", tuple(defines))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(TYPES, pool.map(library, TYPES), strict=True))
@@ -381,8 +381,7 @@ def test_more_elements_than_32_bits_count(libraries, B, width):
 
 
 def test_every_mistake_is_found(tmp_path):
-    library = ctypes.CDLL(str(build(tmp_path / "mistakes.so", "emulator.cpp", "mistakes.cpp")))
-    library.run_mistake.restype = ctypes.c_char_p
+    library = build(tmp_path / "mistakes.so", "mistakes.cpp", function="run_mistake")
     messages = (
         "access of 4 bytes at 256 of a buffer of 256",
         "access of 4 bytes at -4 of",
