@@ -1,4 +1,4 @@
-"""A map plus its 3x3 depth-wise convolution in one CUDA kernel, for eager calls: those spend their time on launches."""
+"""A map plus its 3x3 depth-wise convolution in one CUDA kernel, and in three its gradients."""
 
 from typing import Any
 
@@ -7,26 +7,29 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from dat.ops._common import autocast_dtype, is_traced, second_derivatives
+from dat.ops._common import autocast_dtype, differentiable, is_traced, second_derivatives
 from dat.ops._library import LIBRARY
+from dat.ops.sizes import is_exporting
 
-# CUDA kernels only: whatever traces, and any other device, takes torch's convolution.
+# CUDA kernels only: other devices, and whatever traces except torch.compile, take torch's convolution.
 LIBRARY.define("residual_depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.define("residual_depthwise_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 DEVICE = "cuda"
+PLAIN = (Tensor, torch.nn.Parameter)
 # `dat.ops` has loaded the libraries before anybody imports this module.
 BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("dat::residual_depthwise", "CUDA")
 
 
 def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `residual_depthwise` takes this call: an eager one on a GPU, of the shapes and dtypes of its kernels."""
+    """Whether `residual_depthwise` takes this call: on a GPU, eager or compiled, of its kernels' shapes and dtypes."""
     return (
         x.device.type == DEVICE
         and BUILT
-        # Compilers trace none of what follows.
-        and not is_traced((x, weight, bias))
+        # Exported graphs are to run where this package is not.
+        and (not is_traced((x, weight, bias)) or (torch.compiler.is_compiling() and not is_exporting()))
         # Subclasses that only dispatch, as DTensor, have no mode and no __torch_function__ that would show them.
-        and {type(x), type(weight)} <= {Tensor, torch.nn.Parameter}
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
         and forward_ad._current_level < 0
         # Without autocast, torch refuses a map in half precision with weights in float32.
         and x.dtype in (torch.float32, autocast_dtype(x))
@@ -49,25 +52,30 @@ def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         [B, H, W, C] in the dtype of `x`, from sums in float32. Differentiable any number of times, in reverse mode;
         sums are taken in the same order every time.
     """
-    return _ResidualDepthwise.apply(x.contiguous(), weight, bias)
+    return _convolve(x.contiguous(), weight, bias)
 
 
-class _ResidualDepthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dat.residual_depthwise.default(x, weight, bias)
+@torch.library.register_fake("dat::residual_depthwise", lib=LIBRARY)
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # Gradients of these gradients are wanted.
-            return tuple(second_derivatives(_formula, (x, weight, bias), (grad,)))
-        with torch._C._AutoDispatchBelowAutograd():
-            grads = torch.ops.dat.residual_depthwise_backward.default(grad, x, weight)
-        return *grads[:2], None if bias is None else grads[2]
+
+@torch.library.register_fake("dat::residual_depthwise_backward", lib=LIBRARY)
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # Gradients of these gradients are wanted.
+        return tuple(second_derivatives(_formula, (x, weight, bias), (grad,)))
+    grad_x, grad_weight, grad_bias = torch.ops.dat.residual_depthwise_backward.default(grad, x, weight)
+    return grad_x, grad_weight, None if bias is None else grad_bias
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
@@ -75,3 +83,6 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
     wide = x.permute(0, 3, 1, 2).float()
     wide = wide + F.conv2d(wide, weight, bias, padding=1, groups=weight.shape[0])
     return (wide.permute(0, 2, 3, 1).to(x.dtype),)
+
+
+_convolve = differentiable("residual_depthwise", _setup_context, _autograd)

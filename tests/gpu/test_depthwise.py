@@ -72,6 +72,28 @@ def test_a_step_takes_one_launch_and_three():
     assert (forward, backward) == (1, 3)
 
 
+class Residual(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return residual_depthwise(self.conv, x)
+
+
+def test_compiled_calls_equal_eager_ones():
+    torch.compiler.reset()
+    conv, x, grad = make(SHAPES[0])
+    eager = gradients(conv, x, grad)
+    compiled = torch.compile(Residual(conv), fullgraph=True)
+    x, grad = x.to(DEVICE).requires_grad_(), grad.to(DEVICE)
+    out = compiled(x)
+    grads = torch.autograd.grad(out, [x, conv.weight, conv.bias], grad)
+    assert_close([out.detach(), *grads], eager, 1e-6 if DEVICE.type == "cuda" else 1e-5)
+    if DEVICE.type == "cuda":
+        assert kernels(lambda: compiled(x))[0] == 1
+
+
 def second_derivatives(conv, x):
     x = x.requires_grad_()
     first = torch.autograd.grad(residual_depthwise(conv, x).square().sum(), x, create_graph=True)[0]
