@@ -197,6 +197,10 @@ VALUE, ANCHORS, OFFSETS, LOGITS = inputs(Sample(), 2)
     [
         (ValueError, r"value must be \[B, S, H, D\]", (VALUE[0], Sample.shapes, ANCHORS, OFFSETS, LOGITS)),
         (ValueError, "shapes .* S = 39", (VALUE, ((5, 7),), ANCHORS, OFFSETS, LOGITS)),
+        (ValueError, "shapes must be", (VALUE, (5, 7), ANCHORS, OFFSETS, LOGITS)),
+        (ValueError, "shapes must be", (VALUE, ((5, 7, 1),), ANCHORS, OFFSETS, LOGITS)),
+        (ValueError, "shapes must be", (VALUE, ((5.0, 7.0),), ANCHORS, OFFSETS, LOGITS)),
+        (ValueError, "shapes must be", (VALUE, ((-39, -1), *Sample.shapes[1:]), ANCHORS, OFFSETS, LOGITS)),
         (
             ValueError,
             r"reference must be \[2, Q, 3, 2 or 4\]",
