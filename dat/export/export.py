@@ -194,6 +194,7 @@ def _dimension(axis: str, graph: Graph) -> Any:
 def _write_onnx(graph: Graph, path: Path) -> None:
     try:
         import onnx
+        from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
         from dat.ops.onnx import translation_table
     except ImportError as error:
@@ -205,10 +206,14 @@ def _write_onnx(graph: Graph, path: Path) -> None:
         input_names=list(graph.inputs),
         output_names=list(graph.outputs),
         custom_translation_table=translation_table(),
+        optimize=False,
         verbose=False,
     )
     if exported is None:
         raise ExportError("torch.onnx gave no model")
+    # Every use of a size has nodes of its own so far, and the optimizer's time grows with the square of their number.
+    CommonSubexpressionEliminationPass()(exported.model)
+    exported.optimize()
     model = exported.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in graph.metadata.items()})
     for values, names in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
