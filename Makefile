@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Several times as fast as pip; where only pip can reach packages: make install INSTALL=".venv/bin/python -m pip install".
+INSTALL ?= $(BIN)/python -m uv pip install --python $(BIN)/python --compile-bytecode
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed_demo
 KERNELS := $(wildcard $(foreach suffix,h cuh cpp cu,dat/csrc/*.$(suffix) dat/csrc/*/*.$(suffix)))
@@ -31,9 +33,9 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
 	@# A venv that was left without pip (Debian without python3-venv) is made anew.
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install "torch>=2.11" "setuptools>=77" wheel ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[$(1)]"
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(INSTALL) "torch>=2.11" "setuptools>=77" wheel ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[$(1)]"
 endef
 
 # The demo needs the package and the extra `demo` alone, not the tools of developers.
@@ -59,7 +61,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
 
 docs: install
-	$(BIN)/python -m pip install --quiet mkdocs-material "mkdocstrings[python]"
+	$(INSTALL) --quiet mkdocs-material "mkdocstrings[python]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 format: install

@@ -203,8 +203,6 @@ def _write_onnx(graph: Graph, path: Path) -> None:
         _program(graph),
         (),
         opset_version=20,
-        input_names=list(graph.inputs),
-        output_names=list(graph.outputs),
         custom_translation_table=translation_table(),
         optimize=False,
         verbose=False,
@@ -214,6 +212,9 @@ def _write_onnx(graph: Graph, path: Path) -> None:
     # Every use of a size has nodes of its own so far, and the optimizer's time grows with the square of their number.
     CommonSubexpressionEliminationPass()(exported.model)
     exported.optimize()
+    ends = [*exported.model.graph.inputs, *exported.model.graph.outputs]
+    for end, name in zip(ends, [*graph.inputs, *graph.outputs], strict=True):
+        end.name = name
     model = exported.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in graph.metadata.items()})
     for values, names in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):

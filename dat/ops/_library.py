@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 
 LIBRARY = torch.library.Library("dat", "DEF")
-# Types of the devices that a loaded library has kernels for.
-DEVICES: list[str] = []
 
 
 def find(name: str) -> Path | None:
@@ -24,7 +22,6 @@ def load(name: str) -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"{library} does not load: {error.__cause__ or error}"
-    DEVICES.append(name.removeprefix("_C_"))
     return None
 
 

@@ -15,7 +15,6 @@ from dat.ops.sizes import is_exporting
 LIBRARY.define("residual_depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.define("residual_depthwise_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 DEVICE = "cuda"
-PLAIN = (Tensor, torch.nn.Parameter)
 # `dat.ops` has loaded the libraries before anybody imports this module.
 BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("dat::residual_depthwise", "CUDA")
 
@@ -25,11 +24,10 @@ def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
     return (
         x.device.type == DEVICE
         and BUILT
-        # Exported graphs are to run where this package is not.
-        and (not is_traced((x, weight, bias)) or (torch.compiler.is_compiling() and not is_exporting()))
+        and (_is_compiled() or not is_traced((x, weight, bias)))
         # Subclasses that only dispatch, as DTensor, have no mode and no __torch_function__ that would show them.
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and type(weight) in (Tensor, torch.nn.Parameter)
         and forward_ad._current_level < 0
         # Without autocast, torch refuses a map in half precision with weights in float32.
         and x.dtype in (torch.float32, autocast_dtype(x))
@@ -38,6 +36,11 @@ def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         and weight.shape[0] % 4 == 0
         and weight.shape[1:] == (1, 3, 3)
     )
+
+
+def _is_compiled() -> bool:
+    """Whether torch.compile traces, without torch.func inside; exported graphs are to run without this package."""
+    return torch.compiler.is_compiling() and not is_exporting() and not torch._C._are_functorch_transforms_active()
 
 
 def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,24 +1,20 @@
 """Multi-scale deformable attention of Deformable DETR: softmax, location arithmetic and sampling in one op."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from dat.ops import reference as references
 from dat.ops._common import (
     Shapes,
     autocast,
-    autocast_dtype,
     cast,
     check_device,
     check_value,
     differentiable,
     flatten,
-    is_traced,
     pairs,
     refuse_forward_mode,
     register_batching,
@@ -27,7 +23,7 @@ from dat.ops._common import (
     sum_dtype,
     untraced,
 )
-from dat.ops._library import DEVICES, LIBRARY
+from dat.ops._library import LIBRARY
 
 LIBRARY.define(
     "ms_deform_attn(Tensor value, Tensor reference, Tensor offsets, Tensor logits, SymInt[] shapes) -> Tensor"
@@ -61,10 +57,6 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
         NotImplementedError: forward-mode differentiation.
         ValueError: shapes or devices that do not fit together. Messages name the argument.
     """
-    if _kernels_take(value, shapes, reference, offsets, logits):
-        # What they refuse is told by the checks below, which take a small call longer than its kernel.
-        with suppress(RuntimeError, TypeError, ValueError):
-            return _attend(value, reference, offsets, logits, [size for h, w in shapes for size in (h, w)])
     shapes = untraced(shapes)
     check_value(value, shapes)
     _check(value, shapes, reference, offsets, logits)
@@ -74,21 +66,6 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Te
     # Kernels read offsets and logits in the dtype of values or of sums.
     narrow = value.dtype if offsets.dtype == logits.dtype == value.dtype else dtype
     return _attend(value, cast(reference, dtype), cast(offsets, narrow), cast(logits, narrow), flatten(shapes))
-
-
-def _kernels_take(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> bool:
-    """Whether an eager call goes to compiled kernels as it is; they check shapes themselves."""
-    device = value.device
-    return (
-        device.type in DEVICES
-        and type(shapes) in (tuple, list)
-        and offsets.dtype == logits.dtype == value.dtype
-        and reference.dtype == sum_dtype(value)
-        and reference.device == offsets.device == logits.device == device
-        and not (value.dtype == torch.float32 and autocast_dtype(value))
-        and forward_ad._current_level < 0
-        and not is_traced((value, reference, offsets, logits))
-    )
 
 
 def _check(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> None:

@@ -15,6 +15,8 @@ from dat.classification.config import ClassificationConfig
 from dat.classification.model import build_classifier
 from dat.engine.checkpoint import save_checkpoint
 from dat.engine.config import from_dict, to_dict
+from dat.export.export import _write_onnx
+from dat.export.graph import Graph
 from dat.export.runtime import load_exported
 from dat.utils.errors import CheckpointError, ConfigError, ExportError
 
@@ -149,3 +151,22 @@ def test_difference_of_labels_is_judged_by_their_scores():
     scores = logits.softmax(1).sort(1, descending=True).values
     assert export.difference((logits, scores, None), (logits, scores, torch.tensor([[1, 0, 2]])))["scores"] < 1e-6
     assert export.difference((logits, scores, None), (logits, scores, torch.tensor([[2, 0, 1]])))["scores"] > 0.1
+
+
+class Repeated(torch.nn.Module):
+    def forward(self, x):
+        return x, 2 * x, 2 * x
+
+
+def test_values_keep_their_names_where_the_optimizer_merges_them(tmp_path):
+    graph = Graph(
+        Repeated().eval(), {"x": {0: "batch"}}, {name: {0: "batch"} for name in ("same", "twice", "again")},
+        (torch.ones(2, 3),), {}, lambda ours, theirs: {}, {},
+    )  # fmt: skip
+    _write_onnx(graph, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_outputs()] == ["same", "twice", "again"]
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    for found, wanted in zip(session.run(None, {"x": x}), (x, 2 * x, 2 * x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
