@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Several times as fast as pip; where only pip can reach packages: make install INSTALL=".venv/bin/python -m pip install".
-INSTALL ?= $(BIN)/python -m uv pip install --python $(BIN)/python --compile-bytecode
+INSTALL ?= $(BIN)/python -m uv pip install --python $(BIN)/python
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed_demo
 KERNELS := $(wildcard $(foreach suffix,h cuh cpp cu,dat/csrc/*.$(suffix) dat/csrc/*/*.$(suffix)))
@@ -35,7 +35,8 @@ define install
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	$(INSTALL) "torch>=2.11" "setuptools>=77" wheel ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable ".[$(1)]"
+	@# Where Python writes no byte code itself, every process would compile torch anew.
+	PATH="$(abspath $(BIN)):$$PATH" UV_COMPILE_BYTECODE=1 $(INSTALL) --no-build-isolation --editable ".[$(1)]"
 endef
 
 # The demo needs the package and the extra `demo` alone, not the tools of developers.

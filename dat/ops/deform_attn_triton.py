@@ -301,7 +301,8 @@ def table_kernel(
                     column_sums += weight[:, None] * pixels.to(tl.float32)
                 sums += tl.maximum(1.0 - tl.abs(far_x + step_x * tap_x), 0.0) * column_sums
     at = grad_table + ((part.to(tl.int64) * h + head) * T_h + u) * T_w + v
-    before = tl.load(at, mask=(v < T_w) & (first_key > 0), other=0.0)
+    # A comparison of scalars is no mask to Triton 3.9's interpreter.
+    before = tl.load(at, mask=(v < T_w) & (first_key + 0 * v > 0), other=0.0)
     tl.store(at, before + tl.sum(sums, 0), mask=v < T_w)
 
 

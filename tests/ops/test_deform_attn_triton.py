@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
 RESOURCES = [
     (torch.bfloat16, "bf16", 32, 0),
     (torch.float32, "fp32", 32, 192),
-    (torch.float32, "fp32", 128, 192),
+    (torch.float32, "fp32", 128, 272),
 ]
 
 SMALL = Sample("small", B=1, h=2, g=1)
