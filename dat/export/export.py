@@ -212,6 +212,7 @@ def _write_onnx(graph: Graph, path: Path) -> None:
     # Every use of a size has nodes of its own so far, and the optimizer's time grows with the square of their number.
     CommonSubexpressionEliminationPass()(exported.model)
     exported.optimize()
+    # Only now, as the optimizer renames values that it merges.
     ends = [*exported.model.graph.inputs, *exported.model.graph.outputs]
     for end, name in zip(ends, [*graph.inputs, *graph.outputs], strict=True):
         end.name = name

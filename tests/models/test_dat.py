@@ -359,7 +359,7 @@ def test_errors(stage, arguments, message):
         timm.create_model("dat_nano", stages=[stage], **arguments)
 
 
-@pytest.mark.parametrize("name", ["dat_pp_nano", "zoo"])
+@pytest.mark.parametrize("name", [*NANOS, "zoo"])
 def test_compiles_to_one_graph(name):
     model = create(name)
     image = torch.randn(2, 3, 72, 64)

@@ -313,15 +313,17 @@ def tangent(layer, x):
         return torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
 
 
-def compiled(transform, layer, x):
+def equals_compiled(transform, layer, x):
     torch.compiler.reset()
     found = torch.compile(transform(layer), fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, transform(layer)(x))
 
 
 TRACERS = {
-    "compiled-grad": lambda layer, x: compiled(lambda f: torch.func.grad(lambda x: f(x).square().sum()), layer, x),
-    "compiled-vmap": lambda layer, x: compiled(lambda f: torch.func.vmap(lambda x: f(x)), layer, x[None]),
+    "compiled-grad": lambda layer, x: equals_compiled(
+        lambda f: torch.func.grad(lambda x: f(x).square().sum()), layer, x
+    ),
+    "compiled-vmap": lambda layer, x: equals_compiled(lambda f: torch.func.vmap(lambda x: f(x)), layer, x[None]),
     "export": lambda layer, x: torch.export.export(layer, (x,), strict=True),
     "export-non-strict": lambda layer, x: torch.export.export(layer, (x,), strict=False),
     "jit": lambda layer, x: torch.jit.trace(layer, x, check_trace=False),
