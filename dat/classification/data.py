@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dat.classification.config import DataConfig, TrainConfig
 from dat.classification.readers import Split
 from dat.engine.distributed import Distributed, gather
-from dat.engine.loaders import EpochBatchSampler, loader_options
+from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError, one_line
@@ -182,12 +182,12 @@ def train_loader(
     images: TrainImages, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
 ) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B] or, mixed, [B, K], index [B], used [B], epoch [B]) of the epoch."""
-    return DataLoader(images, batch_sampler=sampler, collate_fn=mix, **loader_options(workers, pin))
+    return Loader(images, workers, pin, batch_sampler=sampler, collate_fn=mix)
 
 
 def eval_loader(images: EvalImages, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
     """Batches (images [B, 3, H, W], labels [B], index [B]), in order."""
-    return DataLoader(images, batch_size, **loader_options(workers, pin))
+    return Loader(images, workers, pin, batch_size=batch_size)
 
 
 class SkippedImages:

@@ -1,4 +1,4 @@
-"""The order of samples, and the options of every DataLoader."""
+"""The order of samples, and the DataLoader of every command."""
 
 import atexit
 import ctypes
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dat.engine.imbalance import draw_images, drawn_images
 from dat.engine.seeds import derive_seed
@@ -78,22 +78,31 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
             yield [(epoch, index) for index in batch.tolist()]
 
 
-def loader_options(workers: int, pin: bool) -> dict[str, Any]:
-    """Arguments of every DataLoader: workers persist between epochs and leave SIGTERM to the main process.
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers persist between epochs and leave SIGTERM to the main process.
 
     SIGTERM to the process group would otherwise end the workers before the main process could save. They end with the
     main process, however it ends.
 
     Args:
+        dataset: the samples.
         workers: processes that read samples; 0: the main process reads them.
         pin: whether batches go to a GPU.
+        options: other arguments of DataLoader.
     """
-    if workers == 0:
-        return {"num_workers": 0, "pin_memory": pin}
-    leave_sigterm = partial(_ignore_sigterm, _exit_flag())
-    return {
-        "num_workers": workers, "pin_memory": pin, "persistent_workers": True, "worker_init_fn": leave_sigterm,
-    }  # fmt: skip
+
+    def __init__(self, dataset: Dataset[Any], workers: int, pin: bool, **options: Any) -> None:
+        if workers:
+            options |= {"persistent_workers": True, "worker_init_fn": partial(_ignore_sigterm, _exit_flag())}
+        super().__init__(dataset, num_workers=workers, pin_memory=pin, **options)
+
+    def __iter__(self) -> Any:
+        # Workers start with the mask of this thread: SIGTERM waits until they have their handler.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @cache
@@ -111,3 +120,4 @@ def _ignore_sigterm(exiting: Any, worker: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, receive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

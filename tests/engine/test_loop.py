@@ -318,9 +318,9 @@ def test_processes_agree_on_what_to_resume(tmp_path, holders, resume, expected, 
 
 READERS = """
 import os, signal, sys, time
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from dat.engine.distributed import stop_on_sigterm
-from dat.engine.loaders import loader_options
+from dat.engine.loaders import Loader
 
 class Slow(Dataset):
     def __len__(self):
@@ -331,12 +331,18 @@ class Slow(Dataset):
 
 def main():
     with stop_on_sigterm() as stop:
-        batches = iter(DataLoader(Slow(), 2, **loader_options(2, pin=False)))
+        loader = Loader(Slow(), 2, pin=False, batch_size=2)
+        initialize = loader.worker_init_fn
+        def starting(worker):
+            os.killpg(0, signal.SIGTERM)
+            initialize(worker)
+        loader.worker_init_fn = starting
+        batches = iter(loader)
         next(batches)
         os.killpg(0, signal.SIGTERM)
         seen = 1 + sum(1 for _ in batches)
         print(seen, stop.received, flush=True)
-        batches = iter(DataLoader(Slow(), 2, **loader_options(2, pin=False)))
+        batches = iter(Loader(Slow(), 2, pin=False, batch_size=2))
         next(batches)
         if sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -347,7 +353,7 @@ main()
 
 
 @pytest.mark.parametrize(("end", "code"), [("raises", 1), ("killed", -signal.SIGKILL)])
-def test_workers_outlive_a_sigterm_to_the_group_but_not_the_main_process(end, code):
+def test_workers_outlive_a_sigterm_to_the_group_also_while_they_start_but_not_the_main_process(end, code):
     arguments = [sys.executable, "-c", READERS, end]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(

@@ -24,7 +24,7 @@ from dat.detection.data.records import Annotations, ImageRecord, Sample, read_sa
 from dat.detection.data.transforms import Canvas, resized_size, train_transform, val_transform
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import draw_images, repeat_factors
-from dat.engine.loaders import EpochBatchSampler, loader_options
+from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.seeds import isolated_rng
 
 
@@ -212,12 +212,8 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
 def make_loader(
     dataset: Dataset[Any], sampler: Sampler[Any], pad_multiple: int, workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(collate, pad_multiple=pad_multiple),
-        **loader_options(workers, pin_memory),
-    )
+    collate_fn = partial(collate, pad_multiple=pad_multiple)
+    return Loader(dataset, workers, pin_memory, batch_sampler=sampler, collate_fn=collate_fn)
 
 
 def train_loader(
