@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ def autocast(value: Tensor) -> Tensor:
     """`value`, where it is float32 and autocast is on, in autocast's dtype."""
     dtype = autocast_dtype(value) if value.dtype == torch.float32 else None
     return value if dtype is None else value.to(dtype)
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on the device of `tensor`: it rounds the operands of products to half precision."""
+    on = autocast_dtype(tensor) is not None
+    return torch.autocast(tensor.device.type, enabled=False) if on else nullcontext()
 
 
 def sum_dtype(value: Tensor) -> torch.dtype:
@@ -150,7 +157,7 @@ def second_derivatives(
         # Differentiate with respect to a view, so that gradients stop at this tensor.
         return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
 
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(cotangents[0]):
         inputs = [input_of(tensor) for tensor in saved]
         firsts = backward(*inputs)
         used = [(first, g) for first, g in zip(firsts, cotangents, strict=True) if first.requires_grad]

@@ -13,6 +13,7 @@ from dat.ops._common import (
     cast,
     check_device,
     differentiable,
+    full_precision,
     refuse_forward_mode,
     register_batching,
     second_derivatives,
@@ -133,8 +134,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     H, W = size
     kwargs: Any = {"size": (H, W), "scale": scale, "align_corners": align_corners}
-    out = reference.deform_attn(query, key, value, positions, table, **kwargs)
-    return _laid_out(out, query), reference.deform_attn_lse(query, key, positions, table, **kwargs)
+    with full_precision(query):
+        out = reference.deform_attn(query, key, value, positions, table, **kwargs)
+        return _laid_out(out, query), reference.deform_attn_lse(query, key, positions, table, **kwargs)
 
 
 @torch.library.impl(LIBRARY, "deform_attn_backward", "CompositeExplicitAutograd")
@@ -152,9 +154,10 @@ def _backward(
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, W = size
-    grad_query, grad_key, grad_value, *others = reference.deform_attn_backward(
-        grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
-    )
+    with full_precision(query):
+        grad_query, grad_key, grad_value, *others = reference.deform_attn_backward(
+            grad, query, key, value, positions, table, size=(H, W), scale=scale, align_corners=align_corners
+        )
     return _laid_out(grad_query, query), _laid_out(grad_key, key), _laid_out(grad_value, value), others[0], others[1]
 
 

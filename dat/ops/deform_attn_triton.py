@@ -232,7 +232,9 @@ def key_kernel(
         dot = tl.load(dots + row * HW + queries, mask=queries < HW, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if BIASED:
-            x, y = start_x + step_x * (queries % W).to(tl.float32), start_y + step_y * (queries // W).to(tl.float32)
+            # Beyond the map, rows of the table that no query of it looks up may hold NaN.
+            on_map = tl.minimum(queries, HW - 1)
+            x, y = start_x + step_x * (on_map % W).to(tl.float32), start_y + step_y * (on_map // W).to(tl.float32)
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             scores += a + fx * b + fy * (c + fx * d)
             slope_x, slope_y = b + fy * d, c + fx * d

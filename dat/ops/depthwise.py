@@ -13,7 +13,9 @@ from dat.ops.sizes import is_exporting
 
 # CUDA kernels only: other devices, and whatever traces except torch.compile, take torch's convolution.
 LIBRARY.define("residual_depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define("residual_depthwise_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "residual_depthwise_backward(Tensor grad, Tensor x, Tensor weight, bool with_weight) -> (Tensor, Tensor, Tensor)"
+)
 DEVICE = "cuda"
 # `dat.ops` has loaded the libraries before anybody imports this module.
 BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("dat::residual_depthwise", "CUDA")
@@ -64,8 +66,9 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("dat::residual_depthwise_backward", lib=LIBRARY)
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, with_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (weight.shape, weight.shape[0]) if with_weight else (0, 0)
+    return x.new_empty(x.shape), weight.new_empty(sizes[0]), weight.new_empty(sizes[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -77,8 +80,11 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         # Gradients of these gradients are wanted.
         return tuple(second_derivatives(_formula, (x, weight, bias), (grad,)))
-    grad_x, grad_weight, grad_bias = torch.ops.dat.residual_depthwise_backward.default(grad, x, weight)
-    return grad_x, grad_weight, None if bias is None else grad_bias
+    with_weight = any(ctx.needs_input_grad[1:])
+    grad_x, *grads = torch.ops.dat.residual_depthwise_backward.default(grad, x, weight, with_weight)
+    if not with_weight:
+        return grad_x, None, None
+    return grad_x, grads[0], None if bias is None else grads[1]
 
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:

@@ -13,6 +13,7 @@ from dat.ops._common import (
     autocast,
     cast,
     differentiable,
+    full_precision,
     refuse_forward_mode,
     register_batching,
     second_derivatives,
@@ -83,7 +84,8 @@ def neighborhood_attn(
         query, key, value = (_pad(tensor, (H, W), down, right) for tensor in (query, key, value))
     # An exported graph serves maps of every size.
     if not is_exporting() and (padded_H, padded_W, dilation) == (kernel_size, kernel_size, 1):
-        out = _one_window(query, key, value, bias, kernel_size, scale)
+        with full_precision(query):
+            out = _one_window(query, key, value, bias, kernel_size, scale)
     else:
         out = _attend(query, key, value, bias, padded_H, padded_W, kernel_size, dilation, scale)
     if down or right:
@@ -155,7 +157,8 @@ def _heads_last(tensor: Tensor) -> Tensor:
 
 @torch.library.impl(LIBRARY, "neighborhood_attn", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
-    out = reference.neighborhood_attn(query, key, value, bias, **_options(*numbers))
+    with full_precision(query):
+        out = reference.neighborhood_attn(query, key, value, bias, **_options(*numbers))
     return _heads_last(query).copy_(out)
 
 
@@ -163,20 +166,26 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *nu
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, ...]:
-    *firsts, grad_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers))
+    with full_precision(query):
+        *firsts, grad_bias = reference.neighborhood_attn_backward(grad, query, key, value, bias, **_options(*numbers))
     return *(_heads_last(query).copy_(first) for first in firsts), grad_bias
 
 
-def _has_triton_kernels(query: Tensor, kernel_size: int) -> bool:
-    """Whether the kernels for GPUs take such a query: all channels of a tile are in the 99 KiB that any GPU has."""
+def _has_triton_kernels(query: Tensor, biased: bool, kernel_size: int) -> bool:
+    """Whether the kernels for GPUs take such a query.
+
+    All channels of a tile are in the 99 KiB of shared memory that any GPU has, and so are the bias's gradients by a
+    block of windows up to 25 pixels wide.
+    """
     bytes_per_pixel = query.shape[3] * query.element_size()
     fits = query.dtype != torch.float64 and bytes_per_pixel <= (256 if kernel_size <= 9 else 128)
+    fits = fits and (kernel_size <= 25 or not biased)
     return fits and importlib.util.find_spec("triton") is not None
 
 
 @torch.library.impl(LIBRARY, "neighborhood_attn", "CUDA")
 def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any) -> Tensor:
-    if not _has_triton_kernels(query, numbers[2]):
+    if not _has_triton_kernels(query, bias is not None, numbers[2]):
         return _forward(query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 
@@ -187,7 +196,7 @@ def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 def _cuda_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, ...]:
-    if not _has_triton_kernels(query, numbers[2]):
+    if not _has_triton_kernels(query, bias is not None, numbers[2]):
         return _backward(grad, query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 

@@ -42,7 +42,8 @@ def _locate(heads, H, W, DILATION: tl.constexpr):
     group = rest % (DILATION * DILATION)
     head = rest // (DILATION * DILATION)
     row, column = tile // tiles_x * TILE, tile % tiles_x * TILE
-    return (head // heads).to(tl.int64), head % heads, group // DILATION, group % DILATION, row, column
+    # In 64 bits, as steps from head to head may be large.
+    return (head // heads).to(tl.int64), (head % heads).to(tl.int64), group // DILATION, group % DILATION, row, column
 
 
 @triton.jit
@@ -420,20 +421,21 @@ def _backward_keys(
 
 def launch_options(query: Tensor, kernel_size: int, dilation: int, biased: bool) -> dict[str, Any]:
     """Constants of the kernels: a block has all columns around a tile, and two rows, as wide tiles spill registers."""
-    channels = max(16, _power_of_2(query.shape[3]))
+    channels = max(16, power_of_2(query.shape[3]))
     return {
         "HAS_BIAS": biased,
         "KERNEL": kernel_size,
         "DILATION": dilation,
         "BLOCK_C": channels,
         "ROWS": 2,
-        "COLUMNS": _power_of_2(8 + kernel_size - 1),
+        "COLUMNS": power_of_2(8 + kernel_size - 1),
         "num_stages": 1,
         "num_warps": 8 if channels * query.element_size() > 128 else 4,
     }
 
 
-def _power_of_2(least: int) -> int:
+def power_of_2(least: int) -> int:
+    """The first power of 2 that is not below `least`."""
     return 1 << (least - 1).bit_length()
 
 
@@ -497,7 +499,7 @@ def backward(
     if grad_query.numel():
         log_sums, means = query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
         tensors, steps = _arguments((grad, query, key, value))
-        options = launch_options(query, kernel_size, dilation, biased) | {"SIDE": max(16, _power_of_2(side))}
+        options = launch_options(query, kernel_size, dilation, biased) | {"SIDE": max(16, power_of_2(side))}
         table = query if bias is None else bias.contiguous()
         numbers = (*steps, h, H, W, query.shape[3], scale)
         with torch.cuda.device_of(query):

@@ -106,6 +106,18 @@ def interpret_table():
             check_table(lambda tensors, grad, sample=sample: attend(sample, tensors), sample, bad)
 
 
+def interpret_unseen_rows():
+    """Rows of the table that only queries beyond the map, in the last tile, would look up."""
+    sample = Sample("unseen", B=1, h=1, g=1, size=(3, 3), table=(9, 9), N=4, c=16)
+    *tensors, positions, table = sample.tensors()
+    positions = positions.clamp(-0.1, 0.1)
+    for bad in (float("nan"), float("inf")):
+        spoiled = table.clone()
+        spoiled[:, -1] = bad
+        for one, other in zip(*(attend(sample, [*tensors, positions, rows]) for rows in (spoiled, table)), strict=True):
+            assert torch.equal(one, other)
+
+
 def compile_kernels(dtype, kind, channels):
     """Shared memory and stack, in bytes, of every kernel as compiled for sm_90."""
     import triton
@@ -150,7 +162,7 @@ def compile_kernels(dtype, kind, channels):
 def test_interpreted_kernels_equal_the_reference():
     done = run(
         "from ops.test_deform_attn_triton import *; interpret(); interpret_not_finite(); interpret_low_scores(); "
-        "interpret_table()",
+        "interpret_table(); interpret_unseen_rows()",
         TRITON_INTERPRET="1",
     )
     assert done.count("equal") == len(SAMPLES)

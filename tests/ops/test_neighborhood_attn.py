@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -353,6 +354,29 @@ def test_autocast_takes_half_precision(device):
     assert out.dtype == torch.bfloat16
     expected = neighborhood_attn(query.bfloat16(), key.bfloat16(), value.bfloat16(), bias, **sample.options())
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_are_in_float32_under_autocast_in_a_map_as_large_as_a_window(device):
+    """Products of matrices that autocast would round: errors add up, and float16 overflows."""
+    sample = Sample(1, 2, 32, (7, 7), 7, device=device)
+    query, key, value, bias = (tensor.half() for tensor in sample.tensors())
+    results = []
+    for enabled in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (60 * query, 60 * key, value, bias)]
+        with torch.autocast(device, torch.float16, enabled=enabled):
+            out = neighborhood_attn(*leaves, **sample.options())
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert results[0][0].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("kernel_size", "biased", "taken"), [(25, True, True), (27, True, False), (27, False, True)])
+def test_windows_whose_gradients_fit_in_the_shared_memory_of_any_gpu(kernel_size, biased, taken):
+    pytest.importorskip("triton")
+    query = torch.empty(1, 1, 784, 32, dtype=torch.bfloat16)
+    module = importlib.import_module("dat.ops.neighborhood_attn")
+    assert module._has_triton_kernels(query, biased, kernel_size) == taken
 
 
 @pytest.mark.parametrize("biased", [True, False])

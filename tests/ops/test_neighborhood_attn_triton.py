@@ -56,6 +56,18 @@ SPREAD = (
 )
 
 
+def far_heads():
+    """Heads so far from each other in memory that steps to them do not fit in 32 bits."""
+    from dat.ops import neighborhood_attn_triton as kernels
+
+    near = torch.randn(1, 3, 9, 16, dtype=torch.float16)
+    # Nothing but the heads is ever touched of this.
+    far = torch.empty((1 << 31) + 9 * 16, dtype=torch.float16).as_strided(near.shape, (0, 1 << 30, 16, 1)).copy_(near)
+    for run in (kernels.forward, lambda *args: kernels.backward(args[0], *args)[0]):
+        results = [run(tensor, near, tensor, None, 3, 3, 3, 1, 0.4) for tensor in (near, far)]
+        assert torch.equal(*results)
+
+
 def spread(size, dilation, which, bad, pixel):
     from dat.ops import neighborhood_attn_triton as kernels
 
@@ -70,7 +82,7 @@ def spread(size, dilation, which, bad, pixel):
 
 def test_interpreted_kernels_equal_the_reference():
     """In a process of their own, as triton decides when it is imported whether it interprets."""
-    run_interpreted("for case in CASES: interpret(*case)")
+    run_interpreted("for case in CASES: interpret(*case)\nfar_heads()")
 
 
 def test_numbers_that_are_not_finite_reach_only_windows_that_hold_them():
@@ -95,10 +107,13 @@ def test_nothing_to_do():
     assert torch.equal(grad_bias, torch.zeros(2, 5, 5))
 
 
-@pytest.mark.parametrize(
-    ("channels", "kernel_size", "dtype"), [(32, 7, torch.bfloat16), (64, 9, torch.float32)], ids=["dat++", "largest"]
-)
-@pytest.mark.parametrize("name", ["_forward", "_backward_queries", "_backward_keys"])
+KERNELS = ("_forward", "_backward_queries", "_backward_keys")
+# DAT++'s, the most channels, and the widest windows whose bias has gradients.
+COMPILED = [(name, *case) for name in KERNELS for case in ((32, 7, torch.bfloat16), (64, 9, torch.float32))]
+COMPILED += [("_backward_queries", 32, 25, torch.float32)]
+
+
+@pytest.mark.parametrize(("name", "channels", "kernel_size", "dtype"), COMPILED)
 def test_kernels_compile_for_sm_90_into_tensor_core_code(name, channels, kernel_size, dtype):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -108,8 +123,8 @@ def test_kernels_compile_for_sm_90_into_tensor_core_code(name, channels, kernel_
 
     kernel = getattr(kernels, name)
     constants = kernels.launch_options(torch.empty(1, 2, 64, channels, dtype=dtype), kernel_size, 1, True)
-    options = {key: constants.pop(key) for key in ("num_stages", "num_warps")}
-    constants |= {"SIDE": 16 if kernel_size == 7 else 32} if "SIDE" in kernel.arg_names else {}
+    options = {key: constants.pop(key) for key in ("num_stages", "num_warps")} | {"enable_fp_fusion": True}
+    constants |= {"SIDE": kernels.power_of_2(2 * kernel_size - 1)} if "SIDE" in kernel.arg_names else {}
     floats = dict.fromkeys(("bias", "grad_bias", "log_sums", "means"), "*fp32") | {"scale": "fp32"}
     tensors = ("query", "key", "value", "grad", "out", "grad_query", "grad_key", "grad_value")
     types = (

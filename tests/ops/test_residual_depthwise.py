@@ -152,14 +152,15 @@ def calls(monkeypatch):
         called.append("forward")
         return exact(x.float(), weight, bias).to(x.dtype)
 
-    def backward(grad, x, weight):
-        called.append("backward")
+    def backward(grad, x, weight, with_weight):
+        called.append("backward" if with_weight else "backward of x")
         # Autograd does not reach below the op.
         g, nchw = (t.float().permute(0, 3, 1, 2) for t in (grad, x))
         ones, C = [1, 1], len(weight)
-        options = [C], ones, ones, ones, False, [0, 0], C, [True] * 3
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(g, nchw, weight, *options)
-        return (g + grad_x).permute(0, 2, 3, 1).to(x.dtype), grad_weight, grad_bias
+        options = [C], ones, ones, ones, False, [0, 0], C, [True, with_weight, with_weight]
+        grad_x, *grads = torch.ops.aten.convolution_backward(g, nchw, weight, *options)
+        grad_x = (g + grad_x).permute(0, 2, 3, 1).to(x.dtype)
+        return grad_x, *(grads if with_weight else (weight.new_empty(0), weight.new_empty(0)))
 
     monkeypatch.setattr(depthwise, "DEVICE", "cpu")
     monkeypatch.setattr(depthwise, "BUILT", True)
@@ -351,6 +352,15 @@ def test_a_training_step_calls_each_op_once(calls):
     exact(*leaves).square().sum().backward()
     for ours, theirs in zip((x, conv.weight, conv.bias), leaves, strict=True):
         close(ours.grad, theirs.grad, 1e-5)
+
+
+def test_frozen_weights_have_no_gradients_to_work_out(calls):
+    layer, x = Layer().requires_grad_(False), drawn(2, 5, 4, 8).requires_grad_()
+    layer(x).square().sum().backward()
+    assert calls == ["forward", "backward of x"]
+    leaf = x.detach().double().requires_grad_()
+    exact(leaf, layer.conv.weight.double(), layer.conv.bias.double()).square().sum().backward()
+    close(x.grad, leaf.grad, 1e-5)
 
 
 def test_a_compiled_step_calls_each_op_once_for_maps_of_every_size(calls):

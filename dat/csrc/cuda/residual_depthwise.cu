@@ -57,12 +57,14 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight, bool with_weight) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const auto [B, H, W, C] = checked_sizes(x, weight);
   grad = packed(checked_grad(kResidualDepthwise, x, grad, {B, H, W, C}));
   x = packed(x), weight = make_contiguous(weight);
-  Tensor grad_x = empty(x, x.sizes()), grad_weight = empty(weight, weight.sizes()), grad_bias = empty(weight, {C});
+  const std::vector<int64_t> none = {0}, channels = {C};
+  Tensor grad_x = empty(x, x.sizes()), grad_weight = empty(weight, with_weight ? weight.sizes() : none),
+         grad_bias = empty(weight, with_weight ? channels : none);
   int processors = 0;
   check_launch(
       kResidualDepthwise, x, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
@@ -70,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
   with_map_type(x, [&]<typename T>(T) {
     const cudaError_t error =
         run_convolve<T>(B, H, W, C, true, data<T>(grad), data<float>(weight), nullptr, mutable_data<T>(grad_x), stream);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess || !with_weight) return error;
     std::optional<Tensor> parts;
     return run_weight_grad<T>(
         B, H, W, C, processors, data<T>(grad), data<T>(x), mutable_data<float>(grad_weight), mutable_data<float>(grad_bias),
