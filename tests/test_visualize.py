@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,15 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
         if layer.lepe is not None:
             attended = attended + layer.lepe(seen["query"].permute(2, 0, 1)[None])[0, :, row, column]
         torch.testing.assert_close(layer.proj(attended), seen["out"][row, column])
+
+
+def test_attention_of_half_precision_is_worked_out_in_float32(monkeypatch):
+    (record,), _ = capture_attention(create(STAGES["table"]), random_image(36, 52))
+    half = replace(record, query=(20 * record.query).bfloat16(), key=(20 * record.key).bfloat16())
+    whole = replace(half, query=half.query.float(), key=half.key.float())
+    positions = record.positions()
+    monkeypatch.setattr(type(record), "positions", lambda _: positions)
+    assert torch.equal(half.attention(3, 7), whole.attention(3, 7))
 
 
 def test_the_reference_is_where_keys_without_offsets_are():

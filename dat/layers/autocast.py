@@ -103,10 +103,7 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
     # Several times as fast as `modules()`, which counts here: this runs for every block in every step.
     layers = [module]
     for layer in layers:
-        # Modules of others, in the place of ours, may turn autocast off or look at their weights.
-        layers.extend(
-            part for part in layer._modules.values() if part is not None and type(part).__module__.startswith(OWN)
-        )
+        layers.extend(part for part in layer._modules.values() if part is not None and _is_ours(part))
         names = CAST.get(type(layer), ())
         if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1) and calls_forward_only(layer):
             for name in names:
@@ -119,6 +116,12 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
                 ):
                     found.append((layer, name, parameter))
     return found
+
+
+def _is_ours(part: nn.Module) -> bool:
+    """Whether we know what a call of the part does: others may turn autocast off, or keep the weights' addresses."""
+    ours = type(part).__module__.startswith(OWN) and "forward" not in part.__dict__
+    return ours and part._compiled_call_impl is None
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

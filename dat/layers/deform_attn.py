@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dat.layers.autocast import calls_forward_only
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
 from dat.ops._common import autocast
@@ -193,9 +194,12 @@ class DeformableAttention(nn.Module):
         if self.unpadded:
             x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))
         conv, norm = self.offset_conv, self.offset_norm
-        weight = self._for_groups(conv.weight, query.dtype)
-        bias = None if conv.bias is None else self._for_groups(conv.bias, query.dtype)
-        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
+        if type(conv) is nn.Conv2d and calls_forward_only(conv):
+            weight = self._for_groups(conv.weight, query.dtype)
+            bias = None if conv.bias is None else self._for_groups(conv.bias, query.dtype)
+            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
+        else:
+            x = conv(x.reshape(B * groups, C // groups, *x.shape[2:])).unflatten(0, (B, groups)).flatten(1, 2)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
         if x.dtype == norm.weight.dtype:
             return self.offset_proj(F.gelu(norm(x)))

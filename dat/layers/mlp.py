@@ -99,22 +99,24 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A map [B, H, W, C] plus a convolution of it that keeps its size."""
-    if fused.has_residual_depthwise(x, conv.weight, conv.bias) and _is_plain(conv):
+    if not _is_plain(conv):
+        return x + depthwise(conv, x)
+    if fused.has_residual_depthwise(x, conv.weight, conv.bias):
         return fused.residual_depthwise(x, conv.weight, conv.bias)
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return x + depthwise(conv, x)
     # Fold the residual into the kernel's centre, which saves a pass over the map; not in half precision, where adding 1
     # rounds the weights away.
-    centre = [side // 2 for side in reversed(conv.kernel_size) for _ in range(2)]
-    weight = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), centre)
-    x = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, padding=conv.padding, groups=conv.groups)
+    weight = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, padding=1, groups=conv.groups)
     return x.permute(0, 2, 3, 1)
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
-    """Whether a call of `conv` pads by one zero, convolves and does nothing else."""
+    """Whether a call of `conv` pads by one zero, convolves every channel by itself and does nothing else."""
     return (
         type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
         and conv.stride == conv.padding == conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and calls_forward_only(conv)

@@ -116,8 +116,9 @@ class WindowAttention(nn.Module):
         # Gradients of chunks come together in one copy, those of a dimension of three in two.
         q, k, v = (rearrange(part, "w n (h c) -> w h n c", h=self.num_heads) for part in self.qkv(x).chunk(3, -1))
         bias = bias.to(q.dtype)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # No fused CPU kernel differentiates the bias, and PyTorch's substitute copies more than this.
+        if (x.device.type == "cpu" and torch.is_grad_enabled()) or torch.jit.is_tracing():
+            # No fused CPU kernel differentiates the bias, and PyTorch's substitute copies more than this. Nor does this
+            # fix the batch of a trace.
             scores = ((q * self.scale) @ k.mT).unflatten(0, (-1, len(bias))) + bias
             x = scores.softmax(-1).flatten(0, 1) @ v
         else:

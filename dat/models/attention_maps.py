@@ -59,10 +59,10 @@ class BlockAttention:
     def attention(self, row: int, column: int) -> Tensor:
         """Attention of a query to each key: [num_heads, N], rows sum to 1, in at least float32."""
         heads, positions = self.layer.num_heads, self.positions()
-        query = self.query[row, column].unflatten(-1, (heads, 1, -1))
-        key = self.key.unflatten(-1, (heads, -1)).transpose(0, 1)
-        scores = (query * key).sum(-1) * self.layer.scale
-        return (scores.to(positions.dtype) + self._bias(row, column, positions)).softmax(-1)
+        query, key = self.query[row, column].to(positions.dtype), self.key.to(positions.dtype)
+        products = query.unflatten(-1, (heads, 1, -1)) * key.unflatten(-1, (heads, -1)).transpose(0, 1)
+        scores = products.sum(-1) * self.layer.scale
+        return (scores + self._bias(row, column, positions)).softmax(-1)
 
     def _bias(self, row: int, column: int, positions: Tensor) -> Tensor:
         """Position bias of one query: [num_heads, N], or zero."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from dat.ops._library import LIBRARY
 
@@ -138,8 +139,17 @@ def is_traced(args: Sequence[Any]) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.overrides.has_torch_function(args)
+        or _has_torch_function(args)
     )
+
+
+def _has_torch_function(args: Sequence[Any]) -> bool:
+    """Whether an argument's type, or a mode that is not just torch.set_default_device, wants to see a call."""
+    if not torch.overrides.has_torch_function(args):
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    others = not modes or any(type(mode) is not DeviceContext for mode in modes)
+    return others or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
 
 
 def second_derivatives(

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import dat  # noqa: F401
 import dat.layers.autocast as casts
-from dat.layers.autocast import casts_parameters_together
+from dat.layers.autocast import _parameters_to_cast, casts_parameters_together
 
 
 class Pair(nn.Module):
@@ -183,6 +183,18 @@ def test_modules_of_others_may_turn_autocast_off():
     _, grads = gradients(model, torch.randn(2, 6))
     assert grads["second.inner.weight"].abs().sum() > 0
     assert model.seen[0] == torch.bfloat16
+
+
+def test_parts_with_another_forward_or_compiled_by_themselves_are_left_alone():
+    for touch in (
+        lambda layer: setattr(layer, "forward", lambda x: nn.functional.linear(x.float(), layer.weight)),
+        lambda layer: layer.compile(backend="eager"),
+    ):
+        model = Pair()
+        outer = nn.Sequential(model.first)
+        touch(outer)
+        assert not _parameters_to_cast(nn.Sequential(outer), torch.device("cpu"))
+        assert _parameters_to_cast(model, torch.device("cpu"))
 
 
 def test_layers_with_hooks_and_parameters_with_hooks_or_owners_are_left_alone():

@@ -6,6 +6,7 @@ import torch
 from timm.models import create_feature_extractor
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat.models import StageConfig
@@ -384,6 +385,49 @@ def test_features_by_torch_fx(nano):
         traced = graph(image)
         torch.testing.assert_close(traced["second"], features[0])
         torch.testing.assert_close(traced["last"].permute(0, 3, 1, 2), nano.forward_features(image))
+
+
+@pytest.mark.parametrize("name", NANOS)
+def test_pruned_convolutions_train_and_load(name):
+    """A hook of torch's pruning works out a weight before each call."""
+
+    def pruned(seed):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, num_classes=3)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                prune.l1_unstructured(layer, "weight", 0.5)
+        return model
+
+    model, other = pruned(0), pruned(1)
+    images = torch.randn(1, 3, 64, 64)
+    for _ in range(2):
+        model(images).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("conv.weight_orig"))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images), other(images))
+
+
+def test_state_dicts_keep_the_versions_of_modules():
+    class Versioned(nn.Module):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, metadata, *args):
+            assert metadata["version"] == 2
+
+    model = timm.create_model("dat_nano", num_classes=3)
+    model.versioned = Versioned()
+    model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_serves_other_batches(nano, grad):
+    images = torch.randn(3, 3, 64, 64)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(nano.eval(), images[:1])
+        torch.testing.assert_close(traced(images), nano(images))
 
 
 def test_channels_last(nano):

@@ -51,6 +51,18 @@ def test_short_cut_makes_no_graph_where_none_is_wanted(function):
         assert function(*tensors).is_inference()
 
 
+@both
+def test_a_default_device_is_not_taken_for_a_tracer(function):
+    with torch.device("cpu"):
+        assert "Generated" not in derivatives(function)[0].grad_fn.name()
+        subclass = SAMPLE.tensors()[0].as_subclass(type("Marked", (torch.Tensor,), {}))
+        assert _common.is_traced((subclass,))
+    tensors = SAMPLE.tensors()
+    with torch.overrides.BaseTorchFunctionMode(), torch.device("cpu"):
+        assert _common.is_traced(tensors)
+    assert not _common.is_traced(tensors)
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
