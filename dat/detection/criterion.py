@@ -253,11 +253,13 @@ class SetCriterion(nn.Module):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         totals = torch.tensor([boxes, sum(weights) + self.no_object_weight * unmatched], dtype=dtype)
         totals = totals.to(device, non_blocking=True)
+        processes = 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-            totals /= dist.get_world_size()
-        # The lower bounds avoid 0 / 0 for an empty batch.
-        return Normalizers(totals[0].clamp(min=1.0), totals[1].clamp(min=torch.finfo(torch.float32).tiny))
+            processes = dist.get_world_size()
+        # The lower bounds avoid 0 / 0 for an empty step.
+        num_boxes, weight = totals[0].clamp(min=1.0), totals[1].clamp(min=torch.finfo(torch.float32).tiny)
+        return Normalizers(num_boxes / processes, weight / processes)
 
     def _weight(self, name: str) -> float:
         return next(weight for key, weight in self.weight_dict.items() if f"{name}_".startswith(f"{key}_"))

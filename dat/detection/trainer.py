@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from dat.detection.checkpoint import check_categories, class_state
 from dat.detection.config import DetectionConfig
-from dat.detection.criterion import Normalizers, build_criterion
+from dat.detection.criterion import PAPER_WEIGHTS, Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
 from dat.detection.data.readers import describe_sets
@@ -56,6 +56,7 @@ class DetectionTrainer(Trainer):
     model: BaseDETR
     kind = "detection"
     metric = "AP"
+    losses = tuple(PAPER_WEIGHTS)
     results_file = "detections.json"
     dynamic = True
     fixed_keys = (*Trainer.fixed_keys, "train.backbone_lr_scale", "train.sampling_lr_scale")
@@ -79,7 +80,6 @@ class DetectionTrainer(Trainer):
         super().__init__(config, distributed, resume)
         self.warnings += [*train_set.warnings, *val_set.warnings]
         self.criterion = build_criterion(self.model, config.train.loss, self._class_weights())
-        self.losses = tuple(self.criterion.weight_dict)
         if self.cache is not None:
             self.cache.fill([*train_set.records, *val_set.records])
 

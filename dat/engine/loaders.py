@@ -5,6 +5,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -94,6 +95,9 @@ class Loader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], workers: int, pin: bool, **options: Any) -> None:
         if workers:
             options |= {"persistent_workers": True, "worker_init_fn": partial(_ignore_sigterm, _exit_flag())}
+            if sys.platform == "linux":
+                # The default before Python 3.14: workers share the memory of cached images, and any transform will do.
+                options["multiprocessing_context"] = "fork"
         super().__init__(dataset, num_workers=workers, pin_memory=pin, **options)
 
     def __iter__(self) -> Any:

@@ -76,6 +76,10 @@ class TrainConfig:
     device: str = "auto"
     wandb_project: str = ""
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of a run whose epochs have `steps_per_epoch`."""
+        return self.steps or max(self.epochs * steps_per_epoch, self.least_steps)
+
 
 def check_train_config(config: Any) -> None:
     """Raises ConfigError for values of `train.*`, and a seed, that cannot work."""

@@ -81,7 +81,7 @@ class Trainer(Task):
             raise ConfigError(f"train.amp is {train.amp}, should be none on mps, which computes in float32")
         self.sampler, self.loader, self.val_loader = self.build_loaders()
         self.steps_per_epoch = self.sampler.steps
-        self.total_steps = train.steps or max(train.epochs * self.steps_per_epoch, train.least_steps)
+        self.total_steps = train.total_steps(self.steps_per_epoch)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.lr = optim.scaled_lr(train.lr, self.sampler.images, train.lr_batch_size, train.lr_scaling)
         self.progress = Progress()

@@ -45,8 +45,11 @@ class ExportError(UserError, RuntimeError):
 class TooManyFilesError(UserError):
     """The process may not open another file. This is no fault of the file, and no reason to go on without it."""
 
-    def __init__(self) -> None:
-        super().__init__("too many open files; raise their limit (ulimit -n) or lower train.workers or --workers")
+    # A worker's error is made anew from its message.
+    def __init__(
+        self, message: str = "too many open files; raise their limit (ulimit -n) or lower train.workers or --workers"
+    ) -> None:
+        super().__init__(message)
 
     @staticmethod
     def check(error: BaseException) -> None:

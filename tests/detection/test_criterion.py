@@ -192,8 +192,8 @@ def test_unmatched_queries_get_no_box_gradient():
 
 @pytest.mark.parametrize(
     ("counts", "others", "alone_boxes", "average"),
-    # 12 boxes on two processes; and none anywhere, which counts as one.
-    [((1, 2), 9, 3, 6), ((0, 0), 0, 1, 1)],
+    # 12 boxes on two processes; and none anywhere, which counts as one in both together.
+    [((1, 2), 9, 3, 6), ((0, 0), 0, 1, 0.5)],
 )
 def test_number_of_boxes_is_averaged_over_processes(counts, others, alone_boxes, average, monkeypatch):
     outputs, t = layer(), targets(*counts)

@@ -10,6 +10,8 @@ from commands import dat
 from processes import run_processes
 
 from dat.detection import Detector
+from dat.detection.criterion import SetCriterion
+from dat.detection.matcher import HungarianMatcher
 from dat.engine import distributed
 from dat.engine.checkpoint import load_checkpoint
 from dat.utils.errors import ConfigError
@@ -94,6 +96,22 @@ def test_the_split_of_a_step_changes_nothing(one_size, tmp_path, processes, spli
     assert len(losses) == 4
     assert largest_difference(whole, other) < 1e-5
     assert {k: metrics[k] for k in ("AP", "AP50")} == {k: other_metrics[k] for k in ("AP", "AP50")}
+
+
+def write_normalizers(folder):
+    group = distributed.setup_distributed("cpu")
+    criterion = SetCriterion(3, HungarianMatcher(), no_object_weight=0.0)
+    targets = [{"labels": torch.zeros(int(group.rank == 0), dtype=torch.long)}]
+    found = criterion.normalizers(targets, 5, group.device)
+    (folder / f"{group.rank}.json").write_text(json.dumps([float(number) for number in found]))
+
+
+def test_a_step_with_fewer_objects_than_processes_weighs_as_much_as_in_one(tmp_path):
+    """Gradients are averaged over the processes, and one object in three of them counts as one."""
+    codes, errors, _ = run_processes(3, write_normalizers, tmp_path, tmp_path)
+    assert codes == [0] * 3, errors
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx([1 / 3] * 2)
 
 
 def test_more_processes_than_images_to_evaluate(one_size, tmp_path):

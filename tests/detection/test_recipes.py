@@ -98,6 +98,8 @@ def test_values_that_cannot_work_are_named(config_file, override, message):
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_run_with_every_option_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch, stop):
     options = [*ALL, *QUICK, "train.epochs=3", "train.checkpoint_steps=1", "train.batch_size=1", "train.accumulate=1"]
+    # The run stops between two lines of the log.
+    options += ["train.log_steps=4"]
     train(load_config(DetectionConfig, config_file, [*options, f"output={tmp_path}/whole", "train.workers=1"]))
     step = DetectionTrainer.train_step
 
@@ -125,10 +127,11 @@ def test_epochs_are_as_many_as_make_the_least_number_of_steps(config_file):
     assert build(config_file, "train.epochs=3", "train.least_steps=5").total_steps == 6
 
 
-def test_the_last_epochs_of_a_run_in_steps_are_without_mosaic(config_file):
+@pytest.mark.parametrize("length", [["train.steps=5"], ["train.epochs=1", "train.least_steps=5"]])
+def test_the_last_epochs_of_a_run_in_steps_are_without_mosaic(config_file, length):
     """Two steps an epoch: five steps are three epochs."""
-    trainer = build(config_file, "train.steps=5", "data.train.mosaic=1", "data.train.close_mosaic=1")
-    plain = build(config_file, "train.steps=5")
+    trainer = build(config_file, *length, "data.train.mosaic=1", "data.train.close_mosaic=1")
+    plain = build(config_file, *length)
     for epoch, same in ((1, False), (2, True)):
         pairs = [(trainer.loader.dataset[epoch, i], plain.loader.dataset[epoch, i]) for i in range(4)]
         assert np.all([a.image.shape == b.image.shape and torch.equal(a.image, b.image) for a, b in pairs]) == same

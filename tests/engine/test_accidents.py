@@ -6,14 +6,18 @@ import os
 import re
 import resource
 import signal
+import sys
 
 import pytest
 import torch
 from test_trainer import ALONE, Config, Points, ToyTrainer, lines, make
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.command import error_line, main_guard
+from dat.engine.loaders import Loader
+from dat.utils.errors import TooManyFilesError
 from dat.utils.files import write_json
 
 
@@ -113,6 +117,22 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, capsys):
     assert "lower train.workers" in line
     assert len(lines(tmp_path)) == 3
     assert make(tmp_path, True).run()["steps"] == 6
+
+
+def test_too_many_files_in_a_worker_are_one_line_too():
+    try:
+        raise TooManyFilesError
+    except TooManyFilesError:
+        passed_on = ExceptionWrapper(where="in a worker")
+    with pytest.raises(TooManyFilesError) as caught:
+        passed_on.reraise()
+    assert error_line(caught.value) == str(TooManyFilesError())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
+def test_workers_are_forked_whatever_python_starts_by_default():
+    loader = Loader(Points(), 1, pin=False)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
 
 
 def allocate():

@@ -242,7 +242,7 @@ def train_loader(
     )
     mixing = None
     if split.mosaic or split.mixup or split.copy_paste or split.scale_jitter:
-        mixing = Mixing(split, train.epochs or math.ceil(train.steps / sampler.steps))
+        mixing = Mixing(split, math.ceil(train.total_steps(sampler.steps) / sampler.steps))
     transform = train_transform(split, data.mean, data.std, first)
     dataset = DetectionDataset(annotations.records, transform, config.seed, cache, mixing)
     return make_loader(dataset, sampler, data.pad_multiple, train.workers, distributed.device.type == "cuda"), sampler
