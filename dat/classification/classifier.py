@@ -136,9 +136,13 @@ class Classifier:
             The Prediction of the image, or a list of them.
 
         Raises:
+            ConfigError: `top_k` or `batch_size` below 1.
             DataError: an image that cannot be used.
             CheckpointError: the model fails.
         """
+        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+            if number < 1:
+                raise ConfigError(f"{name} is {number}, should be at least 1")
         if not isinstance(images, (list, tuple)):
             return self._predict([images], top_k)[0]
         batches = (images[first : first + batch_size] for first in range(0, len(images), batch_size))

@@ -9,7 +9,7 @@ from PIL import Image
 from dat.classification.classifier import Classifier
 from dat.classification.draw import sheet_title
 from dat.utils.errors import ConfigError
-from dat.utils.files import file_name, file_names, write_csv, write_json
+from dat.utils.files import UniqueNames, file_name, file_names, write_csv, write_json
 from dat.utils.media import Frames
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
@@ -53,7 +53,7 @@ def predict(
             raise ConfigError(f"--classes: no class {name!r}, there are {', '.join(classifier.class_names)}")
     results: list[dict[str, Any]] = []
     shown: list[tuple[Image.Image, str]] = []
-    folders = file_names(classifier.class_names)
+    folders, names = file_names(classifier.class_names), UniqueNames()
     images = 0
     with progress_bar(unit=" images") as bar:
         for batch in frames.batches(batch_size):
@@ -67,7 +67,7 @@ def predict(
                 if crops:
                     folder = out / "crops" / folders[found.label]
                     folder.mkdir(parents=True, exist_ok=True)
-                    frame.image.save(folder / f"{file_name(frame.name)}.png")
+                    frame.image.save(folder / f"{names(file_name(frame.name), frame.name)}.png")
             bar.update(len(batch))
             # Before the next batch is read: an image may take a gigabyte.
             del batch, frame, found

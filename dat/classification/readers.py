@@ -54,11 +54,17 @@ class Split:
 
     def labels(self) -> np.ndarray:
         """The class [n] of every image; no image is decoded."""
-        return np.array(self.numbers)[reader_labels(self.reader)[self.indices]]
+        labels = reader_labels(self.reader)[self.indices]
+        if len(labels) and labels.min() < 0:
+            raise DataError(_unlabelled(self.name(int(labels.argmin())), int(labels.min())))
+        return np.array(self.numbers)[labels]
 
     def open(self, index: int) -> tuple[Any, int]:
         """The open file of an image, and its class. Raises one of UNREADABLE."""
         file, label = self.reader[self.indices[index]]
+        if label < 0:
+            file.close()
+            raise DataError(_unlabelled(self.name(index), int(label)))
         return file, self.numbers[int(label)]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -73,6 +79,10 @@ class Split:
         """File name of an image, below the split's folder or in its tar."""
         # Data sets of the hub may have none.
         return self.reader.filename(self.indices[index]) or f"image {index}"
+
+
+def _unlabelled(name: str, label: int) -> str:
+    return f"{name}: its label is {label}, as in splits of the hub without labels, should be at least 0"
 
 
 # Maps (data, data.train or data.val, the model's class names or None) to (reader, name of each label, left out), see

@@ -62,7 +62,9 @@ class Detector(Predictor):
                 raise ConfigError(f"{overrides[0]}: the configuration of an exported model cannot be overridden")
             detector._load_exported(detector.path, top_k, trust)
         else:
-            detector._load_checkpoint(detector.path, setup_distributed(device), top_k, overrides)
+            if top_k is not None:
+                overrides = [*overrides, f"data.val.top_k={top_k}"]
+            detector._load_checkpoint(detector.path, setup_distributed(device), overrides)
         return detector
 
     @classmethod
@@ -201,13 +203,11 @@ class Detector(Predictor):
             raise ConfigError(f"model.* is decided by {self.path}, should not be overridden")
         return config
 
-    def _load_checkpoint(
-        self, path: Path, distributed: Distributed, top_k: int | None = None, overrides: Sequence[str] = ()
-    ) -> None:
+    def _load_checkpoint(self, path: Path, distributed: Distributed, overrides: Sequence[str] = ()) -> None:
         self.distributed = distributed
         loaded = load_detector(path, distributed.device)
         self.config, self.model, self.categories = loaded.config, loaded.model, loaded.categories
-        self._set_model(loaded.model, self._configure(overrides=overrides), top_k)
+        self._set_model(loaded.model, self._configure(overrides=overrides))
 
     def _load_exported(self, path: Path, top_k: int | None, trust: bool) -> None:
         exported = load_exported(path, "detection", trust)

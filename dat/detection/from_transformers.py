@@ -47,6 +47,7 @@ def read_config(weights: Path) -> tuple[DetectionConfig, tuple[Category, ...]]:
         if kind == "detr":
             model.setdefault("mlp_dim", 2048)
         model["backbone"] = _backbone(theirs)
+        _check_the_rest(theirs, path)
         categories = tuple(Category(int(i), name) for i, name in names.items() if name != _UNUSED)
     except FileNotFoundError:
         raise CheckpointError(f"{weights}: has no config.json beside it, as transformers writes it") from None
@@ -55,6 +56,19 @@ def read_config(weights: Path) -> tuple[DetectionConfig, tuple[Category, ...]]:
             raise
         raise CheckpointError(f"{path}: not of transformers' DETR: {type(error).__name__}: {error}") from error
     return from_dict(DetectionConfig, {"model": model}, str(path)), categories
+
+
+def _check_the_rest(theirs: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for what our models do otherwise, and weights do not show."""
+    heads = theirs.get("encoder_attention_heads", 8)
+    inner = theirs.get("backbone_config") or {}
+    for name, found, wanted in (
+        ("activation_function", theirs.get("activation_function", "relu"), "relu"),
+        ("backbone_config.hidden_act", inner.get("hidden_act", "relu"), "relu"),
+        ("decoder_attention_heads", theirs.get("decoder_attention_heads", heads), heads),
+    ):
+        if found != wanted:
+            raise CheckpointError(f"{path}: {name} is {found!r}, should be {wanted!r}")
 
 
 def _backbone(theirs: dict[str, Any]) -> dict[str, Any]:

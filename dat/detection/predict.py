@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, draw_points
 from dat.utils.errors import ConfigError
-from dat.utils.files import real_path, short_name, write_csv, write_json
+from dat.utils.files import UniqueNames, real_path, short_name, write_csv, write_json
 from dat.utils.media import Frame, Frames, Media
 from dat.utils.progress import progress_bar
 
@@ -26,6 +27,7 @@ class Output:
         threshold: lowest score of detections that are drawn and cropped.
         crops: the folder in crops/ of each class whose detections are also cut out.
         points: also draw their sampling points.
+        names: of the crops so far.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class Output:
     threshold: float
     crops: Mapping[str, str] = field(default_factory=dict)
     points: bool = False
+    names: UniqueNames = field(default_factory=UniqueNames)
 
     def write(self, frame: Frame, detections: Detections, points: Points | None) -> int:
         """Writes the images of a frame; returns the number of detections drawn."""
@@ -46,12 +49,21 @@ class Output:
         if self.crops:
             self._cut(drawn, target)
         if points is not None and len(drawn):
-            draw_points(drawn, points.select(chosen), target.with_name(f"{target.stem}_points.png"))
+            sheet = target.with_name(f"{target.stem}_points.png")
+            while sheet in self.taken:
+                sheet = sheet.with_name(f"{sheet.stem}_.png")
+            draw_points(drawn, points.select(chosen), sheet)
         return len(drawn)
+
+    @cached_property
+    def taken(self) -> set[Path]:
+        """Files and folders of all media."""
+        return set(self.targets.values())
 
     def _cut(self, drawn: Detections, target: Path) -> None:
         image = drawn.image
-        stem = short_name("_".join(target.relative_to(self.folder).with_suffix("").parts))
+        path = target.relative_to(self.folder)
+        stem = self.names(short_name("_".join(path.with_suffix("").parts)), str(path))
         for i, (name, box) in enumerate(zip(drawn.class_names, drawn.boxes.tolist(), strict=True), 1):
             # A crop has at least one pixel.
             left, top = min(int(box[0]), image.width - 1), min(int(box[1]), image.height - 1)

@@ -144,11 +144,11 @@ class Predictor:
         """(height, width) to which an image is resized for the model."""
         return resized_size(image.height, image.width, self.size, self.max_size)
 
-    def _set_model(self, model: BaseDETR, config: DetectionConfig, top_k: int | None = None) -> None:
+    def _set_model(self, model: BaseDETR, config: DetectionConfig) -> None:
         self.model, self.config, self.val = model, config, config.data.val
         data, amp, device = config.data, config.train.amp, self.distributed.device
         self.size, self.max_size = data.val.size, data.val.max_size
-        graph = DetectorGraph(model, data, top_k or data.val.top_k).to(device).eval()
+        graph = DetectorGraph(model, data, data.val.top_k).to(device).eval()
 
         @torch.inference_mode()
         def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:

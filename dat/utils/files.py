@@ -174,6 +174,17 @@ def file_names(texts: Iterable[str]) -> dict[str, str]:
     return {text: name if name == text or count[name] == 1 else _add_hash(name, text) for text, name in names.items()}
 
 
+class UniqueNames:
+    """Names of one text after another; a hash tells apart those that would share a name."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def __call__(self, name: str, text: str) -> str:
+        """`name` of `text`, changed if another text has it."""
+        return name if self.texts.setdefault(name, text) == text else _add_hash(name, text)
+
+
 def short_name(name: str, text: str = "") -> str:
     """The name, or if it is longer than LONGEST_NAME its beginning and a hash of the whole, or of `text` if given."""
     return name if len(os.fsencode(name)) <= LONGEST_NAME else _add_hash(name, text or name)

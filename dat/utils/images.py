@@ -163,6 +163,24 @@ def upright_size(source: str | Path | BinaryIO) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def to_upright(
+    source: str | Path | BinaryIO, size: tuple[int, int], boxes: np.ndarray
+) -> tuple[tuple[int, int], np.ndarray]:
+    """Boxes [n, 4] of corners in an image that `decode` gives with `size`, as they are in the one it gives without.
+
+    Returns that image's size and the boxes. Raises as decode.
+    """
+    upright = upright_size(source)
+    with open_image(source) as image:
+        orientation = _orientation(image)
+    if upright == size or upright != size[::-1] or orientation not in UNTURN:
+        return size, boxes
+    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    new_x = upright[0] - y[:, ::-1] if orientation in (6, 7) else y
+    new_y = upright[1] - x[:, ::-1] if orientation in (7, 8) else x
+    return upright, np.stack((new_x, new_y), -1).reshape(-1, 4)
+
+
 def _check_scans(image: Image.Image) -> None:
     """Raises ValueError for an open JPEG file that would take minutes to decode."""
     file = getattr(image, "fp", None)
@@ -192,11 +210,12 @@ def _convert(
     mode = image.mode
     # The further images of MPO files, photographs of phones, are previews and depth maps.
     frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-    deep = mode == "RGB" and any(_raw_mode(tile).startswith("RGB;16") for tile in getattr(image, "tile", ()))
+    raw_modes = [_raw_mode(tile) for tile in getattr(image, "tile", ())]
+    deep = any(raw_mode.startswith(("RGB;16", "RGBA;16")) for raw_mode in raw_modes)
     # Read before the pixels: Pillow turns TIFFs as it loads them.
     orientation = _orientation(image)
     image.load()
-    if deep and source is not None and np.asarray(image).max() < 64:
+    if deep and source is not None and np.asarray(image)[..., :3].max() < 64:
         _scale_rgb(image, source)
     turned = ImageOps.exif_transpose(image) if orientation != 1 else image
     followed = size is None or turned.size == size or orientation not in UNTURN or turned.size[::-1] != size
@@ -218,7 +237,10 @@ def _scale_rgb(image: Image.Image, source: str | Path | BinaryIO) -> None:
             low.tile[i] = tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
         low.load()
         values = np.asarray(image).astype(np.int32) * 256 + np.asarray(low)
-    image.paste(Image.fromarray(_to_8_bits(values, _range(image)[0], False)))
+    scaled = Image.fromarray(_to_8_bits(values[..., :3], _range(image)[0], False))
+    if image.mode == "RGBA":
+        scaled.putalpha(image.getchannel("A"))
+    image.paste(scaled)
 
 
 def _orientation(image: Image.Image) -> int:

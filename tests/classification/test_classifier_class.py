@@ -117,6 +117,12 @@ def test_lists_keep_their_order_whatever_the_batch(classifier, tmp_path):
     assert classifier.predict([]) == []
 
 
+@pytest.mark.parametrize(("name", "number"), [("batch_size", 0), ("batch_size", -1), ("top_k", 0), ("top_k", -1)])
+def test_numbers_below_one_are_named(classifier, name, number):
+    with pytest.raises(ConfigError, match=f"{name} is {number}, should be at least 1"):
+        classifier.predict([PIXELS, PIXELS], **{name: number})
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -69,6 +69,14 @@ def test_predict_writes_labels_and_a_sheet(trained, pictures, tmp_path, capsys):
     assert last.startswith("6 images, 1 left out: 1 that cannot be read: red/broken.jpg (")
 
 
+def test_names_that_look_alike_lose_no_crop(trained, tmp_path):
+    (tmp_path / "in/cam").mkdir(parents=True)
+    for name in ("cam/1.png", "cam_1.png", "0.5.png", "0_5.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "in" / name)
+    command("predict", trained, tmp_path / "in", "--out", tmp_path / "out", "--crops")
+    assert len(list(tmp_path.rglob("crops/*/*.png"))) == 4
+
+
 def test_predict_leaves_its_own_pictures_out(trained, pictures, capsys):
     for _ in range(2):
         command("predict", trained, pictures, "--out", pictures / "out")

@@ -139,6 +139,10 @@ def test_a_format_of_ones_own(monkeypatch):
     assert (split.name(3), split.left_out) == ("row 3", ["row 7"])
     with pytest.raises(DataError, match=r"data.val: cannot load split 'nowhere' of Table/pets: 'no such table'"):
         open_split(data, "val")
+    monkeypatch.setattr(Reader, "__getitem__", lambda self, index: (io.BytesIO(PNG), -1))
+    for use in (lambda: split.read(2), split.labels):
+        with pytest.raises(DataError, match=r"row \d: its label is -1, as in splits of the hub without labels"):
+            use()
 
 
 def test_links_in_a_tar_lead_nowhere_outside(tmp_path):

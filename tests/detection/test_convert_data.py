@@ -7,12 +7,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 from commands import dat
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from dat.detection.config import DataConfig
 from dat.detection.data import read_dataset
 from dat.detection.data.readers import find_format, read_strictly
 from dat.utils.errors import ConfigError, DataError
+from dat.utils.images import read_image
 
 # Names are as YAML, XML and text files have to keep them.
 NAMES = ("no", "a & <b>", "红色", "10")
@@ -111,6 +112,31 @@ def test_what_a_format_cannot_hold_is_said(tmp_path, capsys, name, crowds, areas
         f"written to {target}",
     ]
     assert contents(target, crowds, areas) == contents(source, crowds, areas)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["yolo", "voc", "coco"])
+def test_boxes_of_images_whose_turn_annotations_leave_out_stay_on_their_objects(tmp_path, name, orientation):
+    image = Image.new("RGB", (80, 60))
+    image.paste((255, 255, 255), (10, 20, 30, 50))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    (tmp_path / "a/images/train").mkdir(parents=True)
+    image.save(tmp_path / "a/images/train/1.png", exif=exif)
+    # Turns that keep the size are always followed.
+    with Image.open(tmp_path / "a/images/train/1.png") as stored:
+        x0, y0, x1, y1 = (ImageOps.exif_transpose(stored) if orientation <= 4 else image).getbbox()
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "a/annotations").mkdir()
+    (tmp_path / "a/annotations/instances_train.json").write_text(json.dumps(content))
+    (split,) = read_all(convert(tmp_path / "a", tmp_path / "b", name)).values()
+    (record,) = split.records
+    shown = read_image(record.path, (record.width, record.height))
+    np.testing.assert_allclose(record.boxes[0], shown.getbbox(), atol=1e-4)
 
 
 def test_coco_keeps_its_ids(tmp_path):

@@ -119,6 +119,15 @@ def test_overrides_do_not_reach_the_model(detector):
         Detector.from_checkpoint(detector.path, ["model.num_queries=3"], device="cpu")
 
 
+def test_the_number_of_detections_is_that_of_every_result(detector, grey, tmp_path):
+    few = Detector.from_checkpoint(detector.path, device="cpu", top_k=2)
+    assert few.config.data.val.top_k == 2
+    few.export(tmp_path / "few.onnx")
+    exported = Detector.from_checkpoint(tmp_path / "few.onnx")
+    for model in (few, exported):
+        assert len(model.predict(grey, threshold=0)) == 2
+
+
 @pytest.mark.parametrize("top_k", [0, "5"])
 def test_a_wrong_number_of_detections_is_named(detector, top_k):
     with pytest.raises(ConfigError, match=rf"top_k is {top_k!r}, should be an integer of at least 1"):

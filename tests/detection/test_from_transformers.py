@@ -71,6 +71,13 @@ def test_files_that_are_missing_or_of_another_model_are_named(cache):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "yolos"}))
     with pytest.raises(CheckpointError, match=r"config.json: model_type is 'yolos', should be detr or deformable_detr"):
         Detector.from_checkpoint("hf-hub:somebody/detector", device="cpu")
+    for key, value, wanted in (
+        ("activation_function", "gelu", "relu"),
+        ("decoder_attention_heads", 3, config["encoder_attention_heads"]),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(CheckpointError, match=rf"config.json: {key} is {value!r}, should be {wanted!r}"):
+            Detector.from_checkpoint("hf-hub:somebody/detector", device="cpu")
     (folder / "config.json").write_text(json.dumps(config | {"d_model": 48}))
     with pytest.raises(CheckpointError, match=r"model.safetensors: of another architecture: "):
         Detector.from_checkpoint(folder / "model.safetensors", device="cpu")

@@ -104,6 +104,20 @@ def test_classes_and_crops(checkpoint, folder, tmp_path, capsys):
         run(checkpoint, folder, "--out", out, "--classes", "green")
 
 
+def test_names_that_look_alike_lose_no_crop_and_no_points(checkpoint, tmp_path):
+    (tmp_path / "in/cam").mkdir(parents=True)
+    names = ["cam/1.png", "cam_1.png", "a.png", "a_points.png"]
+    for i, name in enumerate(names):
+        noise((64, 64), i).save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    run(checkpoint, tmp_path / "in", "--out", out, "--crops", "--show-points")
+    assert len(list(out.rglob("crops/*/*.png"))) == len(read(out))
+    pictures = [path for path in out.rglob("*.png") if "crops" not in path.parts]
+    assert len(pictures) == 2 * len(names)
+    with Image.open(out / "a_points.png") as annotated, Image.open(out / "a.png") as other:
+        assert annotated.size == other.size
+
+
 def test_the_last_line_counts_what_was_left_out(checkpoint, folder, tmp_path, capsys):
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     (folder / "notes.txt").write_text("notes")

@@ -104,6 +104,8 @@ def test_a_supercategory_with_objects_in_validation_only(scenes, config_file, tm
     assert Detector.from_checkpoint(tmp_path / "run/last.pth").categories == (Category(0, "shapes"), *CLASSES)
     dat("detect", "audit", scenes, "--out", tmp_path / "out")
     assert "training can start" in capsys.readouterr().out
+    dat("detect", "convert", scenes, tmp_path / "yolo", "--to", "yolo")
+    assert "3 classes" in capsys.readouterr().out
 
 
 def test_a_run_says_so_in_its_first_lines(scenes, config_file, tmp_path):

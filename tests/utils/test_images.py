@@ -108,13 +108,14 @@ def test_integers_are_scaled_by_their_range(kind, top):
 
 
 def png_48(pixels):
-    """A PNG of RGB with 16 bits per channel, which Pillow does not write."""
+    """A PNG of RGB or RGBA with 16 bits per channel, which Pillow does not write."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    kind = 2 if pixels.shape[2] == 3 else 6
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, kind, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -139,11 +140,13 @@ def tiff_48(pixels, order, orientation=1):
 
 
 @pytest.mark.parametrize("top", [1023, 4095, 16383, 65535])
-@pytest.mark.parametrize("kind", ["png", "<", ">"])
+@pytest.mark.parametrize("kind", ["png", "opaque png", "<", ">"])
 def test_rgb_of_16_bits_is_scaled_by_its_range(kind, top):
     shown = np.stack([SHOWN, SHOWN[::-1], SHOWN.T], -1)
     pixels = np.round(shown / 255 * top)
-    content = png_48(pixels) if kind == "png" else tiff_48(pixels, kind)
+    if kind == "opaque png":
+        pixels = np.dstack((pixels, np.full_like(pixels[..., 0], 65535)))
+    content = tiff_48(pixels, kind) if kind in "<>" else png_48(pixels)
     np.testing.assert_allclose(np.asarray(read_image(io.BytesIO(content))).astype(int), shown, atol=1.01)
 
 

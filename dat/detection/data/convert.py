@@ -5,8 +5,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dat.detection.data.readers import READERS, Split, arrange, describe_sets, find_format, keep_inside, read_strictly
-from dat.detection.data.records import Annotations, Category
+from dat.detection.data.readers import (
+    READERS,
+    Split,
+    arrange,
+    describe_sets,
+    find_format,
+    keep_inside,
+    read_strictly,
+    require_categories,
+)
+from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.progress import progress_bar
@@ -61,19 +70,22 @@ def _read_all(source: Path) -> dict[str, Annotations]:
     if not source.is_dir():
         raise DataError(f"{source}: no such folder of data")
     found = find_format(source)
-    splits: dict[str, Annotations] = {}
-    categories: tuple[Category, ...] | None = None
-    for name, split in found.splits.items():
-        splits[name] = arrange(_read_one(source, split, categories), f"{source}: {found.format}", split)
-        categories = splits[name].categories
-    return splits
+    splits = {
+        name: arrange(_read_one(source, split), f"{source}: {found.format}", split)
+        for name, split in found.splits.items()
+    }
+    # A supercategory may have objects in one of them only.
+    first, *others = splits.values()
+    for other in others:
+        first = first.with_categories(other.categories)
+    return {name: require_categories(split, first.categories) for name, split in splits.items()}
 
 
-def _read_one(source: Path, split: Split, categories: tuple[Category, ...] | None) -> Annotations:
+def _read_one(source: Path, split: Split) -> Annotations:
     def read(problems: Findings) -> Annotations:
         annotations = split.read(problems, None)
         if not split.anywhere:
             return annotations
         return keep_inside(annotations, (source,), problems, "convert never reads there")
 
-    return read_strictly(read, categories)
+    return read_strictly(read)

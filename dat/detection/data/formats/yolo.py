@@ -30,6 +30,7 @@ from dat.detection.data.records import Annotations, Category, ImageRecord, path_
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
 from dat.utils.files import find_images
+from dat.utils.images import to_upright
 from dat.utils.safe_yaml import parse_yaml
 
 # CVAT's subsets are called Train, Validation and Test.
@@ -97,10 +98,11 @@ def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path
 
 
 def _lines(record: ImageRecord) -> Iterator[str]:
-    boxes = record.boxes.astype(float).tolist()
-    for (x0, y0, x1, y1), label, crowd in zip(boxes, record.labels.tolist(), record.crowd.tolist(), strict=True):
+    # YOLO has no sizes that would tell whether annotations follow the file's turn.
+    (width, height), boxes = to_upright(record.path, (record.width, record.height), record.boxes.astype(float))
+    objects = zip(boxes.tolist(), record.labels.tolist(), record.crowd.tolist(), strict=True)
+    for (x0, y0, x1, y1), label, crowd in objects:
         if not crowd:
-            width, height = record.width, record.height
             parts = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
             # The shortest text that Python reads back as the same number.
             yield f"{label} {' '.join(map(repr, parts))}\n"
