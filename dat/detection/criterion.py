@@ -37,7 +37,8 @@ class Stack(NamedTuple):
 class Normalizers(NamedTuple):
     """Scalar tensors by which sums over one optimizer step are divided.
 
-    `boxes`: number of target boxes, at least 1. `class_weights`: weights of all queries in the cross-entropy.
+    `boxes`: number of target boxes, at least 1 in all processes together. `class_weights`: weights of all queries in
+    the cross-entropy. Both are means over the processes.
     """
 
     boxes: Tensor

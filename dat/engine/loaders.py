@@ -95,7 +95,7 @@ class Loader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], workers: int, pin: bool, **options: Any) -> None:
         if workers:
             options |= {"persistent_workers": True, "worker_init_fn": partial(_ignore_sigterm, _exit_flag())}
-            if sys.platform == "linux":
+            if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) != "spawn":
                 # The default before Python 3.14: workers share the memory of cached images, and any transform will do.
                 options["multiprocessing_context"] = "fork"
         super().__init__(dataset, num_workers=workers, pin_memory=pin, **options)

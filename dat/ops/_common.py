@@ -149,7 +149,8 @@ def _has_torch_function(args: Sequence[Any]) -> bool:
         return False
     modes = torch.overrides._get_current_function_mode_stack()
     others = not modes or any(type(mode) is not DeviceContext for mode in modes)
-    return others or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+    plain = (Tensor, torch.nn.Parameter)
+    return others or any(hasattr(type(arg), "__torch_function__") and type(arg) not in plain for arg in args)
 
 
 def second_derivatives(

@@ -168,13 +168,20 @@ def to_upright(
 ) -> tuple[tuple[int, int], np.ndarray]:
     """Boxes [n, 4] of corners in an image that `decode` gives with `size`, as they are in the one it gives without.
 
-    Returns that image's size and the boxes. Raises as decode.
+    Returns that image's size and the boxes: unchanged where both are the same, or where the file cannot be read.
     """
-    upright = upright_size(source)
-    with open_image(source) as image:
-        orientation = _orientation(image)
-    if upright == size or upright != size[::-1] or orientation not in UNTURN:
+    if size[0] == size[1] or not len(boxes):
         return size, boxes
+    try:
+        with open_image(source) as image:
+            # Pillow gives TIFFs their upright size when it opens them.
+            stored = size[::-1] if image.format == "TIFF" else size
+            orientation = _orientation(image) if image.size == stored else 1
+    except UNREADABLE:
+        return size, boxes
+    if orientation not in UNTURN:
+        return size, boxes
+    upright = size[::-1]
     x, y = boxes[:, 0::2], boxes[:, 1::2]
     new_x = upright[0] - y[:, ::-1] if orientation in (6, 7) else y
     new_y = upright[1] - x[:, ::-1] if orientation in (7, 8) else x
@@ -215,7 +222,7 @@ def _convert(
     # Read before the pixels: Pillow turns TIFFs as it loads them.
     orientation = _orientation(image)
     image.load()
-    if deep and source is not None and np.asarray(image)[..., :3].max() < 64:
+    if deep and source is not None and _visible(np.asarray(image)).max() < 64:
         _scale_rgb(image, source)
     turned = ImageOps.exif_transpose(image) if orientation != 1 else image
     followed = size is None or turned.size == size or orientation not in UNTURN or turned.size[::-1] != size
@@ -237,10 +244,15 @@ def _scale_rgb(image: Image.Image, source: str | Path | BinaryIO) -> None:
             low.tile[i] = tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
         low.load()
         values = np.asarray(image).astype(np.int32) * 256 + np.asarray(low)
-    scaled = Image.fromarray(_to_8_bits(values[..., :3], _range(image)[0], False))
+    scaled = Image.fromarray(_to_8_bits(_visible(values), _range(image)[0], False))
     if image.mode == "RGBA":
         scaled.putalpha(image.getchannel("A"))
     image.paste(scaled)
+
+
+def _visible(pixels: np.ndarray) -> np.ndarray:
+    """The colours [H, W, 3] of RGB or RGBA, black where they are not seen at all."""
+    return pixels if pixels.shape[2] == 3 else pixels[..., :3] * (pixels[..., 3:] > 0)
 
 
 def _orientation(image: Image.Image) -> int:

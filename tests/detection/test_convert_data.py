@@ -115,19 +115,20 @@ def test_what_a_format_cannot_hold_is_said(tmp_path, capsys, name, crowds, areas
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["yolo", "voc", "coco"])
-def test_boxes_of_images_whose_turn_annotations_leave_out_stay_on_their_objects(tmp_path, name, orientation):
+@pytest.mark.parametrize(("name", "ending"), [("yolo", "png"), ("yolo", "tif"), ("voc", "png"), ("coco", "png")])
+def test_boxes_of_images_whose_turn_annotations_leave_out_stay_on_their_objects(tmp_path, name, ending, orientation):
     image = Image.new("RGB", (80, 60))
     image.paste((255, 255, 255), (10, 20, 30, 50))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     (tmp_path / "a/images/train").mkdir(parents=True)
-    image.save(tmp_path / "a/images/train/1.png", exif=exif)
+    path = tmp_path / f"a/images/train/1.{ending}"
+    image.save(path, exif=exif)
     # Turns that keep the size are always followed.
-    with Image.open(tmp_path / "a/images/train/1.png") as stored:
+    with Image.open(path) as stored:
         x0, y0, x1, y1 = (ImageOps.exif_transpose(stored) if orientation <= 4 else image).getbbox()
     content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": 80, "height": 60}],
+        "images": [{"id": 1, "file_name": path.name, "width": 80, "height": 60}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}],
         "categories": [{"id": 1, "name": "a"}],
     }
@@ -137,6 +138,13 @@ def test_boxes_of_images_whose_turn_annotations_leave_out_stay_on_their_objects(
     (record,) = split.records
     shown = read_image(record.path, (record.width, record.height))
     np.testing.assert_allclose(record.boxes[0], shown.getbbox(), atol=1e-4)
+
+
+def test_images_that_cannot_be_read_are_converted_too(tmp_path):
+    source = write_coco(tmp_path / "source")
+    (source / "images/val/day/val 1.png").write_bytes(b"damaged")
+    convert(source, tmp_path / "target", "yolo")
+    assert (tmp_path / "target/images/val/day/val 1.png").read_bytes() == b"damaged"
 
 
 def test_coco_keeps_its_ids(tmp_path):

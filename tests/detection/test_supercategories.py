@@ -108,6 +108,24 @@ def test_a_supercategory_with_objects_in_validation_only(scenes, config_file, tm
     assert "3 classes" in capsys.readouterr().out
 
 
+def test_supercategories_with_objects_in_a_split_each_are_converted(scenes, tmp_path, capsys):
+    """Of two, one has objects in validation images alone, the other in test images."""
+    roots = [{"id": 0, "name": "shapes"}, {"id": 5, "name": "beasts"}]
+    (scenes / "train.json").replace(scenes / "one.json")
+    for split, member in (("train", None), ("val", 0), ("test", 5)):
+        data = json.loads((scenes / "one.json").read_text())
+        members = [
+            {"id": c.id, "name": c.name, "supercategory": root["name"]} for c, root in zip(CLASSES, roots, strict=True)
+        ]
+        data["categories"] = [*roots, *members]
+        if member is not None:
+            data["annotations"][0]["category_id"] = member
+        write_json(scenes / f"{split}.json", data)
+    (scenes / "one.json").unlink()
+    dat("detect", "convert", scenes, tmp_path / "yolo", "--to", "yolo")
+    assert "4 classes" in capsys.readouterr().out
+
+
 def test_a_run_says_so_in_its_first_lines(scenes, config_file, tmp_path):
     add_root(scenes)
     dat("detect", "train", config_file, "train.epochs=1", "train.pictures=0", "train.worst=0")

@@ -72,6 +72,14 @@ def test_a_step_takes_one_launch_and_three():
     assert (forward, backward) == (1, 3)
 
 
+def test_frozen_weights_change_no_gradient_of_the_map():
+    conv, x, grad = make(SHAPES[0])
+    _, expected, *_ = gradients(conv, x, grad)
+    frozen, x = conv.to(DEVICE).requires_grad_(False), x.to(DEVICE).requires_grad_()
+    out = residual_depthwise(frozen, x)
+    assert torch.equal(torch.autograd.grad(out, x, grad.to(DEVICE))[0], expected)
+
+
 class Residual(nn.Module):
     def __init__(self, conv):
         super().__init__()
@@ -123,8 +131,8 @@ def test_ops_refuse_arguments_that_do_not_fit():
         (ops.residual_depthwise, (x, weight[1:], None), "weight must be"),
         (ops.residual_depthwise, (x, weight.half(), None), "weight must be float32"),
         (ops.residual_depthwise, (x, weight, weight[:7, 0, 0, 0]), "bias must be"),
-        (ops.residual_depthwise_backward, (x[1:], x, weight), "grad must be"),
-        (ops.residual_depthwise_backward, (x.half(), x, weight), "grad must be"),
+        (ops.residual_depthwise_backward, (x[1:], x, weight, True), "grad must be"),
+        (ops.residual_depthwise_backward, (x.half(), x, weight, False), "grad must be"),
     ):
         with pytest.raises(RuntimeError, match=f"residual_depthwise: .*{message}"):
             op(*args)

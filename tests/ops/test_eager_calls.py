@@ -57,6 +57,7 @@ def test_a_default_device_is_not_taken_for_a_tracer(function):
         assert "Generated" not in derivatives(function)[0].grad_fn.name()
         subclass = SAMPLE.tensors()[0].as_subclass(type("Marked", (torch.Tensor,), {}))
         assert _common.is_traced((subclass,))
+        assert _common.is_traced((torch.fx.Proxy(torch.fx.Graph().placeholder("x")),))
     tensors = SAMPLE.tensors()
     with torch.overrides.BaseTorchFunctionMode(), torch.device("cpu"):
         assert _common.is_traced(tensors)

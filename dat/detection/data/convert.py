@@ -75,10 +75,11 @@ def _read_all(source: Path) -> dict[str, Annotations]:
         for name, split in found.splits.items()
     }
     # A supercategory may have objects in one of them only.
-    first, *others = splits.values()
-    for other in others:
-        first = first.with_categories(other.categories)
-    return {name: require_categories(split, first.categories) for name, split in splits.items()}
+    first, *_ = splits.values()
+    used = {category.name for split in splits.values() for category in split.categories}
+    roots = [root for root in first.roots if root.name in used]
+    categories = tuple(sorted((*first.categories, *roots), key=lambda c: c.id)) if roots else first.categories
+    return {name: require_categories(split, categories) for name, split in splits.items()}
 
 
 def _read_one(source: Path, split: Split) -> Annotations:
