@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dat.layers.autocast import calls_forward_only
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
-from dat.ops._common import autocast
+from dat.ops._common import autocast, full_precision
 from dat.ops.sizes import is_exporting, sym_max
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
@@ -204,7 +204,7 @@ class DeformableAttention(nn.Module):
         if x.dtype == norm.weight.dtype:
             return self.offset_proj(F.gelu(norm(x)))
         # Autocast would cast between these layers, four launches more, and round positions.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return self.offset_proj(F.gelu(norm(x.to(norm.weight.dtype))))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:

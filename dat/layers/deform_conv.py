@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dat.ops import deform_sample
+from dat.ops._common import autocast_dtype, full_precision
 from dat.ops.sizes import is_exporting
 
 Pair = int | tuple[int, int]
@@ -50,15 +51,13 @@ def deform_conv2d(
     Raises:
         ValueError: shapes that do not fit together; the message names the argument.
     """
-    device = input.device.type
-    # The meta device has no autocast, and torch refuses to say that it is off.
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if autocast_dtype(input) is not None:
         wide: Any = [
             None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
             for t in (input, offset, weight, bias, mask)
         ]
         x, moves, kernel, shift, factors = wide
-        with torch.autocast(device, enabled=False):
+        with full_precision(input):
             return deform_conv2d(x, moves, kernel, shift, stride, padding, dilation, factors).to(input.dtype)
     steps = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     groups = _check(input, offset, weight, bias, *steps, mask)

@@ -99,11 +99,11 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A map [B, H, W, C] plus a convolution of it that keeps its size."""
-    if not _is_plain(conv):
-        return x + depthwise(conv, x)
-    if fused.has_residual_depthwise(x, conv.weight, conv.bias):
+    plain = _is_plain(conv)
+    if plain and fused.has_residual_depthwise(x, conv.weight, conv.bias):
         return fused.residual_depthwise(x, conv.weight, conv.bias)
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+    wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if not (plain and wide and x.device.type == "cpu"):
         return x + depthwise(conv, x)
     # Fold the residual into the kernel's centre, which saves a pass over the map; not in half precision, where adding 1
     # rounds the weights away.

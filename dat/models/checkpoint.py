@@ -5,6 +5,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -67,12 +68,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     Bias tables are resampled as in the official fine-tuning. A classifier for ImageNet-22k is reduced to the classes of
     ImageNet-1k if the model has 1000. Any other classifier of a different size is dropped: the model keeps its own.
     """
-    state_dict = convert(state_dict, model) if _is_official(state_dict) else dict(state_dict)
+    converted: dict[str, Tensor]
+    if _is_official(state_dict):
+        converted = convert(state_dict, model)
+    else:
+        # A copy of torch's own type keeps the versions of the modules' formats.
+        converted = copy(state_dict) if isinstance(state_dict, OrderedDict) else dict(state_dict)
     parameters = dict(model.named_parameters())
-    for name, value in state_dict.items():
+    for name, value in converted.items():
         if name in parameters and value.shape != parameters[name].shape and not name.startswith("head."):
-            state_dict[name] = _resample(name, value, model)
-    return _fit_classifier(state_dict, parameters)
+            converted[name] = _resample(name, value, model)
+    return _fit_classifier(converted, parameters)
 
 
 def _resample(name: str, value: Tensor, model: nn.Module) -> Tensor:

@@ -8,7 +8,6 @@ Features are NCHW; tokens stay NHWC inside.
 """
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -301,11 +300,7 @@ class DAT(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dict after converting official names and tables for another image or window size."""
-        converted = OrderedDict(checkpoint_filter_fn(state_dict, self))
-        if hasattr(state_dict, "_metadata"):
-            # Versions of the modules' formats.
-            converted._metadata = state_dict._metadata  # type: ignore[attr-defined]
-        return super().load_state_dict(converted, strict=strict, assign=assign)
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
 
 
 def create_stem(stem: str, patch_size: int, in_chans: int, embed_dims: int, **dd: Any) -> nn.Module:

@@ -13,6 +13,8 @@ from torch.utils._device import DeviceContext
 from dat.ops._library import LIBRARY
 
 Shapes = Sequence[tuple[int, int]]
+# The types of tensors that nobody else has to do with.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 # The abstract class comes last: asking it takes ten times as long as the others.
 _SEQUENCES = (tuple, list, Sequence)
@@ -149,8 +151,7 @@ def _has_torch_function(args: Sequence[Any]) -> bool:
         return False
     modes = torch.overrides._get_current_function_mode_stack()
     others = not modes or any(type(mode) is not DeviceContext for mode in modes)
-    plain = (Tensor, torch.nn.Parameter)
-    return others or any(hasattr(type(arg), "__torch_function__") and type(arg) not in plain for arg in args)
+    return others or any(hasattr(type(arg), "__torch_function__") and type(arg) not in PLAIN for arg in args)
 
 
 def second_derivatives(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dat.ops._common import Shapes, autocast, check_value, flatten, sum_dtype
+from dat.ops._common import Shapes, autocast, check_value, flatten, full_precision, sum_dtype
 from dat.ops.deform_sample import check_samples, deform_sample
 
 # Shapes copied from a device, with the version of the tensor that they were read from: torch has no public way to see
@@ -160,7 +160,7 @@ def ms_deform_attn_forward(
     im2col_step: int,
 ) -> Tensor:
     """Forward function of the official extension `MultiScaleDeformableAttention`; autocast does not affect it."""
-    with torch.autocast(value.device.type, enabled=False):
+    with full_precision(value):
         return multi_scale_deformable_attention(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -199,7 +199,7 @@ def _gradients(
 # Compilers see one op that reads the tensor of shapes at run time, so that nothing they plan depends on the sizes.
 @torch.library.custom_op("dat::compat_sample", mutates_args=())
 def _sample(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    with torch.autocast(value.device.type, enabled=False):
+    with full_precision(value):
         return multi_scale_deformable_attention(value, shapes.tolist(), locations, weights)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from dat.ops._common import autocast_dtype, differentiable, is_traced, second_derivatives
+from dat.ops._common import PLAIN, autocast_dtype, differentiable, is_traced, second_derivatives
 from dat.ops._library import LIBRARY
 from dat.ops.sizes import is_exporting
 
@@ -28,8 +28,8 @@ def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         and BUILT
         and (_is_compiled() or not is_traced((x, weight, bias)))
         # Subclasses that only dispatch, as DTensor, have no mode and no __torch_function__ that would show them.
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
         and forward_ad._current_level < 0
         # Without autocast, torch refuses a map in half precision with weights in float32.
         and x.dtype in (torch.float32, autocast_dtype(x))

@@ -178,9 +178,8 @@ def _has_triton_kernels(query: Tensor, biased: bool, kernel_size: int) -> bool:
     block of windows up to 25 pixels wide.
     """
     bytes_per_pixel = query.shape[3] * query.element_size()
-    fits = query.dtype != torch.float64 and bytes_per_pixel <= (256 if kernel_size <= 9 else 128)
-    fits = fits and (kernel_size <= 25 or not biased)
-    return fits and importlib.util.find_spec("triton") is not None
+    fits = bytes_per_pixel <= (256 if kernel_size <= 9 else 128) and (kernel_size <= 25 or not biased)
+    return fits and query.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 @torch.library.impl(LIBRARY, "neighborhood_attn", "CUDA")

@@ -109,7 +109,7 @@ def test_a_supercategory_with_objects_in_validation_only(scenes, config_file, tm
 
 
 def test_supercategories_with_objects_in_a_split_each_are_converted(scenes, tmp_path, capsys):
-    """Of two, one has objects in validation images alone, the other in test images."""
+    """One of the two has objects only in validation images, the other only in test images."""
     roots = [{"id": 0, "name": "shapes"}, {"id": 5, "name": "beasts"}]
     (scenes / "train.json").replace(scenes / "one.json")
     for split, member in (("train", None), ("val", 0), ("test", 5)):
