@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(function, options)
 
 
-def run_recipe(task: str, command: str, function: Callable[[argparse.Namespace], Any] | None = None) -> None:
-    """Runs a function, by default that of `dat TASK COMMAND`, with the arguments of the process as its options."""
+def run_recipe(task: str, command: str) -> None:
+    """Runs the function of `dat TASK COMMAND` with the arguments of the process as its options."""
     options = parse_command(task, command, sys.argv[1:], f"python -m {TASKS[task]}.{command}")
-    run(function or find_function(task, command), options)
+    run(find_function(task, command), options)
 
 
 def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> None:

@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from dat.classification.config import DataConfig, TrainConfig
 from dat.classification.readers import Split
 from dat.engine.distributed import Distributed, gather
-from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
 from dat.utils.errors import ConfigError, DataError, one_line
@@ -166,7 +165,7 @@ class MixPairs:
         self.seed = seed
 
     def __call__(self, samples: list[Any]) -> list[Tensor]:
-        """Collates samples of TrainImages to a batch as in train_loader, with labels [B, num_classes] float."""
+        """Collates samples of TrainImages to a batch with labels [B, num_classes] float."""
         images, labels, index, used, epoch = default_collate(samples)
         targets = []
         for first in range(0, len(images), 2):
@@ -176,18 +175,6 @@ class MixPairs:
                 images[pair], mixed = self.mixup(images[pair], labels[pair])
             targets.append(mixed)
         return [images, torch.cat(targets), index, used, epoch]
-
-
-def train_loader(
-    images: TrainImages, sampler: EpochBatchSampler, workers: int, pin: bool, mix: MixPairs | None = None
-) -> DataLoader[Any]:
-    """Batches (images [B, 3, H, W], labels [B] or, mixed, [B, K], index [B], used [B], epoch [B]) of the epoch."""
-    return Loader(images, workers, pin, batch_sampler=sampler, collate_fn=mix)
-
-
-def eval_loader(images: EvalImages, batch_size: int, workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches (images [B, 3, H, W], labels [B], index [B]), in order."""
-    return Loader(images, workers, pin, batch_size=batch_size)
 
 
 class SkippedImages:

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dat.classification.config import ClassificationConfig
-from dat.classification.data import EvalImages, SkippedImages, eval_loader, make_transform
+from dat.classification.data import EvalImages, SkippedImages, make_transform
 from dat.classification.readers import Split, open_place
 from dat.classification.results import Results
 from dat.engine.distributed import Distributed, gather
+from dat.engine.loaders import Loader
 from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
 
@@ -31,7 +32,7 @@ def evaluate(
 
     Args:
         model: images [B, 3, H, W] to logits [B, K]; left in the mode in which it came.
-        loader: see eval_loader; each process evaluates a part of the images.
+        loader: of EvalImages; each process evaluates a part of the images.
         distributed, amp: as in training.
         skipped: collects unreadable images.
     Raises:
@@ -71,7 +72,7 @@ def evaluate_split(
     """The results of a split and, with loading, {"images_per_second", "seconds"}; warns of unreadable images."""
     data, train = config.data, config.train
     images = EvalImages(split, make_transform(data, training=False), distributed.rank, distributed.world_size)
-    loader = eval_loader(images, train.eval_batch_size, train.workers, distributed.device.type == "cuda")
+    loader = Loader(images, train.workers, distributed.device.type == "cuda", batch_size=train.eval_batch_size)
     skipped = SkippedImages(split, path=None)
     start = time.perf_counter()
     results = evaluate(model, loader, distributed, train.amp, skipped)

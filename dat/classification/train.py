@@ -1,8 +1,4 @@
-"""Trains a classifier: python -m classification.train CONFIG [key.path=value ...]
-
-It runs under torchrun too, with one process per GPU. After an interruption the same command with train.resume=true
-continues the run, also with another number of processes if train.batch_size x train.accumulate x processes stays.
-"""
+"""The training of a classifier on a data set."""
 
 from collections.abc import Callable
 from typing import Any

@@ -19,9 +19,7 @@ from dat.classification.data import (
     UserTransform,
     check_classes,
     check_readable,
-    eval_loader,
     make_transform,
-    train_loader,
 )
 from dat.classification.evaluate import evaluate
 from dat.classification.model import build_classifier
@@ -30,7 +28,7 @@ from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import balanced_factors, class_weights
-from dat.engine.loaders import EpochBatchSampler
+from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
@@ -120,9 +118,9 @@ class ClassificationTrainer(Trainer):
             augment = UserTransform(self.transform, augment)
         samples = TrainImages(self.train_set, augment, seed)
         mix = MixPairs(train, len(self.class_names), seed) if train.mixup or train.cutmix else None
-        loader = train_loader(samples, sampler, train.workers, pin, mix)
+        loader = Loader(samples, train.workers, pin, batch_sampler=sampler, collate_fn=mix)
         val_samples = EvalImages(self.val_set, make_transform(data, training=False), rank, world_size)
-        return sampler, loader, eval_loader(val_samples, train.eval_batch_size, train.workers, pin)
+        return sampler, loader, Loader(val_samples, train.workers, pin, batch_size=train.eval_batch_size)
 
     def build_model(self, weights: bool = True) -> nn.Module:
         return build_classifier(self.config.model.backbone, len(self.class_names), weights)

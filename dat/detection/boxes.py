@@ -40,8 +40,8 @@ def _overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def coverage(boxes: Tensor, others: Tensor) -> Tensor:
     """The fraction [n, m] of each of n boxes [n, 4] that lies in each of m others [m, 4]; 0 for empty boxes."""
     boxes = boxes[:, None]
-    low, high = boxes[..., :2].maximum(others[:, :2]), boxes[..., 2:].minimum(others[:, 2:])
-    return _area(low, high) / _area(boxes[..., :2], boxes[..., 2:]).clamp(min=torch.finfo(boxes.dtype).tiny)
+    areas = _area(boxes[..., :2], boxes[..., 2:])
+    return _overlap(boxes, others)[0] / areas.clamp(min=torch.finfo(boxes.dtype).tiny)
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dat.detection.checkpoint import check_categories, load_detector
 from dat.detection.config import DetectionConfig, check_config
-from dat.detection.data import describe_sets, read_dataset, val_loader
-from dat.detection.evaluation import Evaluation, detect, gather_results
+from dat.detection.data import describe_sets, read_dataset
+from dat.detection.evaluation import Evaluation
 from dat.detection.graph import pad_images
 from dat.detection.models.base import BaseDETR
-from dat.detection.predictor import Predictor
+from dat.detection.predictor import Predictor, detect_split
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import LARGEST_SIDE, apply_overrides, keyword_overrides, load_config
 from dat.engine.distributed import Distributed, setup_distributed
@@ -133,22 +133,7 @@ class Detector(Predictor):
             echo(describe_sets(annotations))
         with checkpoint_errors(str(self.path)):
             # Results have the ids of the data, which may not be those of the training data.
-            categories = annotations.categories
-            if val.tiles:
-                predictor = Predictor.of(model, config, categories, distributed, path=self.path)
-                results = predictor.detect_all(annotations)
-            else:
-                results = detect(
-                    model,
-                    val_loader(annotations, config, distributed),
-                    categories,
-                    distributed.device,
-                    config.train.amp,
-                    val.top_k,
-                    val.nms,
-                    val.one_class,
-                )
-        results = gather_results(results)
+            results = detect_split(model, config, annotations, distributed, path=self.path)
         if not distributed.main:
             return {}
         if not annotations.annotated:

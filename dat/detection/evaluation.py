@@ -11,7 +11,6 @@ from torch import Tensor
 from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import best_detections, select_detections
-from dat.engine.distributed import gather
 from dat.engine.optim import amp_context
 
 # COCO's limits between small, medium and large objects: sides in pixels of squares of those areas.
@@ -68,11 +67,6 @@ def to_results(
         }
         for score, label, box in zip(scores, labels, boxes.tolist(), strict=True)
     ]
-
-
-def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of all processes, in the order of the ranks; each may have any number of them."""
-    return [result for part in gather(results) for result in part]
 
 
 def _compare(annotations: Annotations, results: Sequence[dict[str, Any]], **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """Detection in images, and in tiles of large ones, with any model: one in training, of a checkpoint or exported."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
-from dat.detection.data import Annotations, Category, resized_size
+from dat.detection.data import Annotations, Batch, Category, resized_size, val_loader
 from dat.detection.detections import Detections
 from dat.detection.draw import open_record
+from dat.detection.evaluation import detect
 from dat.detection.graph import DetectorGraph
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import select_detections
 from dat.detection.tiles import detect_in_tiles
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import apply_overrides, keyword_overrides
-from dat.engine.distributed import Distributed
+from dat.engine.distributed import Distributed, gather
 from dat.engine.optim import amp_context
 from dat.export.runtime import check_predictions
 from dat.utils.errors import CheckpointError, ConfigError
@@ -131,15 +132,6 @@ class Predictor:
         check_config(config)
         return config.data.val
 
-    def detect_all(self, annotations: Annotations) -> list[dict[str, Any]]:
-        """COCO results of this process's images of a data set, searched one by one, of any score."""
-        assert self.config is not None
-        results: list[dict[str, Any]] = []
-        for record in annotations.records[self.distributed.rank :: self.distributed.world_size]:
-            found = self.predict(open_record(record), 0.0, self.config.train.eval_batch_size)
-            results += found.to_coco(record.id)
-        return results
-
     def input_size(self, image: Image.Image) -> tuple[int, int]:
         """(height, width) to which an image is resized for the model."""
         return resized_size(image.height, image.width, self.size, self.max_size)
@@ -191,3 +183,34 @@ class Predictor:
             raise CheckpointError(f"{self.path}: gives scores that are not 0 to 1")
         if not boxes.is_floating_point() or not (boxes[..., :2] <= boxes[..., 2:]).all():
             raise CheckpointError(f"{self.path}: gives boxes whose right or bottom edge is before the left or top one")
+
+
+def detect_split(
+    model: BaseDETR,
+    config: DetectionConfig,
+    annotations: Annotations,
+    distributed: Distributed,
+    loader: Iterable[Batch] | None = None,
+    path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """COCO results of a split as `data.val` says, whole or in tiles; each process detects in a part, and returns all.
+
+    Args:
+        model: left in the mode in which it came.
+        loader: as val_loader makes it, which is called for None; images that are cut into tiles need none.
+        path: the checkpoint that errors name.
+    """
+    val, categories = config.data.val, annotations.categories
+    if val.tiles:
+        training = model.training
+        predictor = Predictor.of(model, config, categories, distributed, path)
+        results: list[dict[str, Any]] = []
+        for record in annotations.records[distributed.rank :: distributed.world_size]:
+            found = predictor.predict(open_record(record), 0.0, config.train.eval_batch_size)
+            results += found.to_coco(record.id)
+        model.train(training)
+    else:
+        loader = val_loader(annotations, config, distributed) if loader is None else loader
+        device, amp = distributed.device, config.train.amp
+        results = detect(model, loader, categories, device, amp, val.top_k, val.nms, val.one_class)
+    return [result for part in gather(results) for result in part]

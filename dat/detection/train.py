@@ -1,12 +1,4 @@
-"""Trains a detector on a data set in any of the formats of `dat.detection.data.formats`.
-
-    python -m detection.train CONFIG [key.path=value ...] [--overfit N]
-    torchrun --nproc-per-node N -m detection.train CONFIG [key.path=value ...]
-
-Writes to `output`: config.yaml, last.pth, best.pth, train.log, log.jsonl, tensorboard/; at the end metrics.json,
-detections.json, plots, images and report.html of the best epoch. With --overfit N it instead overfits N training images
-in `output`/overfit, and prints the likely reasons if that fails.
-"""
+"""The training of a detector on a data set in any of the formats of `dat.detection.data.formats`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -15,12 +15,12 @@ from dat.detection.criterion import PAPER_WEIGHTS, Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
 from dat.detection.data.readers import describe_sets
-from dat.detection.evaluation import Evaluation, average_precision, detect, format_table, gather_results
+from dat.detection.evaluation import Evaluation, average_precision, format_table
 from dat.detection.matcher import Targets
 from dat.detection.models import BaseDETR, ModelConfig, build_model
 from dat.detection.models.denoising import Denoising
 from dat.detection.param_groups import parameter_groups
-from dat.detection.predictor import Predictor
+from dat.detection.predictor import detect_split
 from dat.detection.report import read_results, write_report
 from dat.detection.sizes import settle_sizes
 from dat.engine.backbones import starts_from_weights
@@ -127,16 +127,9 @@ class DetectionTrainer(Trainer):
         return {"loss": self.criterion.total(losses), **{name: losses[name] for name in self.losses}}
 
     def evaluate(self) -> dict[str, Any]:
-        data, amp, model = self.config.data, self.config.train.amp, self.evaluation_model()
-        val, categories = data.val, self.val_set.categories
-        if val.tiles:
-            training = model.training
-            found = Predictor.of(model, self.config, categories, self.distributed).detect_all(self.val_set)
-            model.train(training)
-        else:
-            found = detect(model, self.val_loader, categories, self.device, amp, val.top_k, val.nms, val.one_class)
-        self.results = gather_results(found)
-        return average_precision(self.val_set, self.results, every=val.tiles > 0)
+        model = self.evaluation_model()
+        self.results = detect_split(model, self.config, self.val_set, self.distributed, self.val_loader)
+        return average_precision(self.val_set, self.results, every=self.config.data.val.tiles > 0)
 
     def save_results(self, path: Path) -> None:
         write_json(path, self.results)

@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dat.utils.errors import ConfigError
 from dat.utils.files import atomic_write, read_jsonl
+from dat.utils.progress import progress_bar
 from dat.utils.text import printable
 
 
@@ -121,11 +122,15 @@ class RunLogger:
 
         Advance it with .update(batch_size) and .set_postfix_str(..., refresh=False).
         """
-        # A notebook's stderr is no terminal.
-        shown = self.main and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        return tqdm(
-            total=images, initial=done, desc=description, unit="img", dynamic_ncols=True, leave=False, disable=not shown
-        )  # fmt: skip
+        return progress_bar(
+            total=images,
+            initial=done,
+            desc=description,
+            unit="img",
+            dynamic_ncols=True,
+            leave=False,
+            hidden=not self.main,
+        )
 
     def flush(self) -> None:
         """Writes TensorBoard's events to the file, as every checkpoint requires: a resumed run does not repeat them."""

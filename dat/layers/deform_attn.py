@@ -14,6 +14,7 @@ from dat.layers.autocast import calls_forward_only
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
 from dat.ops._common import autocast, full_precision
+from dat.ops.reference import grid_coordinates
 from dat.ops.sizes import is_exporting, sym_max
 
 POSITION_BIASES = ("table", "fixed_pe", "dwc_pe", "log_cpb", "none")
@@ -265,9 +266,7 @@ class DeformableAttention(nn.Module):
 
     def query_grid(self, length: int, like: Tensor) -> Tensor:
         """Positions of the queries along a side of `length`."""
-        if self.release == "2022":
-            return _centers(length, like) / length * 2 - 1
-        return torch.arange(length, dtype=like.dtype, device=like.device) / sym_max(length - 1, 1) * 2 - 1
+        return grid_coordinates(length, like, self.release == "2023")
 
 
 def _centers(length: int, like: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ def _is_size(shape: object) -> bool:
     return isinstance(h, _INTS) and isinstance(w, _INTS) and bool(h >= 0 and w >= 0)
 
 
-def check_device(value: Tensor, tensor: Tensor, name: str) -> None:
-    """Raise ValueError unless `tensor`, an argument called `name`, is on the device of `value`."""
-    if tensor.device != value.device:
-        raise ValueError(f"{name} must be on the device of value, {value.device}, got {tensor.device}")
+def check_device(like: Tensor, tensor: Tensor, name: str, like_name: str = "value") -> None:
+    """Raise ValueError unless the argument `name` is on the device of the argument `like_name`."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

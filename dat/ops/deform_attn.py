@@ -118,7 +118,7 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, 
         if tensor is not None:
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-            check_device(query, tensor, name)
+            check_device(query, tensor, name, "query")
 
 
 @torch.library.impl(LIBRARY, "deform_attn", "CompositeExplicitAutograd")

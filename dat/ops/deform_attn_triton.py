@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import launch
+from dat.ops.triton_launch import exp, launch
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 8
 # Programs that keep a large GPU busy: those with tiles of scores, and the smaller ones of the table.
@@ -97,12 +96,6 @@ def _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w):
 
 
 @triton.jit
-def _exp(scores, shift):
-    """exp(scores - shift) in two instructions; tl.exp takes six, as it keeps numbers below 1e-38."""
-    return tl.exp2(scores * LOG2E - shift * LOG2E)
-
-
-@triton.jit
 def _rows(start, rows, stride, channels, C, inside):
     """Rows of one head as a matrix [rows, channels], zeros beyond its end."""
     at = start + rows.to(tl.int64)[:, None] * stride + channels[None, :]
@@ -151,7 +144,7 @@ def forward_kernel(
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Where all scores so far are minus infinity, less zero they are still without attention.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p, shrink = _exp(scores, base[:, None]), _exp(top, base)
+        p, shrink = exp(scores, base[:, None]), exp(top, base)
         total = total * shrink + tl.sum(p, 1)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
@@ -191,7 +184,7 @@ def query_kernel(
         if BIASED:
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             scores += tl.trans(a + fx * b + fy * (c + fx * d))
-        p = _exp(tl.where((keys < N)[None, :], scores, float("-inf")), log_total[:, None])
+        p = exp(tl.where((keys < N)[None, :], scores, float("-inf")), log_total[:, None])
         grad_scores = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - dot[:, None])
         sums += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
     grad_query += image * q_image + head * q_head
@@ -238,7 +231,7 @@ def key_kernel(
             a, b, c, d, fx, fy = _look_up(coefficients, key_pixels, keys, N, x, y, T_h, T_w)
             scores += a + fx * b + fy * (c + fx * d)
             slope_x, slope_y = b + fy * d, c + fx * d
-        p = _exp(scores, log_total[None, :])
+        p = exp(scores, log_total[None, :])
         value_sums += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
         score_grads = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - dot[None, :])
         key_sums += tl.dot(score_grads.to(q.dtype), q, input_precision=PRECISION)

@@ -12,6 +12,7 @@ from dat.ops import reference
 from dat.ops._common import (
     autocast,
     cast,
+    check_device,
     differentiable,
     full_precision,
     refuse_forward_mode,
@@ -140,8 +141,8 @@ def _check(
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias must be floating point, got {bias.dtype}")
     for name, other in (("key", key), ("value", value), ("bias", bias)):
-        if other is not None and other.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {other.device}")
+        if other is not None:
+            check_device(query, other, name, "query")
 
 
 def _options(height: int, width: int, kernel_size: int, dilation: int, scale: float) -> dict[str, Any]:

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import launch
+from dat.ops.triton_launch import exp, launch
 
 TILE = tl.constexpr(8)
-LOG2E = tl.constexpr(1.4426950408889634)
 # Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
 SIZES = ["heads", "H", "W"]
 
@@ -95,12 +94,6 @@ def _scores(
 
 
 @triton.jit
-def _exp(scores, shift):
-    """exp(scores - shift) in two instructions; tl.exp takes six, as it keeps numbers below 1e-38."""
-    return tl.exp2(scores * LOG2E - shift * LOG2E)
-
-
-@triton.jit
 def _finite(top):
     """The largest score so far, or 0 where there was none: minus infinity less itself is not a number."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -162,7 +155,7 @@ def _attend_one(
             HAS_BIAS, K, DILATION, BLOCK_C, COLUMNS,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 0))
-        shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher))
+        shrink, p = exp(top, _finite(higher)), exp(s, _finite(higher))
         total = total * shrink + tl.sum(p, 0)
         sums = sums * shrink + tl.sum(p[:, None] * v, 0)
         top = higher
@@ -198,7 +191,7 @@ def _forward(
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
         s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
-        shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher)[:, None])
+        shrink, p = exp(top, _finite(higher)), exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
         top = higher
@@ -270,7 +263,7 @@ def _backward_queries(
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
         s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
-        shrink, p = _exp(top, _finite(higher)), _exp(s, _finite(higher)[:, None])
+        shrink, p = exp(top, _finite(higher)), exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
         mean = mean * shrink + tl.sum(p * tl.dot(g, tl.trans(v), input_precision="tf32x3"), 1)
         top = higher
@@ -287,7 +280,7 @@ def _backward_queries(
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
         s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
         grad_attention = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-        grad_scores = _exp(s, log_sum[:, None]) * (grad_attention - mean[:, None])
+        grad_scores = exp(s, log_sum[:, None]) * (grad_attention - mean[:, None])
         query_sums += tl.dot(grad_scores.to(k.dtype), k, input_precision="tf32x3")
         if HAS_BIAS:
             bias_sums += _bias_sums(grad_scores, row, column, key_row, key_column, k.dtype, KERNEL, SIDE, ROWS, COLUMNS)
@@ -320,7 +313,7 @@ def _backward_queries(
                             row_one, column_one, rows, columns, y, x, W, C, scale,
                             HAS_BIAS, KERNEL, DILATION, BLOCK_C, COLUMNS,
                         )  # fmt: skip
-                        grad_one = _exp(s_one, log_sum_one) * (tl.sum(g_one[None, :] * v_one, 1) - mean_one)
+                        grad_one = exp(s_one, log_sum_one) * (tl.sum(g_one[None, :] * v_one, 1) - mean_one)
                         sums_one += tl.sum(grad_one[:, None] * k_one, 0)
                     tl.store(log_sums + pixel_one, log_sum_one)
                     tl.store(means + pixel_one, mean_one)
@@ -378,7 +371,7 @@ def _backward_keys(
         log_sum = tl.load(log_sums + pixel, mask=inside, other=0.0)
         mean = tl.load(means + pixel, mask=inside, other=0.0)
         s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        p = _exp(s, log_sum[:, None])
+        p = exp(s, log_sum[:, None])
         value_sums += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
         grad_scores = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - mean[:, None])
         key_sums += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision="tf32x3")
@@ -412,7 +405,7 @@ def _backward_keys(
                         if HAS_BIAS:
                             place = (row_one - row + KERNEL - 1) * (2 * KERNEL - 1) + column_one - column + KERNEL - 1
                             s += tl.load(bias + place, mask=near, other=0.0)
-                        p = tl.where(near, _exp(s, log_sum), 0.0)
+                        p = tl.where(near, exp(s, log_sum), 0.0)
                         value_one += tl.sum(p[:, None] * g, 0)
                         key_one += tl.sum((p * (tl.sum(g * v_one[None, :], 1) - mean))[:, None] * q, 0)
                     _store_one(grad_key, key_one * scale, pixel_one, heads * C, C, BLOCK_C)

@@ -14,6 +14,8 @@ import onnxscript
 import onnxscript.evaluator
 import torch
 
+from dat.ops._common import pairs
+
 # Typed as Any: constants may take the place of tensors, which onnxscript's stubs lack.
 op: Any = onnxscript.opset20
 
@@ -46,7 +48,7 @@ def _ms_deform_attn(value: Any, reference: Any, offsets: Any, logits: Any, shape
     offsets, logits = op.CastLike(offsets, reference), op.CastLike(logits, reference)
     around = op.Unsqueeze(reference, [2, 4])
     if reference.shape[-1] == 2:
-        sizes = _vector(*(size for h, w in _pairs(shapes) for size in (w, h)))
+        sizes = _vector(*(size for h, w in pairs(shapes) for size in (w, h)))
         locations = op.Add(around, op.Div(offsets, op.CastLike(op.Reshape(sizes, [-1, 1, 2]), reference)))
     else:
         center, box = op.Split(around, num_outputs=2, axis=-1)
@@ -123,7 +125,7 @@ def _samples(value: Any, locations: Any, shapes: Sequence[Any], align_corners: b
     # GridSample's coordinates run from -1 to 1 across the map.
     grids = op.Sub(op.Mul(grids, op.CastLike(2.0, locations)), op.CastLike(1.0, locations))
     start, levels = op.Constant(value_ints=[0]), []
-    for level, (h, w) in enumerate(_pairs(shapes)):
+    for level, (h, w) in enumerate(pairs(shapes)):
         size = _vector(h, w)
         end = op.Add(start, op.ReduceProd(size))
         image = op.Reshape(op.Slice(images, start, end, [3]), _vector(-1, op.Shape(value, start=3), size))
@@ -139,10 +141,6 @@ def _grid_sample(image: Any, grid: Any, align_corners: bool) -> Any:
     if opset.version < op.version:
         raise ValueError("opset_version must be at least 20, where GridSample has the mode that sampling needs")
     return op.GridSample(image, grid, mode="linear", padding_mode="zeros", align_corners=int(align_corners))
-
-
-def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _vector(*parts: Any) -> Any:

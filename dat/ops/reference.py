@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dat.ops.sizes import sym_max
+
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -234,7 +236,7 @@ def grid_coordinates(length: int, like: Tensor, align_corners: bool) -> Tensor:
     """Coordinates -1..1 of `length` queries."""
     index = torch.arange(length, dtype=like.dtype, device=like.device)
     # The 2023 release spans -1..1 from the first to the last pixel; a single pixel is at -1.
-    return index / max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
+    return index / sym_max(length - 1, 1) * 2 - 1 if align_corners else (index + 0.5) / length * 2 - 1
 
 
 def deform_attn(

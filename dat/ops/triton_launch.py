@@ -1,9 +1,16 @@
-"""Launches of Triton kernels that were launched before with such arguments."""
+"""What the Triton kernels share: launches of kernels that were launched before with such arguments, and exp."""
+
+# Triton finds out the types of its kernels' arguments when they are called.
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # Compiled kernels and the values of their constants. Sizes and chunks of a map are keys too: enough for many maps.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
@@ -39,3 +46,9 @@ def launch(
             _compiled.clear()
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, [constants[name] for name in names]
+
+
+@triton.jit
+def exp(scores, shift):
+    """exp(scores - shift) in two instructions; tl.exp takes six, as it keeps numbers below 1e-38."""
+    return tl.exp2(scores * LOG2E - shift * LOG2E)

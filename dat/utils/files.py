@@ -254,6 +254,11 @@ def is_image(path: str) -> bool:
         return False
 
 
+def path_order(path: Path) -> Any:
+    """Sorts images by their paths, numbers in them as numbers, so that every format gives the same order."""
+    return natural_key(str(path)), str(path)
+
+
 def find_images(source: Path, exclude: Path | None = None, more: Collection[str] = ()) -> tuple[list[Path], list[Path]]:
     """The file itself, or the images in a folder and its subfolders, and the other files there; both in natural order.
 
@@ -281,5 +286,5 @@ def find_images(source: Path, exclude: Path | None = None, more: Collection[str]
         hint = f", but {heic} {HEIC}" if heic else f" ({', '.join(sorted(IMAGE_EXTENSIONS.union(more)))})"
         raise DataError(f"{source}: holds no images{hint}")
     for paths in (images, others):
-        paths.sort(key=lambda path: (natural_key(str(path)), str(path)))
+        paths.sort(key=path_order)
     return images, others

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dat.classification import Classifier
 from dat.classification import draw as drawing
 from dat.classification.config import ClassificationConfig, check_config
-from dat.classification.data import MixPairs, TrainImages, UserTransform, make_transform, train_loader
+from dat.classification.data import MixPairs, TrainImages, UserTransform, make_transform
 from dat.classification.readers import open_place
 from dat.classification.train import train
 from dat.classification.trainer import ClassificationTrainer, make_loss
@@ -26,7 +26,7 @@ from dat.engine.checkpoint import load_checkpoint
 from dat.engine.command import main_guard
 from dat.engine.config import from_dict
 from dat.engine.distributed import Distributed
-from dat.engine.loaders import EpochBatchSampler
+from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.seeds import isolated_rng
 from dat.engine.trainer import Trainer
 from dat.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -172,7 +172,7 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
 
     def read_in_a_worker():
         split = open_place(pictures / "train", "data.train.path")
-        loader = train_loader(TrainImages(split, None, 0), EpochBatchSampler(24, 6, 0), workers=1, pin=False)
+        loader = Loader(TrainImages(split, None, 0), workers=1, pin=False, batch_sampler=EpochBatchSampler(24, 6, 0))
         batches = iter(loader)
         try:
             next(batches)

@@ -6,7 +6,7 @@ import torch
 from coco_scenes import write_json
 
 from dat.detection.data import read_coco
-from dat.detection.evaluation import average_precision, format_table, gather_results, to_results
+from dat.detection.evaluation import average_precision, format_table, to_results
 
 
 @pytest.fixture
@@ -85,7 +85,3 @@ def test_results_are_in_the_files_ids_and_inside_the_image(annotations):
     }
     (result,) = to_results(7, (60, 50), detections, annotations.categories)
     assert result == {"image_id": 7, "category_id": 11, "bbox": [0, 10, 50, 50], "score": 0.75}
-
-
-def test_one_process_gathers_its_own():
-    assert gather_results([{"image_id": 1}]) == [{"image_id": 1}]

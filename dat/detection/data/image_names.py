@@ -54,22 +54,17 @@ def absent_text(record: ImageRecord, more: str = "") -> str:
 
 def suggest_override(root: Path, key: str, record: ImageRecord) -> str:
     """The end of a message that an image is absent: a value of `key` with which it would be found below `root`."""
-    folder = suggest_folder(root, record.file_name or record.path.name)
-    return f"; {key}={folder} has it" if folder else ""
-
-
-def suggest_folder(root: Path, name: str) -> str:
-    """The folder of images, relative to `root`, in which the image would be found; "" if it is not below `root`."""
+    name = record.file_name or record.path.name
     # A name that leads outside of the folder of images.
     if os.path.isabs(name) and os.path.isfile(name):
-        return os.path.dirname(name)
+        return f"; {key}={os.path.dirname(name)} has it"
     for folder, _, files in islice(os.walk(root), MOST_FOLDERS):
         for parts in _readings(name):
             for file in files:
                 if _key(file) == _key(parts[-1]):
                     path = Path(os.path.relpath(folder, root), file)
                     same = _common(path.parts, parts)
-                    return Path(*path.parts[: len(path.parts) - same]).as_posix()
+                    return f"; {key}={Path(*path.parts[: len(path.parts) - same]).as_posix()} has it"
     return ""
 
 

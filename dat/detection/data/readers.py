@@ -11,9 +11,10 @@ from typing import Literal, NamedTuple, Protocol
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
 from dat.detection.data.box_checks import WHOLE_KINDS, check_objects
 from dat.detection.data.image_names import absent_text, suggest_override
-from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes, path_order
+from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
+from dat.utils.files import path_order
 
 # Without a validation split every fifth image is held out.
 HELD_OUT = 5

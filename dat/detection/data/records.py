@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils import natural_key
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -128,11 +127,6 @@ def merge_classes(annotations: Annotations) -> Annotations:
     """The annotations with all objects of one class, "object", whose category id is 1."""
     records = tuple(replace(record, labels=np.zeros_like(record.labels)) for record in annotations.records)
     return replace(annotations, categories=(Category(1, "object"),), records=records, roots=())
-
-
-def path_order(path: Path) -> Any:
-    """Sorts images by their paths, numbers in them as numbers, so that every format gives the same order."""
-    return natural_key(str(path)), str(path)
 
 
 class Sample(NamedTuple):

@@ -46,13 +46,11 @@ class ResizeShortestEdge(nn.Module):
         super().__init__()
         self.sizes, self.max_size, self.fit = list(sizes), max_size, fit
 
-    def forward(self, image: Any, target: dict[str, Any] | None = None) -> Any:
-        """The image, or image and target."""
+    def forward(self, image: Any, target: dict[str, Any]) -> Any:
         height, width = v2.query_size([image])
         shortest = self.sizes[int(torch.randint(len(self.sizes), ()))]
-        canvas = target.get("canvas") if self.fit and target is not None else None
-        resize = v2.Resize(list(resized_size(height, width, shortest, self.max_size, canvas)))
-        return resize(image) if target is None else resize(image, target)
+        canvas = target.get("canvas") if self.fit else None
+        return v2.Resize(list(resized_size(height, width, shortest, self.max_size, canvas)))(image, target)
 
 
 class RandomSizeCrop(v2.Transform):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dat.detection.matcher import Scores
-from dat.detection.models.backbone import feature_maps
 from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
 from dat.utils.errors import ConfigError
@@ -69,8 +68,7 @@ class ModelConfig:
             raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
         integers = [name for name, value in self.arguments().items() if type(value) is int]
         for name in integers:
-            check_range({"model": self}, [f"model.{name}"], 0 if name in self.may_be_0 else 1)
-            check_range({"model": self}, [f"model.{name}"], 0, LARGEST_INTEGER)
+            check_range({"model": self}, [f"model.{name}"], 0 if name in self.may_be_0 else 1, LARGEST_INTEGER)
         check_range({"model": self}, ["model.drop_rate"], 0, 1)
 
 
@@ -166,10 +164,6 @@ class BaseDETR(nn.Module):
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
-
-    def backbone_maps(self, images: Tensor) -> list[Tensor]:
-        """The backbone's maps, [B, C, h, w] each, coarsest last."""
-        return feature_maps(self.backbone, images)
 
     def as_outputs(self, layers: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """forward's outputs from those of each decoder layer."""

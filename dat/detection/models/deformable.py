@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
+from dat.detection.models.backbone import feature_maps
 from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.denoising import Denoising, make_denoising, query_mask
 from dat.detection.models.position_encoding import sine_position
@@ -159,26 +160,16 @@ class DeformableModel(BaseDETR):
         return class_head, box_head
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
-        maps = self.backbone_maps(images)
+        maps = feature_maps(self.backbone, images)
         levels = [project(x) for project, x in zip(self.input_proj, maps, strict=False)]
         for project in self.input_proj[len(maps) :]:
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
         return levels, resize_masks(mask, levels)
 
-    def make_denoising(
-        self,
-        targets: list[dict[str, Any]],
-        number: int | None = None,
-        label_noise: float | None = None,
-        box_noise: float | None = None,
-    ) -> Denoising | None:
-        """See `denoising.make_denoising`, for the arguments of the constructor where none are given."""
-        number = self.denoising if number is None else number
-        if not (number and self.training):
+    def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
+        if not (self.denoising and self.training):
             return None
-        label_noise = self.label_noise if label_noise is None else label_noise
-        box_noise = self.box_noise if box_noise is None else box_noise
-        return make_denoising(targets, self.num_classes, number, label_noise, box_noise)
+        return make_denoising(targets, self.num_classes, self.denoising, self.label_noise, self.box_noise)
 
     def detect(
         self, levels: list[Tensor], masks: list[Tensor] | None = None, denoising: Denoising | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dat.detection.matcher import Scores
+from dat.detection.models.backbone import feature_maps
 from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_position
@@ -146,7 +147,7 @@ class DETR(BaseDETR):
         self.bbox_embed = box_head(embed_dim)
 
     def features(self, images: Tensor, mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
-        levels = [self.input_proj(self.backbone_maps(images)[-1])]
+        levels = [self.input_proj(feature_maps(self.backbone, images)[-1])]
         return levels, resize_masks(mask, levels)
 
     def detect(

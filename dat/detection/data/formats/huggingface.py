@@ -18,10 +18,10 @@ from huggingface_hub import cached_assets_path
 from dat.detection.data.formats.coco import is_box, is_number
 from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, number_classes, read_text
 from dat.detection.data.readers import Found, Split, collecting, register_reader
-from dat.detection.data.records import Annotations, path_order
+from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError, shown
-from dat.utils.files import parse_json
+from dat.utils.files import parse_json, path_order
 from dat.utils.safe_yaml import parse_yaml
 
 _WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}

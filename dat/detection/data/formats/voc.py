@@ -29,10 +29,10 @@ from dat.detection.data.objects import (
     same_labels,
 )
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
-from dat.detection.data.records import Annotations, Category, ImageRecord, path_order
+from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import IMAGE_EXTENSIONS
+from dat.utils.files import IMAGE_EXTENSIONS, path_order
 from dat.utils.safe_xml import Node, read_xml
 
 # CVAT's subsets are called Train, Validation and Test.

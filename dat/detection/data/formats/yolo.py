@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dat.detection.data.objects import (
+    MOST_CLASSES,
     Object,
     image_sizes,
     lost_areas,
@@ -26,18 +27,16 @@ from dat.detection.data.objects import (
     same_labels,
 )
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
-from dat.detection.data.records import Annotations, Category, ImageRecord, path_order
+from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
-from dat.utils.files import find_images
+from dat.utils.files import find_images, path_order
 from dat.utils.images import to_upright
 from dat.utils.safe_yaml import parse_yaml
 
 # CVAT's subsets are called Train, Validation and Test.
 _KEYS = {"train": ("train", "Train"), "val": ("val", "valid", "Validation"), "test": ("test", "Test")}
 _LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
-# A larger `nc` is no number of classes.
-_MOST_CLASSES = 100_000
 # Coordinates that rounding moved outside the image by less than this are no mistake.
 _ROUNDING = 0.01
 
@@ -251,7 +250,9 @@ def _names(file: Path, content: dict[str, Any]) -> list[str] | None:
     """
     if "names" not in content:
         count = str(content.get("nc", ""))
-        return [str(i) for i in range(int(count))] if count.isdecimal() and int(count) < _MOST_CLASSES else None
+        # A number of thousands of digits cannot be read.
+        known = count.isdecimal() and len(count) < 7 and int(count) <= MOST_CLASSES
+        return [str(i) for i in range(int(count))] if known else None
     names = value = content["names"]
     if isinstance(value, dict):
         names = [value.get(str(i)) for i in range(len(value))]
