@@ -1,6 +1,7 @@
 """The command `dat` answers without torch, finds configurations by name, and ends a mistake with one line."""
 
 import importlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_recipes_take_the_arguments_of_the_command(recipe):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: python -m {recipe} [-h]")
+
+
+@pytest.mark.parametrize(("task", "name"), PAIRS)
+def test_recipes_run_the_function_of_the_command(task, name, monkeypatch):
+    called = []
+    monkeypatch.setattr("dat.cli.parse_command", lambda *arguments: "options")
+    monkeypatch.setattr(f"dat.{TASKS[task]}.commands.{name}", called.append)
+    runpy.run_module(f"{TASKS[task]}.{name}", run_name="__main__")
+    assert called == ["options"]
 
 
 @pytest.mark.parametrize("task", TASKS)

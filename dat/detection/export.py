@@ -106,7 +106,8 @@ def detector_graph(model: BaseDETR, data: DataConfig, categories: Sequence[Categ
         (torch.zeros(EXAMPLE, dtype=torch.uint8), torch.zeros(EXAMPLE[0], 2, dtype=torch.int64)),
         metadata,
         difference,
-        {"scores": 1e-4, "boxes": 1e-3},
+        # float32 alone moves boxes by 0.005 pixels where maps have few pixels.
+        {"scores": 1e-4, "boxes": 0.02},
     )
 
 

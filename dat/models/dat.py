@@ -7,6 +7,7 @@ neighbourhood (N) and deformable attention in every stage, with more convolution
 Features are NCHW; tokens stay NHWC inside.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
-from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +33,14 @@ from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
 from dat.ops.sizes import is_exporting
 
 __all__ = ["DAT", "StageConfig"]
+
+
+def _record_input_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Has timm save the model with this size; timm before 1.0.31, with which models run too, keeps no record."""
+    with contextlib.suppress(ImportError):
+        from timm.models._input import update_model_input_size
+
+        update_model_input_size(model, size)
 
 
 class Patches(PatchEmbed):
@@ -202,7 +210,7 @@ class DAT(nn.Module):
         if img_size is None:
             return
         self.img_size = to_2tuple(img_size)
-        update_model_input_size(self, self.img_size)
+        _record_input_size(self, self.img_size)
         for i, stage in enumerate(self.stages):
             for module in stage.modules():
                 if isinstance(module, DeformableAttention):

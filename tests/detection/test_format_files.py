@@ -147,6 +147,13 @@ def test_classes_without_names_are_numbers(write, scenes):
     assert [category.name for category in read(root).categories] == ["0", "1", "2"]
 
 
+def test_a_number_of_classes_that_python_does_not_read_is_none(write, scenes):
+    text = f"train: images/train\nval: images/val\nnc: {'9' * 5000}\n"
+    root = write({"data.yaml": text, **labels(scenes, "labels/train")}, "images/train", "images/val")
+    with pytest.raises(DataError, match=r"root holds data.yaml, images/, labels/; it should hold data of a known"):
+        read(root)
+
+
 def test_polygons_become_boxes(write, scenes):
     width, height = scenes[0]["size"]
     text = f"0 {10 / width} {20 / height} {30 / width} {15 / height} {25 / width} {40 / height}\n\n"

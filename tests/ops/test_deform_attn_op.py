@@ -365,7 +365,7 @@ def test_memory_is_a_fraction_of_the_scores(table):
         ({"query": torch.zeros(1, 2, 4, 4).long()}, "query must be float32"),
         ({"value": torch.zeros(1, 2, 3, 4).double()}, "key and value must be torch.float32"),
         ({"positions": torch.zeros(1, 1, 3, 2).half()}, "positions must be float32 or float64"),
-        ({"positions": torch.zeros(1, 1, 3, 2, device="meta")}, "positions must be on the device"),
+        ({"positions": torch.zeros(1, 1, 3, 2, device="meta")}, "positions must be on the device of query"),
     ],
 )
 def test_deform_attn_errors_name_the_argument(change, message):
