@@ -179,8 +179,9 @@ def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows with the machine that they were measured on."""
+    """Writes the rows, one a line, with the machine that they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    lines = ",\n".join(map(json.dumps, rows))
+    temporary.write_text(f'{{"machine": {json.dumps(machine())}, "rows": [\n{lines}\n]}}\n')
     temporary.replace(path)
