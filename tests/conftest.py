@@ -1,6 +1,7 @@
 import gc
 import multiprocessing
 import os
+import sys
 
 import pytest
 import torch
@@ -21,3 +22,9 @@ def fork():
 def pytest_collection_modifyitems(items):
     """Tests that take long start first, so that none of the processes is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish():
+    """Starts what tests fork their processes from, where one of them does."""
+    if "processes" in sys.modules:
+        sys.modules["processes"].start_forkserver()

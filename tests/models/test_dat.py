@@ -343,7 +343,6 @@ def test_pretrained_cfg(name):
     assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
     side = 384 if "384" in name else 224
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, side, side)
-    assert name in timm.list_models("dat_*")
 
 
 @pytest.mark.parametrize(
@@ -360,8 +359,9 @@ def test_errors(stage, arguments, message):
         timm.create_model("dat_nano", stages=[stage], **arguments)
 
 
-@pytest.mark.parametrize("name", [*NANOS, "zoo"])
+@pytest.mark.parametrize("name", ["dat_nano", "zoo"])
 def test_compiles_to_one_graph(name):
+    """The bias table of a block, which the zoo's have not, and the zoo."""
     model = create(name)
     image = torch.randn(2, 3, 72, 64)
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """One list of sample inputs that feeds correctness, gradients, opcheck and compile of `deform_sample`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ def close_where_finite(ours: Tensor, exact: Tensor, tolerance: float) -> None:
     ours, exact = (torch.where(finite, rows.double().cpu(), 0.0) for rows in (ours, exact))
     scale = max(exact.abs().max().item(), 1.0) if exact.numel() else 1.0
     torch.testing.assert_close(ours, exact, rtol=0, atol=tolerance * scale)
+
+
+def opcheck(op: Any, args: tuple, dispatch: bool, atol: float) -> None:
+    """torch.library.opcheck; `dispatch`: with the check of what the compiler makes of the op."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] if dispatch else []
+    torch.library.opcheck(op, args, test_utils=checks, atol=atol, rtol=0)
 
 
 @dataclass(frozen=True)
