@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-def pytest_collection_finish():
-    """Starts what tests fork their processes from, where one of them does."""
+@pytest.fixture(scope="session", autouse=True)
+def _forkserver():
+    """What tests fork their processes from, where one of them does."""
     if "processes" in sys.modules:
         sys.modules["processes"].start_forkserver()

@@ -12,7 +12,7 @@ from dat.engine.config import from_dict
 CATEGORIES = (Category(3, "blue"), Category(11, "red"))
 
 
-def write_detector(path, **model):
+def write_detector(path, pad_multiple=1, **model):
     """A checkpoint of a detector that was not trained; `model`: of the configuration's model."""
     small = {"embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16, "num_queries": 7}
     backbone = {"name": "test_resnet"}
@@ -20,7 +20,7 @@ def write_detector(path, **model):
         DetectionConfig,
         {
             "model": {"backbone": backbone, **small, **model},
-            "data": {"root": "nowhere", "val": {"size": 64, "max_size": 256}},
+            "data": {"root": "nowhere", "pad_multiple": pad_multiple, "val": {"size": 64, "max_size": 256}},
         },
         "test",
     )

@@ -155,6 +155,7 @@ def test_a_detector_on_a_plain_vit_trains_predicts_and_is_exported(config_file, 
         config_file,
         "model.backbone={name: test_vit}",
         *("model.num_levels=3", "train.epochs=1", "train.layer_decay=0.7"),
+        *("model.two_stage=false", "model.box_refine=false", "model.encoder_depth=0", "model.decoder_depth=1"),
     )
     checkpoint, image = tmp_path / "run/best.pth", Image.fromarray(np.full((70, 51, 3), 90, np.uint8))
     found = Detector.from_checkpoint(checkpoint, device="cpu").predict(image, threshold=0)

@@ -48,27 +48,6 @@ def read(out):
     return json.loads((out / "detections.json").read_text())
 
 
-def test_an_exported_model_finds_what_its_checkpoint_finds(checkpoint, folder, tmp_path):
-    dat("detect", "export", checkpoint, "--out", tmp_path / "model.onnx", "--sizes", 64, 96)
-    for name, model in (("a", checkpoint), ("b", tmp_path / "model.onnx")):
-        run(model, folder, "--out", tmp_path / name)
-    wanted, found = (sorted(read(tmp_path / name), key=lambda r: (r["image_id"], -r["score"])) for name in "ab")
-    assert len(wanted) == len(found) == 3 * 14
-    for a, b in zip(wanted, found, strict=True):
-        assert b["score"] == pytest.approx(a["score"], abs=1e-4)
-    keys = [
-        {(r["image_id"], r["file_name"], r["category_id"], *np.round(r["bbox"])) for r in x} for x in (wanted, found)
-    ]
-    # boxes beside half a pixel may be rounded the other way
-    assert len(keys[0] & keys[1]) > 0.95 * len(keys[0])
-    options = {"tiles": 60, "nms": 0.3, "one_class": True}
-    a, b = (
-        Detector.from_checkpoint(path, device="cpu").predict(folder / "1.png", 0.0, **options)
-        for path in (checkpoint, tmp_path / "model.onnx")
-    )
-    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
-
-
 def test_batches_do_not_change_results(checkpoint, folder, tmp_path):
     for size in (1, 8):
         run(checkpoint, folder, "--out", tmp_path / str(size), "--batch-size", size)
