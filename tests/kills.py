@@ -8,7 +8,6 @@ up to `--spread` seconds after its first step. The runs are in `--out`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -120,18 +119,17 @@ def numbers(output):
 
 def write_data(task, folder):
     """A tiny data set of the task's tests, and the configuration of a run on it."""
-    place = Path(__file__).parent / task / "conftest.py"
-    spec = importlib.util.spec_from_file_location(f"{task}_conftest", place)
-    tests = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(__file__).parent))
-    spec.loader.exec_module(tests)
     folder.mkdir(parents=True)
     if task == "detection":
-        return tests.write_config(folder, tests.scenes_in(folder))
-    for split, count in (("train", 8), ("val", 2)):
-        tests.write_pictures(folder / "pictures" / split, count, seed=count)
+        from coco_scenes import scenes_in, write_config
+
+        return write_config(folder, scenes_in(folder))
+    from class_folders import make_settings, write_splits
+
+    write_splits(folder)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(tests.make_settings(folder)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(make_settings(folder)), encoding="utf-8")
     return path
 
 

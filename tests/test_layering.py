@@ -77,7 +77,8 @@ def run_python(code):
     return done.stdout.strip()
 
 
-def test_import_dat_brings_nothing_heavy_beside_timm():
+def test_import_dat_brings_nothing_heavy_beside_timm_and_what_draws_no_matplotlib():
     code = "import sys, timm; before = set(sys.modules); import dat; "
-    code += f"print(sorted(({{*sys.modules}} - before) & {{*{HEAVY!r}}}))"
-    assert run_python(code) == "[]"
+    code += f"print(sorted(({{*sys.modules}} - before) & {{*{HEAVY!r}}}), end=' '); "
+    code += "import dat.visualize; print('matplotlib' in sys.modules)"
+    assert run_python(code) == "[] False"

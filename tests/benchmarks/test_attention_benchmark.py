@@ -136,7 +136,7 @@ def test_a_python_without_natten_is_an_error(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_turns_of_another_process(monkeypatch):
+def test_turns_of_another_process():
     """Are as many, and as long, as those of a run here."""
     asked = []
 

@@ -141,7 +141,7 @@ def test_what_is_no_image_is_named_and_not_the_checkpoint(classifier, source, me
     assert "best.pth" not in str(raised.value)
 
 
-def test_exported_files_predict_alike(path, classifier, tmp_path):
+def test_exported_files_predict_alike(classifier, tmp_path):
     images = [PIXELS, 255 - PIXELS]
     wanted = [scores(one) for one in classifier.predict(images)]
     for name in ("model.onnx", "model.pt2"):

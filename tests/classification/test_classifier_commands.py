@@ -21,10 +21,10 @@ def command(name, *arguments):
     main_guard(lambda: dat("classify", name, *arguments))
 
 
-@pytest.fixture
-def trained(settings, write_config, tmp_path):
-    command("train", write_config(settings), "train.epochs=1")
-    return tmp_path / "run/best.pth"
+@pytest.fixture(scope="module")
+def trained(module_config):
+    command("train", module_config, "train.epochs=1")
+    return module_config.parent / "run/best.pth"
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(settings, write_config, tmp_path):

@@ -92,16 +92,6 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
     assert (metadata["img_size"], metadata["crop_pct"], metadata["crop_mode"]) == (160, 0.875, "center")
 
 
-def test_a_program_of_torch_export(tmp_path):
-    out = tmp_path / "model.pt2"
-    dat("classify", "export", write_classifier(tmp_path / "best.pth", DAT), "--out", out)
-    exported = load_exported(out, "classification", trust=True)
-    assert exported.metadata["class_names"] == NAMES
-    logits, scores, _ = exported.run(torch.randint(0, 256, (3, 3, 70, 90), dtype=torch.uint8))
-    torch.testing.assert_close(scores.sum(1), torch.ones(3))
-    assert logits.shape == (3, 3)
-
-
 def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
     path = write_classifier(tmp_path / "best.pth", DAT)

@@ -22,13 +22,31 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["first step", "within an epoch", "while it evaluates", "before the best is saved", "before the last is saved"],
+MOMENTS = (
+    "first step",
+    "within an epoch",
+    "while it evaluates",
+    "before the best is saved",
+    "before the last is saved",
 )
-def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
-    run(settings, tmp_path / "whole")
 
+
+def test_stopped_at_any_step(settings, tmp_path, monkeypatch):
+    run(settings, tmp_path / "whole")
+    for moment in MOMENTS:
+        output = tmp_path / moment.replace(" ", "_")
+        with monkeypatch.context() as patched:
+            stop_at(moment, patched)
+            with pytest.raises(Killed):
+                run(settings, output)
+        if moment == "while it evaluates":
+            assert load_checkpoint(output / "last.pth")["step"] == 8
+        run(settings, output, resume=True)
+        assert_same_run(tmp_path / "whole", output)
+
+
+def stop_at(moment, monkeypatch):
+    """Raises Killed at a moment of the next run."""
     steps = []
     step, save, measure = Trainer.train_step, trainer.save_checkpoint, task.evaluate
 
@@ -52,17 +70,10 @@ def test_stopped_at_any_step(settings, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(task, "evaluate", evaluate)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
-    with pytest.raises(Killed):
-        run(settings, tmp_path / "stopped")
-    monkeypatch.undo()
-    if moment == "while it evaluates":
-        assert load_checkpoint(tmp_path / "stopped/last.pth")["step"] == 8
-    run(settings, tmp_path / "stopped", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_killed_at_random_moments(settings, tmp_path, write_config):
-    settings["train"] |= {"epochs": 30, "workers": 1}
+    settings["train"] |= {"epochs": 12, "workers": 1}
     killed = train_killed("classification", write_config(settings), tmp_path / "run", kills=2, seed=0, spread=0.2)
     assert [name for name, _ in killed] == ["SIGKILL", "SIGTERM"]
     run(settings, tmp_path / "whole", workers=0)

@@ -333,7 +333,7 @@ def test_class_weights_do_not_depend_on_the_split_of_a_step(soft):
     torch.testing.assert_close(halves, expected)
 
 
-def test_training_on_rare_classes(settings, pictures, tmp_path):
+def test_training_on_rare_classes(settings, pictures):
     """Two of eight blue images are left; balanced epochs show blue as often as the others."""
     for number in range(2, 8):
         (pictures / f"train/blue/{number}.png").unlink()

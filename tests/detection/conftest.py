@@ -1,61 +1,6 @@
 import pytest
 import torch
-import yaml
-from coco_scenes import write_scenes
-
-
-def write_config(folder, scenes):
-    config = {
-        "output": str(folder / "run"),
-        "model": {
-            # strides 4, 8 and 16: the images are tiny
-            "backbone": {"name": "test_resnet", "out_indices": [1, 2, 3]},
-            "num_queries": 10,
-            "embed_dim": 16,
-            "num_heads": 2,
-            "encoder_depth": 1,
-            "decoder_depth": 2,
-            "mlp_dim": 32,
-            "box_refine": True,
-            "two_stage": True,
-            "freeze_batch_norm": False,
-        },
-        "data": {
-            "root": str(scenes),
-            "train": {
-                "annotations": "train.json",
-                "images": "images",
-                "sizes": [48, 64],
-                "max_size": 96,
-                "crop_resize": [60],
-                "crop_min": 30,
-                "crop_max": 60,
-                "photometric": 0.5,
-            },
-            "val": {"annotations": "val.json", "images": "images", "size": 48, "max_size": 96},
-        },
-        "train": {
-            "epochs": 2,
-            "batch_size": 2,
-            "lr": 1e-3,
-            "workers": 0,
-            "ema_decay": 0.9,
-            "log_steps": 1,
-            "pictures": 2,
-            "worst": 2,
-            "device": "cpu",
-        },
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
-
-
-def scenes_in(folder):
-    root = folder / "scenes"
-    write_scenes(root, "train", 4)
-    write_scenes(root, "val", 4, seed=1)
-    return root
+from coco_scenes import scenes_in, write_config
 
 
 @pytest.fixture

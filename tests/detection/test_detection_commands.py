@@ -15,9 +15,11 @@ import torch
 from coco_scenes import write_json
 from commands import dat
 from PIL import Image
+from processes import run_processes
 from torchvision.ops import box_convert, box_iou
 
 from dat.detection import SetCriterion
+from dat.engine import trainer
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.command import main_guard
 from dat.engine.trainer import Trainer
@@ -275,7 +277,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(config_file, 
     assert last.read_bytes() == before
 
 
-def test_options_for_memory_and_rates(config_file, tmp_path, capsys):
+def test_options_for_memory_and_rates(config_file, tmp_path):
     options = ["train.grad_checkpointing=true", "data.cache=memory", "data.train.max_pixels=5000", "train.steps=3"]
     options += ["train.lr=1e-3", "train.lr_batch_size=8", "train.layer_decay=0.5", "train.backbone_lr_scale=1"]
     dat("detect", "train", config_file, *options)
@@ -339,33 +341,6 @@ def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_process
     assert len(calls) == 1
 
 
-def test_two_processes_train_and_evaluate(config_file, tmp_path):
-    """Three validation images make uneven shares."""
-    scenes = tmp_path / "scenes/val.json"
-    data = json.loads(scenes.read_text())
-    data["images"] = data["images"][:3]
-    ids = {image["id"] for image in data["images"]}
-    data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
-    write_json(scenes, data)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "detection.train", str(config_file), "train.epochs=1", "train.eval_batch_size=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run/detections.json").read_text())
-    dat(
-        "detect", "evaluate", tmp_path / "run/best.pth", "train.eval_batch_size=1", "--out", tmp_path, "--device", "cpu"
-    )
-    alone = json.loads((tmp_path / "detections.json").read_text())
-    assert len(results) == 3 * 20
-    assert {result["image_id"] for result in results} == ids
-
-    def by_image(result):
-        return result["image_id"], -result["score"]
-
-    for result, other in zip(sorted(results, key=by_image), sorted(alone, key=by_image), strict=True):
-        assert result["score"] == pytest.approx(other["score"], abs=1e-4)
-
-
 def test_a_run_with_denoising_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
     dino = ["model.kind=dino", "model.box_refine=false", "model.two_stage=false", "model.one_to_many_queries=5"]
     dino += ["train.loss.class_loss=matchability", "train.epochs=2", "train.checkpoint_steps=1"]
@@ -385,6 +360,7 @@ def test_a_run_with_denoising_resumes_to_the_same_weights(config_file, tmp_path,
 
     monkeypatch.setattr(SetCriterion, "forward", spy)
     dat("detect", "train", *arguments, f"output={tmp_path}/whole")
+    assert seen
     assert all({"dn_outputs", "one_to_many_outputs"} <= keys for keys in seen)
     with monkeypatch.context() as patched:
         patched.setattr("dat.engine.trainer.save_checkpoint", save_and_stop)
@@ -396,33 +372,30 @@ def test_a_run_with_denoising_resumes_to_the_same_weights(config_file, tmp_path,
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
+def train_until_killed(arguments, threads):
+    """Kills itself with SIGKILL right after a checkpoint."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    torch.set_num_threads(threads)
+
+    def save_and_die(path, state, keep):
+        save_checkpoint(path, state, keep)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.save_checkpoint = save_and_die
+    dat("detect", "train", *arguments, "train.resume=true")
+
+
 def test_a_killed_run_resumes_to_the_same_weights(config_file, tmp_path):
     arguments = [str(config_file), "train.epochs=3", "train.checkpoint_steps=1", "train.worst=0", "train.pictures=0"]
     # steps of two batches each
     arguments += ["train.batch_size=1", "train.accumulate=2"]
     dat("detect", "train", *arguments, f"output={tmp_path}/whole")
     whole = load_checkpoint(tmp_path / "whole/last.pth")
-    # kills itself with SIGKILL right after its n-th checkpoint
-    script = (
-        "import os, sys, dat.cli, dat.engine.trainer as t\n"
-        "save, count = t.save_checkpoint, [0]\n"
-        "def die(path, state, keep):\n"
-        "    save(path, state, keep)\n"
-        "    count[0] += 1\n"
-        "    if count[0] == int(sys.argv[1]): os.kill(os.getpid(), 9)\n"
-        "t.save_checkpoint = die\n"
-        "dat.cli.main(['detect', 'train', *sys.argv[2:]])\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     # in the middle of the first epoch, before its evaluation, between best.pth and last.pth after it
-    for writes in ("1", "1", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", script, writes, *arguments, "train.resume=true"],
-            cwd=ROOT,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == -9
+    for _ in range(3):
+        codes, errors, _ = run_processes(1, train_until_killed, tmp_path, arguments, torch.get_num_threads())
+        assert codes == [-signal.SIGKILL], errors
     dat("detect", "train", *arguments, "train.resume=true")
     resumed = load_checkpoint(tmp_path / "run/last.pth")
     for key in ("state_dict", "state_dict_ema"):

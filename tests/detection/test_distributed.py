@@ -69,33 +69,36 @@ def run(config, folder, *overrides):
     dat("detect", "train", config, *PLAIN, f"output={folder}/run", *overrides)
 
 
-@pytest.mark.parametrize(
-    ("processes", "split"),
-    [
-        (1, ["train.batch_size=1", "train.accumulate=4"]),
-        (2, ["train.batch_size=2"]),
-        (2, ["train.batch_size=1", "train.accumulate=2"]),
-    ],
-)
-def test_the_split_of_a_step_changes_nothing(one_size, tmp_path, processes, split):
-    """Gradients, weights, losses and AP are those of one process that takes all images at once."""
-    found = []
-    for name, count, overrides in (("whole", 1, ["train.batch_size=4"]), ("split", processes, split)):
-        (tmp_path / name).mkdir()
-        codes, errors, _ = run_processes(count, run, tmp_path, one_size, tmp_path / name, *overrides)
-        assert codes == [0] * count, errors
-        gradients = torch.load(tmp_path / name / "gradients_0.pth", weights_only=True)
-        metrics = json.loads((tmp_path / name / "run/metrics.json").read_text())
-        lines = [json.loads(line) for line in (tmp_path / name / "run/log.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in lines if line["kind"] == "train"]
-        found.append((gradients, metrics, losses, weights(tmp_path / name / "run")))
-    (gradients, metrics, losses, whole), (other_gradients, other_metrics, other_losses, other) = found
-    for gradient, other_gradient in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-6)
-    assert losses == pytest.approx(other_losses, rel=1e-4)
+def train_split(config, folder, processes, *overrides):
+    """Gradients of the first step, metrics, losses, weights, and images and scores of the detections of a run."""
+    folder.mkdir()
+    codes, errors, _ = run_processes(processes, run, folder, config, folder, *overrides)
+    assert codes == [0] * processes, errors
+    gradients = torch.load(folder / "gradients_0.pth", weights_only=True)
+    metrics = json.loads((folder / "run/metrics.json").read_text())
+    lines = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    results = json.loads((folder / "run/detections.json").read_text())
+    results = sorted((result["image_id"], -result["score"]) for result in results)
+    return gradients, {key: metrics[key] for key in ("AP", "AP50")}, losses, weights(folder / "run"), results
+
+
+def test_the_split_of_a_step_changes_nothing(one_size, tmp_path):
+    """Gradients, weights, losses, AP and detections are those of one process that takes all images at once."""
+    gradients, metrics, losses, whole, results = train_split(one_size, tmp_path / "whole", 1, "train.batch_size=4")
     assert len(losses) == 4
-    assert largest_difference(whole, other) < 1e-5
-    assert {k: metrics[k] for k in ("AP", "AP50")} == {k: other_metrics[k] for k in ("AP", "AP50")}
+    assert len(results) == 3 * 20
+    for processes, batch_size, accumulate in ((1, 1, 4), (2, 2, 1), (2, 1, 2)):
+        overrides = [f"train.batch_size={batch_size}", f"train.accumulate={accumulate}"]
+        folder = tmp_path / f"{processes}_{batch_size}"
+        others, other_metrics, other_losses, other, found = train_split(one_size, folder, processes, *overrides)
+        for gradient, other_gradient in zip(gradients, others, strict=True):
+            torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-6)
+        assert losses == pytest.approx(other_losses, rel=1e-4)
+        assert largest_difference(whole, other) < 1e-5
+        assert metrics == other_metrics
+        assert [image for image, _ in results] == [image for image, _ in found]
+        assert [score for _, score in results] == pytest.approx([score for _, score in found], abs=1e-4)
 
 
 def write_normalizers(folder):
@@ -168,6 +171,6 @@ def test_shared_weights_train_as_copies_do_and_go_on_from_each_others_checkpoint
     assert metrics == pytest.approx(other_metrics, abs=0.03)
 
 
-def test_one_process_has_nothing_to_share(one_size, capsys):
+def test_one_process_has_nothing_to_share(one_size):
     with pytest.raises(ConfigError, match=r"train.fsdp is true, but there is only one process"):
         dat("detect", "train", one_size, "train.fsdp=true")

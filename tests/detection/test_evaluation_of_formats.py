@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from coco_scenes import write_config
 from commands import dat
-from conftest import write_config
 from PIL import Image
 
 from dat.detection.checkpoint import detector_state
@@ -115,7 +115,7 @@ def checkpoint(tmp_path, scenes):
     return tmp_path / "model.pth"
 
 
-def test_a_detector_is_evaluated_on_any_format(checkpoint, scenes, tmp_path, capsys):
+def test_a_detector_is_evaluated_on_any_format(checkpoint, scenes, tmp_path):
     """Category ids are the format's: those of COCO's file here, else 0, 1, ..."""
     metrics, ids = [], []
     for name in ("source", "yolo", "voc"):

@@ -95,24 +95,25 @@ def test_values_that_cannot_work_are_named(config_file, override, message):
         build(config_file, override)
 
 
-@pytest.mark.parametrize("stop", [3, 7])
-def test_a_run_with_every_option_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch, stop):
+def test_a_run_with_every_option_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
     options = [*ALL, *QUICK, "train.epochs=3", "train.checkpoint_steps=1", "train.batch_size=1", "train.accumulate=1"]
     # The run stops between two lines of the log.
-    options += ["train.log_steps=4"]
+    options += ["train.log_steps=4", "train.resume=true"]
     train(load_config(DetectionConfig, config_file, [*options, f"output={tmp_path}/whole", "train.workers=1"]))
     step = DetectionTrainer.train_step
 
-    def stopped(self, batches):
-        if self.progress.step == stop:
-            raise KeyboardInterrupt
-        step(self, batches)
+    for stop in (3, 7):
 
-    monkeypatch.setattr(DetectionTrainer, "train_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train(load_config(DetectionConfig, config_file, options))
+        def stopped(self, batches, stop=stop):
+            if self.progress.step == stop:
+                raise KeyboardInterrupt
+            step(self, batches)
+
+        monkeypatch.setattr(DetectionTrainer, "train_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(DetectionConfig, config_file, options))
     monkeypatch.undo()
-    train(load_config(DetectionConfig, config_file, [*options, "train.resume=true"]))
+    train(load_config(DetectionConfig, config_file, options))
     whole, resumed = (load_checkpoint(tmp_path / name / "last.pth") for name in ("whole", "run"))
     assert whole["step"] == resumed["step"]
     for key in ("state_dict", "state_dict_ema"):

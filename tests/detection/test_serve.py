@@ -83,6 +83,7 @@ def test_the_answer_is_what_predict_finds(port, detector, form):
     status, answer = detect(port, encode(image, form), f"?threshold={least}")
     assert status == 200
     assert (answer["width"], answer["height"]) == (120, 90)
+    assert len(results) > 6
     wanted = [(r["category_id"], r["score"], r["bbox"]) for r in results if r["score"] >= least]
     assert [(d["category_id"], d["score"], d["bbox"]) for d in answer["detections"]] == wanted
     assert {d["category"] for d in answer["detections"]} <= {"blue", "red"}

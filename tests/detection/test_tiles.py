@@ -85,11 +85,14 @@ def test_windows_cover_the_image_and_overlap_enough(width, height, size, overlap
 @pytest.mark.parametrize("whole_image", [True, False])
 def test_an_object_no_larger_than_the_overlap_is_found_once_wherever_it_is(side, whole_image):
     """It lies within a tile, at its border, or in two or four of them."""
-    for x in range(0, 230 - side + 1, 9):
+    windows, holding = tile_windows(230, 170, 100, 0.4), set()
+    for x in range(0, 230 - side + 1, 19):
         for y in range(0, 170 - side + 1, 26):
+            holding.add(sum(a <= x and b <= y and x + side <= c and y + side <= d for a, b, c, d in windows))
             image = paint((230, 170), [(x, y, x + side, y + side, 1)])
             found = detect_in_tiles(find, image, 100, 0.4, reduced(image) if whole_image else None, 3)
             assert objects_of(found) == [(x, y, x + side, y + side, 1)]
+    assert {1, 2, 4} <= holding
 
 
 def test_many_objects_of_two_classes():
@@ -307,9 +310,9 @@ def test_samples_of_windows_are_cut_from_the_file_or_from_memory(large):
 
 
 def test_a_run_on_windows_resumes_to_the_same_weights(config_file, tmp_path):
-    tiles = ["data.train.tiles=40", "data.val.tiles=40"]
+    tiles = ["data.train.tiles=60", "data.val.tiles=40", "train.pictures=0", "train.worst=0"]
     dat("detect", "train", config_file, *tiles, f"output={tmp_path / 'whole'}")
-    assert "19 training and 4 validation images" in (tmp_path / "whole/train.log").read_text()
+    assert "7 training and 4 validation images" in (tmp_path / "whole/train.log").read_text()
     for epochs in (1, 2):
         arguments = [f"train.epochs={epochs}", "train.resume=true", f"output={tmp_path / 'parts'}"]
         dat("detect", "train", config_file, *tiles, "train.schedule=step", *arguments)

@@ -5,12 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 JOB = """
-import os, signal, sys, time
+import time
 import torch
 from dat.engine.command import main_guard
 from dat.engine.distributed import setup_distributed, stop_on_sigterm
@@ -22,8 +20,6 @@ def main():
         distributed.sum(torch.zeros(1))
         if distributed.rank == 1:
             print("fails at", time.time(), flush=True)
-            if sys.argv[1] == "killed":
-                os.kill(os.getpid(), 9)
             raise DataError("cat.jpg: cannot be read")
         distributed.sum(torch.zeros(1))
 
@@ -31,12 +27,11 @@ main_guard(main)
 """
 
 
-@pytest.mark.parametrize(("how", "message"), [("killed", "Signal 9"), ("error", "error: cat.jpg: cannot be read")])
-def test_the_failure_of_one_process_ends_the_job(tmp_path, how, message):
+def test_the_failure_of_one_process_ends_the_job(tmp_path):
     (tmp_path / "job.py").write_text(JOB)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "job.py"), how],
+        [*command, str(tmp_path / "job.py")],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -46,5 +41,5 @@ def test_the_failure_of_one_process_ends_the_job(tmp_path, how, message):
     )
     ended = time.time()
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "error: cat.jpg: cannot be read" in done.stderr
     assert ended - float(done.stdout.split("fails at ")[1].split()[0]) < 60

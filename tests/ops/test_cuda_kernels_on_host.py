@@ -1,6 +1,7 @@
 """The CUDA kernels' own source on the host: `tests/cuda_host` stands in for CUDA and checks every access to memory."""
 
 import ctypes
+import fcntl
 import math
 import mmap
 import os
@@ -54,11 +55,12 @@ class Arguments(ctypes.Structure):
 
 
 def build(output: Path, source: str, defines: tuple[str, ...] = (), function: str = "run") -> ctypes.CDLL:
-    """A library of the emulator and `source`, whose `function` returns what went wrong."""
+    """A library of the emulator and `source`, built unless it is there; its `function` returns what went wrong."""
     # A fortified longjmp takes the change to another fibre's stack for an error.
     flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", f"-I{SOURCES}"]
     command = [CXX, *flags, *defines, str(SOURCES / "emulator.cpp"), str(SOURCES / source), "-o", str(output)]
-    subprocess.run(command, check=True)
+    if not output.exists():
+        subprocess.run(command, check=True)
     library = ctypes.CDLL(str(output))
     getattr(library, function).restype = ctypes.c_char_p
     return library
@@ -66,7 +68,10 @@ def build(output: Path, source: str, defines: tuple[str, ...] = (), function: st
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory) -> dict[torch.dtype, ctypes.CDLL]:
-    folder = tmp_path_factory.mktemp("cuda_host")
+    """Built once for all processes of pytest-xdist, while which the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
+    folder.mkdir(exist_ok=True)
 
     def library(dtype: torch.dtype) -> ctypes.CDLL:
         defines = [f"-DDAT_VALUE_TYPE={TYPES[dtype]}"]
@@ -75,7 +80,8 @@ def libraries(tmp_path_factory) -> dict[torch.dtype, ctypes.CDLL]:
             defines.append("-D__CUDA_ARCH__=900")
         return build(folder / f"{TYPES[dtype]}.so", "driver.cpp", tuple(defines))
 
-    with ThreadPoolExecutor(2) as pool:
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return dict(zip(TYPES, pool.map(library, TYPES), strict=True))
 
 

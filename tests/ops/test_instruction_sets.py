@@ -16,6 +16,7 @@ from dat.ops import MISSING, deform_sample, reference
 from dat.ops.__main__ import main
 
 ROOT = Path(__file__).parents[2]
+ORDER = ("DEFAULT", "AVX2", "AVX512")
 WINDOWS = {
     "torch.float32", "strided-torch.bfloat16", "kernel-7", "dilation-2-torch.float16", "several-bands-and-registers",
 }  # fmt: skip
@@ -62,16 +63,24 @@ def run(capability, code):
 
 
 @pytest.mark.skipif(bool(MISSING["_C_cpu"]), reason="the CPU library was not built")
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
-def test_kernels_of_every_instruction_set(capability, tmp_path):
-    """A process takes the best that the machine has and DAT_CPU_CAPABILITY allows."""
+@pytest.mark.parametrize("capability", [name for name in ORDER if name not in torch.backends.cpu.get_cpu_capability()])
+def test_kernels_of_other_instruction_sets(capability, tmp_path):
+    """A process takes the best that the machine has and DAT_CPU_CAPABILITY allows; all other tests take the best."""
     report = tmp_path / "report.json"
     done = run(capability, f"from ops.test_instruction_sets import check; check({str(report)!r})")
     assert done.returncode == 0, done.stdout + done.stderr
     used = json.loads(report.read_text())["processor"]["instruction set"]
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    assert order.index(used) <= order.index(capability)
-    assert used == capability or capability not in torch.backends.cpu.get_cpu_capability()
+    best = next(name for name in reversed(ORDER) if name in torch.backends.cpu.get_cpu_capability())
+    assert used == min(capability, best, key=ORDER.index)
+
+
+@pytest.mark.skipif(bool(MISSING["_C_cpu"]), reason="the CPU library was not built")
+@pytest.mark.skipif("DAT_CPU_CAPABILITY" in os.environ, reason="the set was chosen")
+def test_this_process_takes_the_best_instruction_set(tmp_path, capsys):
+    assert main(["--json", str(tmp_path / "report.json")]) == 0
+    used = json.loads((tmp_path / "report.json").read_text())["processor"]["instruction set"]
+    assert used in torch.backends.cpu.get_cpu_capability()
+    check_sampling()
 
 
 def test_unknown_instruction_sets_are_refused():

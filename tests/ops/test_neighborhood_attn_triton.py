@@ -80,17 +80,10 @@ def spread(size, dilation, which, bad, pixel):
     check_spread(attend, sample, which, bad, [pixel])
 
 
-def test_interpreted_kernels_equal_the_reference():
+def test_interpreted_kernels_equal_the_reference_and_spread_only_what_windows_hold():
     """In a process of their own, as triton decides when it is imported whether it interprets."""
-    run_interpreted("for case in CASES: interpret(*case)\nfar_heads()")
-
-
-def test_numbers_that_are_not_finite_reach_only_windows_that_hold_them():
-    run_interpreted("for case in SPREAD: spread(*case)")
-
-
-def run_interpreted(line):
-    code = f"from ops.test_neighborhood_attn_triton import *\n{line}"
+    calls = "[interpret(*case) for case in CASES]; far_heads(); [spread(*case) for case in SPREAD]"
+    code = f"from ops.test_neighborhood_attn_triton import *; {calls}"
     path = os.pathsep.join(sys.path)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, check=True)
