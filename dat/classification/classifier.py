@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Classifier:
         model = build_and_load(lambda: build_classifier(backbone, len(names), weights=False), trained.weights, path)
         distributed = setup_distributed(device) if isinstance(device, str) else replace(CPU, device=device)
         graph = ClassifierGraph(model, config.data, len(names)).to(distributed.device).eval()
-        return cls(config, names, model, path, lambda images: graph(images.to(distributed.device)), distributed)
+        # A closure would keep the model in copies of this, and could not be pickled.
+        return cls(config, names, model, path, partial(_run, graph, distributed.device), distributed)
 
     @classmethod
     def _from_exported(cls, path: Path, overrides: Sequence[str], trust: bool) -> "Classifier":
@@ -261,3 +263,7 @@ class Classifier:
         config = apply_overrides(self.config, keyword_overrides(ClassificationConfig, given))
         check_config(config)
         return config
+
+
+def _run(graph: ClassifierGraph, device: torch.device, images: Tensor) -> tuple[Tensor, ...]:
+    return graph(images.to(device))

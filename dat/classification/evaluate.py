@@ -18,7 +18,7 @@ from dat.classification.readers import Split, open_place
 from dat.classification.results import Results
 from dat.engine.distributed import Distributed, gather
 from dat.engine.loaders import Loader
-from dat.engine.optim import amp_context
+from dat.engine.optim import amp_context, evaluating
 from dat.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,17 @@ def evaluate(
     Raises:
         DataError: no image could be read.
     """
-    training = model.training
-    model.eval()
     device = distributed.device
     found: list[Results] = []
-    for images, labels, index in loader:
-        skipped.add_unlabelled(index, labels)
-        readable = labels >= 0
-        if readable.any():
-            with amp_context(device, amp):
-                # `forward` is not compiled: a compiled model would be compiled again for the last batch.
-                logits = model.forward(images[readable].to(device, non_blocking=True))
-            found.append(_results(logits.float(), labels[readable], index[readable]))
-    model.train(training)
+    with evaluating(model):
+        for images, labels, index in loader:
+            skipped.add_unlabelled(index, labels)
+            readable = labels >= 0
+            if readable.any():
+                with amp_context(device, amp):
+                    # `forward` is not compiled: a compiled model would be compiled again for the last batch.
+                    logits = model.forward(images[readable].to(device, non_blocking=True))
+                found.append(_results(logits.float(), labels[readable], index[readable]))
     parts = [part for results in gather(found) for part in results]
     if not parts:
         raise DataError("data.val: no image can be read")

@@ -215,10 +215,13 @@ def check_config(config: DetectionConfig) -> None:
         raise ConfigError(
             f"data.train.crop_max is {data.train.crop_max}, should be at least crop_min {data.train.crop_min}"
         )
+    loss = config.train.loss
+    if loss.cost_class == loss.cost_box == loss.cost_giou == 0:
+        raise ConfigError("train.loss: cost_class, cost_box and cost_giou are all 0, one should not be")
     check_model(config.model, max(data.train.max_size, data.val.max_size))
-    kind, loss = config.model.kind, config.train.loss.class_loss
-    if loss != "focal" and DETECTORS[kind].scores != "sigmoid":
-        raise ConfigError(f"train.loss.class_loss is {loss!r}, should be 'focal' for model.kind={kind}")
+    kind = config.model.kind
+    if loss.class_loss != "focal" and DETECTORS[kind].scores != "sigmoid":
+        raise ConfigError(f"train.loss.class_loss is {loss.class_loss!r}, should be 'focal' for model.kind={kind}")
 
 
 def _keys(section: str, *names: str) -> list[str]:

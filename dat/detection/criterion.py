@@ -168,7 +168,8 @@ class SetCriterion(nn.Module):
             stacks.append(self._stack(outputs["enc_outputs"], wanted, "_enc"))
         if "one_to_many_outputs" in outputs:
             times = self.one_to_many
-            many = [{**t, "labels": t["labels"].repeat(times), "boxes": t["boxes"].repeat(times, 1)} for t in targets]
+            names = ("labels", "boxes", "class_weights")
+            many = [{**t, **{name: torch.cat([t[name]] * times) for name in names if name in t}} for t in targets]
             stacks.append(self._stack(outputs["one_to_many_outputs"], many, "_o2m", times))
         slots = outputs["dn_outputs"]["pred_logits"].shape[1] if "dn_outputs" in outputs else 0
         if slots:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import best_detections, select_detections
-from dat.engine.optim import amp_context
+from dat.engine.optim import amp_context, evaluating
 
 # COCO's limits between small, medium and large objects: sides in pixels of squares of those areas.
 SMALL, MEDIUM = 32, 96
@@ -35,18 +35,16 @@ def detect(
 
     The model runs in evaluation mode and returns to the mode that it was in. `nms`, `one_class`: see select_detections.
     """
-    training = model.training
-    model.eval()
     results: list[dict[str, Any]] = []
-    for images, mask, targets in batches:
-        with amp_context(device, amp):
-            outputs = model(images.to(device), None if mask is None else mask.to(device))
-        found = best_detections(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
-        for target, *values in zip(targets, *found, strict=True):
-            scores, labels, boxes, _ = select_detections(values, nms, one_class)
-            detections = {"scores": scores, "labels": labels, "boxes": boxes}
-            results += to_results(target["image_id"], target["size"], detections, categories)
-    model.train(training)
+    with evaluating(model):
+        for images, mask, targets in batches:
+            with amp_context(device, amp):
+                outputs = model(images.to(device), None if mask is None else mask.to(device))
+            found = best_detections(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
+            for target, *values in zip(targets, *found, strict=True):
+                scores, labels, boxes, _ = select_detections(values, nms, one_class)
+                detections = {"scores": scores, "labels": labels, "boxes": boxes}
+                results += to_results(target["image_id"], target["size"], detections, categories)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
@@ -74,8 +75,10 @@ def select_detections(found: Sequence[Tensor], nms: float = 1.0, one_class: bool
     scores, labels, boxes, queries = found
     kept = torch.arange(len(scores), device=scores.device)
     if one_class:
-        repeated = (queries[:, None] == queries).tril(-1).any(1)
-        kept = kept[~repeated]
+        firsts = np.unique(queries.cpu().numpy(), return_index=True)[1]
+        kept = torch.from_numpy(np.sort(firsts)).to(kept)
     if nms < 1:
-        kept = kept[batched_nms(boxes[kept].float(), scores[kept].float(), labels[kept], nms).sort().values]
+        # It moves boxes of different classes apart, so far that float32 would round those of a thousand classes.
+        some = batched_nms(boxes[kept].cpu().double(), scores[kept].cpu().double(), labels[kept].cpu(), nms)
+        kept = kept[some.sort().values.to(kept.device)]
     return [values[kept] for values in found]

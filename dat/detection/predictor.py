@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import functional as F
 
 from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
 from dat.detection.data import Annotations, Batch, Category, resized_size, val_loader
+from dat.detection.data.cache import ImageCache
+from dat.detection.data.records import load_record
 from dat.detection.detections import Detections
-from dat.detection.draw import open_record
 from dat.detection.evaluation import detect
 from dat.detection.graph import DetectorGraph
 from dat.detection.models.base import BaseDETR
@@ -24,7 +25,7 @@ from dat.detection.tiles import detect_in_tiles
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import apply_overrides, keyword_overrides
 from dat.engine.distributed import Distributed, gather
-from dat.engine.optim import amp_context
+from dat.engine.optim import amp_context, evaluating
 from dat.export.runtime import check_predictions
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.images import to_image
@@ -141,14 +142,8 @@ class Predictor:
         data, amp, device = config.data, config.train.amp, self.distributed.device
         self.size, self.max_size = data.val.size, data.val.max_size
         graph = DetectorGraph(model, data, data.val.top_k).to(device).eval()
-
-        @torch.inference_mode()
-        def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-            errors = nullcontext() if self.path is None else checkpoint_errors(self.path)
-            with errors, amp_context(device, amp):
-                return graph(images.to(device), sizes.to(device))
-
-        self.run = run
+        # A closure would keep the model in copies of this, and could not be pickled.
+        self.run = partial(_run, graph, device, amp, self.path)
 
     def _detect(self, images: Sequence[Image.Image], nms: float = 1.0, one_class: bool = False) -> list[Detections]:
         """Detections of any score; images that are resized to equal sizes run together."""
@@ -185,12 +180,22 @@ class Predictor:
             raise CheckpointError(f"{self.path}: gives boxes whose right or bottom edge is before the left or top one")
 
 
+@torch.inference_mode()
+def _run(
+    graph: DetectorGraph, device: torch.device, amp: str, path: Path | None, images: Tensor, sizes: Tensor
+) -> tuple[Tensor, ...]:
+    errors = nullcontext() if path is None else checkpoint_errors(path)
+    with errors, amp_context(device, amp):
+        return graph(images.to(device), sizes.to(device))
+
+
 def detect_split(
     model: BaseDETR,
     config: DetectionConfig,
     annotations: Annotations,
     distributed: Distributed,
     loader: Iterable[Batch] | None = None,
+    cache: ImageCache | None = None,
     path: Path | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of a split as `data.val` says, whole or in tiles; each process detects in a part, and returns all.
@@ -198,19 +203,20 @@ def detect_split(
     Args:
         model: left in the mode in which it came.
         loader: as val_loader makes it, which is called for None; images that are cut into tiles need none.
+        cache: images in memory already.
         path: the checkpoint that errors name.
     """
     val, categories = config.data.val, annotations.categories
     if val.tiles:
-        training = model.training
-        predictor = Predictor.of(model, config, categories, distributed, path)
         results: list[dict[str, Any]] = []
-        for record in annotations.records[distributed.rank :: distributed.world_size]:
-            found = predictor.predict(open_record(record), 0.0, config.train.eval_batch_size)
-            results += found.to_coco(record.id)
-        model.train(training)
+        with evaluating(model):
+            predictor = Predictor.of(model, config, categories, distributed, path)
+            for record in annotations.records[distributed.rank :: distributed.world_size]:
+                image = load_record(record, None if cache is None else cache.get(record.path))
+                found = predictor.predict(F.to_pil_image(image), 0.0, config.train.eval_batch_size)
+                results += found.to_coco(record.id)
     else:
-        loader = val_loader(annotations, config, distributed) if loader is None else loader
+        loader = val_loader(annotations, config, distributed, cache) if loader is None else loader
         device, amp = distributed.device, config.train.amp
         results = detect(model, loader, categories, device, amp, val.top_k, val.nms, val.one_class)
     return [result for part in gather(results) for result in part]

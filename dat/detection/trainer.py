@@ -128,7 +128,7 @@ class DetectionTrainer(Trainer):
 
     def evaluate(self) -> dict[str, Any]:
         model = self.evaluation_model()
-        self.results = detect_split(model, self.config, self.val_set, self.distributed, self.val_loader)
+        self.results = detect_split(model, self.config, self.val_set, self.distributed, self.val_loader, self.cache)
         return average_precision(self.val_set, self.results, every=self.config.data.val.tiles > 0)
 
     def save_results(self, path: Path) -> None:

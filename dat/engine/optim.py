@@ -2,7 +2,8 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -182,3 +183,14 @@ def _whole(tensor: Tensor) -> Tensor:
 def amp_context(device: torch.device, amp: str) -> torch.autocast:
     """Autocast to bfloat16 if amp is "bf16", disabled if it is "none". bfloat16 needs no loss scaler."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, also after an error, the model is in the mode in which it came."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -203,12 +203,16 @@ def test_a_run_that_froze_random_batch_norm_resumes(config_file, tmp_path, monke
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("out_indices", [-1, -1], r"out_indices is \[-1, -1\], should be different maps"),
-        ("out_indices", [-1, 3], r"fails on images of every size"),
+        ("out_indices", [-1, -1], r"out_indices is \[-1, -1\], should list maps in the order"),
+        ("out_indices", [-1, 3], r"out_indices is \[-1, 3\], should list maps in the order"),
+        ("out_indices", [4, -1], r"fails on images of every size"),
+        ("out_indices", [], r"out_indices is \[\], should list maps in the order"),
+        ("out_indices", 2, r"out_indices is 2, should list maps in the order"),
+        ("out_indices", "null", r"out_indices is None, should list maps in the order"),
         ("out_indices", [99], r"timm cannot make 'test_resnet' with .*99"),
         ("drop_path_rate", 2, r"model.backbone.drop_path_rate is 2, should be 0 to 1"),
         ("drop_path_rate", float("nan"), r"model.backbone.drop_path_rate is nan, should be 0 to 1"),
-        ("in_chans", 0, r"fails on images of every size"),
+        ("in_chans", 1, r"in_chans is 1, images have 3 channels"),
     ],
 )
 def test_arguments_that_would_fail_in_training_are_refused_before(config_file, tmp_path, argument, value, message):

@@ -259,17 +259,20 @@ def test_class_weights_of_1_change_no_bit_and_boxes_have_none(scores):
     assert all(torch.equal(plain[name], heavy[name]) for name in ("loss_bbox", "loss_giou"))
 
 
-def test_proposals_of_the_encoder_have_the_weights_of_their_objects():
-    """Its targets have one class only, but an object of a rare class is as rare there."""
+@pytest.mark.parametrize(("outputs_name", "suffix"), [("enc_outputs", "_enc"), ("one_to_many_outputs", "_o2m")])
+def test_other_outputs_have_the_weights_of_their_objects(outputs_name, suffix):
+    """The encoder's targets have one class only, but an object of a rare class is as rare there."""
     outputs, wanted = layer(1, 3), [{"labels": torch.tensor([2]), "boxes": targets(1)[0]["boxes"]}]
-    proposals = layer(1, 1, seed=3)
+    others = layer(1, 1 if suffix == "_enc" else 3, seed=3)
     losses = {
         weight: SetCriterion(4, HungarianMatcher(), class_weights=torch.tensor([1.0, 1.0, weight, 1.0]))(
-            outputs | {"enc_outputs": proposals}, wanted
+            outputs | {outputs_name: others}, wanted
         )
         for weight in (1.0, 2.0)
     }
-    torch.testing.assert_close(losses[2.0]["loss_ce_enc"], 2 * losses[1.0]["loss_ce_enc"])
+    name = f"loss_ce{suffix}"
+    # All queries of one-to-many matching are matched to the object.
+    torch.testing.assert_close(losses[2.0][name], 2 * losses[1.0][name])
 
 
 def test_class_weights_with_more_objects_than_queries():

@@ -91,7 +91,7 @@ def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
         ("train.accumulate=1025", "train.accumulate is 1025, should be 1 to 1024"),
         ("data.train.sizes=[0, 480]", "data.train.sizes is [0, 480], should be 1 to 4096"),
         ("data.std=[1, 1, 0]", "data.std is (1.0, 1.0, 0.0), should be more than 0"),
-        ("model.num_heads=0", "model.num_heads is 0, should be at least 1"),
+        ("model.num_heads=0", "model.num_heads is 0, should be 1 to 65536"),
         ("seed=-1", "seed is -1, should be at least 0"),
         ("train.workers=-1", "train.workers is -1, should be 0 to 256"),
         ("train.pictures=-1", "train.pictures is -1, should be at least 0"),
@@ -136,7 +136,7 @@ def test_values_that_cannot_work_are_named(override, message):
         (["denoising=100"], "model: denoising=100 needs two_stage=True"),
         (["box_noise=2"], "model.box_noise is 2.0, should be 0 to 1"),
         (["kind=dino", "position_temperature=0"], "model.position_temperature is 0.0, should be more than 0"),
-        (["kind=dino", "denoising=-1"], "model.denoising is -1, should be at least 0"),
+        (["kind=dino", "denoising=-1"], "model.denoising is -1, should be 0 to 65536"),
         (
             ["kind=detr", "denoising=50"],
             "model.denoising is 50, which needs kind=deformable_detr or dino; it is detr",
@@ -149,6 +149,13 @@ def test_models_that_cannot_be_are_refused_before_they_are_made(overrides, messa
         check_config(apply_overrides(config, [f"model.{override}" for override in overrides]))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_matching_without_any_cost_is_refused():
+    overrides = [f"train.loss.cost_{name}=0" for name in ("class", "box", "giou")]
+    check_config(load_config(DetectionConfig, "finetune", overrides[1:]))
+    with pytest.raises(ConfigError, match=r"train.loss: cost_class, cost_box and cost_giou are all 0, one should not"):
+        check_config(load_config(DetectionConfig, "finetune", overrides))
 
 
 def test_detr_has_no_iou_aware_loss():

@@ -1,5 +1,7 @@
 """The class Detector: every kind of image, its results, and training, evaluation and export from Python."""
 
+import copy
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -108,6 +110,16 @@ def test_results(detector, grey, monkeypatch):
     converted = some.to_supervision()
     np.testing.assert_array_equal(converted["xyxy"], some.boxes.numpy())
     assert converted["data"]["class_name"].tolist() == some.class_names
+
+
+def test_copies_predict_with_their_own_model(detector, grey):
+    wanted = detector.predict(grey, threshold=0)
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert torch.equal(other.predict(grey, threshold=0).boxes, wanted.boxes)
+        for parameter in other.model.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert not torch.equal(other.predict(grey, threshold=0).boxes, wanted.boxes)
+    assert torch.equal(detector.predict(grey, threshold=0).boxes, wanted.boxes)
 
 
 def test_overrides_do_not_reach_the_model(detector):

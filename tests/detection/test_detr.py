@@ -89,6 +89,15 @@ def test_gradient_reaches_every_parameter(pre_norm):
         assert parameter.grad.abs().sum() > 0 or (pre_norm and name == "decoder.0.norm1.weight"), name
 
 
+def test_a_backbone_that_cannot_recompute_leaves_that_to_the_transformer():
+    backbone = timm.create_model("hrnet_w18_small", features_only=True, out_indices=(4,))
+    model = DETR(backbone, 5, **SMALL)
+    with pytest.raises(AssertionError):
+        backbone.set_grad_checkpointing()
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+
+
 @pytest.mark.parametrize("kind", [DETR, DeformableDETR])
 def test_gradient_checkpointing_changes_nothing(kind):
     backbone = timm.create_model("test_resnet", features_only=True, out_indices=(4,))

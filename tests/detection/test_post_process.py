@@ -73,3 +73,15 @@ def test_selection_among_detections():
     # A detection that its query's better class excludes does not suppress others.
     assert kept(one_class=True, nms=0.6) == [(0, 4), (0, 2), (0, 3)]
     assert select_detections([values[:0] for values in found], 0.5, True)[2].shape == (0, 4)
+
+
+def test_selection_is_the_same_for_every_class_in_large_images():
+    left = 7000 + 20 * torch.arange(20.0)
+    boxes = torch.stack((left, left, left + 6.1, left + 6.1), 1)
+    boxes = torch.cat((boxes, boxes + torch.tensor([0, 0, 0, -2.5])))
+    order = torch.arange(40)
+    # The IoU of each pair is 3.6 / 6.1.
+    for label in (0, 1202):
+        found = order.flip(0) / 40, torch.full((40,), label), boxes, order
+        assert len(select_detections(found, nms=0.58)[0]) == 20
+        assert len(select_detections(found, nms=0.6)[0]) == 40

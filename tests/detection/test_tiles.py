@@ -18,9 +18,10 @@ from dat.detection.data import ImageRecord, cut_into_windows, load_record, read_
 from dat.detection.data.cache import ImageCache
 from dat.detection.detections import Detections
 from dat.detection.points import detect_with_points
+from dat.detection.predictor import detect_split
 from dat.detection.tiles import detect_in_tiles
 from dat.engine.checkpoint import load_checkpoint
-from dat.utils.errors import ConfigError
+from dat.utils.errors import ConfigError, DataError
 
 COLORS = ((30, 60, 220), (220, 30, 30))
 
@@ -232,6 +233,25 @@ def test_evaluate_finds_what_predict_finds(checkpoint, scenes, tmp_path, tiles):
         assert len(own) > 7 if tiles else len(own) <= 7
         np.testing.assert_allclose([r["bbox"] for r in own], [r["bbox"] for r in found.to_coco()], atol=1e-2)
     assert json.loads((tmp_path / "out/metrics.json").read_text())["AP"] is not None
+
+
+@pytest.mark.parametrize("tiles", [0, 40])
+def test_validation_reads_images_that_are_in_memory_there_and_keeps_the_mode(checkpoint, scenes, tiles, monkeypatch):
+    detector = Detector.from_checkpoint(checkpoint, [f"data.val.tiles={tiles}", "train.workers=0"], device="cpu")
+    annotations, cache = read_coco(scenes / "val.json", scenes / "images"), ImageCache(1.0)
+    cache.fill(annotations.records)
+    model = detector.model.train()
+
+    def run(some):
+        return detect_split(model, detector.config, annotations, detector.distributed, cache=some)
+
+    wanted = run(None)
+    for record in annotations.records:
+        record.path.unlink()
+    assert run(cache) == wanted
+    with pytest.raises(DataError):
+        run(None)
+    assert model.training
 
 
 @pytest.mark.parametrize(

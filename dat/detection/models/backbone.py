@@ -36,9 +36,6 @@ def build_backbone(arguments: dict[str, Any], num_maps: int = 3, norm_maps: bool
     """
     makes_pyramid = num_maps > 1 and "out_indices" not in arguments
     arguments = {"out_indices": list(range(-num_maps, 0)), **arguments}
-    indices = arguments["out_indices"]
-    if isinstance(indices, (list, tuple)) and len(set(map(str, indices))) < len(indices):
-        raise ConfigError(f"model.backbone.out_indices is {indices}, should be different maps")
     checkpoint_path = arguments.pop("checkpoint_path", None)
     fit = fit_sizes(arguments)
     fixed: dict[str, Any] = {"features_only": True, **fit.arguments}
@@ -187,7 +184,7 @@ class SimplePyramid(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the ViT's blocks in the backward pass."""
-        self.body.model.set_grad_checkpointing(enable)
+        getattr(self.body, "model", self.body).set_grad_checkpointing(enable)
 
 
 class SwinMaps(nn.Module):

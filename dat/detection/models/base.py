@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -66,10 +67,23 @@ class ModelConfig:
         """Raises ConfigError on values out of their range: integers are at least 1, except those of `may_be_0`."""
         if "name" not in self.backbone:
             raise ConfigError("model.backbone: has no 'name'; it should name a timm model, such as dat_tiny")
+        if self.backbone.get("in_chans", 3) != 3:
+            raise ConfigError(f"model.backbone.in_chans is {self.backbone['in_chans']!r}, images have 3 channels")
+        _check_out_indices(self.backbone.get("out_indices", [-1]))
         integers = [name for name, value in self.arguments().items() if type(value) is int]
         for name in integers:
             check_range({"model": self}, [f"model.{name}"], 0 if name in self.may_be_0 else 1, LARGEST_INTEGER)
         check_range({"model": self}, ["model.drop_rate"], 0, 1)
+
+
+def _check_out_indices(indices: Any) -> None:
+    """Raises ConfigError unless these are numbers of maps in the order of the network, the last ones from -1 down."""
+    known = isinstance(indices, list) and indices and all(type(i) is int for i in indices)
+    if not known or (order := [(i < 0, i) for i in indices]) != sorted(set(order)):
+        raise ConfigError(
+            f"model.backbone.out_indices is {indices}, should list maps in the order of the network, such as [1, 2, 3] "
+            "or [-2, -1]"
+        )
 
 
 class BaseDETR(nn.Module):
@@ -157,7 +171,9 @@ class BaseDETR(nn.Module):
         for part in (self.backbone, getattr(self.backbone, "model", None)):
             switch: Any = getattr(part, "set_grad_checkpointing", None)
             if callable(switch):
-                switch(enable)
+                # timm's backbones that cannot raise an AssertionError.
+                with suppress(AssertionError):
+                    switch(enable)
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """layer(*inputs), recomputed in the backward pass under gradient checkpointing."""
