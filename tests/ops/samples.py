@@ -1,12 +1,22 @@
-"""One list of sample inputs that feeds correctness, gradients, opcheck and compile of `deform_sample`."""
+"""Sample inputs for correctness, gradients, opcheck and compile of `deform_sample`, and what tests of ops share."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 SHAPES = ((5, 7), (3, 1), (1, 1))
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def close(ours: Tensor, exact: Tensor, tolerance: float, least: float = 1e-6) -> None:
+    """Assert that no element is off by more than `tolerance` times the largest of `exact`, or times `least`."""
+    assert ours.shape == exact.shape
+    scale = max(exact.abs().max().item(), least) if exact.numel() else least
+    torch.testing.assert_close(ours.double().cpu(), exact.double().cpu(), rtol=0, atol=tolerance * scale)
 
 
 def close_where_finite(ours: Tensor, exact: Tensor, tolerance: float) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from ops.samples import DTYPES, Sample
+from ops.samples import DTYPES, Sample, close
 from torch import nn
 
 from dat.ops import compat, reference
@@ -33,13 +33,6 @@ def switch():
     yield switched
     for handle in reversed(handles):
         handle.remove()
-
-
-def close(ours, exact, tolerance):
-    assert ours.shape == exact.shape
-    if exact.numel():
-        scale = max(exact.abs().max().item(), 1e-6)
-        torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=tolerance * scale)
 
 
 def inputs(dtype=torch.float32, **kwargs):

@@ -3,13 +3,14 @@ from functools import partial
 
 import pytest
 import torch
-from ops.samples import close_where_finite, opcheck
+from ops import samples
+from ops.samples import close_where_finite, every_device, opcheck
 
 from benchmarks.timing import peak_bytes
 from dat.ops import deform_attn, reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+close = partial(samples.close, least=1.0)
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,6 @@ SAMPLES += [replace(SHAPES[i], name=f"{SHAPES[i].name}-{d}", dtype=d) for i in (
 DISPATCHED = ("own-table-torch.float64", "own-table-torch.bfloat16", "own-table-2022-torch.float32",
               "no-table-torch.float32", "strided-torch.float32", "batch-0-torch.float32")  # fmt: skip
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-every_device = pytest.mark.parametrize("device", DEVICES)
-
-
-@pytest.fixture
-def _poison():
-    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def differentiated(function, tensors, sample, grad):
@@ -110,12 +102,6 @@ def output_gradient(sample, device="cpu"):
     H, W = sample.size
     numbers = torch.linspace(-1, 1, sample.B * sample.h * H * W * sample.c, device=device, dtype=torch.float64)
     return numbers.view(sample.B, sample.h, H * W, sample.c).sin().to(sample.dtype)
-
-
-def close(ours, exact, tolerance):
-    assert ours.shape == exact.shape
-    if exact.numel():
-        torch.testing.assert_close(ours.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * max(exact.abs().max(), 1))
 
 
 def bias_of_pairs(table, positions, size, align_corners):
@@ -164,7 +150,7 @@ def test_deform_attn_equals_its_definition(size, table_size, align_corners):
 
 @every_device
 @every_sample
-@pytest.mark.usefixtures("_poison")
+@pytest.mark.usefixtures("poisoned_memory")
 def test_forward_and_gradients_equal_the_reference_in_float64(sample, device):
     tensors, grad = sample.tensors(device), output_gradient(sample, device)
     ours = differentiated(deform_attn, tensors, sample, grad)
@@ -256,7 +242,7 @@ def test_gradcheck_once_and_twice(change, device):
 
 @every_device
 @every_sample
-@pytest.mark.usefixtures("_poison")
+@pytest.mark.usefixtures("poisoned_memory")
 def test_opcheck_of_forward_and_backward(sample, device):
     tensors = sample.tensors(device)
     tensors = [t.requires_grad_() for t in (tensors if sample.table else tensors[:3])]

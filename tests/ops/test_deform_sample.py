@@ -5,36 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ops.samples import SAMPLES, Sample
+from ops.samples import SAMPLES, Sample, close, every_device
 from torch.nn import functional as F
 
 from dat.ops import MISSING, deform_sample, reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-every_device = pytest.mark.parametrize("device", DEVICES)
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
-
-
-def close(ours, exact, tolerance):
-    assert ours.shape == exact.shape
-    if exact.numel():
-        scale = max(exact.abs().max().item(), 1e-6)
-        torch.testing.assert_close(ours.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * scale)
 
 
 def call(sample, tensors):

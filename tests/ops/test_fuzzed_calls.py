@@ -8,7 +8,7 @@ from ops import test_deform_attn_op as tables
 from ops import test_deform_sample as sampling
 from ops import test_ms_deform_attn_extremes as attention
 from ops import test_neighborhood_attn as windows
-from ops.samples import Sample, close_where_finite
+from ops.samples import DEVICES, Sample, close, close_where_finite
 
 from dat.ops import deform_attn, deform_sample, neighborhood_attn, reference
 
@@ -32,7 +32,7 @@ def test_samples_of_any_sizes_equal_the_reference(**fields):
     tensors = [t for t in sample.tensors() if t is not None]
     value, locations, *weights = (t.double() for t in tensors)
     exact = reference.deform_sample(value, sample.shapes, locations, *weights, align_corners=sample.align_corners)
-    sampling.close(sampling.call(sample, tensors), exact, sampling.TOLERANCE[sample.dtype])
+    close(sampling.call(sample, tensors), exact, sampling.TOLERANCE[sample.dtype])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -50,7 +50,7 @@ def test_samples_of_any_sizes_equal_the_reference(**fields):
 )
 def test_attention_of_any_sizes_equals_the_reference_with_gradients(reference_size, shapes, dtypes, **sizes):
     dtype, narrow = dtypes
-    for device in attention.DEVICES:
+    for device in DEVICES:
         tensors = attention.inputs(reference_size, shapes=shapes, dtype=dtype, narrow=narrow, device=device, **sizes)
         ours = attention.with_gradients(tensors, shapes)
         assert [tensor.dtype for tensor in ours[1:]] == [tensor.dtype for tensor in tensors]

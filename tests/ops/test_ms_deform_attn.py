@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.samples import SAMPLES, Sample, opcheck
+from ops.samples import SAMPLES, Sample, close, every_device, opcheck
 
 from dat.ops import deform_sample, ms_deform_attn, reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 # The sampling op's list, of which every sample is attended to from points and from boxes.
@@ -14,16 +14,7 @@ WEIGHTED = [sample for sample in SAMPLES if sample.weighted]
 every_sample = pytest.mark.parametrize("sample", WEIGHTED, ids=lambda sample: sample.name)
 # Of these the dispatch of the compiler is checked, which takes seconds.
 DISPATCHED = ("torch.float64", "torch.float32", "torch.bfloat16", "strided", "batch-0")
-every_device = pytest.mark.parametrize("device", DEVICES)
 points_and_boxes = pytest.mark.parametrize("reference_size", [2, 4])
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(sample, reference_size, narrow=False):
@@ -40,13 +31,6 @@ def inputs(sample, reference_size, narrow=False):
     layout = locations.shape[:-1]
     anchors = draw(layout[0], layout[1], layout[3], reference_size, scale=0.3, dtype=locations.dtype) + 0.5
     return value, anchors, draw(*layout, 2, scale=2, dtype=points), draw(*layout, scale=2, dtype=points)
-
-
-def close(ours, exact, tolerance):
-    assert ours.shape == exact.shape
-    if exact.numel():
-        scale = max(exact.abs().max().item(), 1e-6)
-        torch.testing.assert_close(ours.double().cpu(), exact.cpu(), rtol=0, atol=tolerance * scale)
 
 
 @every_device

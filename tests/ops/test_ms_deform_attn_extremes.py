@@ -4,26 +4,19 @@ import math
 
 import pytest
 import torch
+from ops import samples
+from ops.samples import every_device
 
 from dat.ops import ms_deform_attn, reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Relative to the largest element, or to 1 where all are smaller.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SHAPES = ((5, 7), (3, 4))
 WILD = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9]
 
-every_device = pytest.mark.parametrize("device", DEVICES)
 every_reference = pytest.mark.parametrize("reference_size", [2, 4])
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(reference_size=2, *, B=2, Q=5, H=3, D=8, P=2, shapes=SHAPES, dtype=torch.float32, narrow=None, device="cpu"):
@@ -61,9 +54,7 @@ def exact(tensors, shapes=SHAPES):
 
 def close(ours, theirs, dtype):
     for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
-        torch.testing.assert_close(a.double().cpu(), b.double(), rtol=0, atol=TOLERANCE[dtype] * scale)
+        samples.close(a, b, TOLERANCE[dtype], least=1.0)
 
 
 @every_device

@@ -3,13 +3,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from ops.samples import close_where_finite, opcheck
+from ops.samples import close, close_where_finite, every_device, opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat.ops import neighborhood_attn, reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -83,22 +83,6 @@ SAMPLES = [
 DISPATCHED = ("torch.float64", "torch.float32", "torch.bfloat16", "strided-torch.float32", "no-bias", "batch-0",
               "dilation-2-torch.float32")  # fmt: skip
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-every_device = pytest.mark.parametrize("device", DEVICES)
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Deterministic mode fills empty tensors with NaN: an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def close(ours, exact, tolerance):
-    assert ours.shape == exact.shape
-    if exact.numel():
-        scale = max(exact.abs().max().item(), 1e-6)
-        torch.testing.assert_close(ours.double().cpu(), exact.double().cpu(), rtol=0, atol=tolerance * scale)
 
 
 def neighbors_along(length, kernel_size, dilation):
@@ -359,7 +343,7 @@ def test_autocast_takes_half_precision(device):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 def test_sums_are_in_float32_under_autocast_in_a_map_as_large_as_a_window(device):
     """Products of matrices that autocast would round: errors add up, and float16 overflows."""
     sample = Sample(1, 2, 32, (7, 7), 7, device=device)
