@@ -7,6 +7,8 @@ from coco_scenes import write_json
 from PIL import Image
 
 from dat.detection.data import Category, load_image, read_coco, read_sample
+from dat.detection.data.formats.coco import parse_coco
+from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 
 
@@ -46,6 +48,26 @@ def test_boxes_are_clipped_and_empty_ones_dropped_with_one_warning(scenes):
         "box outside its image, dropped (1)"
     )
     assert read(scenes, "val").warning == ""
+
+
+def test_numbers_as_pandas_writes_them(scenes):
+    wanted = read(scenes).to_coco()
+
+    def change(data):
+        for entry in data["images"]:
+            entry.update(width=float(entry["width"]), height=float(entry["height"]))
+        for entry in data["annotations"]:
+            entry.update(category_id=float(entry["category_id"]), iscrowd=None)
+
+    edit(scenes / "train.json", change)
+    assert read(scenes).to_coco() == wanted
+
+
+def test_an_entry_that_cannot_be_read_is_one_problem_whatever_its_objects(scenes):
+    edit(scenes / "train.json", lambda data: data["images"][1].pop("width"))
+    problems = Findings()
+    parse_coco(scenes / "train.json", scenes / "images", problems)
+    assert {kind: problem.count for kind, problem in problems.problems.items()} == {"malformed image entry": 1}
 
 
 def test_areas_are_the_files_or_those_of_the_boxes(scenes):

@@ -164,6 +164,49 @@ def test_polygons_become_boxes(write, scenes):
     assert [len(record.boxes) for record in found.records] == [1, 0, 0, 0, 0]
 
 
+def test_images_without_a_label_file_are_counted(write, scenes):
+    files = labels(scenes, "labels/train")
+    del files["labels/train/scene_2.txt"], files["labels/train/scene_4.txt"]
+    found = read(write({"data.yaml": YAML, **files}, "images/train", "images/val"))
+    assert found.warning.endswith("image without a label file, has no object (2)")
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "validation"])
+@pytest.mark.parametrize("yaml", [True, False])
+def test_names_of_validation(write, scenes, split, yaml):
+    files = labels(scenes, "labels/train") | labels(scenes, f"labels/{split}")
+    if yaml:
+        files["data.yaml"] = YAML.replace("val: images/val", f"{split}: images/{split}")
+    root = write(files, "images/train", f"images/{split}")
+    assert describe_sets(read(root), read(root, "val")) == (
+        f"{root}: YOLO, images/train/ 5 images, images/{split}/ 5 images, 2 classes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "folder"),
+    [
+        ({"mine.yaml": YAML.replace("images/", ""), "other.yaml": "a: 1\n"}, "{}"),
+        ({"train/classes.txt": "blue\nred\n"}, "{}"),
+        ({"labels/train/classes.txt": "blue\nred\n"}, "labels/{}"),
+    ],
+)
+def test_where_names_of_classes_are_found(write, scenes, files, folder):
+    images = "images/{}" if "labels" in folder else "{}"
+    files = files | labels(scenes, folder.format("train")) | labels(scenes, folder.format("val"))
+    root = write(files, images.format("train"), images.format("val"))
+    assert [category.name for category in read(root).categories] == ["blue", "red"]
+    assert boxes(read(root)) == boxes(read(root, "val")) == true_boxes(scenes)
+
+
+def test_folders_of_roboflow_are_below_its_yaml_whatever_lies_beside(write, scenes):
+    names = "names: [blue, red]\n"
+    text = f"train: ../train/images\nval: ../valid/images\n{names}"
+    files = {"mine/data.yaml": text, **labels(scenes, "mine/train/labels"), **labels(scenes, "mine/valid/labels")}
+    root = write(files, "mine/train/images", "mine/valid/images", "train/images", "valid/images")
+    assert boxes(read(root / "mine")) == true_boxes(scenes)
+
+
 def test_yolo_without_yaml(write, scenes):
     root = write(labels(scenes, "labels/train") | labels(scenes, "labels/val"), "images/train", "images/val")
     train, val = read(root), read(root, "val")
@@ -244,8 +287,38 @@ def test_voc_counts_pixels_from_1(write):
 
 
 @pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda x, y, w, h: (x / 80, y / 60, (x + w) / 80, (y + h) / 60), r"look like parts of the image's size"),
+        # as some tools do: the width and height in the place of the lower right corner
+        (lambda x, y, w, h: (x + 40, y + 40, w, h), r"objects are left out: .* empty \(VOC's are xmin, ymin, xmax"),
+    ],
+)
+def test_boxes_of_voc_in_another_form_stop(write, scenes, form, message):
+    changed = [
+        {**scene, "objects": [(name, corners_to_box(form(*box))) for name, box in scene["objects"]]} for scene in scenes
+    ]
+    with pytest.raises(DataError, match=message):
+        read(write(annotations(changed), "JPEGImages"))
+
+
+def corners_to_box(corners):
+    x0, y0, x1, y1 = corners
+    return x0, y0, x1 - x0, y1 - y0
+
+
+def test_of_images_with_one_stem_voc_takes_the_one_that_is_named(write, scenes):
+    root = write(annotations(scenes), "JPEGImages")
+    Image.new("RGB", (8, 8)).save(root / "JPEGImages/scene_1.png")
+    assert boxes(read(root))["scene_1.jpg"] == true_boxes(scenes)["scene_1.jpg"]
+
+
+@pytest.mark.parametrize(
     ("files", "folders", "names"),
     [
+        ({"ImageSets/Main/trainval.txt": "scene_1\nscene_2\nscene_3\n", "ImageSets/Main/val.txt": "scene_3\n"},
+         ("JPEGImages",),
+         ("ImageSets/Main/trainval.txt without val.txt 2 images", "ImageSets/Main/val.txt 1 images")),
         ({"ImageSets/Main/trainval.txt": "scene_1\nscene_2\n", "ImageSets/Main/test.txt": "scene_3\n"}, ("JPEGImages",),
          ("ImageSets/Main/trainval.txt 2 images", "ImageSets/Main/test.txt 1 images")),
         ({"ImageSets/Main/train.txt": "scene_1  1\nscene_4 -1\n", "ImageSets/Main/val.txt": "scene_2\n"}, ("images",),
@@ -257,7 +330,7 @@ def test_voc_counts_pixels_from_1(write):
 def test_lists_of_voc(write, scenes, files, folders, names):
     root = write(annotations(scenes) | files, *folders)
     assert describe_sets(read(root), read(root, "val")) == f"{root}: Pascal VOC, {', '.join(names)}, 2 classes"
-    found = read(root, "val", val_annotations=next(iter(files)))
+    found = read(root, "val", val_annotations=list(files)[-1])
     assert boxes(found) == {name: true_boxes(scenes)[name] for name in boxes(found)}
 
 
@@ -412,6 +485,22 @@ def test_objects_of_the_hub_may_be_named_and_listed(write, scenes):
     found = read(root, train_annotations="metadata.jsonl", val_annotations="metadata.jsonl")
     assert boxes(found) == true_boxes(scenes) | {"scene_2.jpg": []}
     assert [category.name for category in found.categories] == ["blue", "red"]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda w, h, box: (box[0], box[1], box[0] + box[2], box[1] + box[3]), "look like x0, y0, x1, y1"),
+        (lambda w, h, box: (box[0] / w, box[1] / h, box[2] / w, box[3] / h), "look like parts of the image's size"),
+    ],
+)
+def test_boxes_of_the_hub_in_another_form_stop(write, scenes, form, message):
+    changed = [
+        {**scene, "objects": [(label, form(*scene["size"], box)) for label, box in scene["objects"]]}
+        for scene in scenes
+    ]
+    with pytest.raises(DataError, match=message):
+        read(write({"train/metadata.jsonl": jsonl(changed)}, "train"), val_annotations="none")
 
 
 def test_parquet_of_the_hub(write, scenes, tmp_path, monkeypatch):

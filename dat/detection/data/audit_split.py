@@ -87,7 +87,7 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
                 found.hashes[checked.digest].append(record)
                 found.turned += checked.turned
     for same in found.hashes.values():
-        names = sorted({record.path.name for record in same})
+        names = sorted({os.path.relpath(record.path, root) for record in same})
         if len(names) > 1:
             found.add("same image under two names", ", ".join(names[:3]), count=len(names) - 1)
     files = {Path(path) for folder in folders for path in list_files(folder) if is_image(path)}

@@ -1,5 +1,6 @@
 """Whether annotations hold objects that a detector can learn, and if not, the likely mistake in them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
 
 
+def check_corners(path: Path, boxes: Sequence[Any], sizes: Sequence[Any], problems: Findings) -> None:
+    """check_bboxes of boxes (x0, y0, x1, y1), as a reader made them."""
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    bboxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
+    check_bboxes(path, bboxes, np.array(sizes).reshape(-1, 2), problems)
+
+
 def _ends_at(scale: int, corners: np.ndarray, sizes: np.ndarray) -> bool:
     return bool(corners.max() <= scale * 1.001 and sizes.min() >= 2 * scale)
 
@@ -85,10 +93,13 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
     dropped = {
         kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in (EMPTY, OUTSIDE, CLIPPED)
     }
+    form, crowds = "COCO's are x, y, width, height", "are crowds (iscrowd should be 0 for single objects)"
+    if found.format.endswith("VOC"):
+        form, crowds = "VOC's are xmin, ymin, xmax, ymax", "are difficult (that should be 0 for objects to learn)"
     counts = {
-        "are empty (COCO's are x, y, width, height)": dropped[EMPTY],
-        "lie outside their images (COCO's are x, y, width, height in pixels of the file)": dropped[OUTSIDE],
-        "are crowds (iscrowd should be 0 for single objects)": int(crowd.sum()),
+        f"are empty ({form})": dropped[EMPTY],
+        f"lie outside their images ({form} in pixels of the file)": dropped[OUTSIDE],
+        crowds: int(crowd.sum()),
         f"are below one pixel in images resized to a shortest edge of {edge} (data.train.sizes)": int(small.sum()),
     }
     useless, total = sum(counts.values()), len(crowd) + dropped[EMPTY] + dropped[OUTSIDE]
@@ -101,8 +112,9 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
         text = f"{found.path}: no object is annotated in {len(found.records)} images; is it the right file?"
         problems.add(NOTHING, text, stops=True)
     elif useless >= NOTABLE * total:
-        nothing = useless == total
-        problems.add(NOTHING if nothing else MANY, text, stops=nothing, count=useless)
+        # Objects may all but be crowds or small, but such boxes are a mistake.
+        stops = useless == total or dropped[EMPTY] + dropped[OUTSIDE] > 0.75 * total
+        problems.add(NOTHING if useless == total else MANY, text, stops=stops, count=useless)
 
 
 def resized_sides(found: Annotations, size: int, max_size: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,11 +46,11 @@ def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
     categories, roots = _categories(path, data, problems)
     entries = _images(path, data, problems)
     objects = _objects(path, data, categories, entries, problems)
-    names = [entry["file_name"] for entry in entries.values()]
+    names = [image.file_name for image in entries.values()]
     files = find_files(images, names, problems, path)
     records = [
-        ImageRecord(image_id, file, entry["width"], entry["height"], *_arrays(objects[image_id]), file_name=name)
-        for (image_id, entry), file, name in zip(entries.items(), files, names, strict=True)
+        ImageRecord(image_id, file, image.width, image.height, *_arrays(objects[image_id]), file_name=image.file_name)
+        for (image_id, image), file in zip(entries.items(), files, strict=True)
     ]
     return Annotations(path, categories, tuple(records), annotated="annotations" in data, roots=roots)
 
@@ -89,16 +89,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
     """The values of these keys of an entry. Raises DataError for one that is absent or of another type."""
+    values = []
     for key, kind in kinds.items():
         if not isinstance(entry, dict) or key not in entry:
             raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
-        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+        value: Any = entry[key]
+        # pandas writes integers so, where a column lacks some.
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        known = isinstance(value, kind) and not isinstance(value, bool)
+        if not known:
             name = {str: "a string", list: "a list", int: "an integer"}[kind]
-            raise DataError(f"{path}: is not COCO: {where} has '{key}' {shown(entry[key])}; it should be {name}")
+            raise DataError(f"{path}: is not COCO: {where} has '{key}' {shown(value)}; it should be {name}")
         # Python's integers have no limit.
-        if kind is int and abs(entry[key]) >= 2**63:
-            raise DataError(f"{path}: {where} has '{key}' {shown(entry[key])}; it should be below 2**63")
-    return [entry[key] for key in kinds]
+        if kind is int and abs(value) >= 2**63:
+            raise DataError(f"{path}: {where} has '{key}' {shown(value)}; it should be below 2**63")
+        values.append(value)
+    return values
 
 
 def _categories(
@@ -144,21 +151,29 @@ def _roots(data: dict[str, Any], listed: list[tuple[Category, Any]]) -> set[Cate
     return roots if len(roots) < len({category for category, _ in listed}) else set()
 
 
-def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, dict[str, Any]]:
-    """Entries with "file_name", "width" and "height" by image id."""
-    found: dict[int, dict[str, Any]] = {}
+class _Image(NamedTuple):
+    file_name: str
+    width: int
+    height: int
+
+
+def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, _Image]:
+    """Entries by image id."""
+    found: dict[int, _Image] = {}
     for i, entry in enumerate(data["images"]):
         with collecting(problems, "malformed image entry"):
-            image_id, *_ = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
+            image_id, *values = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
+            image = _Image(*values)
             for key in ("width", "height"):
-                if not 1 <= entry[key] < 2**31:
-                    should = "at least 1" if entry[key] < 1 else "below 2**31"
-                    raise DataError(f"{path}: images[{i}] has '{key}' {entry[key]}; it should be {should}")
+                value = getattr(image, key)
+                if not 1 <= value < 2**31:
+                    should = "at least 1" if value < 1 else "below 2**31"
+                    raise DataError(f"{path}: images[{i}] has '{key}' {value}; it should be {should}")
             if image_id in found:
                 text = f"{path}: image id {image_id} is used more than once"
                 problems.add("image id used twice", text, stops=True)
-            found.setdefault(image_id, entry)
-    if not found:
+            found.setdefault(image_id, image)
+    if not data["images"]:
         text = f"{path}: 'images' is empty; it should list at least one image"
         problems.add("malformed image entry", text, stops=True)
     return found
@@ -168,23 +183,27 @@ def _objects(
     path: Path,
     data: dict[str, Any],
     categories: tuple[Category, ...],
-    images: dict[int, dict[str, Any]],
+    images: dict[int, _Image],
     problems: Findings,
 ) -> dict[int, list[tuple[Any, ...]]]:
     """For each image id: box (x0, y0, x1, y1), label, crowd flag and area of its objects."""
     label_of = {category.id: label for label, category in enumerate(categories)}
     found: dict[int, list[tuple[Any, ...]]] = {image_id: [] for image_id in images}
     bboxes, sizes = [], []
+    # Entries that cannot be read are problems already, and their objects are not further ones.
+    unread = {_id(entry, "id") for entry in data["images"]} - {None, *images}
     for i, entry in enumerate(data.get("annotations", ())):
+        if _id(entry, "image_id") in unread:
+            continue
         with collecting(problems, "malformed annotation"):
             where = f"annotations[{i}]"
             image_id, category_id, bbox = _ids_and_bbox(path, entry, where, label_of, images)
             crowd, area = _crowd_and_area(path, entry, where)
             image = images[image_id]
             bboxes.append(bbox)
-            sizes.append((image["width"], image["height"]))
+            sizes.append((image.width, image.height))
             box, outside = clip_box(bbox, *sizes[-1])
-            text = f"{where}: {bbox} in {image['file_name']}, {image['width']}x{image['height']}"
+            text = f"{where}: {bbox} in {image.file_name}, {image.width}x{image.height}"
             if box is None:
                 empty = not (bbox[2] > 0 and bbox[3] > 0) or not all(map(math.isfinite, bbox))
                 problems.add(EMPTY if empty else OUTSIDE, text)
@@ -195,6 +214,12 @@ def _objects(
             found[image_id].append((box, label_of[category_id], crowd, area))
     check_bboxes(path, np.array(bboxes, dtype=np.float64).reshape(-1, 4), np.array(sizes).reshape(-1, 2), problems)
     return found
+
+
+def _id(entry: Any, key: str) -> Any:
+    """A value that may be an id; None for others."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def _ids_and_bbox(
@@ -212,8 +237,9 @@ def _ids_and_bbox(
 
 
 def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
-    """iscrowd, False where it is absent, and the area in pixels, None where it is absent or null. Raises DataError."""
-    crowd, area = entry.get("iscrowd", 0), entry.get("area")
+    """iscrowd, False where it is absent or null, and the area in pixels or None likewise. Raises DataError."""
+    crowd, area = entry.get("iscrowd"), entry.get("area")
+    crowd = 0 if crowd is None else crowd
     if not isinstance(crowd, int) or crowd not in (0, 1):
         raise DataError(f"{path}: {where} has 'iscrowd' {shown(crowd)}; it should be 0 or 1")
     if area is not None and not (is_number(area) and 0 <= area < math.inf):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import cached_assets_path
 
+from dat.detection.data.box_checks import check_corners
 from dat.detection.data.formats.coco import is_box, is_number
 from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, number_classes, read_text
 from dat.detection.data.readers import Found, Split, collecting, register_reader
@@ -81,11 +82,15 @@ def _read(
     categories = make_categories(names, files[0])
     numbers = {str(value): label for label, name in enumerate(names) for value in ((name, label) if known else (name,))}
     rows = sorted(_rows(files, problems, images), key=lambda row: path_order(row.image))
-    records = []
+    records, boxes, extents = [], [], []
     for number, (row, size) in enumerate(zip(rows, image_sizes([row.image for row in rows], problems), strict=True), 1):
         if size is not None:
             with collecting(problems, "malformed row"):
-                records.append(make_record(number, row.image, size, _objects(row, numbers), problems))
+                objects = list(_objects(row, numbers))
+                records.append(make_record(number, row.image, size, objects, problems))
+                boxes += [entry.box for entry in objects]
+                extents += [size] * len(objects)
+    check_corners(files[0], boxes, extents, problems)
     return Annotations(files[0], categories, tuple(records))
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+from dat.detection.data.box_checks import check_corners
 from dat.detection.data.objects import (
     Object,
     image_sizes,
@@ -71,7 +72,14 @@ def find(path: Path) -> Found | None:
         lists = {
             split: existing(path, *(f"ImageSets/Main/{name}.txt" for name in names)) for split, names in _LISTS.items()
         }
-        splits = {split: _split(folder, path, file) for split, file in lists.items() if file}
+        # trainval.txt has the images of val.txt too.
+        both, val = lists["train"], lists["val"]
+        left_out = val if both and both.stem == "trainval" else None
+        splits = {
+            split: _split(folder, path, file, left_out if split == "train" else None)
+            for split, file in lists.items()
+            if file
+        }
         return Found("Pascal VOC", splits or {"train": _split(folder, path)})
     folders = {split: existing(path, *names) for split, names in _FOLDERS.items()}
     splits = {split: _split(place, path) for split, place in folders.items() if place and _is_voc(place)}
@@ -130,16 +138,21 @@ def _is_voc(folder: Path) -> bool:
     return first is not None and re.search(rb"<annotation[\s>]", first.read_bytes()[:4096]) is not None
 
 
-def _split(folder: Path, root: Path, file: Path | None = None) -> Split:
+def _split(folder: Path, root: Path, file: Path | None = None, left_out: Path | None = None) -> Split:
+    """The split of a folder, or of the images that `file` lists; without those that the list `left_out` has."""
     images = existing(root, "JPEGImages", "images") if folder.name.lower() in ("annotations", "labels") else folder
     names = None
     if file:
         lines = [line.strip() for line in read_text(file, "names of images").splitlines()]
+        others = {line.strip() for line in read_text(left_out, "names of images").splitlines()} if left_out else set()
+        lines = [line for line in lines if line not in others]
         # A list of one class has a column that says whether the image shows it.
         shorter = {line: re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line}
         names = [line if os.path.isfile(folder / f"{line}.xml") else short for line, short in shorter.items()]
     name = (file or folder).relative_to(root).as_posix()
     found = _Folder(folder, images or root, names, sorted(root.rglob("*.xml")), root)
+    if left_out:
+        name += f" without {left_out.name}"
     return Split(name if file else f"{name}/", partial(_read, found))
 
 
@@ -153,20 +166,26 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
     below_1 = any(_BELOW_1.search(path.read_bytes()) for path in folder.everything)
     label_of = {category.name: label for label, category in enumerate(categories)}
     there = [path for path in sorted(images.rglob("*")) if path.suffix.lower() in IMAGE_EXTENSIONS]
-    by_stem = {path.with_suffix(""): path for path in there}
+    by_stem, named = {path.with_suffix(""): path for path in there}, set(there)
     roots: list[tuple[Path, Path, Node]] = []
     for file in files:
         with collecting(problems, "annotation file"):
             root = read_xml(file, _LARGEST)
-            name = images / file.relative_to(folder.folder).with_suffix("")
-            roots.append((by_stem.get(name) or images / Path(root.findtext("filename") or name).name, file, root))
+            stem = images / file.relative_to(folder.folder).with_suffix("")
+            given = stem.parent / Path(root.findtext("filename") or stem).name
+            # Names that tools give often fit no file; of several of the same stem, the name tells which.
+            image = given if given.stem == stem.name and given in named else by_stem.get(stem)
+            roots.append((image or images / given.name, file, root))
     roots.sort(key=lambda item: path_order(item[0]))
     sizes = _sizes(roots, problems)
-    records = []
+    records, boxes, extents = [], [], []
     for number, ((image, file, root), size) in enumerate(zip(roots, sizes, strict=True), start=1):
         if size is not None:
-            objects = _objects(root, file, label_of, 0 if below_1 else 1, problems)
+            objects = list(_objects(root, file, label_of, 0 if below_1 else 1, problems))
             records.append(make_record(number, image, size, objects, problems))
+            boxes += [entry.box for entry in objects]
+            extents += [size] * len(objects)
+    check_corners(folder.folder, boxes, extents, problems)
     return Annotations(folder.folder, categories, tuple(records))
 
 

@@ -35,8 +35,16 @@ from dat.utils.images import to_upright
 from dat.utils.safe_yaml import parse_yaml
 
 # CVAT's subsets are called Train, Validation and Test.
-_KEYS = {"train": ("train", "Train"), "val": ("val", "valid", "Validation"), "test": ("test", "Test")}
-_LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "classes.names")
+_KEYS = {
+    "train": ("train", "Train"),
+    "val": ("val", "valid", "validation", "Validation"),
+    "test": ("test", "Test"),
+}
+# LabelImg writes classes.txt beside the labels.
+_LISTS_OF_NAMES = (
+    *("classes.txt", "obj.names", "labels/classes.txt", "classes.names"),
+    *("labels/train/classes.txt", "train/labels/classes.txt", "train/classes.txt"),
+)
 # Coordinates that rounding moved outside the image by less than this are no mistake.
 _ROUNDING = 0.01
 
@@ -53,6 +61,10 @@ class _Folder(NamedTuple):
 def find(path: Path) -> Found | None:
     """The splits of a folder, or of the one file that describes it."""
     file = path if path.is_file() else existing(path, "data.yaml", "dataset.yaml", "data.yml", "obj.data")
+    if file is None:
+        # Ultralytics' own are named after their data, such as coco8.yaml.
+        described = [file for file in path.glob("*.y*ml") if file.is_file() and _describes(file)]
+        file = described[0] if len(described) == 1 else None
     if file is None:
         return _from_folders(path)
     if file.suffix == ".data":
@@ -75,6 +87,13 @@ def find(path: Path) -> Found | None:
     if found["test"] and not os.path.exists(_locate(folder.root, str(found["test"]))):
         found["test"] = None
     return Found("YOLO", {name: _split(folder, value) for name, value in found.items() if value is not None})
+
+
+def _describes(file: Path) -> bool:
+    """Whether a YAML file has the keys of a data set; it is parsed only if it is the only one."""
+    with file.open("rb") as opened:
+        start = opened.read(2**20)
+    return all(re.search(keys, start, re.MULTILINE) for keys in (rb"^(train|val)\s*:", rb"^(names|nc)\s*:"))
 
 
 def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path, Path], None]) -> list[str]:
@@ -116,7 +135,7 @@ def _from_folders(root: Path) -> Found | None:
     for pattern in ("images/{}", "{}/images", "{}"):
         found = {
             split: name
-            for split, words in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",)))
+            for split, words in _KEYS.items()
             if (name := next((pattern.format(word) for word in words if (root / pattern.format(word)).is_dir()), ""))
         }
         if "train" in found:
@@ -147,6 +166,9 @@ def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: P
     if not labels:
         wanted = _label_path(paths[0], folder.root) if paths else "labels/"
         problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
+    elif len(labels) < len(paths):
+        bare = [path for path in paths if path not in labels]
+        problems.add("image without a label file, has no object", f"{bare[0]} and others", count=len(bare))
     records = []
     for number, (path, size) in enumerate(zip(paths, image_sizes(paths, problems), strict=True), start=1):
         if size is not None:
@@ -206,8 +228,10 @@ def _images(place: Path) -> list[Path]:
 
 def _locate(root: Path, text: str) -> Path:
     """A path of a description, which may be of another machine or folder: its longest end that exists below `root`."""
-    given = root / text
-    return given if os.path.exists(given) else _below(root, text)
+    given, below = root / text, _below(root, text)
+    # Roboflow's ../train/images is in the folder of the description, whatever lies beside that.
+    inside = not text.startswith("..") or not os.path.exists(below)
+    return given if inside and os.path.exists(given) else below
 
 
 def _below(root: Path, text: str) -> Path:
