@@ -134,9 +134,26 @@ def test_ops_refuse_arguments_that_do_not_fit():
             getattr(torch.ops.dat, name)(*args)
 
 
-@pytest.mark.skipif(DRY or shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
-def test_sampling_touches_no_memory_of_others():
-    command = "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "dat.ops"
+# Every kernel of the CUDA library: the self-test has those that sample.
+KERNELS = """
+import torch
+from dat.layers.mlp import residual_depthwise
+from dat.ops.__main__ import main
+
+for shape in ((3, 9, 13, 260), (2, 7, 7, 8)):
+    conv = torch.nn.Conv2d(shape[-1], shape[-1], 3, padding=1, groups=shape[-1], device=DEVICE)
+    for half in (False, True):
+        x = torch.randn(shape, device=DEVICE, requires_grad=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            residual_depthwise(conv, x).sum().backward()
+raise SystemExit(main([]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None and not DRY, reason="needs compute-sanitizer")
+def test_kernels_touch_no_memory_of_others():
+    sanitizer = () if DRY else ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    command = *sanitizer, sys.executable, "-c", KERNELS.replace("DEVICE", repr(DEVICE.type))
     # Blocks that torch keeps for itself would hide an access beyond a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checked = subprocess.run(
