@@ -80,6 +80,15 @@ def test_predictions_and_main_losses_do_not_depend_on_denoising(name):
     assert gradient.any()
 
 
+def test_arguments_of_denoising_replace_the_models():
+    kind, options = MODELS["dino"]
+    model, targets = small_model(kind, **options), some_targets(3, 1)
+    made = model.make_denoising(targets, number=12, label_noise=0.0, box_noise=0.0)
+    assert made["labels"].shape[1] > model.make_denoising(targets)["labels"].shape[1]
+    assert made["labels"][0, :3].equal(targets[0]["labels"])
+    torch.testing.assert_close(made["boxes"][0, :3], targets[0]["boxes"])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_groups_do_not_see_each_other_but_the_matched_queries(name):
     kind, options = MODELS[name]

@@ -166,10 +166,20 @@ class DeformableModel(BaseDETR):
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
         return levels, resize_masks(mask, levels)
 
-    def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
-        if not (self.denoising and self.training):
+    def make_denoising(
+        self,
+        targets: list[dict[str, Any]],
+        number: int | None = None,
+        label_noise: float | None = None,
+        box_noise: float | None = None,
+    ) -> Denoising | None:
+        """See `denoising.make_denoising`, for the arguments of the constructor where none are given."""
+        number = self.denoising if number is None else number
+        if not (number and self.training):
             return None
-        return make_denoising(targets, self.num_classes, self.denoising, self.label_noise, self.box_noise)
+        label_noise = self.label_noise if label_noise is None else label_noise
+        box_noise = self.box_noise if box_noise is None else box_noise
+        return make_denoising(targets, self.num_classes, number, label_noise, box_noise)
 
     def detect(
         self, levels: list[Tensor], masks: list[Tensor] | None = None, denoising: Denoising | None = None
