@@ -20,7 +20,7 @@ from dat.classification.data import check_classes
 from dat.classification.readers import Split, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
-from dat.utils.errors import DataError, one_line
+from dat.utils.errors import DataError
 from dat.utils.images import HEIC, UNREADABLE, check_size, decode, has_contrast, lacks_heif
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
@@ -89,7 +89,7 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
             dull = not has_contrast(decoded.image)
             return index, hashlib.blake2b(content, digest_size=16).hexdigest(), (*facts, dull, label)
         except UNREADABLE as error:
-            return index, "", f"{split.name(index)}: {one_line(error, 120)}"
+            return index, "", split.describe_error(index, error)
 
     with ThreadPoolExecutor() as pool:
         checks = pool.map(check, range(len(split)))

@@ -19,7 +19,7 @@ from dat.classification.readers import Split
 from dat.engine.distributed import Distributed, gather
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
-from dat.utils.errors import ConfigError, DataError, one_line
+from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import atomic_write
 from dat.utils.images import UNREADABLE
 from dat.utils.text import printable
@@ -103,7 +103,7 @@ def check_readable(split: Split, name: str) -> None:
             split.read(index)
             return
         except UNREADABLE as error:
-            reason = reason or f"{split.name(index)}: {one_line(error, 120)}"
+            reason = reason or split.describe_error(index, error)
     tried = f"{len(chosen)} of {len(split)} were tried" if len(chosen) < len(split) else f"there are {len(split)}"
     raise DataError(f"data.{name}: no image can be read, {tried}, such as {reason}")
 

@@ -18,7 +18,7 @@ from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.files import IMAGE_EXTENSIONS, is_hidden, is_image, list_files
-from dat.utils.images import UNREADABLE, check_size, read_image
+from dat.utils.images import UNREADABLE, check_size, image_error, read_image
 
 # Without separate splits, every fifth image of each class is held out for validation.
 HELD_OUT = 5
@@ -79,6 +79,13 @@ class Split:
         """File name of an image, below the split's folder or in its tar."""
         # Data sets of the hub may have none.
         return self.reader.filename(self.indices[index]) or f"image {index}"
+
+    def describe_error(self, index: int, error: BaseException) -> str:
+        """One of UNREADABLE, raised for an image, on one line with the image's name."""
+        name = self.name(index)
+        text = one_line(error if isinstance(error, DataError) else image_error(name, error))
+        # The name is asked for after an error alone, since readers of the hub read the image for it.
+        return f"{name}: {text.removeprefix('the image: ').removeprefix(f'{name}: ')}"
 
 
 def _unlabelled(name: str, label: int) -> str:

@@ -111,7 +111,9 @@ def make_scheduler(
     # The first step has a rate above 0, which would waste it.
     warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
     if kind == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=min_lr, t_in_epochs=False, **warmup)
+        # Of one step timm says that the schedule has no effect; the rate of the first step is the same for two.
+        length = max(total_steps, 2)
+        return CosineLRScheduler(optimizer, t_initial=length, lr_min=min_lr, t_in_epochs=False, **warmup)
     if kind != "step":
         raise ConfigError(f"schedule is {kind!r}, should be 'cosine' or 'step'")
     # timm applies a milestone one step early.

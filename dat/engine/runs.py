@@ -1,5 +1,6 @@
 """A table of training runs: how well each did, and what differs in their configurations."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,24 @@ from dat.engine.progress import format_seconds
 from dat.engine.report import read_metrics
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.files import read_jsonl, write_csv
+from dat.utils.safe_yaml import read_yaml
 from dat.utils.text import echo
 
 # Files that only a run leaves in its folder.
 FILES = ("config.yaml", "log.jsonl", "last.pth")
 # Keys that tell nothing about how a run was trained.
 IGNORED = ("output", "train.resume")
+# A key of `data.train` that only the task's configurations have; those of runs hold every key.
+OWN_KEYS = {"detection": "annotations", "classification": "path"}
 
 
 def print_runs(folder: Path, schema: type, metrics: Sequence[str], csv: Path | None = None) -> None:
     """Prints the table of find_runs, and writes it to the file `csv`; folders that cannot be read are warnings."""
-    rows, broken = find_runs(folder, schema, metrics)
-    echo(format_runs(rows))
+    rows, broken, others = find_runs(folder, schema, metrics)
+    if rows:
+        echo(format_runs(rows))
+    for task, count in others.items():
+        echo(f"{count} runs of {task} are not shown", error=True)
     for place, reason in broken:
         echo(f"warning: {place}: {reason.removeprefix(f'{place}/')}", error=True)
     if csv is not None:
@@ -29,8 +36,8 @@ def print_runs(folder: Path, schema: type, metrics: Sequence[str], csv: Path | N
 
 def find_runs(
     folder: Path, schema: type, metrics: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
-    """The runs below a folder, best first, and folders that hold no readable run, each with the reason.
+) -> tuple[list[dict[str, Any]], list[tuple[Path, str]], Counter[str]]:
+    """The runs below a folder, best first; folders without a readable run, with reasons; counts of other tasks' runs.
 
     Args:
         folder: to search, with its subfolders.
@@ -46,13 +53,17 @@ def find_runs(
         DataError: no run at all.
     """
     places = sorted({path.parent for name in FILES for path in folder.rglob(name)})
-    rows, configs, broken = [], [], []
+    rows, configs, broken, others = [], [], [], Counter[str]()
     for place in places:
         try:
             config = flatten(to_dict(load_config(schema, place / "config.yaml")))
             summary = _summarize(place, metrics)
         except ConfigError as error:
-            broken.append((place, str(error)))
+            task = _task(place / "config.yaml")
+            if task in (None, getattr(schema, "folder", None)):
+                broken.append((place, str(error)))
+            else:
+                others[task] += 1
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             broken.append((place, f"its log.jsonl or metrics.json cannot be read: {type(error).__name__}: {error}"))
         else:
@@ -66,7 +77,16 @@ def find_runs(
         if any(value != values[0] for value in values):
             for row, value in zip(rows, values, strict=True):
                 row[key] = value
-    return sorted(rows, key=lambda row: (row[metrics[0]] is None, -(row[metrics[0]] or 0.0))), broken
+    return sorted(rows, key=lambda row: (row[metrics[0]] is None, -(row[metrics[0]] or 0.0))), broken, others
+
+
+def _task(path: Path) -> str | None:
+    """The task of a run's configuration; None: it cannot be read, or may be of any."""
+    try:
+        data = read_yaml(path)["data"]["train"]
+        return next((task for task, key in OWN_KEYS.items() if key in data), None)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _summarize(place: Path, names: Sequence[str]) -> dict[str, Any]:

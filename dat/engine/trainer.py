@@ -488,21 +488,26 @@ class Trainer(Task):
         if self.resume is not None:
             lines.append(f"resumed from {self.resume}: step {progress.step}, epoch {progress.epoch + 1}/{self.epochs}")
         if progress.closed >= self.total_steps:
-            lines.append("nothing left to train; raise train.epochs to go on")
+            key = "steps" if self.config.train.steps else "least_steps" if self._is_raised() else "epochs"
+            lines.append(f"nothing left to train; raise train.{key} to go on")
         return "\n".join(filter(None, lines))
 
     def _describe_run(self) -> str:
         train, parameters = self.config.train, sum(p.numel() for p in self.model.parameters()) / 1e6
         scaled = f", {train.lr:.3g} for {train.lr_batch_size} images" if train.lr_batch_size else ""
         model = self.config.model
-        raised = train.epochs and train.epochs * self.steps_per_epoch < self.total_steps
-        why = f" (train.least_steps; {train.epochs} epochs would be fewer)" if raised else ""
+        why = f" (train.least_steps; {train.epochs} epochs would be fewer)" if self._is_raised() else ""
         start = "" if self.resume or starts_from_weights(model) else " from random weights"
         return (
             f"{model.backbone['name']}{start}, {parameters:.2f} M parameters, {self.device}: "
             f"{self.describe_data()}; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all{why}\n"
             f"{self._describe_step('images a step ')}, learning rate {self.lr:.3g}{scaled}"
         )
+
+    def _is_raised(self) -> bool:
+        """Whether train.least_steps gives the length of the run."""
+        epochs = self.config.train.epochs
+        return bool(epochs) and epochs * self.steps_per_epoch < self.total_steps
 
     def _describe_step(self, unit: str = "") -> str:
         train, processes = self.config.train, self.distributed.world_size

@@ -115,7 +115,8 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     except UnidentifiedImageError as error:
         if "HEIF" not in _formats() and _is_heic(source):
             raise LacksHeif(f"it is {HEIC}") from error
-        raise
+        # Pillow's message shows the file's object.
+        raise UnidentifiedImageError("it has no known format of images") from error
     except OSError as error:
         TooManyFilesError.check(error)
         raise
@@ -342,14 +343,24 @@ def read_image(source: str | Path | BinaryIO, size: tuple[int, int] | None = Non
     name = str(source) if isinstance(source, (str, Path)) else "the image"
     try:
         decoded = decode(source, size)
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: no such image") from error
     except UNREADABLE as error:
-        message = f"{name}: cannot be read as an image: {one_line(error)}"
-        raise (ImageError(message, HEIC) if isinstance(error, LacksHeif) else ImageError(message)) from error
+        raise image_error(name, error) from error
     if decoded.frames:
         _warn_of_frames()
     return decoded.image
+
+
+def image_error(name: str, error: BaseException) -> ImageError:
+    """The error of an image file, called `name`, that could not be opened or decoded; `error`: one of UNREADABLE."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError(f"{name}: no such image")
+    if isinstance(error, IsADirectoryError):
+        return ImageError(
+            f"{name}: is a folder, should be an image or a list of images; "
+            "the commands dat detect predict and dat classify predict take folders"
+        )
+    message = f"{name}: cannot be read as an image: {one_line(error)}"
+    return ImageError(message, HEIC) if isinstance(error, LacksHeif) else ImageError(message)
 
 
 @cache

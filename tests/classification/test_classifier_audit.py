@@ -33,7 +33,9 @@ def test_problems_are_counted_and_named(pictures, tmp_path, capsys):
     shutil.rmtree(pictures / "val/blue")
     text = run(capsys, pictures, "--out", tmp_path / "out")
     found = problems(tmp_path / "out", "train")
-    assert found["image that cannot be read, left out"]["examples"][0].startswith("red/0.png: cannot identify")
+    assert found["image that cannot be read, left out"]["examples"] == [
+        "red/0.png: cannot be read as an image: it has no known format of images"
+    ]
     assert found["same image twice"]["examples"] == ["red/1.png, red/again.png"]
     assert found["same image in several classes"]["examples"] == ["blue/other.png, red/2.png"]
     assert found["class of fewer than 10 images"]["count"] == 3
@@ -76,7 +78,7 @@ def test_odd_images_are_counted(pictures, tmp_path, capsys):
     found = {kind: problem["examples"] for kind, problem in problems(tmp_path / "out", "train").items()}
     assert found["image with several frames or pages, the first is read"] == ["red/frames.gif"]
     assert found["image with hardly any contrast"] == ["red/white.png"]
-    assert found["image that cannot be read, left out"][0].startswith("red/dot.png: the image: 1x1 pixels are too sm")
+    assert found["image that cannot be read, left out"][0].startswith("red/dot.png: 1x1 pixels are too small; ")
     if importlib.util.find_spec("pillow_heif") is None:
         assert found["HEIC (pip install pillow-heif), left out"] == ["red/photo.HEIC"]
 

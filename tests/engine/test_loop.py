@@ -195,6 +195,12 @@ def test_schedules_count_optimizer_steps():
         rates(1, total_steps=1, kind="linear")
 
 
+def test_a_schedule_of_one_step_is_no_news(caplog):
+    assert rates(1, total_steps=1, min_lr=0.01) == [1]
+    assert rates(1, total_steps=1, warmup_steps=1) == [0.5]
+    assert not caplog.records
+
+
 def test_gradients_are_clipped_by_their_total_norm():
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0]])

@@ -2,11 +2,15 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import yaml
 from commands import dat
 
+from dat.classification.config import ClassificationConfig
+from dat.detection.config import DetectionConfig
+from dat.engine.config import save_config
 from dat.utils.errors import DataError
 
 
@@ -75,6 +79,21 @@ def test_broken_folders_are_named(tmp_path, capsys):
     assert "not valid YAML" in warnings[0]
     assert "cannot read the configuration" in warnings[1]
     assert "trian" in warnings[3]
+
+
+def test_runs_of_the_other_task_are_counted(tmp_path, capsys):
+    configs = {"detection": DetectionConfig(), "classification": ClassificationConfig()}
+    for task, config in configs.items():
+        (tmp_path / task).mkdir()
+        save_config(config, tmp_path / task / "config.yaml")
+    for command, task, other in (("detect", *configs), ("classify", *reversed(configs))):
+        dat(command, "runs", tmp_path)
+        printed = capsys.readouterr()
+        assert [row["run"] for row in cells(printed.out)] == [task]
+        assert printed.err == f"1 runs of {other} are not shown\n"
+    shutil.rmtree(tmp_path / "classification")
+    dat("classify", "runs", tmp_path)
+    assert capsys.readouterr() == ("", "1 runs of detection are not shown\n")
 
 
 def test_no_runs(tmp_path):

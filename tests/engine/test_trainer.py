@@ -245,6 +245,17 @@ def test_a_run_leaves_its_metrics_and_log(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("key", "length"),
+    [("epochs", {"epochs": 1}), ("steps", {"epochs": 0, "steps": 2}), ("least_steps", {"epochs": 1, "least_steps": 4})],
+)
+def test_a_finished_run_names_the_key_that_sets_its_length(tmp_path, key, length):
+    trainer = make(tmp_path, **length)
+    assert "nothing left" not in trainer._describe()
+    trainer.progress.step = trainer.progress.closed = trainer.total_steps
+    assert trainer._describe().endswith(f"\nnothing left to train; raise train.{key} to go on")
+
+
 def test_a_run_ends_when_it_is_good_enough(tmp_path):
     assert make(tmp_path, epochs=9).run(until=5)["steps"] == 6
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import re
 import struct
 import zlib
 
@@ -351,3 +352,16 @@ def test_too_many_open_files_are_not_blamed_on_the_image(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(TooManyFilesError, match="ulimit -n"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_folder_is_no_image(tmp_path):
+    message = f"{tmp_path}: is a folder, should be an image or a list of images; the commands dat detect predict and "
+    with pytest.raises(ImageError, match=re.escape(message)):
+        to_image(tmp_path)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_is_no_image_is_said_without_the_object_that_holds_it(tmp_path, memory):
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r": cannot be read as an image: it has no known format of images$"):
+        read_image(io.BytesIO(b"nothing") if memory else tmp_path / "a.png")
