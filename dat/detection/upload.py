@@ -175,6 +175,9 @@ def decode(content: bytes, pixels: int) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=list(FORMATS)) as head:
             width, height = head.size
     except UnidentifiedImageError as error:
+        if content.startswith(b"--") and b"Content-Disposition:" in content[:1000]:
+            text = "the body is a form, should be the image file alone, as curl --data-binary @photo.jpg sends it"
+            raise Refused(415, text) from error
         raise Refused(415, f"not an image of a supported format: {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise Refused(413, f"the image has more than {pixels} pixels") from error

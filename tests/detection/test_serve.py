@@ -125,6 +125,11 @@ def bomb(side):
 
 BAD = {
     "empty": (b"", 400, "the body is empty"),
+    "form": (
+        b'--ab\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n',
+        415,
+        "the body is a form, should be the image file alone, as curl --data-binary @photo.jpg sends it",
+    ),
     "text": (b"hello", 415, "not an image of a supported format: JPEG, PNG"),
     "tiff": (encode(draw_image(0), "TIFF"), 415, "not an image of a supported format"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not an image of a supported format"),
