@@ -71,7 +71,7 @@ def test_onnx_gives_torchs_detections_of_any_batch_and_size(tmp_path, model, cap
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint that pads images, as those of 64 and 96 pixels are not."""
+    """A checkpoint that pads images to a multiple, which no side of an image here is."""
     return write_detector(tmp_path_factory.mktemp("detector") / "best.pth", pad_multiple=40, encoder_depth=0)
 
 
