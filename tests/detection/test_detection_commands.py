@@ -331,6 +331,14 @@ def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp
     assert set(Counter(result["image_id"] for result in found).values()) == {10}
 
 
+def test_torchrun_runs_the_recipe(config_file, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "detection.train", str(config_file), "train.steps=1", "train.pictures=0", "train.worst=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "(2 x 1 accumulated x 2 processes)" in (tmp_path / "run/train.log").read_text()
+
+
 def test_a_non_finite_loss_of_finite_outputs_is_traced_without_the_other_processes(config_file, capsys, monkeypatch):
     calls = []
     forward = SetCriterion.forward
