@@ -114,6 +114,8 @@ def _find_problems(found: SplitAudit, split: Split, class_names: Sequence[str]) 
         # Names in tars and shards are not paths.
         kind = HEIC if lacks_heif(Path(getattr(split.reader, "root", ""), name)) else "file that is no image"
         found.add(f"{kind}, left out", name)
+    for name in split.deep:
+        found.add("image in a folder of a class folder, its class is the first folder", name)
     for name in split.empty:
         if name not in class_names:
             found.add("folder without images, no class", name)

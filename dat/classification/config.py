@@ -58,9 +58,8 @@ class AugmentConfig:
 class DataConfig:
     """Images are `img_size` pixels square for the model.
 
-    `root`: without train/ and val/, or tars of these names, it may itself hold class folders or be a .tar; then every
-    fifth image of each class is for validation.
-
+    `root`: without train/ and val/, or tars of these names, it may have others such as Training and valid, or itself
+    hold class folders or be a .tar; then every fifth image of each class is for validation.
     `class_names`: file below `root` with a class name per line, for wds/ data whose classes are numbers.
     Evaluation takes the central `crop_pct` of the image: of its shorter side ("center"), or after squeezing ("squash")
     or padding ("border") it to a square.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from dat.utils.images import UNREADABLE, check_size, image_error, read_image
 
 # Without separate splits, every fifth image of each class is held out for validation.
 HELD_OUT = 5
+# Names of the folders of splits, in lower case; the first is the default of `data.NAME.path`.
+WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Split:
         reader: item i is (open file, label), `filename(i)` its name, as timm's readers give them.
         class_names: the classes that the split has.
         left_out: files in class folders, relative to the split's folder, that are no images; or parts of shards.
+        deep: images in folders of class folders, relative to the split's folder.
         empty: class folders without images.
         note: how the split was chosen, where the configuration does not say; "": it does.
         numbers: the model's class for each label of the reader.
@@ -41,6 +45,7 @@ class Split:
     reader: Any
     class_names: list[str]
     left_out: list[str] = field(default_factory=list)
+    deep: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     note: str = ""
     numbers: Sequence[int] = ()
@@ -127,7 +132,10 @@ def open_split(data: DataConfig, name: Literal["train", "val"], class_names: Seq
     if not slash or kind.lower() not in READERS:
         place, shared = find_place(data, name)
         split = open_place(place, f"data.{name}.path", class_names)
-        return _hold_out(split, place, name == "val") if shared else split
+        if shared:
+            return _hold_out(split, place, name == "val")
+        split.note = f"{place} serves as {name}" if place != Path(data.root, settings.path) else ""
+        return split
     read, packages = READERS[kind.lower()]
     lacking = [package for package in packages.split() if importlib.util.find_spec(package.replace("-", "_")) is None]
     if lacking:
@@ -160,6 +168,7 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         # timm reports a tar without images as a ValueError.
         except UNREADABLE as error:
             raise DataError(f"{key}: {place} holds no readable images in class folders") from error
+        _check_folders(split.reader, f"{key}: {place}")
     if not len(split):
         raise DataError(f"{key}: {place} holds no readable images in class folders")
     return _number_classes(split, class_names, f"{key}: {place}")
@@ -184,7 +193,7 @@ class FolderReader:
 
 
 def _read_folder(place: Path) -> Split:
-    """The images in a folder's class folders, whose labels are the names of the folders that they are in."""
+    """The images below a folder's class folders, each with the name of the first folder for its label."""
     root = str(place)
     images: list[str] = []
     left_out: list[str] = []
@@ -194,14 +203,20 @@ def _read_folder(place: Path) -> Split:
         elif os.path.dirname(path) != root:
             left_out.append(os.path.relpath(path, root))
     images.sort(key=natural_key)
-    folders = [os.path.dirname(path) for path in images]
-    name = {folder: "" if folder == root else os.path.basename(folder) for folder in set(folders)}
-    class_names = sorted(set(name.values()), key=natural_key)
-    label = {folder: class_names.index(name[folder]) for folder in name}
-    reader = FolderReader(root, images, [label[folder] for folder in folders])
-    split = Split(reader, class_names, sorted(left_out))
-    split.empty = _empty_folders(place, images, class_names)
+    names = [os.path.relpath(path, root) for path in images]
+    classes = [name.partition(os.sep)[0] if os.sep in name else "" for name in names]
+    class_names = sorted(set(classes), key=natural_key)
+    label = {name: k for k, name in enumerate(class_names)}
+    reader = FolderReader(root, images, [label[name] for name in classes])
+    split = Split(reader, class_names, sorted(left_out), [name for name in names if name.count(os.sep) > 1])
+    folders = {path.name for path in place.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    split.empty = sorted(folders - set(class_names))
     return split
+
+
+def first_class(name: str) -> str:
+    """Says which class an image in a folder of a class folder has; `name`: below the split's folder."""
+    return f"their class is the first folder, such as {name.partition(os.sep)[0]} of {name}"
 
 
 def _without_hidden(reader: Any) -> Split:
@@ -213,37 +228,81 @@ def _without_hidden(reader: Any) -> Split:
     return Split(reader, [names[label] for label in present])
 
 
+def _check_folders(reader: Any, where: str) -> None:
+    """Raises DataError where timm, whose class is the innermost folder in a .tar, makes several folders one class."""
+    first: dict[int, tuple[str, str]] = {}
+    for (member, _, tar), label in zip(reader.samples, reader.targets.tolist(), strict=True):
+        # Tars in a tar are folders of their names.
+        name = posixpath.normpath(f"{os.path.splitext(tar.name)[0]}/{member.name}" if tar else member.name)
+        folder, known = first.setdefault(label, (posixpath.dirname(name), name))
+        if posixpath.dirname(name) != folder:
+            raise DataError(
+                f"{where} has {known} and {name}; in a .tar the class is the innermost folder, "
+                f"{posixpath.basename(folder)!r} of both, and a class should have one folder"
+            )
+
+
 def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     """The folder or .tar of a split below `data.root`, and whether it holds the images of both splits.
 
     It is `data.NAME.path`. Where that is the default, train or val, and not there: the one train.tar or *_train.tar
-    (val.tar, *_val.tar); and where this is so for both splits, the root if it has class folders or is a .tar, or the
-    one .tar in it.
+    (val.tar, *_val.tar). Where this is so for both splits, the root if it has class folders or is a .tar. Else the one
+    folder or .tar with another of WORDS, such as Training or pets_valid.tar; or the one .tar in the root for both.
 
     Raises:
         DataError: none of these exists; the message lists the folders and tars found.
     """
-    root = Path(data.root)
+    root, other = Path(data.root), "val" if name == "train" else "train"
     found = {split: _named_places(root, split, getattr(data, split).path) for split in ("train", "val")}
     if len(found[name]) == 1:
         return found[name][0], False
-    if not any(found.values()) and (data.train.path, data.val.path) == ("train", "val"):
-        tars, folders = [path for path in root.glob("*.tar") if not is_hidden(path.name)], _class_folders(root)
+    default, folders = (data.train.path, data.val.path) == ("train", "val"), set[Path]()
+    if default and not any(found.values()):
+        folders = _class_folders(root)
         if len(folders) > 1 or root.suffix == ".tar":
             return root, True
-        if len(tars) == 1 and not folders:
-            return tars[0], True
+    for split, places in found.items():
+        if not places and getattr(data, split).path == split:
+            found[split] = [path for path in _shown(root) if _is_named(path, split)]
+    if len(found[name]) == 1:
+        return found[name][0], False
+    there = _shown(root)
+    tars = [path for path in there if path.suffix == ".tar"]
+    if default and not any(found.values()) and len(tars) == 1 and not folders:
+        return tars[0], True
     key, place = f"data.{name}.path", root / getattr(data, name).path
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist; it should be the folder of the data")
-    shown = (path for path in root.glob("*") if not is_hidden(path.name))
-    there = found[name] or sorted(path for path in shown if path.is_dir() or path.suffix == ".tar")
+    if default and not any(found.values()) and (problem := _other_images(root)):
+        raise DataError(
+            f"{key}: {place} does not exist, and {root} {problem}; folders of classes in data.root should hold the "
+            "images themselves, or there should be folders train and val with one folder per class each"
+        )
+    there = found[name] or there
     names = ", ".join(path.name for path in there[:6]) or "neither folders nor .tar files"
-    example = f", such as {key}={there[0].name}" if there else ""
+    # Only what is named as this split, or a .tar that may be of any, and for validation a test set.
+    free = [path for path in there if path not in found[other]]
+    tests = [path for path in free if name == "val" and _is_named(path, "test")]
+    plain = [path for path in free if path.suffix == ".tar" and not any(_is_named(path, word) for word in WORDS)]
+    likely = [*(found[name] and free), *tests, *plain]
+    example = f", such as {key}={likely[0].name}" if likely else ""
     raise DataError(
         f"{key}: {place} does not exist, {root} holds {names}{', ...' if len(there) > 6 else ''}; "
         f"{key} should name a folder or a .tar with one folder per class{example}"
     )
+
+
+def _shown(root: Path) -> list[Path]:
+    """The visible folders and tars in a folder."""
+    paths = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+    return [path for path in paths if path.is_dir() or path.suffix == ".tar"]
+
+
+def _is_named(path: Path, split: str) -> bool:
+    """Whether a folder or .tar has one of the names of a split; a .tar may have more before it, as pets_train.tar."""
+    if path.suffix == ".tar":
+        return path.stem.lower().rpartition("_")[2] in WORDS[split]
+    return path.name.lower() in WORDS[split]
 
 
 def _named_places(root: Path, name: str, path: str) -> list[Path]:
@@ -263,6 +322,19 @@ def _class_folders(root: Path) -> set[Path]:
                 return set()
             folders.add(folder)
     return folders
+
+
+def _other_images(root: Path) -> str:
+    """Names an image in a folder of `root` and one that lies elsewhere; "" if all are in such folders, or none is."""
+    names: tuple[list[str], ...] = ([], [], [])
+    for path in list_files(root, follow_links=True):
+        if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:
+            name = os.path.relpath(path, root)
+            names[min(name.count(os.sep), 2)].append(name)
+    outside, inside, deep = (min(group, key=natural_key, default="") for group in names)
+    if not inside or not (deep or outside):
+        return ""
+    return f"has {inside}, but {deep} lies deeper" if deep else f"has {inside}, but {outside} outside of folders"
 
 
 def _hold_out(split: Split, place: Path, validation: bool) -> Split:
@@ -318,14 +390,6 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
             )
         split.numbers = [index[name] for name in split.class_names]
     return split
-
-
-def _empty_folders(place: Path, paths: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """The visible folders directly in `place` below which there is no image."""
-    folders = {path.name for path in place.iterdir() if path.is_dir() and not is_hidden(path.name)}
-    folders -= set(class_names)
-    # Classes may be folders of folders.
-    return sorted(folders - {Path(os.path.relpath(path, place)).parts[0] for path in paths if folders})
 
 
 def read_hub(

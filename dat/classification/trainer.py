@@ -23,7 +23,7 @@ from dat.classification.data import (
 )
 from dat.classification.evaluate import evaluate
 from dat.classification.model import build_classifier
-from dat.classification.readers import Split
+from dat.classification.readers import Split, first_class
 from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
@@ -94,6 +94,11 @@ class ClassificationTrainer(Trainer):
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
             self.warnings.append(f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}")
+        for name, split in (("train", train_set), ("val", val_set)):
+            if deep := split.deep:
+                text = f"{len(deep)} images in folders of class folders; {first_class(deep[0])}"
+                self.warnings.append(f"data.{name} has {text}")
+                break
         if empty := train_set.empty:
             self.warnings.append(
                 f"data.train has {len(empty)} folders without images, no classes, such as {empty[0]!r}"
@@ -172,8 +177,10 @@ class ClassificationTrainer(Trainer):
 
     def describe_data(self) -> str:
         train, val = len(self.train_set), len(self.val_set)
-        note = describe_transform(self.transform) + (f"; {self.val_set.note}" if self.val_set.note else "")
-        return f"{train} training and {val} validation images, {len(self.class_names)} classes{note}"
+        # Both splits have the same note where they are parts of one folder.
+        notes = dict.fromkeys(filter(None, (self.train_set.note, self.val_set.note)))
+        more = "".join([describe_transform(self.transform), *(f"; {note}" for note in notes)])
+        return f"{train} training and {val} validation images, {len(self.class_names)} classes{more}"
 
     def describe_batch(self, batch: Batch) -> str:
         return f"images {first_few([self.train_set.name(index) for index in batch[3].tolist()])}"

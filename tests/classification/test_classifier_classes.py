@@ -55,12 +55,15 @@ def test_images_none_of_which_can_be_read_are_refused(
 def test_folders_without_images_are_said(pictures, settings, write_config, tmp_path, capsys):
     settings["train"]["epochs"] = 1
     for split in ("train", "val"):
-        for name in ("empty", ".hidden", "nested/red"):
+        for name in ("empty", ".hidden", "red/nested"):
             (pictures / split / name).mkdir(parents=True)
-        shutil.copy(pictures / split / "red/0.png", pictures / split / "nested/red/more.png")
+        shutil.copy(pictures / split / "red/0.png", pictures / split / "red/nested/more.png")
     dat("classify", "train", write_config(settings))
     log = (tmp_path / "run/train.log").read_text()
     assert "data.train has 1 folders without images, no classes, such as 'empty'" in log
+    assert log.count("has 1 images in folders of class folders; their class is the first folder, such as red of ") == 1
     dat("classify", "audit", pictures, "--out", tmp_path / "out")
     text = capsys.readouterr().out
     assert text.count("warning: folder without images, no class (1)\n      empty") == 2
+    deep = "warning: image in a folder of a class folder, its class is the first folder (1)\n      red/nested/more.png"
+    assert text.count(deep) == 2

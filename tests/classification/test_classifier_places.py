@@ -78,7 +78,7 @@ def test_two_tars_are_found(tmp_path, prefix):
     data = DataConfig(root=str(tmp_path))
     train, val = open_split(data, "train"), open_split(data, "val", ["cat", "dog"])
     assert (names(train), names(val), val.read(0)[1]) == (["cat/1.png", "dog/1.png"], ["dog/2.png"], 1)
-    assert not train.note
+    assert train.note == f"{tmp_path}/{prefix}train.tar serves as train"
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,11 @@ def test_two_tars_are_found(tmp_path, prefix):
             [],
             r"data.train.path: \S+/train does not exist, \S+ holds neither folders nor .tar files;",
         ),
-        (["cat/1.png"], [], r"holds cat; data.train.path should name a folder .*, such as data.train.path=cat$"),
-        (["training/cat/1.png", "test/dog/1.png"], [], r"holds test, training; .* such as data.train.path=test$"),
+        (["cat/1.png"], [], r"holds cat; data.train.path should name a folder .* with one folder per class$"),
+        (["val/cat/1.png", "test/dog/1.png"], [], r"holds test, val; data.train.path .* with one folder per class$"),
+        (["a/b/1.png"], ["test.tar", "val.tar"], r"holds a, test.tar, val.tar; .* with one folder per class$"),
+        (["a/b/1.png"], ["valid.tar", "x.tar", "y.tar"], r"holds a, valid.tar, x.tar, y.tar; .*=x.tar$"),
+        (["Train/cat/1.png", "training/cat/1.png"], [], r"holds Train, training; .* such as data.train.path=Train$"),
         (["val/cat/1.png", "cat/1.png", "dog/1.png"], [], r"/train does not exist, \S+ holds cat, dog, val;"),
         ([], ["a.tar", "b.tar"], r"holds a.tar, b.tar; .* such as data.train.path=a.tar$"),
         ([], ["a_train.tar", "b_train.tar", "val.tar"], r"holds a_train.tar, b_train.tar; .*=a_train.tar$"),
@@ -105,8 +108,86 @@ def test_what_is_there_is_named_where_no_split_can_be_found(tmp_path, files, tar
         open_split(DataConfig(root=str(tmp_path)), "train")
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("Train", "Val"), ("training", "valid"), ("Training", "Validation"), ("Train.tar", "pets_valid.tar")],
+)
+def test_splits_have_other_names_too(tmp_path, train, val):
+    for place, files in ((train, ["cat/1.png", "dog/1.png"]), (val, ["dog/2.png"]), ("test", ["cat/3.png"])):
+        if place.endswith(".tar"):
+            write_tar(tmp_path / place, files)
+        else:
+            write_files(tmp_path / place, files)
+    data = DataConfig(root=str(tmp_path))
+    splits = open_split(data, "train"), open_split(data, "val", ["cat", "dog"])
+    assert [names(split) for split in splits] == [["cat/1.png", "dog/1.png"], ["dog/2.png"]]
+    assert [split.note for split in splits] == [
+        f"{tmp_path / train} serves as train",
+        f"{tmp_path / val} serves as val",
+    ]
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path):
+    write_files(tmp_path, [f"{name}/{i}.png" for name in ("training", "resting") for i in range(5)])
+    assert open_split(DataConfig(root=str(tmp_path)), "train").class_names == ["resting", "training"]
+
+
+def test_a_test_set_may_be_for_validation_but_not_what_is_for_training(tmp_path):
+    write_files(tmp_path, ["train/cat/1.png", "train/dog/1.png"])
+    with pytest.raises(DataError, match=r"/val does not exist, \S+ holds train; .* with one folder per class$"):
+        open_split(DataConfig(root=str(tmp_path)), "val")
+    write_files(tmp_path, ["Test/cat/1.png", "extra/cat/1.png"])
+    write_tar(tmp_path / "all.tar", ["cat/1.png"])
+    with pytest.raises(DataError, match=r"holds Test, all.tar, extra, train; .* such as data.val.path=Test$"):
+        open_split(DataConfig(root=str(tmp_path)), "val")
+    with pytest.raises(DataError, match=r"such as data.val.path=all.tar$"):
+        open_split(DataConfig(root=str(tmp_path), train=SplitConfig("Test")), "val")
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["cats/indoor/1.png", "cats/a/b/1.png"], "has cats/1.png, but cats/a/b/1.png lies deeper"),
+        (["sheet.png"], "has cats/1.png, but sheet.png outside of folders"),
+    ],
+)
+def test_an_image_that_keeps_folders_from_being_classes_is_named(tmp_path, more, problem):
+    write_files(tmp_path, ["cats/1.png", "dogs/1.png", *more])
+    with pytest.raises(DataError) as raised:
+        open_split(DataConfig(root=str(tmp_path)), "train")
+    assert str(raised.value) == (
+        f"data.train.path: {tmp_path}/train does not exist, and {tmp_path} {problem}; folders of classes in data.root "
+        "should hold the images themselves, or there should be folders train and val with one folder per class each"
+    )
+
+
+def test_the_first_folder_is_the_class(tmp_path):
+    write_files(
+        tmp_path / "train",
+        ["cats/indoor/1.png", "cats/outdoor/1.png", "dogs/1.png", "dogs/indoor/deep/1.png", "dogs/x/a.txt"],
+    )
+    (tmp_path / "train/birds/indoor").mkdir(parents=True)
+    (tmp_path / "train/dogs/x/a.txt").write_text("no image")
+    split = open_split(DataConfig(root=str(tmp_path)), "train")
+    assert (split.class_names, split.labels().tolist()) == (["cats", "dogs"], [0, 0, 1, 1])
+    assert split.deep == ["cats/indoor/1.png", "cats/outdoor/1.png", "dogs/indoor/deep/1.png"]
+    assert (split.left_out, split.empty) == (["dogs/x/a.txt"], ["birds"])
+
+
+def test_the_innermost_folder_of_a_tar_is_the_class(tmp_path):
+    data = DataConfig(root=str(tmp_path))
+    write_tar(tmp_path / "train.tar", ["./pets/a/cat/1.png", "pets/a/cat/2.png", "pets/dog/1.png"])
+    split = open_split(data, "train")
+    assert (split.class_names, split.labels().tolist()) == (["cat", "dog"], [0, 0, 1])
+    write_tar(tmp_path / "train.tar", ["cat/in/1.png", "cat/out/1.png", "dog/in/1.png"])
+    message = r"train.tar has cat/in/1.png and dog/in/1.png; in a .tar the class is the innermost folder, 'in' of both"
+    with pytest.raises(DataError, match=message):
+        open_split(data, "train")
+
+
 def test_a_path_that_is_given_is_taken_at_its_word(tmp_path):
     write_files(tmp_path, CLASSES)
+    write_files(tmp_path, ["Train/cat/1.png"])
     with pytest.raises(DataError, match=r"data.train.path: \S+/training does not exist"):
         open_split(DataConfig(root=str(tmp_path), train=SplitConfig("training")), "train")
     with pytest.raises(DataError, match=r"data.root: \S+/nowhere does not exist"):
