@@ -1,4 +1,4 @@
-"""A data set of tiny pictures and a configuration that trains on it in seconds."""
+"""A data set of tiny images in class folders, and a configuration that trains on it within seconds."""
 
 from pathlib import Path
 

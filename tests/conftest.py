@@ -26,6 +26,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _forkserver():
-    """What tests fork their processes from, where one of them does."""
+    """Starts the server that forks processes for tests, if any module with tests has imported it."""
     if "processes" in sys.modules:
         sys.modules["processes"].start_forkserver()

@@ -111,7 +111,7 @@ def make_scheduler(
     # The first step has a rate above 0, which would waste it.
     warmup = {"warmup_t": warmup_steps, "warmup_lr_init": base / (warmup_steps + 1), "warmup_prefix": False}
     if kind == "cosine":
-        # Of one step timm says that the schedule has no effect; the rate of the first step is the same for two.
+        # timm warns that a schedule of one step has no effect. A schedule of two starts with the same learning rate.
         length = max(total_steps, 2)
         return CosineLRScheduler(optimizer, t_initial=length, lr_min=min_lr, t_in_epochs=False, **warmup)
     if kind != "step":

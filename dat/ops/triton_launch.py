@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launches of kernels that were launched before with such arguments, and exp."""
+"""Functions for the Triton kernels: `launch`, which costs the host little for arguments seen before, and `exp`."""
 
 # Triton finds out the types of its kernels' arguments when they are called.
 # mypy: disable-error-code="no-untyped-def"

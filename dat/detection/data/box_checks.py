@@ -1,6 +1,6 @@
 """Whether annotations hold objects that a detector can learn, and if not, the likely mistake in them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,13 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
 
 
-def check_corners(path: Path, boxes: Sequence[Any], sizes: Sequence[Any], problems: Findings) -> None:
-    """check_bboxes of boxes (x0, y0, x1, y1), as a reader made them."""
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    bboxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
-    check_bboxes(path, bboxes, np.array(sizes).reshape(-1, 2), problems)
+def check_corners(path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]]], problems: Findings) -> None:
+    """check_bboxes of `images`, (width, height) and objects of each, whose `box` is (x0, y0, x1, y1)."""
+    pairs = [(size, entry.box) for size, objects in images for entry in objects]
+    sizes, boxes = (np.array([pair[k] for pair in pairs], dtype=np.float64) for k in (0, 1))
+    corners = boxes.reshape(-1, 2, 2)
+    bboxes = np.concatenate((corners[:, 0], corners[:, 1] - corners[:, 0]), axis=1)
+    check_bboxes(path, bboxes, sizes.reshape(-1, 2), problems)
 
 
 def _ends_at(scale: int, corners: np.ndarray, sizes: np.ndarray) -> bool:

@@ -78,8 +78,9 @@ class ModelConfig:
 
 def _check_out_indices(indices: Any) -> None:
     """Raises ConfigError unless these are numbers of maps in the order of the network, the last ones from -1 down."""
-    known = isinstance(indices, list) and indices and all(type(i) is int for i in indices)
-    if not known or (order := [(i < 0, i) for i in indices]) != sorted(set(order)):
+    known = isinstance(indices, list) and all(type(i) is int for i in indices)
+    order = [(i < 0, i) for i in indices] if known else []
+    if not order or order != sorted(set(order)):
         raise ConfigError(
             f"model.backbone.out_indices is {indices}, should list maps in the order of the network, such as [1, 2, 3] "
             "or [-2, -1]"

@@ -82,15 +82,14 @@ def _read(
     categories = make_categories(names, files[0])
     numbers = {str(value): label for label, name in enumerate(names) for value in ((name, label) if known else (name,))}
     rows = sorted(_rows(files, problems, images), key=lambda row: path_order(row.image))
-    records, boxes, extents = [], [], []
+    records, listed = [], []
     for number, (row, size) in enumerate(zip(rows, image_sizes([row.image for row in rows], problems), strict=True), 1):
         if size is not None:
             with collecting(problems, "malformed row"):
                 objects = list(_objects(row, numbers))
                 records.append(make_record(number, row.image, size, objects, problems))
-                boxes += [entry.box for entry in objects]
-                extents += [size] * len(objects)
-    check_corners(files[0], boxes, extents, problems)
+                listed.append((size, objects))
+    check_corners(files[0], listed, problems)
     return Annotations(files[0], categories, tuple(records))
 
 

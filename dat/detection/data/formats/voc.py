@@ -178,14 +178,13 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
             roots.append((image or images / given.name, file, root))
     roots.sort(key=lambda item: path_order(item[0]))
     sizes = _sizes(roots, problems)
-    records, boxes, extents = [], [], []
+    records, listed = [], []
     for number, ((image, file, root), size) in enumerate(zip(roots, sizes, strict=True), start=1):
         if size is not None:
             objects = list(_objects(root, file, label_of, 0 if below_1 else 1, problems))
             records.append(make_record(number, image, size, objects, problems))
-            boxes += [entry.box for entry in objects]
-            extents += [size] * len(objects)
-    check_corners(folder.folder, boxes, extents, problems)
+            listed.append((size, objects))
+    check_corners(folder.folder, listed, problems)
     return Annotations(folder.folder, categories, tuple(records))
 
 

@@ -168,7 +168,7 @@ def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: P
         problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
     elif len(labels) < len(paths):
         bare = [path for path in paths if path not in labels]
-        problems.add("image without a label file, has no object", f"{bare[0]} and others", count=len(bare))
+        problems.add("image without a label file, has no object", str(bare[0]), count=len(bare))
     records = []
     for number, (path, size) in enumerate(zip(paths, image_sizes(paths, problems), strict=True), start=1):
         if size is not None:
