@@ -18,13 +18,8 @@ from timm.utils import natural_key
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import WebReader, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
-from dat.utils.files import IMAGE_EXTENSIONS, is_hidden, is_image, list_files
+from dat.utils.files import HELD_OUT, IMAGE_EXTENSIONS, SPLIT_NAMES, is_hidden, is_image, list_files
 from dat.utils.images import UNREADABLE, check_size, image_error, read_image
-
-# Without separate splits, every fifth image of each class is held out for validation.
-HELD_OUT = 5
-# Names of the folders of splits, in lower case; the first is the default of `data.NAME.path`.
-WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 @dataclass
@@ -247,7 +242,7 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
 
     It is `data.NAME.path`. Where that is the default, train or val, and not there: the one train.tar or *_train.tar
     (val.tar, *_val.tar). Where this is so for both splits, the root if it has class folders or is a .tar. Else the one
-    folder or .tar with another of WORDS, such as Training or pets_valid.tar; or the one .tar in the root for both.
+    folder or .tar with another name of the split, such as Training or pets_valid.tar; or the root's one .tar for both.
 
     Raises:
         DataError: none of these exists; the message lists the folders and tars found.
@@ -283,7 +278,7 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     # Only what is named as this split, or a .tar that may be of any, and for validation a test set.
     free = [path for path in there if path not in found[other]]
     tests = [path for path in free if name == "val" and _is_named(path, "test")]
-    plain = [path for path in free if path.suffix == ".tar" and not any(_is_named(path, word) for word in WORDS)]
+    plain = [path for path in free if path.suffix == ".tar" and not any(_is_named(path, word) for word in SPLIT_NAMES)]
     likely = [*(found[name] and free), *tests, *plain]
     example = f", such as {key}={likely[0].name}" if likely else ""
     raise DataError(
@@ -301,8 +296,8 @@ def _shown(root: Path) -> list[Path]:
 def _is_named(path: Path, split: str) -> bool:
     """Whether a folder or .tar has one of the names of a split; a .tar may have more before it, as pets_train.tar."""
     if path.suffix == ".tar":
-        return path.stem.lower().rpartition("_")[2] in WORDS[split]
-    return path.name.lower() in WORDS[split]
+        return path.stem.lower().rpartition("_")[2] in SPLIT_NAMES[split]
+    return path.name.lower() in SPLIT_NAMES[split]
 
 
 def _named_places(root: Path, name: str, path: str) -> list[Path]:

@@ -10,7 +10,7 @@ from dat.detection.config import DetectionConfig, check_config
 from dat.detection.detector import Detector
 from dat.detection.predictor import OPTIONS
 from dat.engine.config import load_config
-from dat.utils.errors import ConfigError, DataError
+from dat.utils.errors import CheckpointError, ConfigError, DataError
 from dat.utils.files import check_folder, file_names
 from dat.utils.text import echo
 
@@ -138,7 +138,7 @@ def report(options: argparse.Namespace) -> None:
     try:
         evaluation = read_evaluation(options.run, config)
         metrics = read_metrics(options.run) | evaluation.metrics()
-    except DataError as error:
+    except (CheckpointError, DataError) as error:
         text = f"Without an evaluation: {error}"
         echo(f"warning: {text}", error=True)
     # A training would write the same files.

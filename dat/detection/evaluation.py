@@ -106,7 +106,10 @@ class Evaluation:
         evaluation.evaluate()
         evaluation.accumulate()
         precision, scores, recall = (np.asarray(evaluation.eval[name]) for name in ("precision", "scores", "recall"))
-        return cls(annotations, results, precision[..., -1], scores[..., -1], recall[..., 2])
+        # The library sorts classes by their ids.
+        place = np.argsort(np.argsort([category.id for category in annotations.categories]))
+        precision, scores, recall = precision[..., -1], scores[..., -1], recall[..., 2]
+        return cls(annotations, results, precision[:, :, place], scores[:, :, place], recall[:, place])
 
     def metrics(self) -> dict[str, Any]:
         """AP as COCO defines it, 0 to 1; None where there is nothing to find.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dat.detection.checkpoint import check_categories
 from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
@@ -15,6 +16,7 @@ from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
+from dat.engine.checkpoint import load_checkpoint
 from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError, shown
 from dat.utils.files import atomic_write, read_json, short_name
@@ -132,17 +134,20 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
-    """The evaluation of a run's best epoch so far. Raises DataError where there is none, or its data is absent."""
+    """The evaluation of a run's best epoch so far.
+
+    Raises DataError where there is none or its data is absent, CheckpointError for a damaged best.pth.
+    """
     path = folder / "detections.json"
     if not path.is_file():
         raise DataError(f"{path}: no such file, the run was not evaluated yet")
     results = read_results(path)
-    annotations = read_dataset(config.data, "val")
-    # Runs of earlier versions trained supercategories without objects too.
-    found = {result["category_id"] for result in results}
-    roots = [root for root in annotations.roots if root.id in found]
-    classes = sorted([*annotations.categories, *roots], key=lambda category: category.id)
-    annotations = annotations.with_categories(tuple(classes))
+    classes, weights = None, folder / "best.pth"
+    # Large files may have been left behind.
+    if weights.is_file():
+        state = load_checkpoint(weights, "detection")
+        classes = check_categories(state.get("category_ids"), state.get("class_names", ()), weights)
+    annotations = read_dataset(config.data, "val", classes)
     images, ids = ({x.id for x in group} for group in (annotations.records, annotations.categories))
     if not all(result["image_id"] in images and result["category_id"] in ids for result in results):
         raise DataError(f"{path}: is of other images or classes than {annotations.path}")

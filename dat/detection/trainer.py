@@ -14,7 +14,7 @@ from dat.detection.config import DetectionConfig
 from dat.detection.criterion import PAPER_WEIGHTS, Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
 from dat.detection.data.cache import ImageCache
-from dat.detection.data.readers import describe_sets
+from dat.detection.data.readers import describe_sets, require_categories
 from dat.detection.evaluation import Evaluation, average_precision, format_table
 from dat.detection.matcher import Targets
 from dat.detection.models import BaseDETR, ModelConfig, build_model
@@ -174,6 +174,5 @@ def _with_saved_classes(resume: Path, train_set: Annotations, val_set: Annotatio
     """The data with the classes of a run of an earlier version, which trained supercategories without objects too."""
     state = load_checkpoint(resume, "detection")
     saved = check_categories(state.get("category_ids"), state.get("class_names", ()), resume)
-    # A file may list none of the other's supercategories.
-    val_set = replace(val_set, roots=tuple({*train_set.roots, *val_set.roots}))
-    return train_set.with_categories(saved), val_set.with_categories(saved)
+    train_set = train_set.with_categories(saved)
+    return train_set, require_categories(val_set, train_set.categories)

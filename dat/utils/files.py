@@ -23,6 +23,17 @@ from dat.utils.text import printable
 IMAGE_EXTENSIONS = frozenset((
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 ))  # fmt: skip
+# Names of the files and folders of a split; some tools, such as CVAT, write them with a capital.
+SPLIT_NAMES = {
+    split: (*names, *map(str.capitalize, names))
+    for split, names in {
+        "train": ("train", "training"),
+        "val": ("val", "valid", "validation"),
+        "test": ("test", "testing"),
+    }.items()
+}
+# Without a validation split, every fifth image is held out.
+HELD_OUT = 5
 # Names in lower case that systems and programs leave beside data.
 SYSTEM_NAMES = frozenset((
     "@eadir", "#recycle", "__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db",

@@ -12,7 +12,8 @@ from commands import dat
 from dat.detection import trainer
 from dat.detection.config import DataConfig, TrainDataConfig
 from dat.detection.data import read_dataset
-from dat.detection.data.box_checks import check_bboxes
+from dat.detection.data.box_checks import check_form
+from dat.detection.data.objects import Object
 from dat.engine.audit import Findings
 from dat.engine.command import main_guard
 from dat.utils.errors import DataError
@@ -157,10 +158,10 @@ def test_some_boxes_that_reach_outside_give_a_warning(scenes):
 def test_boxes_in_parts_of_another_size_give_a_warning(scale):
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(0, scale, (20, 2, 2)), axis=1)
-    bboxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
+    objects = [Object(tuple(box), 0, "a line") for box in corners.reshape(20, 4)]
     for size, count in ((2 * scale, 1), (1.9 * scale, 0)):
         found = Findings()
-        check_bboxes(Path("x.json"), bboxes, np.full((20, 2), size), found)
+        check_form(Path("x.json"), [((size, size), objects)], found)
         assert [problem.stops for problem in found.problems.values()] == [False] * count
         assert all(f"are they parts of {scale}?" in problem.examples[0] for problem in found.problems.values())
 

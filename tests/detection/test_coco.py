@@ -63,6 +63,22 @@ def test_numbers_as_pandas_writes_them(scenes):
     assert read(scenes).to_coco() == wanted
 
 
+@pytest.mark.parametrize("absent", [True, False])
+def test_sizes_that_are_not_there_are_those_of_the_files(scenes, absent):
+    wanted = read(scenes).to_coco()
+
+    def change(data):
+        for entry in data["images"][1:]:
+            for key in ("width", "height"):
+                entry.pop(key) if absent else entry.update({key: None})
+
+    edit(scenes / "train.json", change)
+    assert read(scenes).to_coco() == wanted
+    (scenes / "images/train_1.jpg").unlink()
+    with pytest.raises(DataError, match=r"train_1.jpg: no such image"):
+        read(scenes)
+
+
 def test_an_entry_that_cannot_be_read_is_one_problem_whatever_its_objects(scenes):
     edit(scenes / "train.json", lambda data: data["images"][1].pop("width"))
     problems = Findings()
@@ -168,6 +184,19 @@ def test_validation_must_have_the_classes_of_training(scenes):
         DataError, match=r"categories are 3 blue, 11 green; they should be those of training, 3 blue, 11"
     ):
         read(scenes, "val", classes)
+
+
+def test_classes_of_validation_are_those_of_training_by_name(scenes):
+    source = json.loads((scenes / "val.json").read_text())
+    names = {category["id"]: category["name"] for category in source["categories"]}
+    classes = (Category(3, "red"), Category(11, "green"), Category(12, "blue"), Category(20, "grey"))
+    found = read(scenes, "val", classes)
+    # Ids stay those of the file; classes that it lacks get others.
+    assert found.categories == (Category(11, "red"), Category(21, "green"), Category(3, "blue"), Category(20, "grey"))
+    wanted = [names[annotation["category_id"]] for annotation in source["annotations"]]
+    assert [classes[label].name for record in found.records for label in record.labels] == wanted
+    written = found.to_coco()["annotations"]
+    assert [a["category_id"] for a in written] == [a["category_id"] for a in source["annotations"]]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])

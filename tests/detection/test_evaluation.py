@@ -5,7 +5,7 @@ import pytest
 import torch
 from coco_scenes import write_json
 
-from dat.detection.data import read_coco
+from dat.detection.data import Category, read_coco
 from dat.detection.evaluation import average_precision, format_table, to_results
 
 
@@ -26,6 +26,18 @@ def test_perfect_detections_have_ap_1(annotations):
     assert {name: m["AP"] for name, m in metrics["per_class"].items()} == {"blue": 1, "red": 1}
     assert sum(m["objects"] for m in metrics["per_class"].values()) == 8
     assert "red" in format_table(metrics)
+
+
+def test_classes_in_another_order_have_the_same_ap(scenes, annotations):
+    classes = (*annotations.categories[::-1], Category(7, "grey"))
+    other = read_coco(annotations.path, scenes / "images", classes)
+    results = [result for result in perfect(annotations) if result["category_id"] == 3]
+    expected = average_precision(annotations, results)["per_class"]
+    found = average_precision(other, results)["per_class"]
+    assert list(found) == ["red", "blue", "grey"]
+    assert found["grey"] == {"AP": None, "AP50": None, "objects": 0}
+    assert {name: found[name] for name in expected} == expected
+    assert (found["blue"]["AP"], found["red"]["AP"]) == (1.0, 0.0)
 
 
 def test_ap_of_half_the_objects_of_a_class(annotations):

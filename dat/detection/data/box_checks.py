@@ -31,18 +31,25 @@ FEW, MANY_BOXES = 4, 10
 SCALES = (100, 1000)
 
 
-def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Findings) -> None:
-    """Adds to `problems` that bboxes [n, 4] are not x, y, width, height in pixels of images of `sizes` [n, 2]."""
-    count = len(bboxes)
-    valid = np.isfinite(bboxes).all(1) & (bboxes[:, 2:] > 0).all(1)
-    bboxes, sizes = bboxes[valid], sizes[valid]
-    if not len(bboxes):
+def check_form(path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]]], problems: Findings) -> None:
+    """Adds to `problems` that boxes, read as corners in pixels, seem to have been written in another form.
+
+    `images`: (width, height) and objects of each image, whose `box` is (x0, y0, x1, y1).
+    """
+    pairs = [(size, entry.box) for size, objects in images for entry in objects]
+    count = len(pairs)
+    sizes = np.array([size for size, _ in pairs], dtype=np.float64).reshape(-1, 2)
+    boxes = np.array([box for _, box in pairs], dtype=np.float64).reshape(-1, 4)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    valid = np.isfinite(boxes).all(1) & (high > low).all(1)
+    sizes, low, high = sizes[valid], low[valid], high[valid]
+    if not len(low):
         return
-    low, extent = bboxes[:, :2], bboxes[:, 2:]
+    extent = high - low
     with np.errstate(over="ignore", invalid="ignore"):
-        shown = (np.minimum(low + extent, sizes) - np.maximum(low, 0)).clip(0) / extent
+        shown = (np.minimum(high, sizes) - np.maximum(low, 0)).clip(0) / extent
     inside = np.nan_to_num(shown).prod(1)
-    parts = (np.abs(bboxes) <= 1).all(1)
+    parts = (np.abs(low) <= 1).all(1) & (extent <= 1).all(1)
     corners = ((extent > low) & (extent < sizes + 1)).all(1)
     cut, lost = inside < 0.9, inside < 0.5
     reach = f"{path}: {cut.sum()} of {count} boxes reach outside their images"
@@ -50,7 +57,7 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     if parts.mean() >= NOTABLE:
         text = f"{path}: {parts.sum()} of {count} boxes are below one pixel"
         text, stops = f"{text}: they look like parts of the image's size; COCO's are pixels", bool(parts.mean() >= 0.5)
-    elif len(bboxes) < FEW:
+    elif len(low) < FEW:
         return
     elif cut.mean() >= NOTABLE and corners.mean() > 0.95:
         text = f"{reach}: they look like x0, y0, x1, y1; COCO's are x, y, width, height"
@@ -58,7 +65,7 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
         text = f"{reach}, most of them by more than half: they look like boxes of images of another size"
     elif cut.mean() >= NOTABLE:
         text, stops = f"{reach} by a tenth or more: COCO's are x, y of the upper left, width, height in pixels", False
-    elif scales := [scale for scale in SCALES if len(bboxes) >= MANY_BOXES and _ends_at(scale, low + extent, sizes)]:
+    elif scales := [scale for scale in SCALES if len(low) >= MANY_BOXES and _ends_at(scale, high, sizes)]:
         text = f"{path}: {count} of {count} boxes end at pixel {scales[0]} or before, in images twice as large or more"
         text, stops = f"{text}: are they parts of {scales[0]}? COCO's are pixels", False
     else:
@@ -66,17 +73,8 @@ def check_bboxes(path: Path, bboxes: np.ndarray, sizes: np.ndarray, problems: Fi
     problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
 
 
-def check_corners(path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]]], problems: Findings) -> None:
-    """check_bboxes of `images`, (width, height) and objects of each, whose `box` is (x0, y0, x1, y1)."""
-    pairs = [(size, entry.box) for size, objects in images for entry in objects]
-    sizes, boxes = (np.array([pair[k] for pair in pairs], dtype=np.float64) for k in (0, 1))
-    corners = boxes.reshape(-1, 2, 2)
-    bboxes = np.concatenate((corners[:, 0], corners[:, 1] - corners[:, 0]), axis=1)
-    check_bboxes(path, bboxes, sizes.reshape(-1, 2), problems)
-
-
-def _ends_at(scale: int, corners: np.ndarray, sizes: np.ndarray) -> bool:
-    return bool(corners.max() <= scale * 1.001 and sizes.min() >= 2 * scale)
+def _ends_at(scale: int, high: np.ndarray, sizes: np.ndarray) -> bool:
+    return bool(high.max() <= scale * 1.001 and sizes.min() >= 2 * scale)
 
 
 def check_objects(found: Annotations, split: Any, problems: Findings) -> None:

@@ -1,5 +1,6 @@
 """Parts that several formats need: records of objects, names of images, and sizes of image files."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -11,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE
-from dat.detection.data.formats.coco import clip_box
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, one_line, shown
@@ -35,30 +35,40 @@ class Object(NamedTuple):
 
 
 def make_record(
-    image_id: int, path: Path, size: tuple[int, int], objects: Iterable[Object], problems: Findings
+    image_id: int,
+    path: Path,
+    size: tuple[int, int],
+    objects: Iterable[Object],
+    problems: Findings,
+    file_name: str = "",
 ) -> ImageRecord:
     """The record of an image of `size` (width, height); boxes are clipped to it, and empty ones dropped."""
+    width, height = size
     kept: list[tuple[tuple[float, float, float, float], Object]] = []
     for entry in objects:
         x0, y0, x1, y1 = entry.box
-        box, outside = clip_box((x0, y0, x1 - x0, y1 - y0), *size)
-        text = f"{entry.where}: {x0:g} {y0:g} {x1:g} {y1:g} in {path.name}, {size[0]}x{size[1]}"
-        if box is None:
-            empty = not (x1 > x0 and y1 > y0) or not np.isfinite(entry.box).all()
-            problems.add(EMPTY if empty else OUTSIDE, text)
-            continue
-        if outside:
-            problems.add(CLIPPED, text)
-        kept.append((box, entry))
+        box = (max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height))
+        # The negation also finds NaN.
+        if not (box[2] > box[0] and box[3] > box[1]):
+            empty = not (x1 > x0 and y1 > y0) or not all(map(math.isfinite, entry.box))
+            kind = EMPTY if empty else OUTSIDE
+        else:
+            # Less than half a pixel is rounding.
+            kind = CLIPPED if max(box[0] - x0, box[1] - y0, x1 - box[2], y1 - box[3]) > 0.5 else ""
+            kept.append((box, entry))
+        if kind:
+            problems.add(kind, f"{entry.where}: {x0:g} {y0:g} {x1:g} {y1:g} in {path.name}, {width}x{height}")
     areas = [(x1 - x0) * (y1 - y0) if o.area is None else o.area for (x0, y0, x1, y1), o in kept]
     return ImageRecord(
         image_id,
         path,
-        *size,
+        width,
+        height,
         np.array([box for box, _ in kept], dtype=np.float32).reshape(-1, 4),
         np.array([entry.label for _, entry in kept], dtype=np.int64),
         np.array([entry.crowd for _, entry in kept], dtype=bool),
         np.array(areas, dtype=np.float32),
+        file_name,
     )
 
 

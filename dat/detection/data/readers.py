@@ -1,5 +1,6 @@
 """Finds the format of a data set and reads its splits. A format is one file in `formats`, which registers itself."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,7 @@ from dat.detection.data.image_names import absent_text, suggest_override
 from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import path_order
-
-# Without a validation split every fifth image is held out.
-HELD_OUT = 5
+from dat.utils.files import HELD_OUT, path_order
 
 
 class Split(NamedTuple):
@@ -101,12 +99,12 @@ def read_dataset(
     Args:
         data: `data.root` and, where it is not to be found there, `data.NAME.annotations` and `data.NAME.images`.
         name: of the split.
-        categories: the split must have classes of these names, in this order (those of training); None: any.
+        categories: those of training, which number the classes, by name; None: the split's own.
         annotated: whether images without any annotations, such as COCO's test files list, are an error.
 
     Raises:
         DataError: a folder of no known format, malformed annotations, no object that could be learnt or found, absent
-            images, other categories.
+            images, a class that is not in `categories`.
     """
 
     def read(problems: Findings) -> Annotations:
@@ -221,15 +219,25 @@ def read_strictly(
 
 
 def require_categories(found: Annotations, categories: tuple[Category, ...]) -> Annotations:
-    """The annotations with the categories of training. Raises DataError where they have others."""
+    """The annotations with the categories of training, by name: in its order, and with those that they lack.
+
+    Ids stay those of `found`. Raises DataError for a category that training does not have.
+    """
     found = found.with_categories(categories)
-    # Formats without ids count classes from 0, so that ids may differ where classes do not.
-    if [c.name for c in found.categories] != [c.name for c in categories]:
+    names = [category.name for category in categories]
+    own = {category.name: category for category in found.categories}
+    if list(own) == names:
+        return found
+    if not own.keys() <= set(names):
         raise DataError(
             f"{found.path}: categories are {_names(found.categories)}; "
             f"they should be those of training, {_names(categories)}"
         )
-    return found
+    used = {category.id for category in (*found.categories, *found.roots)}
+    free = itertools.count(max(used | {category.id for category in categories}) + 1)
+    missing = {c.name: Category(next(free), c.name) if c.id in used else c for c in categories if c.name not in own}
+    extent = f"{found.extent} of {len(own)} classes" if missing else found.extent
+    return replace(found.renumbered(tuple((own | missing)[name] for name in names)), extent=extent)
 
 
 class FirstProblem(Findings):

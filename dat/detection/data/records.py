@@ -52,7 +52,8 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A split of a data set. A label is the index of its category, and categories are in the order of their ids.
+    """A split of a data set. A label is the index of its category. Categories are in the order of their ids, or in
+    that of training.
 
     `path` is the file or folder that messages name; `warning` counts boxes that reading dropped or clipped, "" if none.
     `annotated` is False where the images have no annotations at all, as in COCO's test files. `format` and `extent` say
@@ -89,11 +90,15 @@ class Annotations:
         known = {category.name: category for category in (*self.roots, *self.categories)}
         if not {category.name for category in self.categories} < set(names) <= known.keys():
             return self
+        roots = tuple(root for root in self.roots if root.name not in names)
+        return replace(self.renumbered(tuple(known[name] for name in names)), roots=roots)
+
+    def renumbered(self, categories: tuple[Category, ...]) -> "Annotations":
+        """The same objects, with the labels that `categories` give their names; all names must be among them."""
+        names = [category.name for category in categories]
         labels = np.array([names.index(category.name) for category in self.categories], dtype=np.int64)
         records = tuple(replace(record, labels=labels[record.labels]) for record in self.records)
-        roots = tuple(root for root in self.roots if root.name not in names)
-        categories = tuple(known[name] for name in names)
-        return replace(self, categories=categories, records=records, roots=roots)
+        return replace(self, categories=categories, records=records)
 
     def objects(self, record: ImageRecord) -> list[dict[str, Any]]:
         """The objects of an image as COCO annotations without ids: "bbox" is (x, y, width, height) in pixels."""

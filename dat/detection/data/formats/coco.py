@@ -1,18 +1,18 @@
 """COCO's JSON format: one file of annotations and a folder of images for each split."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE, check_bboxes
+from dat.detection.data.box_checks import check_form
 from dat.detection.data.image_names import find_files
+from dat.detection.data.objects import Object, image_sizes, make_record
 from dat.detection.data.readers import collecting, read_strictly
-from dat.detection.data.records import Annotations, Category, ImageRecord
+from dat.detection.data.records import Annotations, Category
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
 from dat.utils.files import read_json
@@ -36,8 +36,11 @@ def read_categories(path: Path) -> tuple[Category, ...]:
     ).categories
 
 
-def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
-    """Parses the annotations that can be read, and adds all problems to `problems`."""
+def parse_coco(path: Path, images: Path | None, problems: Findings) -> Annotations:
+    """Parses the annotations that can be read, and adds all problems to `problems`.
+
+    `images`: the folder of the images; None: the one near the file that has the first of them.
+    """
     data: dict[str, Any] = {}
     with collecting(problems, "annotation file"):
         data = _read_json(path)
@@ -45,28 +48,30 @@ def parse_coco(path: Path, images: Path, problems: Findings) -> Annotations:
         return Annotations(path, (), ())
     categories, roots = _categories(path, data, problems)
     entries = _images(path, data, problems)
-    objects = _objects(path, data, categories, entries, problems)
     names = [image.file_name for image in entries.values()]
-    files = find_files(images, names, problems, path)
+    files = find_files(images or _folder_near(path, names[0] if names else ""), names, problems, path)
+    sizes = _sizes(entries, files, problems)
+    objects = _objects(path, data, categories, sizes, problems)
+    check_form(path, ((size, objects[image_id]) for image_id, size in sizes.items()), problems)
     records = [
-        ImageRecord(image_id, file, image.width, image.height, *_arrays(objects[image_id]), file_name=image.file_name)
-        for (image_id, image), file in zip(entries.items(), files, strict=True)
+        make_record(image_id, file, sizes[image_id], objects[image_id], problems, name)
+        for image_id, file, name in zip(entries, files, names, strict=True)
+        if image_id in sizes
     ]
     return Annotations(path, categories, tuple(records), annotated="annotations" in data, roots=roots)
 
 
-def clip_box(bbox: Sequence[float], width: int, height: int) -> tuple[tuple[float, float, float, float] | None, bool]:
-    """A bbox (x, y, w, h) in an image of width x height pixels as (x0, y0, x1, y1), and whether it reached outside.
-
-    None where nothing of it is left, or it was empty or not a number.
-    """
-    x, y, w, h = bbox
-    box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
-    # The negation also drops NaN.
-    if not (w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1]):
-        return None, False
-    # Less than half a pixel is rounding.
-    return box, max(box[0] - x, box[1] - y, x + w - box[2], y + h - box[3]) > 0.5
+def _folder_near(file: Path, name: str) -> Path:
+    """The folder near an annotation file that holds the image `name`."""
+    tag = re.sub(r"^(instances|image_info|person_keypoints)_", "", file.stem).replace("-dev", "")
+    above = [file.parent.parent] if file.parent.name.lower() in ("annotations", "labels") else []
+    folders = [
+        folder
+        for base in (file.parent, *above)
+        for folder in (base / "images" / tag, base / tag, base / "images", base / "data", base)
+        if folder.is_dir()
+    ]
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -152,9 +157,10 @@ def _roots(data: dict[str, Any], listed: list[tuple[Category, Any]]) -> set[Cate
 
 
 class _Image(NamedTuple):
+    """An entry of 'images'; `size` is (width, height), None: the file gives it."""
+
     file_name: str
-    width: int
-    height: int
+    size: tuple[int, int] | None
 
 
 def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, _Image]:
@@ -162,57 +168,51 @@ def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, _
     found: dict[int, _Image] = {}
     for i, entry in enumerate(data["images"]):
         with collecting(problems, "malformed image entry"):
-            image_id, *values = _get(path, entry, f"images[{i}]", id=int, file_name=str, width=int, height=int)
-            image = _Image(*values)
-            for key in ("width", "height"):
-                value = getattr(image, key)
-                if not 1 <= value < 2**31:
-                    should = "at least 1" if value < 1 else "below 2**31"
-                    raise DataError(f"{path}: images[{i}] has '{key}' {value}; it should be {should}")
+            where = f"images[{i}]"
+            image_id, file_name = _get(path, entry, where, id=int, file_name=str)
+            size = None
+            # pycocotools needs no sizes, so that some tools leave them out.
+            if entry.get("width") is not None or entry.get("height") is not None:
+                width, height = _get(path, entry, where, width=int, height=int)
+                for key, value in (("width", width), ("height", height)):
+                    if not 1 <= value < 2**31:
+                        should = "at least 1" if value < 1 else "below 2**31"
+                        raise DataError(f"{path}: {where} has '{key}' {value}; it should be {should}")
+                size = (width, height)
             if image_id in found:
                 text = f"{path}: image id {image_id} is used more than once"
                 problems.add("image id used twice", text, stops=True)
-            found.setdefault(image_id, image)
+            found.setdefault(image_id, _Image(file_name, size))
     if not data["images"]:
         text = f"{path}: 'images' is empty; it should list at least one image"
         problems.add("malformed image entry", text, stops=True)
     return found
 
 
+def _sizes(images: dict[int, _Image], files: Sequence[Path], problems: Findings) -> dict[int, tuple[int, int]]:
+    """(width, height) by image id; an image whose entry has none, and whose file cannot be read, is left out."""
+    bare = [(image_id, file) for (image_id, image), file in zip(images.items(), files, strict=True) if not image.size]
+    found = dict(zip((i for i, _ in bare), image_sizes([file for _, file in bare], problems), strict=True))
+    sizes = {image_id: image.size or found[image_id] for image_id, image in images.items()}
+    return {image_id: size for image_id, size in sizes.items() if size}
+
+
 def _objects(
-    path: Path,
-    data: dict[str, Any],
-    categories: tuple[Category, ...],
-    images: dict[int, _Image],
-    problems: Findings,
-) -> dict[int, list[tuple[Any, ...]]]:
-    """For each image id: box (x0, y0, x1, y1), label, crowd flag and area of its objects."""
+    path: Path, data: dict[str, Any], categories: tuple[Category, ...], images: Collection[int], problems: Findings
+) -> dict[int, list[Object]]:
+    """The objects of each of `images`, by image id."""
     label_of = {category.id: label for label, category in enumerate(categories)}
-    found: dict[int, list[tuple[Any, ...]]] = {image_id: [] for image_id in images}
-    bboxes, sizes = [], []
-    # Entries that cannot be read are problems already, and their objects are not further ones.
+    found: dict[int, list[Object]] = {image_id: [] for image_id in images}
+    # Images that cannot be read are problems already, and their objects are not further ones.
     unread = {_id(entry, "id") for entry in data["images"]} - {None, *images}
     for i, entry in enumerate(data.get("annotations", ())):
         if _id(entry, "image_id") in unread:
             continue
         with collecting(problems, "malformed annotation"):
             where = f"annotations[{i}]"
-            image_id, category_id, bbox = _ids_and_bbox(path, entry, where, label_of, images)
+            image_id, category_id, (x, y, w, h) = _ids_and_bbox(path, entry, where, label_of, images)
             crowd, area = _crowd_and_area(path, entry, where)
-            image = images[image_id]
-            bboxes.append(bbox)
-            sizes.append((image.width, image.height))
-            box, outside = clip_box(bbox, *sizes[-1])
-            text = f"{where}: {bbox} in {image.file_name}, {image.width}x{image.height}"
-            if box is None:
-                empty = not (bbox[2] > 0 and bbox[3] > 0) or not all(map(math.isfinite, bbox))
-                problems.add(EMPTY if empty else OUTSIDE, text)
-                continue
-            if outside:
-                problems.add(CLIPPED, text)
-            area = (box[2] - box[0]) * (box[3] - box[1]) if area is None else area
-            found[image_id].append((box, label_of[category_id], crowd, area))
-    check_bboxes(path, np.array(bboxes, dtype=np.float64).reshape(-1, 4), np.array(sizes).reshape(-1, 2), problems)
+            found[image_id].append(Object((x, y, x + w, y + h), label_of[category_id], where, crowd, area))
     return found
 
 
@@ -257,14 +257,3 @@ def is_number(value: Any) -> bool:
 def is_box(value: Any) -> bool:
     """Whether a value of JSON is a list of four numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-
-
-def _arrays(objects: list[tuple[Any, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes [n, 4], labels, crowd and areas [n] of an image."""
-    boxes, labels, crowd, areas = zip(*objects, strict=True) if objects else ((),) * 4
-    return (
-        np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        np.array(labels, dtype=np.int64),
-        np.array(crowd, dtype=bool),
-        np.array(areas, dtype=np.float32),
-    )

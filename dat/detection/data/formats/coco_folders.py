@@ -3,8 +3,6 @@
 COCO's own, those that Roboflow, CVAT, Label Studio and FiftyOne export, and plain train.json, val.json and images/.
 """
 
-import mmap
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,20 +12,16 @@ from dat.detection.data.readers import Found, Split, existing, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import parse_json, write_json
-
-# Names of a split's file or folder.
-WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+from dat.utils.files import SPLIT_NAMES, write_json
 
 _ROBOFLOW = "_annotations.coco.json"
-_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 def find(path: Path) -> Found | None:
     """The splits of a folder, or of one file of annotations."""
     if path.is_file():
         return Found("COCO", {"train": _split(path, path.parent)}) if path.suffix.lower() == ".json" else None
-    files = {split: file for split, words in WORDS.items() if (file := _file(path, words))}
+    files = {split: file for split, names in SPLIT_NAMES.items() if (file := _file(path, names))}
     if "train" in files or "val" in files:
         roboflow = any(file.name == _ROBOFLOW for file in files.values())
         splits = {split: _split(file, path) for split, file in files.items()}
@@ -57,10 +51,9 @@ def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path
     return []
 
 
-def _file(root: Path, words: tuple[str, ...]) -> Path | None:
+def _file(root: Path, split_names: tuple[str, ...]) -> Path | None:
     """The annotations of a split. Raises DataError where several files could be meant."""
-    # CVAT's subsets are called Train and Validation.
-    for word in (*words, *map(str.capitalize, words)):
+    for word in split_names:
         for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
                         f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
             files = sorted(root.glob(pattern))
@@ -75,37 +68,10 @@ def _file(root: Path, words: tuple[str, ...]) -> Path | None:
 
 def _split(file: Path, root: Path) -> Split:
     def read(problems: Findings, images: Path | None) -> Annotations:
-        return parse_coco(file, images or _images(file), problems)
+        return parse_coco(file, images, problems)
 
     name = file.relative_to(root)
     return Split(f"{name.parent}/" if name.name == _ROBOFLOW and name.parent.parts else name.as_posix(), read)
-
-
-def _images(file: Path) -> Path:
-    """The folder near an annotation file that holds the first image it lists."""
-    tag = re.sub(r"^(instances|image_info|person_keypoints)_", "", file.stem).replace("-dev", "")
-    above = [file.parent.parent] if file.parent.name.lower() in ("annotations", "labels") else []
-    folders = [
-        folder
-        for base in (file.parent, *above)
-        for folder in (base / "images" / tag, base / tag, base / "images", base / "data", base)
-        if folder.is_dir()
-    ]
-    name = _first_image(file)
-    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
-
-
-def _first_image(file: Path) -> str:
-    """The first file name of an annotation file, which is too large to be parsed twice; "": none."""
-    if not file.stat().st_size:
-        return ""
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = _FILE_NAME.search(content)
-        try:
-            return parse_json(found[1]) if found else ""
-        # parse_coco names the error.
-        except ValueError:
-            return ""
 
 
 register_reader(

@@ -13,12 +13,13 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
+from dat.utils.files import SPLIT_NAMES
 from dat.utils.safe_xml import Node, read_xml
 
 # The file has the annotations of all images.
 _LARGEST = 1024 * 2**20
 _SUBSET = re.compile(rb'<image\s[^>]*\bsubset="([^"]*)"')
-_SUBSETS = {"train": ("train", "default", ""), "val": ("val", "valid", "validation"), "test": ("test",)}
+_SUBSETS = SPLIT_NAMES | {"train": (*SPLIT_NAMES["train"], "default", "")}
 
 
 def find(path: Path) -> Found | None:

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import cached_assets_path
 
-from dat.detection.data.box_checks import check_corners
+from dat.detection.data.box_checks import check_form
 from dat.detection.data.formats.coco import is_box, is_number
 from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, number_classes, read_text
 from dat.detection.data.readers import Found, Split, collecting, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError, shown
-from dat.utils.files import parse_json, path_order
+from dat.utils.files import SPLIT_NAMES, parse_json, path_order
 from dat.utils.safe_yaml import parse_yaml
 
-_WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+_NAMES = SPLIT_NAMES | {"val": (*SPLIT_NAMES["val"], "dev")}
 _CLASS_KEYS = ("categories", "category", "labels", "label", "category_id")
 
 
@@ -43,7 +43,7 @@ def find(path: Path) -> Found | None:
         files = {"train": [path]} if path.suffix in (".jsonl", ".parquet") else {}
         root = path.parent
     else:
-        found = {split: _files(path, words) for split, words in _WORDS.items()}
+        found = {split: _files(path, names) for split, names in _NAMES.items()}
         files, root = {split: some for split, some in found.items() if some}, path
         if not files and (path / "metadata.jsonl").is_file():
             files = {"train": [path / "metadata.jsonl"]}
@@ -58,8 +58,8 @@ def find(path: Path) -> Found | None:
     return Found("Hugging Face", splits)
 
 
-def _files(root: Path, words: Sequence[str]) -> list[Path]:
-    for word in words:
+def _files(root: Path, split_names: Sequence[str]) -> list[Path]:
+    for word in split_names:
         for pattern in (f"{word}/metadata.jsonl", f"data/{word}-*.parquet", f"{word}/*.parquet", f"{word}*.parquet"):
             if found := sorted(root.glob(pattern)):
                 return found
@@ -89,7 +89,7 @@ def _read(
                 objects = list(_objects(row, numbers))
                 records.append(make_record(number, row.image, size, objects, problems))
                 listed.append((size, objects))
-    check_corners(files[0], listed, problems)
+    check_form(files[0], listed, problems)
     return Annotations(files[0], categories, tuple(records))
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from dat.detection.data.box_checks import check_corners
+from dat.detection.data.box_checks import check_form
 from dat.detection.data.objects import (
     Object,
     image_sizes,
@@ -33,12 +33,10 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import IMAGE_EXTENSIONS, path_order
+from dat.utils.files import IMAGE_EXTENSIONS, SPLIT_NAMES, path_order
 from dat.utils.safe_xml import Node, read_xml
 
-# CVAT's subsets are called Train, Validation and Test.
-_LISTS = {"train": ("train", "trainval", "Train"), "val": ("val", "Validation"), "test": ("test", "Test")}
-_FOLDERS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
+_LISTS = SPLIT_NAMES | {"train": (*SPLIT_NAMES["train"], "trainval")}
 # The XML of one image.
 _LARGEST = 16 * 2**20
 _BELOW_1 = re.compile(rb"<[xy]min>\s*(-|(0+(\.\d*)?|\.\d+)\s*<)")
@@ -81,7 +79,7 @@ def find(path: Path) -> Found | None:
             if file
         }
         return Found("Pascal VOC", splits or {"train": _split(folder, path)})
-    folders = {split: existing(path, *names) for split, names in _FOLDERS.items()}
+    folders = {split: existing(path, *names) for split, names in SPLIT_NAMES.items()}
     splits = {split: _split(place, path) for split, place in folders.items() if place and _is_voc(place)}
     if "train" in splits:
         return Found("Pascal VOC", splits)
@@ -184,7 +182,7 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
             objects = list(_objects(root, file, label_of, 0 if below_1 else 1, problems))
             records.append(make_record(number, image, size, objects, problems))
             listed.append((size, objects))
-    check_corners(folder.folder, listed, problems)
+    check_form(folder.folder, listed, problems)
     return Annotations(folder.folder, categories, tuple(records))
 
 

@@ -30,16 +30,10 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
-from dat.utils.files import find_images, path_order
+from dat.utils.files import SPLIT_NAMES, find_images, path_order
 from dat.utils.images import to_upright
 from dat.utils.safe_yaml import parse_yaml
 
-# CVAT's subsets are called Train, Validation and Test.
-_KEYS = {
-    "train": ("train", "Train"),
-    "val": ("val", "valid", "validation", "Validation"),
-    "test": ("test", "Test"),
-}
 # LabelImg writes classes.txt beside the labels.
 _LISTS_OF_NAMES = (
     *("classes.txt", "obj.names", "labels/classes.txt", "classes.names"),
@@ -78,7 +72,9 @@ def find(path: Path) -> Found | None:
         return None
     if not isinstance(content, dict) or names is None:
         return None
-    found = {split: next((content[key] for key in keys if content.get(key)), None) for split, keys in _KEYS.items()}
+    found = {
+        split: next((content[key] for key in keys if content.get(key)), None) for split, keys in SPLIT_NAMES.items()
+    }
     # `path` may be a folder of the machine that made the file.
     base = file.parent / str(content.get("path", ""))
     places = [_locate(base, value) for value in _listed(found["train"] or found["val"])]
@@ -135,7 +131,7 @@ def _from_folders(root: Path) -> Found | None:
     for pattern in ("images/{}", "{}/images", "{}"):
         found = {
             split: name
-            for split, words in _KEYS.items()
+            for split, words in SPLIT_NAMES.items()
             if (name := next((pattern.format(word) for word in words if (root / pattern.format(word)).is_dir()), ""))
         }
         if "train" in found:
