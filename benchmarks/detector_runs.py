@@ -27,6 +27,7 @@ from dat.detection.trainer import DetectionTrainer
 from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
 from dat.engine.distributed import setup_distributed
+from dat.utils.modules import evaluating
 from examples.digits import make_crops, make_scenes
 
 CONFIG = Path("configs/detection/scenes.yaml")
@@ -215,10 +216,8 @@ def cpu_seconds(run: Callable[[], Any], calls: int) -> float:
 
 def mflops(model: torch.nn.Module, images: torch.Tensor) -> float:
     """Millions of multiply-adds of a forward pass."""
-    training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(images)
-    model.train(training)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(images)
     return round(counter.get_total_flops() / 2e6, 1)
 
 

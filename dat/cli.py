@@ -133,7 +133,8 @@ def parse_command(task: str, command: str, arguments: Sequence[str], prog: str |
 
 
 def _add_train(parser: argparse.ArgumentParser, detect: bool) -> None:
-    _add_config(parser)
+    text = "YAML file, or the name of one in configs/, such as finetune"
+    parser.add_argument("config", metavar="CONFIG", help=text)
     _add_overrides(parser, "such as data.root=FOLDER train.lr=1e-3")
     if detect:
         text = "instead, overfit N training images in `output`/overfit, and print the likely reasons if that fails"
@@ -245,11 +246,6 @@ def _add_convert(parser: argparse.ArgumentParser, detect: bool) -> None:
     _add_overrides(parser, "for weights: replaces a value of the configuration")
     parser.add_argument("--annotations", type=Path, help="for weights: COCO JSON with the classes to keep")
     parser.add_argument("--out", type=Path, help="for weights: checkpoint to write")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    text = "YAML file, or the name of one in configs/, such as finetune"
-    parser.add_argument("config", metavar="CONFIG", help=text)
 
 
 def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:

@@ -1,7 +1,7 @@
 """The public class: a classifier from a checkpoint, an exported file or a configuration."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Classifier:
         cls,
         path: str | Path,
         overrides: Sequence[str] = (),
-        device: str | torch.device = "auto",
+        device: str = "auto",
         trust: bool = False,
     ) -> "Classifier":
         """A trained classifier, with its averaged weights where it has them.
@@ -78,8 +78,7 @@ class Classifier:
         Args:
             path: best.pth or last.pth of a run, an exported .onnx or .pt2, or "hf-hub:OWNER/NAME".
             overrides: "key.path=value" for the configuration in a checkpoint.
-            device: "auto", "cpu", "cuda", ..., in a job of torchrun for each process; or the device of this process
-                alone. Exported files run on the CPU.
+            device: "auto", "cpu", "cuda", ..., in a job of torchrun for each process. Exported files run on the CPU.
             trust: load a .pt2, which can run any code.
         Raises:
             CheckpointError, ConfigError: a file that cannot be used, or wrong arguments.
@@ -95,7 +94,7 @@ class Classifier:
         check_config(config)
         names, backbone = trained.class_names, config.model.backbone
         model = build_and_load(lambda: build_classifier(backbone, len(names), weights=False), trained.weights, path)
-        distributed = setup_distributed(device) if isinstance(device, str) else replace(CPU, device=device)
+        distributed = setup_distributed(device)
         graph = ClassifierGraph(model, config.data, len(names)).to(distributed.device).eval()
         # A closure would keep the model in copies of this, and could not be pickled.
         return cls(config, names, model, path, partial(_run, graph, distributed.device), distributed)

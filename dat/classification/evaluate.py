@@ -18,8 +18,9 @@ from dat.classification.readers import Split, open_place
 from dat.classification.results import Results
 from dat.engine.distributed import Distributed, gather
 from dat.engine.loaders import Loader
-from dat.engine.optim import amp_context, evaluating
+from dat.engine.optim import amp_context
 from dat.utils.errors import DataError
+from dat.utils.modules import evaluating
 
 logger = logging.getLogger(__name__)
 

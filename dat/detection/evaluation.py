@@ -11,7 +11,8 @@ from torch import Tensor
 from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
 from dat.detection.post_process import best_detections, select_detections
-from dat.engine.optim import amp_context, evaluating
+from dat.engine.optim import amp_context
+from dat.utils.modules import evaluating
 
 # COCO's limits between small, medium and large objects: sides in pixels of squares of those areas.
 SMALL, MEDIUM = 32, 96

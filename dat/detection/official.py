@@ -125,7 +125,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return _fit_counters(_untie_heads(_pack_projections(converted), model), model)
 
 
-def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path") -> bool:
+def load(model: nn.Module, path: str | Path) -> bool:
     """Loads a whole detector to fine-tune: an official checkpoint, transformers' weights or a run's own checkpoint.
 
     Everything but the class heads must fit. They are loaded if they fit, and stay new if the checkpoint has another
@@ -134,7 +134,6 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
     Args:
         model: a detector.
         path: .pth, .bin or .safetensors file.
-        key: name of the path in messages.
 
     Returns:
         whether the class heads were loaded.
@@ -143,11 +142,7 @@ def load(model: nn.Module, path: str | Path, key: str = "model.checkpoint_path")
         ConfigError: no such file.
         CheckpointError: not a checkpoint, or of another model; names the first tensor that differs.
     """
-    return load_state(model, read(path, key), path)
-
-
-def load_state(model: nn.Module, theirs: dict[str, Tensor], path: str | Path) -> bool:
-    """`load` of tensors that `read` has read from `path`."""
+    theirs = read(path, "model.checkpoint_path")
     try:
         state = convert(theirs, model)
     except ValueError as error:

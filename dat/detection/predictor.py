@@ -25,10 +25,10 @@ from dat.detection.tiles import detect_in_tiles
 from dat.engine.checkpoint import checkpoint_errors
 from dat.engine.config import apply_overrides, keyword_overrides
 from dat.engine.distributed import Distributed, gather
-from dat.engine.optim import amp_context, evaluating
-from dat.export.runtime import check_predictions
+from dat.engine.optim import amp_context
 from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.images import to_image
+from dat.utils.modules import evaluating
 
 # Images uint8 [B, 3, h, w] and sizes [B, 2] to scores, labels, boxes and queries, as DetectorGraph.
 Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -173,7 +173,11 @@ class Predictor:
             shapes = ", ".join(str(list(output.shape)) for output in outputs)
             raise CheckpointError(f"{self.path}: gives {shapes}, should give [B, k], [B, k], [B, k, 4] and [B, k]")
         scores, labels, boxes, _ = outputs
-        check_predictions(labels, len(self.categories), (scores, boxes), str(self.path))
+        classes, whole = len(self.categories), not labels.is_floating_point() and not labels.is_complex()
+        if not whole or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+            raise CheckpointError(f"{self.path}: gives labels that are not 0 to {classes - 1}")
+        if not (scores.isfinite().all() and boxes.isfinite().all()):
+            raise CheckpointError(f"{self.path}: gives numbers that are NaN or infinite")
         if not scores.is_floating_point() or not ((scores >= 0) & (scores <= 1)).all():
             raise CheckpointError(f"{self.path}: gives scores that are not 0 to 1")
         if not boxes.is_floating_point() or not (boxes[..., :2] <= boxes[..., 2:]).all():

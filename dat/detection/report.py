@@ -11,7 +11,7 @@ from dat.detection.checkpoint import check_categories
 from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
-from dat.detection.data.formats.coco import is_box, is_number
+from dat.detection.data.objects import is_box, is_number
 from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall

@@ -175,7 +175,7 @@ def _keep(path: Path, kept: Path) -> None:
         os.replace(path, kept)
 
 
-def find_checkpoint(output: Path) -> Path | None:
+def latest_checkpoint(output: Path) -> Path | None:
     """The checkpoint from which a run goes on: last.pth, or previous.pth if that is missing or damaged."""
     last, previous = output / LAST, output / PREVIOUS
     if not last.exists():

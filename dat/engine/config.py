@@ -394,11 +394,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return {str(name): _convert(arguments[1], item) for name, item in value.items()}
     if origin is list and isinstance(value, (list, tuple)):
         return [_convert(arguments[0], item) for item in value]
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item) for item in value)
-        if len(arguments) == len(value):
-            return tuple(_convert(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
+    if origin is tuple and isinstance(value, (list, tuple)) and len(arguments) == len(value):
+        return tuple(_convert(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
     raise ValueError(_describe(kind))
 
 
@@ -413,9 +410,9 @@ def _describe(kind: Any) -> str:
         return " or ".join(_describe(option) for option in arguments)
     if origin is dict:
         return "keys and values"
-    if origin is tuple and arguments[-1] is not Ellipsis:
+    if origin is tuple:
         return "a list [" + ", ".join(_describe(item) for item in arguments) + "]"
-    if origin in (list, tuple):
+    if origin is list:
         return f"a list, each {_describe(arguments[0])}"
     return str(kind)
 

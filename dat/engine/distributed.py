@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dat.engine.checkpoint import find_checkpoint
+from dat.engine.checkpoint import latest_checkpoint
 from dat.utils.errors import ConfigError
 from dat.utils.files import check_folder
 
@@ -109,7 +109,7 @@ def prepare_output(output: str | Path, resume: bool, distributed: Distributed) -
         if not str(output):
             raise ConfigError("output is empty, should be the folder of this run")
         check_folder(folder, "output")
-        found = find_checkpoint(folder)
+        found = latest_checkpoint(folder)
         if found is not None and not resume:
             raise ConfigError(f"output: {output} holds a run; go on with train.resume=true, or choose another folder")
     except ConfigError as failure:

@@ -2,8 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,7 +94,6 @@ def make_scheduler(
     warmup_steps: int = 0,
     kind: str = "cosine",
     decay_steps: Sequence[int] = (),
-    decay_rate: float = 0.1,
     min_lr: float = 0.0,
 ) -> Scheduler:
     """A schedule in optimizer steps, without state: call scheduler.step_update(finished steps) before each step.
@@ -104,7 +102,7 @@ def make_scheduler(
         optimizer: the "lr_scale" of its groups multiplies their rates.
         total_steps: length of the run.
         warmup_steps: linear from 0 (excluded) to the base rate; part of total_steps.
-        kind: "cosine" down to min_lr, or "step": multiplied by decay_rate at each of decay_steps.
+        kind: "cosine" down to min_lr, or "step": multiplied by 0.1 at each of decay_steps.
     """
     warmup_steps = min(warmup_steps, total_steps)
     base = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
@@ -114,11 +112,9 @@ def make_scheduler(
         # timm warns that a schedule of one step has no effect. A schedule of two starts with the same learning rate.
         length = max(total_steps, 2)
         return CosineLRScheduler(optimizer, t_initial=length, lr_min=min_lr, t_in_epochs=False, **warmup)
-    if kind != "step":
-        raise ConfigError(f"schedule is {kind!r}, should be 'cosine' or 'step'")
     # timm applies a milestone one step early.
     milestones = [step + 1 for step in sorted(decay_steps)]
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=decay_rate, t_in_epochs=False, **warmup)
+    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, t_in_epochs=False, **warmup)
 
 
 def make_optimizer(groups: list[dict[str, Any]], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -185,14 +181,3 @@ def _whole(tensor: Tensor) -> Tensor:
 def amp_context(device: torch.device, amp: str) -> torch.autocast:
     """Autocast to bfloat16 if amp is "bf16", disabled if it is "none". bfloat16 needs no loss scaler."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, also after an error, the model is in the mode in which it came."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

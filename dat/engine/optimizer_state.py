@@ -1,7 +1,6 @@
 """The state of an optimizer in a checkpoint: checked before and after it is loaded."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ STEPS = ("step", "lookahead_step")
 NEVER_NEGATIVE = (
     *STEPS, "exp_avg_sq", "max_exp_avg", "exp_avg_var", "exp_inf", "square_avg", "acc_delta", "grad_sum_sq", "sum",
 )  # fmt: skip
-# Options of an optimizer that may change when a run is resumed.
-RATES = ("lr", "initial_lr", "max_lr_snapshot")
 
 
 def load_optimizer(
@@ -53,9 +50,10 @@ def load_optimizer(
         raise CheckpointError(
             f"{path}: its optimizer state does not fit this configuration: {one_line(error)}"
         ) from error
-    wrong = _find_wrong(optimizer, groups)
+    wrong = _find_wrong(optimizer)
     if wrong:
         raise CheckpointError(f"{path}: its optimizer state does not fit this configuration: {wrong}")
+    # Options are those of the configuration.
     for group, new in zip(optimizer.param_groups, groups, strict=True):
         group.update(new)
 
@@ -118,12 +116,8 @@ def _find_wrong_value(name: str, value: Any, tensor: bool) -> str:
     return ""
 
 
-def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> str:
-    """The first entry that load_state_dict took but a step cannot use; `groups` are those of a new optimizer."""
-    for number, (group, new) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        for name in new.keys() - {"params", *RATES}:
-            if not _is_like(group.get(name), new[name]):
-                return f"{name} of group {number} is {describe(group.get(name))}, should be like {new[name]}"
+def _find_wrong(optimizer: torch.optim.Optimizer) -> str:
+    """The first entry that load_state_dict took but a step cannot use."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(optimizer.state.keys() & set(parameters)) < len(optimizer.state):
         return "it has a state of parameters that its groups lack"
@@ -135,14 +129,3 @@ def _find_wrong(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any
             if name in MOMENTS and value is not None and tuple(value.shape) != shape:
                 return f"{name} of parameter {number} is {describe(value)}, should be a tensor {shape}"
     return ""
-
-
-def _is_like(value: Any, new: Any) -> bool:
-    """Whether an option of an optimizer is that of a new optimizer; flags may differ, and be None."""
-    if isinstance(new, bool) or new is None:
-        return isinstance(value, bool) or value is None
-    if isinstance(new, (int, float)):
-        return is_finite(value) and math.isclose(value, new, rel_tol=1e-6)
-    if isinstance(new, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(new) and all(map(_is_like, value, new))
-    return isinstance(value, type(new))

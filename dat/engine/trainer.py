@@ -448,7 +448,8 @@ class Trainer(Task):
             "memory_gib": round(peak_memory(self.device), 3),
         }
         write_json(self.output / "metrics.json", metrics)
-        with errors_as_warnings(self.logger.warning, f"python -m {self.kind}.report {self.output}"):
+        task = "detect" if self.kind == "detection" else "classify"
+        with errors_as_warnings(self.logger.warning, f"dat {task} report {self.output}"):
             text = "\n".join(filter(None, [self._describe_run(), self._stopped_early()]))
             for path in self.write_report(metrics, text):
                 tag = path.relative_to(self.output).with_suffix("").as_posix()

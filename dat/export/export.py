@@ -101,7 +101,7 @@ def check_sizes(sizes: Sequence[int] | None, default: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def check_path(path: Path, compiled: bool = False) -> None:
+def check_path(path: Path, compiled: bool) -> None:
     """Raises ConfigError unless a model can be written to this path, in the format that its suffix names."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ConfigError(f"--out: {path} should end in .onnx (ONNX) or .pt2 (torch.export)")
@@ -111,23 +111,22 @@ def check_path(path: Path, compiled: bool = False) -> None:
         raise ConfigError(f"--out: {path} is a folder, or in a folder that does not exist")
 
 
-def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compiled: bool = False) -> dict[str, float]:
+def export_checked(graph: Graph, samples: Sequence[Tensors], path: Path, compiled: bool) -> dict[str, float]:
     """Exports a model, runs the file on samples, and moves it to `path` if it gives torch's results.
 
     Args:
         graph: model to export.
         samples: inputs to compare on.
-        path: .onnx or .pt2; nothing is left there, or beside it, if anything fails.
+        path: one that check_path took; nothing is left there, or beside it, if anything fails.
         compiled: write a package of AOTInductor instead of torch.export.
 
     Returns:
         The largest differences by name.
 
     Raises:
-        ConfigError: an unsuitable path or a missing library.
+        ConfigError: a missing library.
         ExportError: torch cannot export the model, or the file gives other results.
     """
-    check_path(path, compiled)
     write = _write_onnx if path.suffix == ".onnx" else _write_compiled if compiled else _write_program
     graph.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,15 +86,6 @@ def load_exported(path: Path, kind: str, trust: bool = False) -> Exported:
     check_content(metadata, path)
     check_class_names(metadata.get("class_names"), path)
     return exported
-
-
-def check_predictions(labels: Tensor, classes: int, numbers: Sequence[Tensor], path: Path | str) -> None:
-    """Raises CheckpointError for labels that are not 0 to classes - 1, and for numbers that are NaN or infinite."""
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    if not whole or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
-        raise CheckpointError(f"{path}: gives labels that are not 0 to {classes - 1}")
-    if not all(values.isfinite().all() for values in numbers):
-        raise CheckpointError(f"{path}: gives numbers that are NaN or infinite")
 
 
 def _load_onnx(path: Path) -> Exported:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dat.ops.flops import fvcore_handles
+from dat.utils.modules import evaluating
 
 
 def flops(model: nn.Module | str, size: tuple[int, int] | None = None, max_depth: int = 3) -> str:
@@ -24,8 +25,7 @@ def flops(model: nn.Module | str, size: tuple[int, int] | None = None, max_depth
         ImportError: fvcore is not installed.
     """
     model = timm.create_model(model) if isinstance(model, str) else model
-    training = model.training
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), evaluating(model), warnings.catch_warnings():
         # Tracing warns that sizes become constants, which they are here, and torch that it is deprecated.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -33,12 +33,10 @@ def flops(model: nn.Module | str, size: tuple[int, int] | None = None, max_depth
             from fvcore.nn import FlopCountAnalysis, flop_count_table
         except ImportError as error:
             raise ImportError("counting FLOPs needs fvcore: pip install fvcore", name="fvcore") from error
-        analysis = FlopCountAnalysis(model.eval(), _inputs(model, size)).set_op_handle(**fvcore_handles())
+        analysis = FlopCountAnalysis(model, _inputs(model, size)).set_op_handle(**fvcore_handles())
         # fvcore counts no element-wise ops and would list them; modules left out by pruning are never called.
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        table = flop_count_table(analysis, max_depth=max_depth)
-    model.train(training)
-    return table
+        return flop_count_table(analysis, max_depth=max_depth)
 
 
 def _inputs(model: nn.Module, size: tuple[int, int] | None) -> tuple[torch.Tensor, ...]:

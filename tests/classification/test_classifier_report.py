@@ -87,5 +87,5 @@ def test_a_run_survives_its_report(settings, tmp_path, monkeypatch):
     assert "top1" in json.loads((run / "metrics.json").read_text())
     log = (run / "train.log").read_text()
     assert "RuntimeError: a defect" in log
-    assert f"python -m classification.report {run}" in log
+    assert f"dat classify report {run}" in log
     assert log.splitlines()[-1] == f"results are in {run}"

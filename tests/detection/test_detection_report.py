@@ -211,5 +211,5 @@ def test_a_run_survives_its_report(config_file, tmp_path, monkeypatch):
     assert "AP" in json.loads((run / "metrics.json").read_text())
     log = (run / "train.log").read_text()
     assert "warning: the report is not complete: x.jpg: cannot be read" in log
-    assert f"python -m detection.report {run}" in log
+    assert f"dat detect report {run}" in log
     assert log.splitlines()[-1] == f"results are in {run}"

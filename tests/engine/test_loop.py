@@ -191,8 +191,6 @@ def test_schedules_count_optimizer_steps():
     assert cosine[10:] == sorted(cosine[10:], reverse=True)
     assert cosine[50] == pytest.approx(0.505)
     assert cosine[100] == pytest.approx(0.01)
-    with pytest.raises(ConfigError, match="schedule is 'linear'"):
-        rates(1, total_steps=1, kind="linear")
 
 
 def test_a_schedule_of_one_step_is_no_news(caplog):

@@ -338,9 +338,8 @@ def test_an_entry_that_is_missing_or_mistyped_is_named(tmp_path):
     state["best_epoch"] = 1
     torch.save(state, path)
     make(path.parent, True, ema_decay=0.9, log_steps=5).run()
-    optional = {*OPTIONAL, "foreach", "fused", "maximize", "capturable", "differentiable", "amsgrad"}
-    # The rates are those of the configuration, and AdamW sets its kind of decay.
-    optional |= {"lr", "initial_lr", "decoupled_weight_decay"}
+    # Options of the optimizer are those of the configuration.
+    optional = {*OPTIONAL, *(set(state["optimizer"]["param_groups"][0]) - {"params"})}
     # Parameters that never had a gradient have none.
     states = [("optimizer", "state", number) for number in state["optimizer"]["state"]]
     wrong = []

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,10 @@ LARGEST_FILE = 64 * 2**20
 
 # Classes without names are fewer than these.
 MOST_CLASSES = 100_000
+
+
+# Below the largest float32.
+_LARGEST = 1e38
 
 
 class Object(NamedTuple):
@@ -120,6 +124,18 @@ def relative_names(annotations: Annotations) -> list[Path]:
     return [path.relative_to(base) for path in paths]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that fits float32 or int64; NaN and infinity, which Python reads, do too."""
+    if isinstance(value, float):
+        return abs(value) < _LARGEST or not math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value of JSON is a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
 def read_text(path: Path, what: str) -> str:
     """The text of a small file. Raises DataError where it is not UTF-8, or absurdly large."""
     try:
@@ -142,11 +158,6 @@ def same_labels(annotations: Annotations) -> None:
                 f"{annotations.path}: lists {other} and {name}, whose labels would be one file; "
                 "the names of images should differ without their suffixes"
             )
-
-
-def number_text(value: float) -> str:
-    """The shortest text that reads back as the same number; whole numbers have no decimals."""
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def lost_areas(splits: Mapping[str, Annotations]) -> list[str]:

@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 
 from dat.detection.data.box_checks import check_form
 from dat.detection.data.image_names import find_files
-from dat.detection.data.objects import Object, image_sizes, make_record
+from dat.detection.data.objects import Object, image_sizes, is_box, is_number, make_record
 from dat.detection.data.readers import collecting, read_strictly
 from dat.detection.data.records import Annotations, Category
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
 from dat.utils.files import read_json
-
-# Below the largest float32.
-_LARGEST = 1e38
 
 
 def read_coco(path: Path, images: Path, categories: tuple[Category, ...] | None = None) -> Annotations:
@@ -245,15 +242,3 @@ def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool
     if area is not None and not (is_number(area) and 0 <= area < math.inf):
         raise DataError(f"{path}: {where} has 'area' {shown(area)}; it should be a number of at least 0")
     return bool(crowd), area
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that fits float32 or int64; NaN and infinity, which Python reads, do too."""
-    if isinstance(value, float):
-        return abs(value) < _LARGEST or not math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def is_box(value: Any) -> bool:
-    """Whether a value of JSON is a list of four numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))

@@ -16,8 +16,16 @@ from typing import Any, NamedTuple
 from huggingface_hub import cached_assets_path
 
 from dat.detection.data.box_checks import check_form
-from dat.detection.data.formats.coco import is_box, is_number
-from dat.detection.data.objects import Object, image_sizes, make_categories, make_record, number_classes, read_text
+from dat.detection.data.objects import (
+    Object,
+    image_sizes,
+    is_box,
+    is_number,
+    make_categories,
+    make_record,
+    number_classes,
+    read_text,
+)
 from dat.detection.data.readers import Found, Split, collecting, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings

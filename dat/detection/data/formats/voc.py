@@ -23,7 +23,6 @@ from dat.detection.data.objects import (
     lost_areas,
     make_categories,
     make_record,
-    number_text,
     parse_side,
     read_text,
     relative_names,
@@ -125,7 +124,7 @@ def _to_xml(record: ImageRecord, name: Path, categories: Sequence[Category]) -> 
         SubElement(entry, "difficult").text = str(int(crowd))
         box = SubElement(entry, "bndbox")
         for tag, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
-            SubElement(box, tag).text = number_text(value)
+            SubElement(box, tag).text = repr(value).removesuffix(".0")
     ElementTree.indent(root)
     return root
 
