@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,9 +31,9 @@ from dat.utils.errors import CheckpointError, ConfigError
 from dat.utils.images import read_image
 from dat.utils.overlays import (
     PANEL,
+    Backdrop,
     check_format,
     create_figure,
-    draw_image,
     draw_star,
     draw_weighted,
     save_figure,
@@ -62,6 +63,11 @@ class View:
     input_size: tuple[int, int]
     query: tuple[float, float]
 
+    @cached_property
+    def backdrop(self) -> Backdrop:
+        """What panels show of the image."""
+        return Backdrop.of(self.image)
+
     @property
     def factors(self) -> tuple[float, float]:
         """Pixels of the image per pixel of the input, along x and along y."""
@@ -90,7 +96,7 @@ def draw_keys(axes: "Axes", record: BlockAttention, view: View) -> None:
     """Draws reference points and moved keys of a block, coloured by group, joined by lines."""
     from matplotlib.collections import LineCollection
 
-    draw_image(axes, view.image)
+    view.backdrop.draw(axes)
     reference, points = (view.to_pixels(record, p) for p in (record.reference(), record.positions()))
     diameter = 0.45 * _spacing(record) * len(points) ** -0.25
     for start, end, color in zip(reference, points, group_colors(len(points)), strict=True):
@@ -107,7 +113,7 @@ def draw_attention(axes: "Axes", record: BlockAttention, view: View, head: int |
     """Draws keys by the attention of the query; `head` None averages over heads, on the keys of all groups."""
     from matplotlib.patches import Rectangle
 
-    draw_image(axes, view.image)
+    view.backdrop.draw(axes)
     row, column = view.query_position(record)
     groups = record.layer.num_groups
     attention = record.attention(row, column).cpu().unflatten(0, (groups, -1))

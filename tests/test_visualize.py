@@ -144,6 +144,20 @@ def test_a_figure_shows_the_recorded_points_and_attention(tmp_path):
     assert len(mean.collections[0].get_offsets()) == 70
 
 
+def test_panels_show_large_images_reduced_in_the_pixels_of_the_image(tmp_path):
+    (record,), _ = capture_attention(create(STAGES["table 2023"]), random_image(36, 52))
+    for size, shown, aspect in (((3000, 2000), (1024, 683), 1.0), ((4000, 100), (1024, 26), "auto")):
+        view = visualize.View(Image.new("RGB", size), (36, 52), (30, 20))
+        figure = visualize.draw_block(record, view)
+        for panel in figure.axes[:6]:
+            (picture,) = panel.images
+            assert picture.get_size() == shown[::-1]
+            assert picture.get_extent() == [-0.5, size[0] - 0.5, size[1] - 0.5, -0.5]
+            assert panel.get_aspect() == aspect
+        width, height = figure.axes[0].get_window_extent().size
+        assert height >= 0.1 * width
+
+
 @pytest.mark.parametrize("name", ["dat_nano", "dat_pp_nano"])
 def test_command_draws_a_model_by_its_name(name, image_file, tmp_path, capsys):
     out = tmp_path / "new" / "out.png"

@@ -39,8 +39,12 @@ def draw_boxes(
         color = COLORS[label % len(COLORS)]
         x, y, w, h = (value * scale for value in result["bbox"])
         draw.rectangle((x, y, x + w, y + h), outline=color, width=max(2, round(2 * unit)))
-        score = f" {result['score']:.2f}" if "score" in result else ""
-        _write(draw, (x, y), categories[label].name + score, fonts, color, image.size)
+        name, score = categories[label].name, f" {result['score']:.2f}" if "score" in result else ""
+        text = name + score
+        while len(name) > 1 and _width(fonts, text) > image.width:
+            name = name[: len(name) * 9 // 10]
+            text = f"{name}...{score}"
+        _write(draw, (x, y), text, fonts, color, image.size)
     if title:
         font = fonts.default
         draw.text((4 * unit, image.height - 20 * unit), title, "white", font, stroke_width=2, stroke_fill="black")
@@ -56,6 +60,11 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     both.paste(left, (0, 0))
     both.paste(right, (0, left.height + gap) if wide else (left.width + gap, 0))
     return both
+
+
+def _width(fonts: LabelFonts, text: str) -> float:
+    left, _, right, _ = fonts.bbox(text)
+    return right - left + 4
 
 
 def _write(

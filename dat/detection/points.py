@@ -16,7 +16,7 @@ from dat.detection.models.deformable import DeformableModel
 from dat.layers import MSDeformAttn
 from dat.ops.reference import sampling_points
 from dat.utils.errors import ConfigError
-from dat.utils.overlays import create_figure, draw_image, draw_star, draw_weighted, save_figure
+from dat.utils.overlays import Backdrop, create_figure, draw_star, draw_weighted, save_figure
 from dat.utils.text import printable
 
 # Most detections of a sheet, those with the highest scores.
@@ -106,9 +106,9 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
     """Writes a sheet with a row for each detection of highest score: all of its samples, then those of each level."""
     levels = points.weights.shape[2]
     columns = levels + 1 if levels > 1 else 1
-    image, names = detections.image, detections.class_names
+    names, backdrop = detections.class_names, Backdrop.of(detections.image)
     figure, axes = create_figure(
-        min(len(detections), ROWS), columns, image, "sampling points of each detection, by attention weight"
+        min(len(detections), ROWS), columns, detections.image, "sampling points of each detection, by attention weight"
     )
     for i, row in enumerate(axes.reshape(-1, columns)):
         # Sizes and colours of all panels of a row are on one scale.
@@ -116,7 +116,7 @@ def draw_points(detections: Detections, points: Points, path: Path) -> None:
         for level, panel in zip([None, *range(levels)], row, strict=False):
             chosen = slice(None) if level is None else slice(level, level + 1)
             locations, weights = points.locations[i][:, chosen], points.weights[i][:, chosen]
-            draw_image(panel, image)
+            backdrop.draw(panel)
             _draw_box(panel, detections.boxes[i].tolist(), COLORS[int(detections.labels[i]) % len(COLORS)])
             draw_weighted(panel, locations.flatten(0, -2), weights.flatten(), DIAMETER, limits)
             draw_star(panel, *points.references[i].tolist())

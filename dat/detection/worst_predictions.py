@@ -94,7 +94,7 @@ def _name(annotations: Annotations, entry: dict[str, Any]) -> str:
 def _title(annotations: Annotations, mistake: Mistake) -> str:
     kind = f"{'missed' if mistake.missed else 'false'} {_name(annotations, mistake.entry)}"
     detail = f"best score {mistake.score:.2f}" if mistake.missed else f"{mistake.score:.2f}, {mistake.reason}"
-    return f"{kind[:28]}, {detail}\n{mistake.record.path.name[-36:]}"
+    return f"{kind[:28]}, {detail[:24]}\n{mistake.record.path.name[-36:]}"
 
 
 def _crop(annotations: Annotations, mistake: Mistake) -> Image.Image:

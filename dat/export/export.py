@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from dat.engine.config import LARGEST_SIDE
 from dat.export.aot_inductor import write_compiled
@@ -227,7 +228,11 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 
 
 def _write_program(graph: Graph, path: Path) -> None:
-    torch.export.save(_program(graph), path, extra_files={"metadata.json": json.dumps(graph.metadata)})
+    program = _program(graph)
+    # torch takes sides of the example's kind for the only ones, such as above 32 pixels, though the graph takes any.
+    for symbol, sizes in program.range_constraints.items():
+        program.range_constraints[symbol] = ValueRanges(1, sizes.upper)
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(graph.metadata)})
 
 
 def _write_compiled(graph: Graph, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Figures with weighted points drawn over an image."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 PANEL = 2.3  # inches
 DPI = 130
+# Sides of the image in a panel, with some to spare for figures of other resolutions.
+MOST_PIXELS = 1024
+# Flatter images are stretched to this ratio of height to width.
+FLATTEST = 0.15
 
 
 def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tuple["Figure", Any]:
@@ -22,7 +26,7 @@ def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tu
     # pyplot would keep the figure in memory until it is closed.
     from matplotlib.figure import Figure
 
-    height = PANEL * min(image.height / image.width, 3)
+    height = PANEL * min(max(image.height / image.width, FLATTEST), 3)
     figure = Figure(figsize=(PANEL * columns, (height + 0.4) * rows + 0.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in axes:
@@ -31,10 +35,26 @@ def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tu
     return figure, axes
 
 
-def draw_image(axes: "Axes", image: Image.Image) -> None:
-    """Draws the image darkened, so that points stand out."""
-    axes.imshow(image.point([level * 5 // 8 for level in range(256)] * 3))
-    axes.set_autoscale_on(False)
+class Backdrop(NamedTuple):
+    """An image darkened, so that points stand out, and reduced to what a panel shows; `size` is that of the image."""
+
+    image: Image.Image
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: Image.Image) -> "Backdrop":
+        """The backdrop of an image in RGB; one serves all panels of a figure."""
+        reduced = image.copy()
+        reduced.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        return cls(reduced.point([level * 5 // 8 for level in range(256)] * 3), image.size)
+
+    def draw(self, axes: "Axes") -> None:
+        """Draws it on axes in pixels of the image."""
+        width, height = self.size
+        axes.imshow(self.image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        if height < FLATTEST * width:
+            axes.set_aspect("auto")
+        axes.set_autoscale_on(False)
 
 
 def draw_star(axes: "Axes", x: float, y: float) -> None:

@@ -77,6 +77,16 @@ def test_onnx_gives_torchs_logits_of_any_batch_and_size(tmp_path, backbone):
         assert labels[:, 0].tolist() == wanted.argmax(1).tolist()
 
 
+def test_a_program_of_torch_export_takes_images_below_the_usual_sizes(tmp_path):
+    path = write_classifier(tmp_path / "best.pth", DAT_PP, img_size=32)
+    dat("classify", "export", path, "--out", tmp_path / "model.pt2")
+    exported = load_exported(tmp_path / "model.pt2", "classification", trust=True)
+    classifier = Classifier.from_checkpoint(path, device="cpu")
+    for shape in ((1, 3, 32, 32), (2, 3, 9, 70)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        torch.testing.assert_close(exported.run(images)[0], classifier.run(images)[0], rtol=0, atol=1e-4)
+
+
 def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, capsys):
     path = write_classifier(tmp_path / "best.pth", {"name": "test_vit"}, img_size=160)
     (tmp_path / "pictures").mkdir()

@@ -29,6 +29,16 @@ def test_a_label_stays_inside_the_picture():
     assert (picture[:20, 400:].sum(-1) > 0).mean() > 0.5
 
 
+def test_a_long_name_leaves_room_for_the_score():
+    def right_edge(name, score):
+        box = {"category_id": 3, "bbox": [0, 100, 600, 100], "score": score}
+        return np.asarray(draw_boxes(Image.new("RGB", (640, 480)), [box], [Category(3, name)]))[85:99, 500:]
+
+    name = "a very long name for a class, " * 6
+    assert not np.array_equal(right_edge(name, 0.11), right_edge(name, 0.88))
+    assert not right_edge("cat", 0.11).any()
+
+
 def test_two_pictures_in_one():
     assert side_by_side(Image.new("RGB", (100, 80)), Image.new("RGB", (100, 80))).size == (206, 80)
     assert side_by_side(Image.new("RGB", (200, 80)), Image.new("RGB", (200, 80))).size == (200, 166)
