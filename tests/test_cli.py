@@ -95,6 +95,10 @@ def test_configurations_are_found_by_name():
         find_config("demo")
     for task in ("classification", "detection"):
         assert find_config("demo", task).parent.name == task
+    with pytest.raises(ConfigError, match="finetune: is a configuration of detection, should be one of classification"):
+        find_config("finetune", "classification")
+    with pytest.raises(ConfigError, match=r"there are (?!.*_imagenet)"):
+        find_config("nosuch", "detection")
 
 
 @pytest.mark.parametrize("name", ["dat_nano", "deformable_detr_dat_nano"])

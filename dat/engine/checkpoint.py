@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dat.engine.config import flatten, from_dict, get_value, rename_keys, to_dict
+from dat.engine.config import flatten, from_dict, rename_keys, to_dict
 from dat.utils.errors import CheckpointError, DataError, UserError, one_line
 from dat.utils.files import atomic_write
 from dat.utils.finite import check_finite
@@ -359,24 +359,31 @@ def describe(value: Any) -> str:
     return repr(value)[:60] if simple else f"a {type(value).__name__}"
 
 
-def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> None:
+def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: str | Path) -> list[str]:
     """Refuses to resume under a configuration that would not continue the same run.
 
     Args:
         old: plain configuration in the checkpoint at `path`.
         new: configuration (a dataclass) of this run.
         keys: values or whole sections that should be equal, except for drop rates and the source of weights.
+
+    Returns:
+        The other keys that changed, each with both values.
+
     Raises:
-        CheckpointError: names the first key that changed.
+        CheckpointError: names the first of `keys` that changed.
     """
-    before, now = to_dict(from_dict(type(new), old, str(path))), to_dict(new)
-    for key in keys:
-        a, b = flatten(get_value(before, key), key), flatten(get_value(now, key), key)
-        for name in sorted(a.keys() | b.keys()):
-            free = "drop" in name or name.endswith((".pretrained", ".checkpoint_path"))
-            if not free and (name not in a or name not in b or a[name] != b[name]):
-                was, wanted = (repr(values[name]) if name in values else "absent" for values in (a, b))
-                raise CheckpointError(f"{path}: {name} was {was}, is now {wanted}; resuming needs the same")
+    before, now = flatten(to_dict(from_dict(type(new), old, str(path)))), flatten(to_dict(new))
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        if name in before and name in now and before[name] == now[name]:
+            continue
+        was, wanted = (repr(values[name]) if name in values else "absent" for values in (before, now))
+        free = "drop" in name or name.endswith((".pretrained", ".checkpoint_path"))
+        if not free and f"{name}.".startswith(tuple(f"{key}." for key in keys)):
+            raise CheckpointError(f"{path}: {name} was {was}, is now {wanted}; resuming needs the same")
+        changes.append(f"{name} was {was}, is now {wanted}")
+    return changes
 
 
 @contextmanager

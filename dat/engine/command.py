@@ -28,8 +28,8 @@ def main_guard(main: Callable[[], None]) -> None:
         if os.environ.get("DAT_TRACEBACK"):
             traceback.print_exc()
         _fail(f"error: {error_line(error)}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; train.resume=true goes on from the last checkpoint", 130)
+    except KeyboardInterrupt as error:
+        _fail("; ".join(filter(None, ("interrupted", str(error)))), 130)
     except SystemExit:
         _leave_process_group()
         raise

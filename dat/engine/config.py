@@ -44,7 +44,7 @@ def find_config(name: str | Path, folder: str = "") -> Path:
     Args:
         name: path of a YAML file, or the path below configs/ without its ending ("detection/finetune"); the folder may
             be left out where only one file has the name.
-        folder: of configs/, whose files come first where several have the name.
+        folder: of configs/, the only one whose files are taken; "": all.
 
     Raises:
         ConfigError: no such file or name, or a name of several; lists the nearest names.
@@ -52,15 +52,16 @@ def find_config(name: str | Path, folder: str = "") -> Path:
     if Path(name).is_file() or Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
     paths = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
-    found = [key for key in paths if str(name) in (key, key.rpartition("/")[2])]
-    if f"{folder}/{name}" in paths:
-        return paths[f"{folder}/{name}"]
+    named = [key for key in paths if str(name) in (key, key.rpartition("/")[2])]
+    found = [key for key in named if key.startswith(folder)]
     if len(found) == 1:
         return paths[found[0]]
     if found:
         raise ConfigError(f"{name}: several configurations have this name: {', '.join(found)}")
-    leaves = {key.rpartition("/")[2]: key for key in paths}
-    near = difflib.get_close_matches(Path(name).name, leaves, n=3) or list(leaves)
+    if named:
+        raise ConfigError(f"{name}: is a configuration of {named[0].partition('/')[0]}, should be one of {folder}")
+    leaves = [key.rpartition("/")[2] for key in paths if key.startswith(folder)]
+    near = difflib.get_close_matches(Path(name).name, leaves, n=3) or leaves
     raise ConfigError(f"{name}: no such file, nor a configuration of this name; there are {', '.join(near)}")
 
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dat.engine.checkpoint import latest_checkpoint
-from dat.utils.errors import ConfigError
+from dat.utils.errors import ConfigError, one_line
 from dat.utils.files import check_folder
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
     Further calls return the same process group.
 
     Raises:
-        ConfigError: a device that this machine does not have.
+        ConfigError: a device that this machine does not have, or a job of several processes that lacks its variables.
     """
     if device in ("auto", ""):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,14 @@ def setup_distributed(device: str = "auto") -> Distributed:
         # Detector.train sets up twice, but a process can join only one group.
         device = f"cuda:{torch.cuda.current_device()}" if device.startswith("cuda") else device.split(":")[0]
         return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device))
-    found = init_distributed_device_so(device)
+    try:
+        found = init_distributed_device_so(device)
+    # A shell of SLURM has the number of tasks, but not the address of a job that srun started.
+    except ValueError as error:
+        raise ConfigError(
+            f"the environment (WORLD_SIZE or SLURM_NTASKS) asks for several processes, but {one_line(error)}; "
+            "start them with torchrun or srun, or unset the variable"
+        ) from error
     return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
 
 

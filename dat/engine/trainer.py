@@ -143,8 +143,11 @@ class Trainer(Task):
         Returns:
             metrics.json of the best epoch on the main process, {} on the others.
         """
-        with self.lock, name_full_disk(self.output):
-            return self._run(until)
+        try:
+            with self.lock, name_full_disk(self.output):
+                return self._run(until)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("train.resume=true goes on from the last checkpoint") from error
 
     def _run(self, until: float) -> dict[str, Any]:
         progress, config, main = self.progress, self.config, self.distributed.main
@@ -402,7 +405,8 @@ class Trainer(Task):
         state, classes = load_checkpoint(path, kind=self.kind), self.class_state()
         # The logged values of a step are the loss, its parts and the norm of the gradients.
         check_training_state(state, classes, len(self.losses) + 2, path)
-        check_resumable(state["config"], self.config, self.fixed_keys, path)
+        changes = check_resumable(state["config"], self.config, self.fixed_keys, path)
+        self.changes = [text for text in changes if not text.startswith(("output ", "train.resume "))]
         for name, now in classes.items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")
@@ -488,6 +492,7 @@ class Trainer(Task):
         progress, lines = self.progress, [self._describe_run(), self.describe_classes()]
         if self.resume is not None:
             lines.append(f"resumed from {self.resume}: step {progress.step}, epoch {progress.epoch + 1}/{self.epochs}")
+            lines += [f"changed since: {text}" for text in self.changes]
         if progress.closed >= self.total_steps:
             key = "steps" if self.config.train.steps else "least_steps" if self._is_raised() else "epochs"
             lines.append(f"nothing left to train; raise train.{key} to go on")

@@ -247,7 +247,13 @@ def test_what_a_resumed_run_cannot_change_is_named(now, message):
 
 def test_a_resumed_run_may_change_rates_and_where_weights_came_from():
     now = Config(lr=0.2, model={"name": "a", "drop_path_rate": 0.3, "checkpoint_path": "x.pth", "pretrained": True})
-    check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth")
+    assert check_resumable(to_dict(Config()), now, ("seed", "model"), "last.pth") == [
+        "lr was 0.1, is now 0.2",
+        "model.checkpoint_path was absent, is now 'x.pth'",
+        "model.drop_path_rate was absent, is now 0.3",
+        "model.drop_rate was 0.1, is now absent",
+        "model.pretrained was absent, is now True",
+    ]
 
 
 @pytest.mark.parametrize("checksums", [True, False])

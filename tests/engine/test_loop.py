@@ -258,6 +258,19 @@ def test_devices_that_do_not_exist_are_refused():
         setup_distributed("tpu")
 
 
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}])
+def test_a_job_that_lacks_its_variables_is_one_line(monkeypatch, variables):
+    """A shell of SLURM has some of them, though it started one process."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"):
+        # Set first, so that what timm sets is removed afterwards.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in ({"SLURM_LOCALID": "0"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"asks for several processes, but .* expected, but not set; start them with"):
+        setup_distributed("cpu")
+
+
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
@@ -400,7 +413,8 @@ def failing(error):
         (ConfigError("a.yaml: wrong\n  key"), 1, "error: a.yaml: wrong key\n"),
         (FileNotFoundError(2, "No such file or directory", "x.json"), 1, "error: x.json: No such file or directory\n"),
         (DataError("Caught it.\nOriginal Traceback:\n  at x\ndat.DataError: bad: picture"), 1, "error: bad: picture\n"),
-        (KeyboardInterrupt(), 130, "interrupted; train.resume=true goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("it goes on"), 130, "interrupted; it goes on\n"),
     ],
 )
 def test_errors_for_people_are_one_line(capsys, error, code, line):

@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import os
+import re
 import signal
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,6 +220,15 @@ def test_the_means_of_the_log_survive_an_interruption(tmp_path, monkeypatch):
     )
     assert whole == stopped
     assert [step for step, *_ in whole] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_resumed_run_says_what_changed(tmp_path):
+    make(tmp_path, epochs=1).run()
+    make(tmp_path, True, epochs=2, clip_grad=0.5).run()
+    log = (tmp_path / "train.log").read_text()
+    assert re.search(r"changed since: train.clip_grad was [\d.]+, is now 0.5\n", log)
+    assert "changed since: train.epochs was 1, is now 2" in log
+    assert "train.resume was" not in log
 
 
 def test_the_best_checkpoint_holds_the_averaged_weights_alone(tmp_path):
