@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image
 
 from dat.detection.data import Annotations, Batch, Category
 from dat.detection.models.base import BaseDETR
@@ -53,9 +54,7 @@ def to_results(
     image_id: int, size: tuple[int, int], detections: dict[str, Tensor], categories: Sequence[Category]
 ) -> list[dict[str, Any]]:
     """COCO results of one image of `size` (height, width), its boxes (xyxy in pixels) clipped to it."""
-    height, width = size
-    boxes = detections["boxes"].float().cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = box_convert(clip_boxes_to_image(detections["boxes"].float().cpu(), size), "xyxy", "xywh")
     scores, labels = detections["scores"].float().tolist(), detections["labels"].tolist()
     return [
         {

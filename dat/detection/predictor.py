@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F
 
 from dat.detection.config import DataConfig, DetectionConfig, ValDataConfig, check_config
@@ -160,8 +161,7 @@ class Predictor:
             self._check(outputs, len(batch))
             for i, *values in zip(members, *outputs, strict=True):
                 scores, labels, boxes, queries = select_detections(values, nms, one_class)
-                limits = torch.tensor([images[i].width, images[i].height] * 2)
-                clipped = boxes.float().clamp(min=0).minimum(limits)
+                clipped = clip_boxes_to_image(boxes.float(), (images[i].height, images[i].width))
                 found[i] = Detections(images[i], clipped, scores, labels, queries, self.categories)
         return [found[i] for i in range(len(images))]
 

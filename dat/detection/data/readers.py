@@ -236,7 +236,7 @@ def require_categories(found: Annotations, categories: tuple[Category, ...]) -> 
     used = {category.id for category in (*found.categories, *found.roots)}
     free = itertools.count(max(used | {category.id for category in categories}) + 1)
     missing = {c.name: Category(next(free), c.name) if c.id in used else c for c in categories if c.name not in own}
-    extent = f"{found.extent} of {len(own)} classes" if missing else found.extent
+    extent = f"{found.extent} with {len(own)} of {len(names)} classes" if missing else found.extent
     return replace(found.renumbered(tuple((own | missing)[name] for name in names)), extent=extent)
 
 
