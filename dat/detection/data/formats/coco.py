@@ -1,6 +1,7 @@
 """COCO's JSON format: one file of annotations and a folder of images for each split."""
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Container, Sequence
@@ -68,7 +69,7 @@ def _folder_near(file: Path, name: str) -> Path:
         for folder in (base / "images" / tag, base / tag, base / "images", base / "data", base)
         if folder.is_dir()
     ]
-    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+    return next((folder for folder in folders if os.path.isfile(folder / name)), folders[0])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
