@@ -70,7 +70,7 @@ class Classifier:
         cls,
         path: str | Path,
         overrides: Sequence[str] = (),
-        device: str = "auto",
+        device: str | torch.device = "auto",
         trust: bool = False,
     ) -> "Classifier":
         """A trained classifier, with its averaged weights where it has them.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dat.detection.checkpoint import check_categories, load_detector
@@ -36,7 +37,7 @@ class Detector(Predictor):
         cls,
         path: str | Path,
         overrides: Sequence[str] = (),
-        device: str = "auto",
+        device: str | torch.device = "auto",
         trust: bool = False,
         top_k: int | None = None,
     ) -> "Detector":

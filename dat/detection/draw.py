@@ -41,7 +41,7 @@ def draw_boxes(
         draw.rectangle((x, y, x + w, y + h), outline=color, width=max(2, round(2 * unit)))
         name, score = categories[label].name, f" {result['score']:.2f}" if "score" in result else ""
         text = name + score
-        while len(name) > 1 and _width(fonts, text) > image.width:
+        while len(name) > 4 and _width(fonts, text) > image.width:
             name = name[: len(name) * 9 // 10]
             text = f"{name}...{score}"
         _write(draw, (x, y), text, fonts, color, image.size)

@@ -51,13 +51,17 @@ def overfit(config: DetectionConfig, count: int) -> None:
         if distributed.main:
             for name in (LAST, PREVIOUS, "best.pth"):
                 (output / name).unlink(missing_ok=True)
-        metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
+        try:
+            metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
+        except KeyboardInterrupt:
+            # It is not resumed, as the message of a training would say.
+            raise KeyboardInterrupt from None
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:
         echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images after {metrics['seconds'] / 60:.1f} min: all works")
         return
-    results = read_results(output / "detections.json")
+    results = read_results(output / "detections.json", some)
     echo(f"AP {metrics['AP']:.3f} on {len(some.records)} images, should be at least {TARGET}:", error=True)
     for reason in diagnose(config, some, results, metrics, read_jsonl(output / "log.jsonl")):
         echo(f"  - {reason}", error=True)

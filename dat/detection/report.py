@@ -12,6 +12,7 @@ from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
 from dat.detection.data.objects import is_box, is_number
+from dat.detection.data.readers import read_splits
 from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
@@ -120,8 +121,8 @@ def save_predictions(
     return paths
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The content of a detections.json. Raises DataError unless every entry has the types of COCO's results."""
+def read_results(path: Path, annotations: Annotations) -> list[dict[str, Any]]:
+    """The content of a detections.json. Raises DataError unless it holds COCO's results on `annotations`."""
     results = read_json(path)
     for i, result in enumerate(results if isinstance(results, list) else [results]):
         entry = result if isinstance(result, dict) else {}
@@ -130,6 +131,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         if not all(map(is_number, numbers)) or not all(isinstance(value, int) for value in ids):
             text = "should have integers image_id and category_id, numbers score and bbox"
             raise DataError(f"{path}: entry {i} is {shown(result)}, {text}")
+    images, classes = ({x.id for x in group} for group in (annotations.records, annotations.categories))
+    if not all(result["image_id"] in images and result["category_id"] in classes for result in results):
+        raise DataError(f"{path}: is of other images or classes than {annotations.path}")
     return results
 
 
@@ -141,14 +145,12 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     path = folder / "detections.json"
     if not path.is_file():
         raise DataError(f"{path}: no such file, the run was not evaluated yet")
-    results = read_results(path)
-    classes, weights = None, folder / "best.pth"
+    weights = folder / "best.pth"
     # Large files may have been left behind.
     if weights.is_file():
         state = load_checkpoint(weights, "detection")
         classes = check_categories(state.get("category_ids"), state.get("class_names", ()), weights)
-    annotations = read_dataset(config.data, "val", classes)
-    images, ids = ({x.id for x in group} for group in (annotations.records, annotations.categories))
-    if not all(result["image_id"] in images and result["category_id"] in ids for result in results):
-        raise DataError(f"{path}: is of other images or classes than {annotations.path}")
-    return Evaluation.of(annotations, results, every=config.data.val.tiles > 0)
+        annotations = read_dataset(config.data, "val", classes)
+    else:
+        _, annotations = read_splits(config.data)
+    return Evaluation.of(annotations, read_results(path, annotations), every=config.data.val.tiles > 0)

@@ -47,7 +47,7 @@ def settle_batch_norm(model: ModelConfig, resume: Path | None) -> ModelConfig:
 
 
 class DetectionTrainer(Trainer):
-    """A run that trains a detector on `train_set` and evaluates it on `val_set`, of the same categories.
+    """A run that trains a detector on `train_set` and evaluates it on `val_set`, of the same classes.
 
     `transform`: of the user, before the other augmentation, see UserTransform.
     The other arguments and errors are those of Trainer.
@@ -135,7 +135,7 @@ class DetectionTrainer(Trainer):
         write_json(path, self.results)
 
     def load_metrics(self, path: Path) -> dict[str, Any]:
-        results = read_results(path)
+        results = read_results(path, self.val_set)
         self.evaluation = Evaluation.of(self.val_set, results, every=self.config.data.val.tiles > 0)
         return self.evaluation.metrics()
 

@@ -64,7 +64,7 @@ class Distributed:
         return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-def setup_distributed(device: str = "auto") -> Distributed:
+def setup_distributed(device: str | torch.device = "auto") -> Distributed:
     """Joins the process group of torchrun, if there is one, and picks the device; "auto" is cuda or else cpu.
 
     Further calls return the same process group.
@@ -72,6 +72,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
     Raises:
         ConfigError: a device that this machine does not have, or a job of several processes that lacks its variables.
     """
+    device = str(device)
     if device in ("auto", ""):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -84,11 +85,11 @@ def setup_distributed(device: str = "auto") -> Distributed:
         return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device))
     try:
         found = init_distributed_device_so(device)
-    # A shell of SLURM has the number of tasks, but not the address of a job that srun started.
+    # SLURM gives the number of tasks, but no address.
     except ValueError as error:
         raise ConfigError(
             f"the environment (WORLD_SIZE or SLURM_NTASKS) asks for several processes, but {one_line(error)}; "
-            "start them with torchrun or srun, or unset the variable"
+            "start them with torchrun, or as examples/slurm/train.sbatch does, or unset the variable"
         ) from error
     return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
 

@@ -17,8 +17,8 @@ PANEL = 2.3  # inches
 DPI = 130
 # Sides of the image in a panel, with some to spare for figures of other resolutions.
 MOST_PIXELS = 1024
-# Flatter images are stretched to this ratio of height to width.
-FLATTEST = 0.15
+# Images of other ratios of height to width are stretched.
+FLATTEST, TALLEST = 0.15, 3
 
 
 def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tuple["Figure", Any]:
@@ -26,7 +26,7 @@ def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tu
     # pyplot would keep the figure in memory until it is closed.
     from matplotlib.figure import Figure
 
-    height = PANEL * min(max(image.height / image.width, FLATTEST), 3)
+    height = PANEL * min(max(image.height / image.width, FLATTEST), TALLEST)
     figure = Figure(figsize=(PANEL * columns, (height + 0.4) * rows + 0.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in axes:
@@ -52,7 +52,7 @@ class Backdrop(NamedTuple):
         """Draws it on axes in pixels of the image."""
         width, height = self.size
         axes.imshow(self.image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        if height < FLATTEST * width:
+        if not FLATTEST * width <= height <= TALLEST * width:
             axes.set_aspect("auto")
         axes.set_autoscale_on(False)
 

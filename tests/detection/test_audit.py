@@ -84,7 +84,7 @@ def test_everything_that_is_wrong_is_listed_at_once(scenes, tmp_path, capsys):
         "image of another size": 1,
         "class without objects": 1,
     }
-    assert found["train"]["without_annotations"] == 5
+    assert found["train"]["without_annotations"] == 6
     assert kinds(found["val"]) == {"image of training in validation": 1}
     text = capsys.readouterr().out
     assert "STOPS TRAINING: missing image file (2)" in text

@@ -75,7 +75,7 @@ def test_sizes_that_are_not_there_are_those_of_the_files(scenes, absent):
     edit(scenes / "train.json", change)
     assert read(scenes).to_coco() == wanted
     (scenes / "images/train_1.jpg").unlink()
-    with pytest.raises(DataError, match=r"train_1.jpg: no such image"):
+    with pytest.raises(DataError, match=r"train_1.jpg, which is absent from .*images: there is no"):
         read(scenes)
 
 

@@ -7,9 +7,12 @@ from coco_scenes import write_json
 from commands import dat
 
 from dat.detection import Detector
+from dat.detection.config import DataConfig
 from dat.detection.data import Category, read_categories, read_coco
 from dat.detection.data.formats import coco
+from dat.detection.data.readers import read_splits
 from dat.engine.checkpoint import load_checkpoint
+from dat.engine.config import from_dict
 from dat.utils.errors import CheckpointError, DataError
 
 CLASSES = (Category(3, "blue"), Category(11, "red"))
@@ -52,6 +55,24 @@ def test_the_only_class_may_have_the_name_of_the_project(scenes):
     )
     write_json(scenes / "train.json", {**data, "categories": [root, member]})
     assert read(scenes).categories == (Category(1, "coin"),)
+
+
+def test_a_supercategory_with_objects_in_one_split_where_validation_lacks_a_class(scenes):
+    green = {"id": 20, "name": "green", "supercategory": "shapes"}
+    for split in ("val", "train"):
+        add_root(scenes)
+        data = json.loads((scenes / f"{split}.json").read_text())
+        data["annotations"].append({**data["annotations"][0], "id": 999, "category_id": 0})
+        write_json(scenes / f"{split}.json", data)
+        content = json.loads((scenes / "train.json").read_text())
+        write_json(scenes / "train.json", {**content, "categories": [*content["categories"], green]})
+        train, val = read_splits(from_dict(DataConfig, {"root": str(scenes)}, "test"))
+        assert train.categories == (Category(0, "shapes"), *CLASSES, Category(20, "green"))
+        # All are the file's own ids, but for the class that it lacks.
+        assert val.categories == train.categories
+        assert [train.warnings, val.warnings] == [[], []]
+        data["annotations"].pop()
+        write_json(scenes / f"{split}.json", data)
 
 
 def test_other_categories_without_objects_stay(scenes):

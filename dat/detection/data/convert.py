@@ -76,10 +76,8 @@ def _read_all(source: Path) -> dict[str, Annotations]:
     }
     # A supercategory may have objects in one of them only.
     first, *_ = splits.values()
-    used = {category.name for split in splits.values() for category in split.categories}
-    roots = [root for root in first.roots if root.name in used]
-    categories = tuple(sorted((*first.categories, *roots), key=lambda c: c.id)) if roots else first.categories
-    return {name: require_categories(split, categories) for name, split in splits.items()}
+    first = first.with_categories(category for split in splits.values() for category in split.categories)
+    return {name: require_categories(split, first.categories) for name, split in splits.items()}
 
 
 def _read_one(source: Path, split: Split) -> Annotations:

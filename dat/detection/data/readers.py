@@ -121,7 +121,7 @@ def read_dataset(
 
 
 def read_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
-    """The splits for training and validation, of equal categories. Raises DataError as read_dataset does."""
+    """The splits for training and validation, of the same classes. Raises DataError as read_dataset does."""
     train, val = read_dataset(data, "train"), read_dataset(data, "val")
     # A supercategory may have objects in validation images only.
     train = train.with_categories(val.categories)

@@ -1,5 +1,6 @@
 """Images and their objects as every reader gives them, and the samples that models are trained on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,17 +82,18 @@ class Annotations:
         names = ", ".join(f"{c.id} {c.name}" for c in self.roots)
         return [f"supercategory without objects, no class: {names}"] if names else []
 
-    def with_categories(self, categories: tuple[Category, ...]) -> "Annotations":
-        """The same with some of `roots` as classes, where this gives `categories`; otherwise unchanged.
+    def with_categories(self, categories: Iterable[Category]) -> "Annotations":
+        """The same with those of `roots` as classes whose names are among `categories`.
 
         Checkpoints of earlier versions, and splits in which a supercategory has objects, have such classes.
         """
-        names = [category.name for category in categories]
-        known = {category.name: category for category in (*self.roots, *self.categories)}
-        if not {category.name for category in self.categories} < set(names) <= known.keys():
+        names = {category.name for category in categories} - {category.name for category in self.categories}
+        chosen = [root for root in self.roots if root.name in names]
+        if not chosen:
             return self
-        roots = tuple(root for root in self.roots if root.name not in names)
-        return replace(self.renumbered(tuple(known[name] for name in names)), roots=roots)
+        roots = tuple(root for root in self.roots if root not in chosen)
+        ordered = sorted((*self.categories, *chosen), key=lambda category: category.id)
+        return replace(self.renumbered(tuple(ordered)), roots=roots)
 
     def renumbered(self, categories: tuple[Category, ...]) -> "Annotations":
         """The same objects, with the labels that `categories` give their names; all names must be among them."""

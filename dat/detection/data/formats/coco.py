@@ -52,9 +52,10 @@ def parse_coco(path: Path, images: Path | None, problems: Findings) -> Annotatio
     objects = _objects(path, data, categories, sizes, problems)
     check_form(path, ((size, objects[image_id]) for image_id, size in sizes.items()), problems)
     records = [
-        make_record(image_id, file, sizes[image_id], objects[image_id], problems, name)
+        # The size of an absent file does not matter, as it stops training.
+        make_record(image_id, file, sizes.get(image_id, (1, 1)), objects.get(image_id, ()), problems, name)
         for image_id, file, name in zip(entries, files, names, strict=True)
-        if image_id in sizes
+        if image_id in sizes or not os.path.isfile(file)
     ]
     return Annotations(path, categories, tuple(records), annotated="annotations" in data, roots=roots)
 
@@ -189,9 +190,9 @@ def _images(path: Path, data: dict[str, Any], problems: Findings) -> dict[int, _
 
 def _sizes(images: dict[int, _Image], files: Sequence[Path], problems: Findings) -> dict[int, tuple[int, int]]:
     """(width, height) by image id; an image whose entry has none, and whose file cannot be read, is left out."""
-    bare = [(image_id, file) for (image_id, image), file in zip(images.items(), files, strict=True) if not image.size]
-    found = dict(zip((i for i, _ in bare), image_sizes([file for _, file in bare], problems), strict=True))
-    sizes = {image_id: image.size or found[image_id] for image_id, image in images.items()}
+    bare = {i: file for i, file in zip(images, files, strict=True) if not images[i].size and os.path.isfile(file)}
+    found = dict(zip(bare, image_sizes([*bare.values()], problems), strict=True))
+    sizes = {image_id: image.size or found.get(image_id) for image_id, image in images.items()}
     return {image_id: size for image_id, size in sizes.items() if size}
 
 
