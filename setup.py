@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +26,15 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v", "-X
 
 
 def has_compiler() -> bool:
-    return shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is not None
+    """Whether there is a C++ compiler that runs; macOS without Xcode's tools has a c++ that only asks for them."""
+    # The kernels use extensions of GCC and Clang, and torch builds with MSVC on Windows.
+    if os.name != "posix":
+        return False
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def toolkits() -> Iterator[tuple[Path, tuple[int, int]]]:

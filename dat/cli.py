@@ -11,6 +11,7 @@ as `python -m detection.train`, take the same arguments.
 
 import argparse
 import importlib
+import io
 import re
 import sys
 import warnings
@@ -77,6 +78,9 @@ def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespa
     from dat.engine.command import main_guard
     from dat.utils.errors import ConfigError
 
+    # Names in any script must not end a command whose output goes to a file in another encoding.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Pillow's remarks on odd files do not name them; files that cannot be used are reported.
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -86,6 +90,9 @@ def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespa
         except ModuleNotFoundError as error:
             if str(error.name).startswith("dat"):
                 raise
+            if error.name in sys.stdlib_module_names:
+                text = f"this needs Python's {error.name}, which this system lacks; on Windows it runs under WSL 2"
+                raise ConfigError(text) from error
             raise ConfigError(f'this needs {error.name}: pip install "dat-vision[train]"') from error
 
     main_guard(call)

@@ -1,6 +1,7 @@
 """The command `dat` answers without torch, finds configurations by name, and ends a mistake with one line."""
 
 import importlib
+import os
 import runpy
 import subprocess
 import sys
@@ -73,6 +74,22 @@ def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         run_guarded(lambda options: importlib.import_module("scipy"), None)
     assert capsys.readouterr().err == 'error: this needs scipy: pip install "dat-vision[train]"\n'
+
+
+def test_a_module_that_this_system_lacks_is_no_package_to_install(capsys):
+    def needs(options):
+        raise ModuleNotFoundError("No module named 'fcntl'", name="fcntl")
+
+    with pytest.raises(SystemExit):
+        run_guarded(needs, None)
+    assert "this needs Python's fcntl, which this system lacks; on Windows" in capsys.readouterr().err
+
+
+def test_names_in_any_script_are_printed_in_any_encoding():
+    code = "from dat.cli import run; from dat.utils.text import echo; run(lambda options: echo('\u732b'), None)"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u732b\n")
 
 
 def test_sources_and_overrides_may_be_mixed(tmp_path, monkeypatch):

@@ -61,8 +61,9 @@ def _results(logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) ->
     logs = logits.log_softmax(1)
     top = logs.topk(min(5, logits.shape[1]), dim=1)
     losses = F.nll_loss(logs, on_device, reduction="none")
-    values = (top.indices, top.values.exp(), losses.double())
-    return Results(index.numpy(), labels.numpy(), *(value.cpu().numpy() for value in values))
+    # mps has no float64.
+    values = (top.indices.cpu(), top.values.exp().cpu(), losses.cpu().double())
+    return Results(index.numpy(), labels.numpy(), *(value.numpy() for value in values))
 
 
 def evaluate_split(

@@ -85,7 +85,8 @@ def choose_targets(media: Sequence[Media], out: Path) -> dict[Media, Path]:
         ]
 
     targets = choose(path.stem for path in paths)
-    if len(set(targets)) < len(targets):
+    # Some file systems do not distinguish cases.
+    if len({str(target).casefold() for target in targets}) < len(targets):
         # Keep the suffix where photo.jpg and photo.png would collide.
         targets = choose(path.name for path in paths)
     sources = {real_path(one.path) for one in media}
