@@ -11,7 +11,6 @@ as `python -m detection.train`, take the same arguments.
 
 import argparse
 import importlib
-import io
 import re
 import sys
 import warnings
@@ -78,9 +77,6 @@ def run(function: Callable[[argparse.Namespace], Any], options: argparse.Namespa
     from dat.engine.command import main_guard
     from dat.utils.errors import ConfigError
 
-    # Names in any script must not end a command whose output goes to a file in another encoding.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     # Pillow's remarks on odd files do not name them; files that cannot be used are reported.
     warnings.filterwarnings("ignore", module="PIL")
 

@@ -65,7 +65,7 @@ class View:
 
     @cached_property
     def backdrop(self) -> Backdrop:
-        """What panels show of the image."""
+        """The image as all panels show it, darkened and reduced."""
         return Backdrop.of(self.image)
 
     @property

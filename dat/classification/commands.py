@@ -6,6 +6,7 @@ from typing import Any
 
 from dat.classification.classifier import Classifier
 from dat.classification.config import ClassificationConfig, check_config
+from dat.engine.command import advise_resuming
 from dat.engine.config import load_config
 from dat.utils.errors import CheckpointError, DataError
 from dat.utils.files import check_folder
@@ -15,7 +16,8 @@ from dat.utils.text import echo
 def train(options: argparse.Namespace) -> None:
     from dat.classification.train import train
 
-    train(load_config(ClassificationConfig, options.config, options.overrides))
+    with advise_resuming():
+        train(load_config(ClassificationConfig, options.config, options.overrides))
 
 
 def evaluate(options: argparse.Namespace) -> None:

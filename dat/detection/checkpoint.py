@@ -12,7 +12,14 @@ from dat.detection.convert import convert
 from dat.detection.data import Category
 from dat.detection.from_transformers import read_config
 from dat.detection.models import BaseDETR, build_model
-from dat.engine.checkpoint import build_and_load, checkpoint_errors, limit_parameters, read_trained, read_weights
+from dat.engine.checkpoint import (
+    build_and_load,
+    checkpoint_errors,
+    limit_parameters,
+    load_checkpoint,
+    read_trained,
+    read_weights,
+)
 from dat.engine.config import from_dict, to_dict
 from dat.utils.errors import CheckpointError
 
@@ -53,6 +60,12 @@ def load_detector(path: Path, device: torch.device) -> LoadedDetector:
         check_config(config)
     model = build_and_load(lambda: build_model(config.model, len(categories), weights=False), trained.weights, path)
     return LoadedDetector(model.to(device).eval(), config, categories)
+
+
+def read_classes(path: Path) -> tuple[Category, ...]:
+    """The classes of a checkpoint of a run. Raises CheckpointError."""
+    state = load_checkpoint(path, "detection")
+    return check_categories(state.get("category_ids"), state.get("class_names", ()), path)
 
 
 def _load_transformers(path: Path, device: torch.device) -> LoadedDetector:

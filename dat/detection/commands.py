@@ -9,6 +9,7 @@ from typing import Any
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.detector import Detector
 from dat.detection.predictor import OPTIONS
+from dat.engine.command import advise_resuming
 from dat.engine.config import load_config
 from dat.utils.errors import CheckpointError, ConfigError, DataError
 from dat.utils.files import check_folder, file_names
@@ -21,7 +22,8 @@ def train(options: argparse.Namespace) -> None:
 
     config = load_config(DetectionConfig, options.config, options.overrides)
     if options.overfit is None:
-        train(config)
+        with advise_resuming():
+            train(config)
     else:
         overfit(config, options.overfit)
 

@@ -40,11 +40,7 @@ def draw_boxes(
         x, y, w, h = (value * scale for value in result["bbox"])
         draw.rectangle((x, y, x + w, y + h), outline=color, width=max(2, round(2 * unit)))
         name, score = categories[label].name, f" {result['score']:.2f}" if "score" in result else ""
-        text = name + score
-        while len(name) > 4 and _width(fonts, text) > image.width:
-            name = name[: len(name) * 9 // 10]
-            text = f"{name}...{score}"
-        _write(draw, (x, y), text, fonts, color, image.size)
+        _write(draw, (x, y), name, score, fonts, color, image.size)
     if title:
         font = fonts.default
         draw.text((4 * unit, image.height - 20 * unit), title, "white", font, stroke_width=2, stroke_fill="black")
@@ -62,21 +58,25 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def _width(fonts: LabelFonts, text: str) -> float:
-    left, _, right, _ = fonts.bbox(text)
-    return right - left + 4
-
-
 def _write(
     draw: ImageDraw.ImageDraw,
     corner: tuple[float, float],
-    text: str,
+    name: str,
+    score: str,
     fonts: LabelFonts,
     color: str,
     size: tuple[int, int],
 ) -> None:
-    """Draws text on a coloured background above the corner of a box, shifted to lie inside the image."""
+    """Draws a label on a coloured background above the corner of a box, shifted to lie inside the image.
+
+    A name that leaves no room for the score is shortened.
+    """
+    text = name + score
     left, top, right, bottom = fonts.bbox(text)
+    while len(name) > 4 and right - left + 4 > size[0]:
+        name = name[: len(name) * 9 // 10]
+        text = f"{name}...{score}"
+        left, top, right, bottom = fonts.bbox(text)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(corner[0], size[0] - width))
     y = corner[1] - height if corner[1] >= height else corner[1]

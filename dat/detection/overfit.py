@@ -51,11 +51,7 @@ def overfit(config: DetectionConfig, count: int) -> None:
         if distributed.main:
             for name in (LAST, PREVIOUS, "best.pth"):
                 (output / name).unlink(missing_ok=True)
-        try:
-            metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
-        except KeyboardInterrupt:
-            # It is not resumed, as the message of a training would say.
-            raise KeyboardInterrupt from None
+        metrics = DetectionTrainer(config, some, some, distributed).run(until=ENOUGH)
     if not distributed.main:
         return
     if metrics["AP"] >= TARGET:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dat.detection.checkpoint import check_categories
+from dat.detection.checkpoint import read_classes
 from dat.detection.config import DetectionConfig, TrainConfig
 from dat.detection.criterion import PAPER_WEIGHTS
 from dat.detection.data import Annotations, read_dataset
@@ -17,7 +17,6 @@ from dat.detection.draw import draw_boxes, open_record, side_by_side
 from dat.detection.evaluation import MATCH_IOU, Evaluation, count_confusions
 from dat.detection.plots import draw_box_sizes, draw_precision_recall
 from dat.detection.worst_predictions import draw_worst
-from dat.engine.checkpoint import load_checkpoint
 from dat.engine.report import Page, Section, Table, confusion_table
 from dat.utils.errors import DataError, shown
 from dat.utils.files import atomic_write, read_json, short_name
@@ -148,9 +147,7 @@ def read_evaluation(folder: Path, config: DetectionConfig) -> Evaluation:
     weights = folder / "best.pth"
     # Large files may have been left behind.
     if weights.is_file():
-        state = load_checkpoint(weights, "detection")
-        classes = check_categories(state.get("category_ids"), state.get("class_names", ()), weights)
-        annotations = read_dataset(config.data, "val", classes)
+        annotations = read_dataset(config.data, "val", read_classes(weights))
     else:
         _, annotations = read_splits(config.data)
     return Evaluation.of(annotations, read_results(path, annotations), every=config.data.val.tiles > 0)

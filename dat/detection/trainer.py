@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat.detection.checkpoint import check_categories, class_state
+from dat.detection.checkpoint import class_state, read_classes
 from dat.detection.config import DetectionConfig
 from dat.detection.criterion import PAPER_WEIGHTS, Normalizers, build_criterion
 from dat.detection.data import Annotations, AspectRatioBatchSampler, Batch, train_loader, val_loader
@@ -172,7 +172,5 @@ class DetectionTrainer(Trainer):
 
 def _with_saved_classes(resume: Path, train_set: Annotations, val_set: Annotations) -> tuple[Annotations, Annotations]:
     """The data with the classes of a run of an earlier version, which trained supercategories without objects too."""
-    state = load_checkpoint(resume, "detection")
-    saved = check_categories(state.get("category_ids"), state.get("class_names", ()), resume)
-    train_set = train_set.with_categories(saved)
+    train_set = train_set.with_categories(read_classes(resume))
     return train_set, require_categories(val_set, train_set.categories)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dat.engine.config import flatten, from_dict, rename_keys, to_dict
+from dat.engine.config import IGNORED, flatten, from_dict, rename_keys, to_dict
 from dat.utils.errors import CheckpointError, DataError, UserError, one_line
 from dat.utils.files import atomic_write
 from dat.utils.finite import check_finite
@@ -368,7 +368,7 @@ def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: st
         keys: values or whole sections that should be equal, except for drop rates and the source of weights.
 
     Returns:
-        The other keys that changed, each with both values.
+        The other keys that changed, each with both values; without IGNORED.
 
     Raises:
         CheckpointError: names the first of `keys` that changed.
@@ -382,7 +382,8 @@ def check_resumable(old: dict[str, Any], new: Any, keys: Sequence[str], path: st
         free = "drop" in name or name.endswith((".pretrained", ".checkpoint_path"))
         if not free and f"{name}.".startswith(tuple(f"{key}." for key in keys)):
             raise CheckpointError(f"{path}: {name} was {was}, is now {wanted}; resuming needs the same")
-        changes.append(f"{name} was {was}, is now {wanted}")
+        if name not in IGNORED:
+            changes.append(f"{name} was {was}, is now {wanted}")
     return changes
 
 

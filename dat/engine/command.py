@@ -1,10 +1,12 @@
 """Runs commands: errors that a user can fix are printed as one line."""
 
+import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -20,6 +22,9 @@ def main_guard(main: Callable[[], None]) -> None:
     the job: torchrun sends the others SIGTERM within a second and SIGKILL 30 seconds later, if they still wait in a
     collective (measured with gloo: 1 s, and 32 to 34 s while a training run handles SIGTERM).
     """
+    # Names in any script must not end a command whose output goes to a file in another encoding.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError, RuntimeError, MemoryError) as error:
@@ -34,6 +39,15 @@ def main_guard(main: Callable[[], None]) -> None:
         _leave_process_group()
         raise
     _leave_process_group()
+
+
+@contextmanager
+def advise_resuming() -> Iterator[None]:
+    """Makes Ctrl-C inside the block say how a training goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("train.resume=true goes on from the last checkpoint") from error
 
 
 def killed_worker(error: BaseException) -> str:

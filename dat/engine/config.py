@@ -33,6 +33,8 @@ _BASE = "base"
 _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.warmup_epochs", "train.warmup_steps"))
 # Keys, and what raises their values; a schema may have more of them in `raised_by`.
 _RAISED_BY = (("train.epochs", "train.least_steps"), ("train.steps", "train.least_steps"))
+# Keys that tell nothing about how a run is trained.
+IGNORED = ("output", "train.resume")
 
 # YAML 1.1 reads 1e-4 as text because it has no decimal point.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")

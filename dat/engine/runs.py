@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dat.engine.config import flatten, load_config, to_dict
+from dat.engine.config import IGNORED, flatten, load_config, to_dict
 from dat.engine.progress import format_seconds
 from dat.engine.report import read_metrics
 from dat.utils.errors import ConfigError, DataError
@@ -15,8 +15,6 @@ from dat.utils.text import echo
 
 # Files that only a run leaves in its folder.
 FILES = ("config.yaml", "log.jsonl", "last.pth")
-# Keys that tell nothing about how a run was trained.
-IGNORED = ("output", "train.resume")
 # A key of `data.train` that only the task's configurations have; those of runs hold every key.
 OWN_KEYS = {"detection": "annotations", "classification": "path"}
 

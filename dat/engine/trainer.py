@@ -143,11 +143,8 @@ class Trainer(Task):
         Returns:
             metrics.json of the best epoch on the main process, {} on the others.
         """
-        try:
-            with self.lock, name_full_disk(self.output):
-                return self._run(until)
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt("train.resume=true goes on from the last checkpoint") from error
+        with self.lock, name_full_disk(self.output):
+            return self._run(until)
 
     def _run(self, until: float) -> dict[str, Any]:
         progress, config, main = self.progress, self.config, self.distributed.main
@@ -405,8 +402,7 @@ class Trainer(Task):
         state, classes = load_checkpoint(path, kind=self.kind), self.class_state()
         # The logged values of a step are the loss, its parts and the norm of the gradients.
         check_training_state(state, classes, len(self.losses) + 2, path)
-        changes = check_resumable(state["config"], self.config, self.fixed_keys, path)
-        self.changes = [text for text in changes if not text.startswith(("output ", "train.resume "))]
+        self.changes = check_resumable(state["config"], self.config, self.fixed_keys, path)
         for name, now in classes.items():
             if state[name] != now:
                 raise CheckpointError(f"{path}: {name} were {state[name]}, are now {now}; resuming needs the same")

@@ -229,7 +229,7 @@ def _write_onnx(graph: Graph, path: Path) -> None:
 
 def _write_program(graph: Graph, path: Path) -> None:
     program = _program(graph)
-    # torch takes sides of the example's kind for the only ones, such as above 32 pixels, though the graph takes any.
+    # torch concludes from the example that sides are above 32 pixels, but the graph takes any.
     for symbol, sizes in program.range_constraints.items():
         program.range_constraints[symbol] = ValueRanges(1, sizes.upper)
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(graph.metadata)})

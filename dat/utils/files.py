@@ -25,12 +25,9 @@ IMAGE_EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Names of the files and folders of a split; some tools, such as CVAT, write them with a capital.
 SPLIT_NAMES = {
-    split: (*names, *map(str.capitalize, names))
-    for split, names in {
-        "train": ("train", "training"),
-        "val": ("val", "valid", "validation"),
-        "test": ("test", "testing"),
-    }.items()
+    "train": ("train", "training", "Train", "Training"),
+    "val": ("val", "valid", "validation", "Val", "Valid", "Validation"),
+    "test": ("test", "testing", "Test", "Testing"),
 }
 # Without a validation split, every fifth image is held out.
 HELD_OUT = 5

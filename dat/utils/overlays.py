@@ -36,7 +36,7 @@ def create_figure(rows: int, columns: int, image: Image.Image, title: str) -> tu
 
 
 class Backdrop(NamedTuple):
-    """An image darkened, so that points stand out, and reduced to what a panel shows; `size` is that of the image."""
+    """An image darkened, so that points stand out, and reduced to the size of a panel; `size` is the original's."""
 
     image: Image.Image
     size: tuple[int, int]

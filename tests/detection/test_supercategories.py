@@ -68,7 +68,7 @@ def test_a_supercategory_with_objects_in_one_split_where_validation_lacks_a_clas
         write_json(scenes / "train.json", {**content, "categories": [*content["categories"], green]})
         train, val = read_splits(from_dict(DataConfig, {"root": str(scenes)}, "test"))
         assert train.categories == (Category(0, "shapes"), *CLASSES, Category(20, "green"))
-        # All are the file's own ids, but for the class that it lacks.
+        # Validation has its own ids; the class that it lacks has the id of training.
         assert val.categories == train.categories
         assert [train.warnings, val.warnings] == [[], []]
         data["annotations"].pop()

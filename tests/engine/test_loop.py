@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dat.engine.backbones import create_timm_model
-from dat.engine.command import main_guard
+from dat.engine.command import advise_resuming, main_guard
 from dat.engine.distributed import Distributed, prepare_output, setup_distributed, stop_on_sigterm
 from dat.engine.loaders import EpochBatchSampler
 from dat.engine.optim import (
@@ -422,6 +422,16 @@ def test_errors_for_people_are_one_line(capsys, error, code, line):
         main_guard(failing(error))
     assert ended.value.code == code
     assert capsys.readouterr().err == line
+
+
+def test_an_interrupted_training_says_how_it_goes_on(capsys):
+    def train():
+        with advise_resuming():
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        main_guard(train)
+    assert capsys.readouterr().err == "interrupted; train.resume=true goes on from the last checkpoint\n"
 
 
 def test_defects_keep_their_traceback():

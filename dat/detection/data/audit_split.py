@@ -96,7 +96,7 @@ def audit_split(data: DataConfig, name: Literal["train", "val"]) -> SplitAudit:
 
 
 def compare(train: SplitAudit, val: SplitAudit) -> None:
-    """Adds to `val` the problems that only both splits together show: categories and images.
+    """Adds to `val` the problems that only both splits together show: classes that training lacks, and its images.
 
     Images that the other split lists are no longer among the unlisted ones.
     """

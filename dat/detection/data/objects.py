@@ -23,7 +23,6 @@ LARGEST_FILE = 64 * 2**20
 # Classes without names are fewer than these.
 MOST_CLASSES = 100_000
 
-
 # Below the largest float32.
 _LARGEST = 1e38
 
