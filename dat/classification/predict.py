@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from dat.classification.classifier import Classifier
 from dat.classification.draw import sheet_title
 from dat.utils.errors import ConfigError
-from dat.utils.files import UniqueNames, file_name, file_names, write_csv, write_json
+from dat.utils.files import UniqueNames, file_name, file_names
 from dat.utils.media import Frames
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
+from dat.utils.tables import Tables
 
 COLUMNS = ("image_id", "file_name", "frame", "label", "score")
 
@@ -29,7 +29,7 @@ def predict(
 ) -> int:
     """Labels all frames, and writes predictions.json, predictions.csv and predictions.png.
 
-    Images are numbered from 1 in the order of their names.
+    Images are numbered from 1 in the order of their names. The tables hold what was found until an interruption.
 
     Args:
         classifier: trained.
@@ -51,17 +51,17 @@ def predict(
     for name in classes or ():
         if name not in classifier.class_names:
             raise ConfigError(f"--classes: no class {name!r}, there are {', '.join(classifier.class_names)}")
-    results: list[dict[str, Any]] = []
     shown: list[tuple[Image.Image, str]] = []
     folders, names = file_names(classifier.class_names), UniqueNames()
-    images = 0
-    with progress_bar(unit=" images") as bar:
+    images = count = 0
+    with Tables(out / "predictions", COLUMNS) as tables, progress_bar(unit=" images", total=frames.total) as bar:
         for batch in frames.batches(batch_size):
             for frame, found in zip(batch, classifier.predict([frame.image for frame in batch]), strict=True):
                 images += 1
                 if found.score < threshold or (classes is not None and found.label not in classes):
                     continue
-                results.append({"image_id": images, **frame.origin, **found.to_dict()})
+                tables.add({"image_id": images, **frame.origin, **found.to_dict()})
+                count += 1
                 if len(shown) < sheet:
                     shown.append((thumbnail(frame.image), sheet_title(found.label, found.score)))
                 if crops:
@@ -71,9 +71,6 @@ def predict(
             bar.update(len(batch))
             # Before the next batch is read: an image may take a gigabyte.
             del batch, frame, found
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "predictions.json", results)
-    write_csv(out / "predictions.csv", results, COLUMNS)
     if shown:
         draw_grid(shown, out / "predictions.png")
-    return len(results)
+    return count

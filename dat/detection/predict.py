@@ -4,15 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, draw_points
 from dat.utils.errors import ConfigError
-from dat.utils.files import UniqueNames, real_path, short_name, write_csv, write_json
+from dat.utils.files import UniqueNames, real_path, short_name
 from dat.utils.media import Frame, Frames, Media
 from dat.utils.progress import progress_bar
+from dat.utils.tables import Tables
 
 COLUMNS = ("image_id", "file_name", "frame", "category_id", "label", "score", "x", "y", "width", "height")
 
@@ -101,7 +101,8 @@ def predict(
 ) -> tuple[int, int]:
     """Detects objects in all frames, and writes images, detections.json and detections.csv.
 
-    The tables hold all detections, of any score. Images are numbered from 1 in the order of their names.
+    The tables hold all detections, of any score; when interrupted, those until then. Images are numbered from 1 in the
+    order of their names.
 
     Args:
         detector: trained.
@@ -121,9 +122,12 @@ def predict(
     for name in classes or ():
         if name not in ids:
             raise ConfigError(f"--classes: no class {name!r}, there are {', '.join(ids)}")
-    results: list[dict[str, Any]] = []
+    names = {category.id: category.name for category in detector.categories}
     images = drawn = 0
-    with progress_bar(unit=" images") as bar:
+    with (
+        Tables(output.folder / "detections", COLUMNS) as tables,
+        progress_bar(unit=" images", total=frames.total) as bar,
+    ):
         for batch in frames.batches(1 if detector.val.tiles else batch_size):
             for frame, (detections, points) in zip(
                 batch, _detect(detector, batch, output.points, batch_size), strict=True
@@ -134,17 +138,12 @@ def predict(
                     detections = detections.select(kept)
                     points = None if points is None else points.select(kept)
                 drawn += output.write(frame, detections, points)
-                results += [result | frame.origin for result in detections.to_coco(images)]
+                for result in detections.to_coco(images):
+                    box = dict(zip(("x", "y", "width", "height"), result["bbox"], strict=True))
+                    tables.add(result | frame.origin, label=names[result["category_id"]], **box)
             bar.update(len(batch))
             # Before the next batch is read: an image may take a gigabyte.
             del batch, frame, detections, points
-    names = {category.id: category.name for category in detector.categories}
-    rows = [
-        {**r, "label": names[r["category_id"]], **dict(zip(("x", "y", "width", "height"), r["bbox"], strict=True))}
-        for r in results
-    ]
-    write_json(output.folder / "detections.json", results)
-    write_csv(output.folder / "detections.csv", rows, COLUMNS)
     return images, drawn
 
 

@@ -9,8 +9,9 @@ from dat.engine.config import IGNORED, flatten, load_config, to_dict
 from dat.engine.progress import format_seconds
 from dat.engine.report import read_metrics
 from dat.utils.errors import ConfigError, DataError
-from dat.utils.files import read_jsonl, write_csv
+from dat.utils.files import read_jsonl
 from dat.utils.safe_yaml import read_yaml
+from dat.utils.tables import write_csv
 from dat.utils.text import echo
 
 # Files that only a run leaves in its folder.

@@ -1,6 +1,5 @@
-"""Files that commands read and write: images, JSON and CSV."""
+"""Files that commands read and write: images and JSON."""
 
-import csv
 import errno
 import hashlib
 import json
@@ -9,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from timm.utils import natural_key
 
 from dat.utils.errors import ConfigError, DataError
 from dat.utils.images import HEIC, UNREADABLE, is_special, lacks_heif, open_image
-from dat.utils.text import printable
 
 IMAGE_EXTENSIONS = frozenset((
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -142,31 +140,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(entry, dict):
                 entries.append(entry)
     return entries
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Atomically replaces `path` by a table with a header row. Missing values are empty, further keys are ignored.
-
-    Texts are written as `printable` shows them; an apostrophe leads those that spreadsheets would take for a formula.
-    """
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    # Tab and carriage return at the start are escaped by printable.
-    text = printable(value)
-    if not text.startswith(("=", "+", "-", "@")):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
 
 
 def file_name(text: str) -> str:

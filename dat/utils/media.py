@@ -170,12 +170,14 @@ class Frames:
 
     Attributes:
         media: the images and videos.
+        total: number of images; None if there are videos, whose frames are not known.
         count: number of frames read so far.
         left_out: the files that are not used, by reason; `others` are among them from the start.
     """
 
     def __init__(self, media: Sequence[Media], others: Sequence[Media], every: int) -> None:
         self.media, self.every = media, every
+        self.total = None if any(one.is_video for one in media) else len(media)
         self.count = 0
         self.left_out: dict[str, list[str]] = defaultdict(list)
         self._error: ImageError | None = None

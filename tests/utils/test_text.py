@@ -7,7 +7,7 @@ import pytest
 
 from dat.engine.logger import RunLogger
 from dat.engine.report import Page, Section, Table
-from dat.utils.files import write_csv
+from dat.utils.tables import write_csv
 from dat.utils.text import echo, printable
 
 HOSTILE = "caf\udce9 \x1b[31m \u202e \x9b \ud800 \r"
