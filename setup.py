@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from setuptools import find_packages, setup
+from setuptools.command.build import build
 from torch.utils import cpp_extension
 
 CSRC = Path("dat/csrc")
@@ -53,7 +55,7 @@ def toolkits() -> Iterator[tuple[Path, tuple[int, int]]]:
 
 def find_toolkit() -> tuple[Path, tuple[int, int]] | None:
     """The toolkit to build the CUDA library with, of the major version of torch's CUDA; None to do without."""
-    override = os.environ.get("DAT_BUILD_CUDA")
+    override = os.environ.get("DAT_BUILD_CUDA") or None
     if override not in (None, "0", "1"):
         sys.exit(f"DAT_BUILD_CUDA must be 0 or 1, got {override!r}")
     if override == "0":
@@ -75,15 +77,29 @@ def cuda_architectures(version: tuple[int, int]) -> tuple[str, list[str]]:
     """The architectures to build for, in the form of TORCH_CUDA_ARCH_LIST, and nvcc's flags for them.
 
     torch makes the flags of a list that the user gives. The default compiles the kernels to PTX twice and not for every
-    architecture: sm_90 is the last that brings an instruction which they use.
+    architecture: sm_90 is the last that brings an instruction which they use. Older GPUs of this machine come first.
     """
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
         return given, []
     ampere = "-gencode=arch=compute_80,code=sm_80"
+    # torch, and so every machine that it can use, needs 7.5 from CUDA 13 on.
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    older = sorted(capability for capability in visible if capability < (8, 0))
+    names = "".join(f"{major}.{minor};" for major, minor in older)
+    flags = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in older] + [ampere]
     if version < (12, 8):
-        return "8.0;9.0+PTX", [ampere, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-    return "8.0;9.0+PTX;10.0;12.0", [ampere, "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
+        return f"{names}8.0;9.0+PTX", [*flags, "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    return f"{names}8.0;9.0+PTX;10.0;12.0", [*flags, "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
+
+
+class Build(build):
+    """setuptools', without what an earlier build left: modules and libraries that this one does not have."""
+
+    def run(self) -> None:
+        if Path(self.build_lib).parent == Path(self.build_base):
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -91,7 +107,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def build_extensions(self) -> None:
         names = " and ".join(extension.name for extension in self.extensions)
-        line = f"dat: compiling {names} on {os.cpu_count()} cores, which takes minutes ..."
+        cores = os.environ.get("MAX_JOBS") or os.cpu_count()
+        line = f"dat: compiling {names} on {cores} cores, which takes minutes ..."
         print(line, file=sys.stderr)
         # pip keeps what a build prints for itself.
         if not sys.stderr.isatty() and os.access("/dev/tty", os.W_OK):
@@ -145,14 +162,15 @@ def main() -> None:
         "packages": [*find_packages(include=["dat*"]), "dat.configs"],
         "package_dir": {"dat.configs": "configs"},
     }
+    commands = {"build": Build}
     if not has_compiler():
         print("dat: no C++ compiler: installing without libraries, the ops will run on PyTorch alone", file=sys.stderr)
-        setup(**packages)
+        setup(**packages, cmdclass=commands)
         return
     setup(
         **packages,
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={**commands, "build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

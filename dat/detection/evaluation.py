@@ -41,9 +41,10 @@ def detect(
     with evaluating(model):
         for images, mask, targets in batches:
             with amp_context(device, amp):
-                outputs = model(images.to(device), None if mask is None else mask.to(device))
+                images = images.to(device, non_blocking=True)
+                outputs = model(images, None if mask is None else mask.to(device, non_blocking=True))
             found = best_detections(outputs, torch.tensor([target["size"] for target in targets]), model.scores, top_k)
-            for target, *values in zip(targets, *found, strict=True):
+            for target, *values in zip(targets, *(tensor.cpu() for tensor in found), strict=True):
                 scores, labels, boxes, _ = select_detections(values, nms, one_class)
                 detections = {"scores": scores, "labels": labels, "boxes": boxes}
                 results += to_results(target["image_id"], target["size"], detections, categories)

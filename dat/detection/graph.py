@@ -36,7 +36,8 @@ class DetectorGraph(nn.Module):
         """
         height, width = images.shape[-2:]
         x, mask = pad_to_multiple(self.normalize(images), None, self.pad_multiple)
-        inside = torch.tensor([1, 0], device=sizes.device) * height + torch.tensor([0, 1], device=sizes.device) * width
+        rows = torch.arange(2, device=sizes.device)
+        inside = (1 - rows) * height + rows * width
         return self._detect(x, mask, inside, sizes)
 
     def _detect(

@@ -81,8 +81,9 @@ def setup_distributed(device: str | torch.device = "auto") -> Distributed:
         raise ConfigError(f"train.device is {device!r}, should be auto or, on this machine, {' or '.join(allowed)}")
     if torch.distributed.is_initialized():
         # Detector.train sets up twice, but a process can join only one group.
-        device = f"cuda:{torch.cuda.current_device()}" if device.startswith("cuda") else device.split(":")[0]
-        return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device))
+        return Distributed(
+            torch.distributed.get_rank(), torch.distributed.get_world_size(), _with_index(device.split(":")[0])
+        )
     try:
         found = init_distributed_device_so(device)
     # SLURM gives the number of tasks, but no address.
@@ -91,7 +92,12 @@ def setup_distributed(device: str | torch.device = "auto") -> Distributed:
             f"the environment (WORLD_SIZE or SLURM_NTASKS) asks for several processes, but {one_line(error)}; "
             "start them with torchrun, or as examples/slurm/train.sbatch does, or unset the variable"
         ) from error
-    return Distributed(found["global_rank"], found["world_size"], torch.device(found["device"]))
+    return Distributed(found["global_rank"], found["world_size"], _with_index(found["device"]))
+
+
+def _with_index(device: str) -> torch.device:
+    """The device; "cuda" is the current one from now on, whichever is current later or in another thread."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def gather(value: T) -> list[T]:

@@ -78,7 +78,7 @@ class StepRecord:
             # The copy goes to pinned memory, so that it overlaps with the next kernels.
             self.values = values.to("cpu", non_blocking=True)
             self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(values.device))
         else:
             self.values = values
 

@@ -79,6 +79,10 @@ class Trainer(Task):
         train = config.train
         if self.device.type == "mps" and train.amp != "none":
             raise ConfigError(f"train.amp is {train.amp}, should be none on mps, which computes in float32")
+        half = self.device.type == "cuda" and train.amp == "bf16"
+        if half and torch.cuda.get_device_capability(self.device) < (8, 0):
+            name = torch.cuda.get_device_name(self.device)
+            self.warnings.append(f"{name} has no bfloat16 and emulates it slowly; train.amp=none is faster")
         self.sampler, self.loader, self.val_loader = self.build_loaders()
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = train.total_steps(self.steps_per_epoch)

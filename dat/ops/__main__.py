@@ -1,7 +1,7 @@
 """The report of `python -m dat.ops` for bug reports: it lists the available back ends and tests the ops.
 
 The self-test compares each op, forward and backward, in every dtype on every device with the float64 reference.
-It takes seconds; the exit code is 1 where it fails.
+It takes seconds, half a minute where Triton compiles for the first time; the exit code is 1 where it fails.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from torch import Tensor
 from torch.utils import collect_env
 
 import dat
-from dat.ops import MISSING, deform_sample, ms_deform_attn, reference
+from dat.ops import MISSING, deform_attn, deform_sample, ms_deform_attn, neighborhood_attn, reference
+from dat.ops._common import why_no_triton
 from dat.ops._library import find
 
 # The largest error that passes, as a part of the largest value of the reference: some roundings of the dtype.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = ((16, 32), (8, 16))
+OPS = ("deform_sample", "ms_deform_attn", "deform_attn", "neighborhood_attn")
 ARCHITECTURES = re.compile(rb"\0(\d+\.\d[af]?(?:\+PTX)?(?:[; ]\d+\.\d[af]?(?:\+PTX)?)*)\0")
 
 
@@ -69,6 +73,9 @@ def libraries() -> dict[str, str]:
         found[name] = f"not in use: {why}" if why else str(path)
         if name == "_C_cuda" and path:
             found["architectures"] = architectures(path) or "unknown"
+    if torch.cuda.is_available():
+        why = why_no_triton()
+        found["Triton"] = f"not in use: {why}" if why else metadata.version("triton")
     return found
 
 
@@ -140,7 +147,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op's function, its reference, and its tensors in the order of the signature (`shapes` comes second)."""
+    """An op as a function of its tensors, its reference, and the tensors."""
 
     op: str
     function: Callable[..., Tensor]
@@ -149,11 +156,20 @@ class Case:
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """Inputs on the CPU for which every location is exact in each dtype and never on the edge of a pixel.
+    """Calls of every op with tensors on the CPU."""
+    return [*sampling_cases(dtype), *attention_cases(dtype)]
+
+
+def sampling_cases(dtype: torch.dtype) -> list[Case]:
+    """Inputs for which every location is exact in each dtype and never on the edge of a pixel.
 
     A location rounded across an edge would see another pixel, and its gradient jumps there. D = 32, and 64 without
     weights, run specialised kernels, D = 5 the general one; locations reach beyond the map.
     """
+
+    def with_shapes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda value, *rest: function(value, SHAPES, *rest)
+
     generator = torch.Generator().manual_seed(0)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     B, Q, H, L, P = 2, 60, 4, len(SHAPES), 4
@@ -168,8 +184,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
     wide = torch.randn(B, S, H, 32, generator=generator).to(dtype)
     odd = torch.randn(B, S, H, 5, generator=generator).to(dtype)
     wider = torch.randn(B, S, H, 64, generator=generator).to(dtype)
-    sample = (deform_sample, reference.deform_sample)
-    attend = (ms_deform_attn, reference.ms_deform_attn)
+    sample = (with_shapes(deform_sample), with_shapes(reference.deform_sample))
+    attend = (with_shapes(ms_deform_attn), with_shapes(reference.ms_deform_attn))
     return [
         Case("deform_sample", *sample, (wide, locations, weights)),
         Case("deform_sample", *sample, (odd, locations)),
@@ -179,12 +195,41 @@ def cases(dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def attention_cases(dtype: torch.dtype) -> list[Case]:
+    """Two images of two heads of 32 channels: positions in the middle between pixels, and windows of 3x3 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    B, h, H, W, N, c = 2, 2, 9, 17, 20, 32
+    query, *pixels = (torch.randn(B, h, H * W, c, generator=generator).to(dtype) for _ in range(3))
+    keys = [torch.randn(B, h, N, c, generator=generator).to(dtype) for _ in range(2)]
+    steps = torch.randint(0, 8, (B, 1, N, 2), generator=generator).to(real)
+    positions = (2 * steps + 1) / torch.tensor([W - 1, H - 1]) - 1
+    table = torch.randn(h, 2 * H - 1, 2 * W - 1, generator=generator).to(real)
+    bias = torch.randn(h, 5, 5, generator=generator).to(real)
+    options: dict[str, Any] = {"size": (H, W), "scale": c**-0.5}
+    windows = options | {"kernel_size": 3}
+    return [
+        Case(
+            "deform_attn",
+            partial(deform_attn, **options),
+            partial(reference.deform_attn, **options, align_corners=True),
+            (query, *keys, positions, table),
+        ),
+        Case(
+            "neighborhood_attn",
+            partial(neighborhood_attn, **windows),
+            partial(reference.neighborhood_attn, **windows, dilation=1),
+            (query, *pixels, bias),
+        ),
+    ]
+
+
 def run(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """An op's output and its gradients by every tensor, for a fixed gradient of the output; all on the CPU."""
-    value, *rest = (tensor.detach().clone().requires_grad_() for tensor in tensors)
-    out = function(value, SHAPES, *rest)
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    grads = torch.autograd.grad(out, (value, *rest), grad.to(out))
+    grads = torch.autograd.grad(out, leaves, grad.to(out))
     return out.detach().cpu(), tuple(by.cpu() for by in grads)
 
 
@@ -193,11 +238,17 @@ def largest_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+def kernel(device: str, op: str, dtype: torch.dtype) -> str:
+    """What computes an op: the library for the device, Triton or PyTorch."""
+    key = torch.device(device).type.upper()
+    if key == "CUDA" and op in ("deform_attn", "neighborhood_attn"):
+        return "PyTorch" if dtype == torch.float64 or why_no_triton() else "Triton"
+    return "library" if torch._C._dispatch_has_kernel_for_dispatch_key(f"dat::{op}", key) else "PyTorch"
+
+
 def check_op(device: str, op: str, dtype: torch.dtype) -> Result:
     name = str(dtype).removeprefix("torch.")
-    key = torch.device(device).type.upper()
-    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"dat::{op}", key)
-    result = Result(device, op, name, "library" if own else "PyTorch", None, None, LIMITS[dtype])
+    result = Result(device, op, name, kernel(device, op, dtype), None, None, LIMITS[dtype])
     forward, backward = [], []
     for case in cases(dtype):
         if case.op != op:
@@ -217,8 +268,7 @@ def check_op(device: str, op: str, dtype: torch.dtype) -> Result:
 
 def self_test() -> list[Result]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    ops = ("deform_sample", "ms_deform_attn")
-    return [check_op(device, op, dtype) for device in devices for op in ops for dtype in LIMITS]
+    return [check_op(device, op, dtype) for device in devices for op in OPS for dtype in LIMITS]
 
 
 def section(title: str, entries: dict[str, str]) -> str:

@@ -1,8 +1,11 @@
 """Helpers of several ops: checks of arguments, dtypes, derivatives, vmap rules and FLOPs."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -93,6 +96,41 @@ def flatten(shapes: Shapes) -> list[int]:
 def pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
     """((h_0, w_0), ...) of `flatten`'s list."""
     return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+@cache
+def why_no_triton() -> str:
+    """The reason why Triton cannot launch kernels on GPUs here, "" if it can."""
+    if find_spec("triton") is None:
+        return "it is not installed"
+    try:
+        from triton.runtime import driver
+
+        # Compiles a module with the C compiler of the machine.
+        _ = driver.active.utils
+    # Whatever ails an installation: imports, a compiler, files that cannot be written.
+    except Exception as error:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can launch kernels on GPUs; warns where it cannot."""
+    if reason := why_no_triton():
+        warnings.warn(f"Triton does not work, so DAT's attentions are slow on this GPU: {reason}", stacklevel=2)
+    return not reason
+
+
+def run_triton(kernels: Callable[..., Any], reference: Callable[..., Any], query: Tensor, *args: Any) -> Any:
+    """`kernels(*args)` on the device of `query`; `reference(*args)` where tiles exceed the GPU's shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        with torch.cuda.device_of(query):
+            return kernels(*args)
+    except OutOfResources:
+        return reference(*args)
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:

@@ -1,6 +1,5 @@
 """Attention over deformed positions with DAT's continuous relative position bias."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from dat.ops._common import (
     check_device,
     differentiable,
     full_precision,
+    has_triton,
     refuse_forward_mode,
     register_batching,
+    run_triton,
     second_derivatives,
     sum_dtype,
 )
@@ -170,12 +171,7 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _has_kernels(query: Tensor, key: Tensor) -> bool:
     """Whether the Triton kernels take these: they sum in float32 and keep all channels of a tile on the chip."""
-    return (
-        query.dtype != torch.float64
-        and query.shape[3] <= 128
-        and query.numel() * key.numel() > 0
-        and find_spec("triton") is not None
-    )
+    return query.dtype != torch.float64 and query.shape[3] <= 128 and query.numel() * key.numel() > 0 and has_triton()
 
 
 @torch.library.impl(LIBRARY, "deform_attn", "CUDA")
@@ -184,8 +180,7 @@ def _cuda_forward(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tenso
         return _forward(query, key, *args)
     from dat.ops import deform_attn_triton
 
-    with torch.cuda.device_of(query):
-        out, lse = deform_attn_triton.forward(query, key, *args)
+    out, lse = run_triton(deform_attn_triton.forward, _forward, query, query, key, *args)
     return _laid_out(out, query), lse
 
 
@@ -195,9 +190,8 @@ def _cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arg
         return _backward(grad, query, key, value, *args)
     from dat.ops import deform_attn_triton
 
-    with torch.cuda.device_of(query):
-        # Their sums are always taken in the same order, so there is no deterministic mode to ask for.
-        firsts = deform_attn_triton.backward(grad, query, key, value, *args)
+    # Their sums are always taken in the same order, so there is no deterministic mode to ask for.
+    firsts = run_triton(deform_attn_triton.backward, _backward, query, grad, query, key, value, *args)
     return *(_laid_out(first, like) for first, like in zip(firsts, (query, key, value), strict=False)), *firsts[3:]
 
 

@@ -1,6 +1,5 @@
 """Neighbourhood attention with relative position bias, the local attention of DAT++."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from dat.ops._common import (
     check_device,
     differentiable,
     full_precision,
+    has_triton,
     refuse_forward_mode,
     register_batching,
+    run_triton,
     second_derivatives,
     sum_dtype,
     untraced,
@@ -175,12 +176,12 @@ def _backward(
 def _has_triton_kernels(query: Tensor, biased: bool, kernel_size: int) -> bool:
     """Whether the kernels for GPUs take such a query.
 
-    All channels of a tile are in the 99 KiB of shared memory that any GPU has, and so are the bias's gradients by a
-    block of windows up to 25 pixels wide.
+    All channels of a tile are in the 99 KiB of shared memory that any GPU since Ampere has, and so are the bias's
+    gradients by a block of windows up to 25 pixels wide.
     """
     bytes_per_pixel = query.shape[3] * query.element_size()
     fits = bytes_per_pixel <= (256 if kernel_size <= 9 else 128) and (kernel_size <= 25 or not biased)
-    return fits and query.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return fits and query.dtype != torch.float64 and has_triton()
 
 
 @torch.library.impl(LIBRARY, "neighborhood_attn", "CUDA")
@@ -189,7 +190,7 @@ def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
         return _forward(query, key, value, bias, *numbers)
     from dat.ops import neighborhood_attn_triton
 
-    return neighborhood_attn_triton.forward(query, key, value, bias, *numbers)
+    return run_triton(neighborhood_attn_triton.forward, _forward, query, query, key, value, bias, *numbers)
 
 
 @torch.library.impl(LIBRARY, "neighborhood_attn_backward", "CUDA")
@@ -201,7 +202,7 @@ def _cuda_backward(
     from dat.ops import neighborhood_attn_triton
 
     # Their sums are always taken in the same order, so there is no deterministic mode to ask for.
-    return neighborhood_attn_triton.backward(grad, query, key, value, bias, *numbers)
+    return run_triton(neighborhood_attn_triton.backward, _backward, query, grad, query, key, value, bias, *numbers)
 
 
 @torch.library.register_fake("dat::neighborhood_attn", lib=LIBRARY)

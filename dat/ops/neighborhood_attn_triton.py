@@ -467,8 +467,7 @@ def forward(
     options = launch_options(query, kernel_size, dilation, bias is not None)
     table = query if bias is None else bias.contiguous()
     numbers = (*steps, query.shape[1], H, W, query.shape[3], scale)
-    with torch.cuda.device_of(query):
-        launch(_forward, _num_programs(query, H, W, dilation), (*tensors, table, out), numbers, options)
+    launch(_forward, _num_programs(query, H, W, dilation), (*tensors, table, out), numbers, options)
     return out.transpose(1, 2)
 
 
@@ -495,11 +494,10 @@ def backward(
         options = launch_options(query, kernel_size, dilation, biased) | {"SIDE": max(16, power_of_2(side))}
         table = query if bias is None else bias.contiguous()
         numbers = (*steps, h, H, W, query.shape[3], scale)
-        with torch.cuda.device_of(query):
-            outputs = (grad_query, grad_bias, log_sums, means)
-            launch(_backward_queries, programs, (*tensors, table, *outputs), numbers, options)
-            outputs = (grad_key, grad_value, log_sums, means)
-            launch(_backward_keys, programs, (*tensors, table, *outputs), numbers, options)
+        outputs = (grad_query, grad_bias, log_sums, means)
+        launch(_backward_queries, programs, (*tensors, table, *outputs), numbers, options)
+        outputs = (grad_key, grad_value, log_sums, means)
+        launch(_backward_keys, programs, (*tensors, table, *outputs), numbers, options)
     elif biased:
         grad_bias.zero_()
     if bias is not None:

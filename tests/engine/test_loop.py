@@ -258,6 +258,12 @@ def test_devices_that_do_not_exist_are_refused():
         setup_distributed("tpu")
 
 
+def test_cuda_without_a_number_stays_the_gpu_that_is_current(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert setup_distributed().device == torch.device("cuda:1")
+
+
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}])
 def test_a_job_that_lacks_its_variables_is_one_line(monkeypatch, variables):
     """A shell of SLURM has some of them, though it started one process."""

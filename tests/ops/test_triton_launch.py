@@ -5,9 +5,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+
+from dat.ops import _common
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 
@@ -84,3 +88,32 @@ def test_launches_after_the_first_equal_those_of_triton(tmp_path):
         text=True,
     )
     assert "as Triton launches them" in done.stdout, done.stderr
+
+
+class Broken:
+    @property
+    def active(self):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"), [(Broken(), "Failed to find C compiler."), (SimpleNamespace(active=Mock()), "")]
+)
+def test_triton_that_does_not_work_is_not_used(driver, reason, monkeypatch, recwarn):
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    monkeypatch.setattr(_common, "why_no_triton", _common.why_no_triton.__wrapped__)
+    assert _common.has_triton.__wrapped__() == (not reason)
+    assert [str(warning.message) for warning in recwarn] == (
+        [f"Triton does not work, so DAT's attentions are slow on this GPU: {reason}"] if reason else []
+    )
+
+
+def test_tiles_that_a_gpu_has_no_memory_for_run_on_the_reference():
+    from triton.runtime.errors import OutOfResources
+
+    def run(error):
+        return _common.run_triton(Mock(side_effect=error), lambda x: x + 1, torch.zeros(1), 2)
+
+    assert run(OutOfResources(73728, 65536, "shared memory")) == 3
+    with pytest.raises(ValueError, match="another"):
+        run(ValueError("another"))

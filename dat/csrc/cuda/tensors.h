@@ -114,7 +114,8 @@ inline void check_launch(const char* op, const Tensor& tensor, cudaError_t error
   cudaGetDeviceProperties(&device, tensor.get_device_index());
   STD_TORCH_CHECK(
       false, op, " did not launch on ", device.name, ": ", cudaGetErrorString(error), " (dat was built for ",
-      DAT_CUDA_ARCHITECTURES, "; this device needs ", device.major, ".", device.minor, ")");
+      DAT_CUDA_ARCHITECTURES, "; this device needs ", device.major, ".", device.minor,
+      ", as TORCH_CUDA_ARCH_LIST says when dat is installed)");
 }
 
 // Sums of gradients by `value` that are still zero.
