@@ -46,7 +46,7 @@ def clear(scenes, split):
 FAULTS = {
     "parts": (
         set_box(lambda x, y, w, h, W, H: [x / W, y / H, w / W, h / H]),
-        "8 of 8 boxes are below one pixel: they look like parts of the image's size; COCO's are pixels",
+        "8 of 8 boxes are below one pixel: they look like parts of the image's size; COCO's are x, y, width,",
     ),
     "centres in parts": (
         set_box(lambda x, y, w, h, W, H: [(x + w / 2) / W, (y + h / 2) / H, w / W, h / H]),
@@ -62,7 +62,7 @@ FAULTS = {
     ),
     "empty": (
         set_box(lambda x, y, w, h, W, H: [x, y, 0, h]),
-        "8 of 8 objects are left out: 8 are empty (COCO's are x, y, width, height)",
+        "8 of 8 objects are left out: 8 are empty (COCO's are x, y, width, height in pixels of the file)",
     ),
     "not numbers": (
         set_box(lambda x, y, w, h, W, H: [x, y, w, float("nan")]),
@@ -171,6 +171,20 @@ def test_boxes_that_fill_or_slightly_leave_their_images_are_right(scenes):
     found = read_train(scenes)
     assert sum(len(record.boxes) for record in found.records) == 8
     assert "tenth" not in found.warning
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_right_boxes_of_yolo_are_never_taken_for_another_form(seed):
+    rng = np.random.default_rng(seed)
+    for count in (12, 200):
+        # Some reach outside by a quarter of their width, on any side.
+        corners = np.sort(rng.uniform(0, 100, (count, 2, 2)), axis=1)
+        corners[::6] += rng.choice([-1, 1], (len(corners[::6]), 1, 1)) * 30
+        found = Findings()
+        objects = [Object(tuple(box), 0, "a line") for box in corners.reshape(count, 4)]
+        check_form(Path("data.yaml"), [((100, 100), objects)], found, "YOLO")
+        assert not found.stops
+        assert all("look like" not in problem.examples[0] for problem in found.problems.values())
 
 
 @pytest.mark.parametrize("seed", range(5))

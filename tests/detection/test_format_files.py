@@ -1,6 +1,7 @@
 """What files of each format may look like, and what is said of those that are malformed."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -154,6 +155,89 @@ def test_a_number_of_classes_that_python_does_not_read_is_none(write, scenes):
         read(root)
 
 
+def form_lines(form, count, seed=0):
+    """Lines of objects of random sizes, of `form(x, y, width, height)` in parts of the image, the corner given."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.uniform(0.1, 0.4, (count, 2))
+    boxes = np.concatenate([rng.uniform(0, 1 - sizes), sizes], axis=1).tolist()
+    return "".join(f"0 {' '.join(f'{value:.6f}' for value in form(*box))}\n" for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda x, y, w, h: (x, y, x + w, y + h),
+            "they look like x0, y0, x1, y1; YOLO's are centre x, centre y, width,",
+        ),
+        (
+            lambda x, y, w, h: (x, y, w, h),
+            "they look like x, y of the upper left, width, height; YOLO's are centre x, ce",
+        ),
+    ],
+)
+def test_boxes_of_yolo_in_another_form_stop(write, scenes, form, message):
+    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": form_lines(form, 20)}, "images/train", "images/val")
+    with pytest.raises(DataError, match=rf"data.yaml: \d+ of 20 boxes reach outside their images: {message}"):
+        read(root)
+
+
+def test_boxes_of_yolo_that_reach_outside_give_a_warning(write, scenes):
+    lines = form_lines(lambda x, y, w, h: (x + 3 * w / 4, y + h / 2, w, h), 20) + "0 0.95 0.5 0.3 0.3\n" * 6
+    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": lines}, "images/train", "images/val")
+    assert "of 26 boxes reach outside their images by a tenth or more: YOLO's are centre x" in read(root).warning
+
+
+def test_images_that_share_a_label_file_give_a_warning(write, scenes):
+    root = write({"data.yaml": YAML, **labels(scenes, "labels/train")}, "images/train", "images/val")
+    Image.new("RGB", (80, 60)).save(root / "images/train/scene_2.png")
+    text = r"scene_2.jpg and scene_2.png have one label file, .*labels/train/scene_2.txt, and so the same objects"
+    assert re.search(text, read(root).warning)
+
+
+def test_two_yaml_files_are_one_if_they_agree(write, scenes):
+    other = YAML.replace("0: blue\n  1: red", "0: red\n  1: blue")
+    files = {"a.yaml": YAML, "b.yaml": f"# a comment\n{YAML}", "._c.yaml": other}
+    root = write({**files, **labels(scenes, "labels/train")}, "images/train", "images/val")
+    assert [category.name for category in read(root).categories] == ["blue", "red"]
+    (root / "b.yaml").write_text(other)
+    message = (
+        r"a.yaml and b.yaml both describe data, but not .*; data.train.annotations and data.val.annotations should"
+    )
+    with pytest.raises(DataError, match=message):
+        read(root)
+    assert [category.name for category in read(root, train_annotations="b.yaml").categories] == ["red", "blue"]
+
+
+def test_lists_of_classes_may_go_on_but_not_differ(write, scenes):
+    files = {
+        "classes.txt": "blue\nred\n\n",
+        "labels/train/classes.txt": "blue\n",
+        "labels/val/classes.txt": "blue\nred\na\n",
+    }
+    root = write({**files, **labels(scenes, "labels/train")}, "images/train", "images/val")
+    assert [category.name for category in read(root).categories] == ["blue", "red"]
+    (root / "labels/val/classes.txt").write_text("red\nblue\n")
+    with pytest.raises(
+        DataError, match=r"val/classes.txt: class 0 is 'red', but 'blue' in .*root/classes.txt; lists of"
+    ):
+        read(root)
+
+
+def test_hidden_files_beside_labels_are_passed_over(write, scenes):
+    root = write(labels(scenes, "labels/train"), "images/train", "images/val")
+    (root / "labels/train/._scene_1.txt").write_bytes(b"\0\5\x16\7\xb0")
+    assert boxes(read(root)) == true_boxes(scenes)
+
+
+@pytest.mark.parametrize("yaml", [True, False])
+@pytest.mark.parametrize("labels_folder", ["Labels", "labels"])
+def test_folders_of_yolo_with_capitals(write, scenes, yaml, labels_folder):
+    files = {"data.yaml": YAML.replace("images", "Images")} if yaml else {}
+    root = write({**files, **labels(scenes, f"{labels_folder}/train")}, "Images/train", "Images/val")
+    assert boxes(read(root)) == true_boxes(scenes)
+
+
 def test_polygons_become_boxes(write, scenes):
     width, height = scenes[0]["size"]
     text = f"0 {10 / width} {20 / height} {30 / width} {15 / height} {25 / width} {40 / height}\n\n"
@@ -232,7 +316,9 @@ def test_turned_images_have_the_size_that_tools_show(write, tmp_path):
             "0 0.5 0.5 0.2",
             r"scene_1.txt:2: '0 0.5 0.5 0.2' has 4 numbers, should be class x y width height, or",
         ),
-        ("0 0.5 0.5 0.2 0.2 0.9", r"scene_1.txt:2: .* has 6 numbers, should be class x y width height"),
+        ("0 0.5 0.5 0.2 0.2 0.9", r"scene_1.txt:2: .* has 6 numbers, should be class x y width height.* x y \.\.\.$"),
+        ("0 0.5 0.5 0.2 0.2 0.5 0.5 2", r"has 8 numbers, .*; for keypoints data.yaml should have kpt_shape$"),
+        ("0 0.5 0.5 0.2 0.2 0.5 0.5 2 0.4 0.4 2", r"has coordinates outside 0 to 1, .*; for keypoints data.yaml"),
         ("red 0.5 0.5 0.2 0.2", r"scene_1.txt:2: 'red 0.5 0.5 0.2 0.2', should be numbers: class x y width height"),
         ("2 0.5 0.5 0.2 0.2", r"scene_1.txt:2: .* has class 2, should be 0 to 1, as there are 2 classes"),
         ("0.5 0.5 0.5 0.2 0.2", r"scene_1.txt:2: .* has class 0.5, should be 0 to 1"),
@@ -255,6 +341,14 @@ def test_malformed_lines_of_yolo(write, scenes, line, message):
             r"data.yaml: names is .*, should be class names",
         ),
         ({"data.yaml": YAML.replace("red", "blue")}, r"data.yaml: class 'blue' is listed more than once"),
+        ({"data.yaml": YAML.replace("red", "")}, r"data.yaml: names is .*, should be class names"),
+        ({"data.yaml": f"{YAML}nc: 3\n"}, r"data.yaml: nc is 3, but names has 2$"),
+        ({"data.yaml": f"{YAML}nc: 1\n"}, r"data.yaml: nc is 1, but names has 2$"),
+        (
+            {"obj.data": "classes = 5\ntrain = images/train\nnames = obj.names\n", "obj.names": "blue\nred\n"},
+            r"obj.data: classes is 5, but obj.names has 2$",
+        ),
+        ({"classes.txt": "blue\n\nred\n"}, r"classes.txt:2: is blank, should be a class name"),
         ({"data.yaml": YAML.replace("images/train", "gone")}, r"gone: no such folder or list of images"),
         ({"data.yaml": YAML}, r"labels/train/scene_1.txt: no such file, nor labels of any other image"),
     ],
@@ -384,6 +478,44 @@ def test_malformed_files_of_voc(write, scenes, change, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: f"<!DOCTYPE annotation>{text}", r"scene_1.xml:1: has a DOCTYPE, should have none"),
+        (lambda text: text.replace("</name>", ""), r"scene_1.xml:\d+: is not XML: mismatched tag"),
+    ],
+)
+def test_what_is_wrong_in_every_file_of_voc_is_named(write, scenes, change, message):
+    files = {name: change(text) for name, text in annotations(scenes).items()}
+    with pytest.raises(DataError, match=message):
+        read(write(files, "JPEGImages"))
+
+
+def test_files_that_macos_leaves_are_passed_over(write, scenes):
+    hidden = {f"Annotations/._{scene['name'][:-4]}.xml": "\0\5\26\7" for scene in scenes}
+    hidden["__MACOSX/Annotations/._scene_1.xml"] = "\0\5\26\7"
+    root = write(annotations(scenes) | hidden, "JPEGImages")
+    (root / "JPEGImages/._scene_1.jpg").write_bytes(b"\0\5\26\7")
+    found = [read(root, name) for name in SPLITS]
+    assert boxes(found[0]) | boxes(found[1]) == true_boxes(scenes)
+    shutil.rmtree(root)
+    files = {"train/labels.json": coco(scenes), "valid/labels.json": coco(scenes), "train/._labels.json": "\0\5\26\7"}
+    assert boxes(read(write(files, "train", "valid"))) == true_boxes(scenes)
+
+
+def test_lists_of_voc_may_lie_beside_its_folders(write, scenes):
+    lists = {"train.txt": "scene_1\nscene_2\n", "val.txt": "scene_3\n"}
+    root = write(annotations(scenes) | lists, "JPEGImages")
+    found = describe_sets(read(root), read(root, "val"))
+    assert found == f"{root}: Pascal VOC, train.txt 2 images, val.txt 1 images, 2 classes"
+    given = {"train_annotations": "train.txt", "val_annotations": "val.txt"}
+    assert describe_sets(read(root, **given), read(root, "val", **given)) == found
+    # Other tools write lists of paths there.
+    for name, text in lists.items():
+        (root / name).write_text(text.replace("scene", "JPEGImages/scene"))
+    assert len(read(root).records) == 4
+
+
 def test_shapes_of_cvat(write, scenes):
     text = cvat(scenes).replace(
         '<image id="0"',
@@ -400,7 +532,7 @@ def test_shapes_of_cvat(write, scenes):
     added = next(record for record in found.records if len(record.boxes) == 2 and record.labels.tolist() == [0, 1]
                  and record.boxes[1].tolist() == [1, 2, 30, 50.5])  # fmt: skip
     np.testing.assert_allclose(added.boxes[0], [25, 15, 35, 35], atol=1e-5)
-    assert found.warning.endswith("shape that is no box or polygon, left out (1)")
+    assert "shape that is no box or polygon, left out (1)" in found.warning
 
 
 def test_subsets_of_cvat_are_splits(write, scenes):
@@ -420,6 +552,7 @@ def test_subsets_of_cvat_are_splits(write, scenes):
     ("old", "new", "message"),
     [
         ('xtl="', 'xtl="x', r"annotations.xml:5: box is \['x.*\], should be numbers xtl, ytl, xbr, ybr"),
+        ("<name>red</name>", "<name> </name>", r"annotations.xml: class 1 has the name '', should have one"),
         ('label="', 'label="x', r"annotations.xml:5: label is 'x.*', should be one of blue, red"),
         ('width="80"', 'width="0"', r"annotations.xml:4: image has name 'scene_1.jpg', width '0', height '60', should"),
     ],
@@ -427,6 +560,25 @@ def test_subsets_of_cvat_are_splits(write, scenes):
 def test_malformed_files_of_cvat(write, scenes, old, new, message):
     with pytest.raises(DataError, match=message):
         read(write({"annotations.xml": cvat(scenes).replace(old, new)}, "images"))
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda x, y, w, h: (x / 80, y / 80, w / 80, h / 80),
+            "look like parts of the image's size; CVAT XML's are xtl",
+        ),
+        (
+            lambda x, y, w, h: (x * 4 + 300, y * 4, w * 4, h * 4),
+            "most of them by more than half: they look like boxes of",
+        ),
+    ],
+)
+def test_boxes_of_cvat_in_another_form_stop(write, scenes, form, message):
+    changed = [{**scene, "objects": [(k, form(*box)) for k, box in scene["objects"]]} for scene in scenes]
+    with pytest.raises(DataError, match=f"annotations.xml: .*{message}"):
+        read(write({"annotations.xml": cvat(changed)}, "images"), val_annotations=".")
 
 
 @pytest.mark.parametrize(
@@ -446,8 +598,7 @@ def test_malformed_files_of_cvat(write, scenes, old, new, message):
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "category": [1.5]}}',
             r"6: category is 1.5, sho",
         ),
-        ('{"file_name": "../a.jpg", "objects": []}', r"jsonl:6: the image is '../a.jpg', should be a path inside"),
-        ('{"file_name": "/a.jpg", "objects": []}', r"jsonl:6: the image is '/a.jpg', should be a path inside"),
+        ('{"image": "a.jpg", "objects": []}', r"jsonl:6: .* should be an object with file_name and objects"),
         ("[" * 100_000, r"jsonl:6: .* is not JSON: is nested too deep"),
         (
             '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, true]], "category": [0]}}',
@@ -472,6 +623,48 @@ def test_malformed_lines_of_the_hub(write, scenes, line, message):
     Image.new("RGB", (9, 9)).save(root / "train/a.jpg")
     with pytest.raises(DataError, match=message):
         read(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {"image": row["file_name"], "objects": row["objects"]}, r"jsonl:1: .* should be an object with"),
+        (
+            lambda row: row | {"objects": {"bbox": row["objects"]["bbox"], "class": row["objects"]["categories"]}},
+            r"jsonl:1: objects is .*, should be lists of equal lengths bbox and categories",
+        ),
+    ],
+)
+def test_what_is_wrong_in_every_row_of_the_hub_is_named(write, scenes, change, message):
+    rows = "".join(f"{json.dumps(change(json.loads(line)))}\n" for line in jsonl(scenes).splitlines())
+    root = write({f"{split}/metadata.jsonl": rows for split in SPLITS}, *SPLITS)
+    with pytest.raises(DataError, match=message):
+        read(root)
+
+
+@pytest.mark.parametrize("form", ["C:\\export\\{}", "/home/me/{}", "../{}", "./{}"])
+def test_names_of_the_hub_are_searched_as_those_of_coco(write, scenes, tmp_path, form):
+    moved = [{**scene, "name": form.format(scene["name"]).upper()} for scene in scenes]
+    (tmp_path / "root").mkdir()
+    shutil.copy(tmp_path / "source/scene_1.jpg", tmp_path / "root")
+    root = write({f"{split}/metadata.jsonl": jsonl(moved) for split in SPLITS}, *SPLITS)
+    found = read(root)
+    assert boxes(found) == true_boxes(scenes)
+    assert {record.path.parent for record in found.records} == {root / "train"}
+
+
+def test_the_first_row_of_the_hub_may_lack_objects_and_classes_be_whole_floats(write, scenes):
+    rows = [json.loads(line) for line in jsonl(scenes).splitlines()]
+    del rows[0]["objects"]
+    for row in rows[1:]:
+        row["objects"]["categories"] = [float(label) for label in row["objects"]["categories"]]
+    root = write(
+        {f"{split}/metadata.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows) for split in SPLITS}, *SPLITS
+    )
+    found = read(root)
+    assert boxes(found) == true_boxes(scenes) | {"scene_1.jpg": []}
+    assert [category.name for category in found.categories] == ["0", "1"]
+    assert {label for record in found.records for label in record.labels.tolist()} == {0, 1}
 
 
 def test_objects_of_the_hub_may_be_named_and_listed(write, scenes):
@@ -529,6 +722,36 @@ def test_parquet_of_the_hub(write, scenes, tmp_path, monkeypatch):
         assert [category.name for category in train.categories] == ["azure", "rose"]
     copied = [record.path.read_bytes() for record in train.records]
     assert copied == [row["image"]["bytes"] for row in rows[:4]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row: {"image": row["image"], **row["objects"]},
+            r"columns image, bbox, category, should have image and",
+        ),
+        (lambda row: row | {"image": {"bytes": "aGVsbG8="}}, r"row 0: image.bytes is 'aGVsbG8=', should be those of a"),
+        (lambda row: row | {"image": {"path": 5}}, r"row 0: image.path is 5, should be text"),
+        (lambda row: row | {"image": {"path": ["a.jpg"]}}, r"row 0: image.path is \['a.jpg'\], should be text"),
+        (lambda row: row | {"image": {"path": b"a.jpg"}}, r"row 0: image.path is b'a.jpg', should be text"),
+        (lambda row: row | {"image": "a.jpg"}, r"row 0: image is 'a.jpg', should have bytes or a path"),
+        (lambda row: row | {"objects": {"bbox": row["objects"]["bbox"]}}, r"row 0: objects is .*, should be lists of"),
+    ],
+)
+def test_malformed_rows_of_parquet(write, scenes, tmp_path, monkeypatch, change, message):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    row = {"image": {"path": "scene_1.jpg"}, "objects": {"bbox": [[1.0, 2.0, 20.0, 20.0]], "category": [0]}}
+    root = write({}, "data")
+    for split, rows in (("train", [change(row)]), ("validation", [row])):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), root / f"data/{split}-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=message) as raised:
+        read(root)
+    assert "\n" not in str(raised.value)
+    # Images may lie beside the file.
+    assert [record.path.name for record in read(root, "val").records] == ["scene_1.jpg"]
 
 
 def test_parquet_without_pyarrow_is_one_line(write, monkeypatch):

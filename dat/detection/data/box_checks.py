@@ -18,8 +18,19 @@ EMPTY, OUTSIDE, CLIPPED = (
     "box reaches outside its image, clipped",
 )
 # Problems of a whole split, whose texts have the numbers.
-FORM, NOTHING, MANY = "boxes are not COCO's x, y, width, height", "no object to learn", "objects are left out"
-WHOLE_KINDS = (FORM, NOTHING, MANY)
+FORM, NOTHING, MANY = "boxes are written in another form", "no object to learn", "objects are left out"
+# Two images of one label file.
+SHARED = "label file of several images"
+WHOLE_KINDS = (FORM, NOTHING, MANY, SHARED)
+
+# What the four numbers of a box are in each format, by the end of its name.
+FORMS = {
+    "COCO": "x, y, width, height in pixels of the file",
+    "Hugging Face": "x, y, width, height in pixels of the file",
+    "VOC": "xmin, ymin, xmax, ymax in pixels of the file",
+    "CVAT XML": "xtl, ytl, xbr, ybr in pixels of the file",
+    "YOLO": "centre x, centre y, width, height in parts of the image",
+}
 
 # The part of all boxes from which a fault gives a warning.
 NOTABLE = 0.2
@@ -31,11 +42,14 @@ FEW, MANY_BOXES = 4, 10
 SCALES = (100, 1000)
 
 
-def check_form(path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]]], problems: Findings) -> None:
+def check_form(
+    path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]]], problems: Findings, name: str = "COCO"
+) -> None:
     """Adds to `problems` that boxes, read as corners in pixels, seem to have been written in another form.
 
-    `images`: (width, height) and objects of each image, whose `box` is (x0, y0, x1, y1).
+    `images`: (width, height) and objects of each image, whose `box` is (x0, y0, x1, y1). `name`: a format of FORMS.
     """
+    form, yolo = f"{name}'s are {FORMS[name]}", name == "YOLO"
     pairs = [(size, entry.box) for size, objects in images for entry in objects]
     count = len(pairs)
     sizes = np.array([size for size, _ in pairs], dtype=np.float64).reshape(-1, 2)
@@ -49,25 +63,34 @@ def check_form(path: Path, images: Iterable[tuple[tuple[int, int], Sequence[Any]
     with np.errstate(over="ignore", invalid="ignore"):
         shown = (np.minimum(high, sizes) - np.maximum(low, 0)).clip(0) / extent
     inside = np.nan_to_num(shown).prod(1)
-    parts = (np.abs(low) <= 1).all(1) & (extent <= 1).all(1)
-    corners = ((extent > low) & (extent < sizes + 1)).all(1)
+    # YOLO's are parts, so that tiny ones are only tiny.
+    parts = (np.abs(low) <= 1).all(1) & (extent <= 1).all(1) & (not yolo)
+    first = low + extent / 2 if yolo else low
+    # The numbers as they are written: a lower right corner is larger than the upper left one.
+    corners = ((extent > first) & (extent < sizes + 1)).all(1) & ("width" in form)
+    # With the upper left in the place of the centre, boxes leave their images there only, by up to half of their size.
+    upper_left = (first + extent < sizes + 1).all(1) & yolo
     cut, lost = inside < 0.9, inside < 0.5
     reach = f"{path}: {cut.sum()} of {count} boxes reach outside their images"
-    stops = True
+    many, stops = len(low) >= MANY_BOXES, True
     if parts.mean() >= NOTABLE:
         text = f"{path}: {parts.sum()} of {count} boxes are below one pixel"
-        text, stops = f"{text}: they look like parts of the image's size; COCO's are pixels", bool(parts.mean() >= 0.5)
+        text, stops = f"{text}: they look like parts of the image's size; {form}", bool(parts.mean() >= 0.5)
     elif len(low) < FEW:
         return
     elif cut.mean() >= NOTABLE and corners.mean() > 0.95:
-        text = f"{reach}: they look like x0, y0, x1, y1; COCO's are x, y, width, height"
-    elif lost.mean() > 0.5:
+        text = f"{reach}: they look like x0, y0, x1, y1; {form}"
+    elif many and cut.sum() > 1 and upper_left.mean() > 0.99:
+        text = f"{reach}: they look like x, y of the upper left, width, height; {form}"
+        # Among few right boxes, those that reach outside may do so there by chance.
+        stops = bool(cut.sum() >= max(FEW, NOTABLE * len(cut)))
+    elif lost.mean() > 0.5 and not yolo:
         text = f"{reach}, most of them by more than half: they look like boxes of images of another size"
     elif cut.mean() >= NOTABLE:
-        text, stops = f"{reach} by a tenth or more: COCO's are x, y of the upper left, width, height in pixels", False
-    elif scales := [scale for scale in SCALES if len(low) >= MANY_BOXES and _ends_at(scale, high, sizes)]:
+        text, stops = f"{reach} by a tenth or more: {form}", False
+    elif scales := [scale for scale in SCALES if many and not yolo and _ends_at(scale, high, sizes)]:
         text = f"{path}: {count} of {count} boxes end at pixel {scales[0]} or before, in images twice as large or more"
-        text, stops = f"{text}: are they parts of {scales[0]}? COCO's are pixels", False
+        text, stops = f"{text}: are they parts of {scales[0]}? {form}", False
     else:
         return
     problems.add(FORM, text, stops, int(max(parts.sum(), cut.sum(), 1)))
@@ -93,12 +116,13 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
     dropped = {
         kind: problems.problems[kind].count if kind in problems.problems else 0 for kind in (EMPTY, OUTSIDE, CLIPPED)
     }
-    form, crowds = "COCO's are x, y, width, height", "are crowds (iscrowd should be 0 for single objects)"
-    if found.format.endswith("VOC"):
-        form, crowds = "VOC's are xmin, ymin, xmax, ymax", "are difficult (that should be 0 for objects to learn)"
+    name = next((name for name in FORMS if found.format.endswith(name)), "COCO")
+    form, crowds = f"{name}'s are {FORMS[name]}", "are crowds (iscrowd should be 0 for single objects)"
+    if name == "VOC":
+        crowds = "are difficult (that should be 0 for objects to learn)"
     counts = {
         f"are empty ({form})": dropped[EMPTY],
-        f"lie outside their images ({form} in pixels of the file)": dropped[OUTSIDE],
+        f"lie outside their images ({form})": dropped[OUTSIDE],
         crowds: int(crowd.sum()),
         f"are below one pixel in images resized to a shortest edge of {edge} (data.train.sizes)": int(small.sum()),
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from dat.detection.data.box_checks import check_form
 from dat.detection.data.image_names import find_files
 from dat.detection.data.objects import Object, make_categories, make_record, parse_side
 from dat.detection.data.readers import Found, Split, collecting, existing, register_reader
@@ -67,10 +68,12 @@ def _read(file: Path, subsets: tuple[str, ...] | None, problems: Findings, image
             name = f"{subset}/{name}" if subset and os.path.isdir(folder / subset) else name
             entries.append((name, (int(width), int(height)), entry))
     paths = find_files(folder, [name for name, *_ in entries], problems, file)
+    listed = [(size, list(_objects(entry, file, label_of, problems))) for _, size, entry in entries]
     records = [
-        make_record(number, path, size, _objects(entry, file, label_of, problems), problems)
-        for number, (path, (_, size, entry)) in enumerate(zip(paths, entries, strict=True), start=1)
+        make_record(number, path, size, objects, problems)
+        for number, (path, (size, objects)) in enumerate(zip(paths, listed, strict=True), start=1)
     ]
+    check_form(file, listed, problems, "CVAT XML")
     return Annotations(file, categories, tuple(records))
 
 

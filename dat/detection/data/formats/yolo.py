@@ -7,6 +7,7 @@ Studio).
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dat.detection.data.box_checks import SHARED, check_form
 from dat.detection.data.objects import (
     MOST_CLASSES,
     Object,
@@ -30,7 +32,7 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
-from dat.utils.files import SPLIT_NAMES, find_images, path_order
+from dat.utils.files import SPLIT_NAMES, find_images, is_hidden, list_files, path_order
 from dat.utils.images import to_upright
 from dat.utils.safe_yaml import parse_yaml
 
@@ -38,7 +40,10 @@ from dat.utils.safe_yaml import parse_yaml
 _LISTS_OF_NAMES = (
     *("classes.txt", "obj.names", "labels/classes.txt", "classes.names"),
     *("labels/train/classes.txt", "train/labels/classes.txt", "train/classes.txt"),
+    *("labels/val/classes.txt", "val/labels/classes.txt", "valid/labels/classes.txt"),
 )
+# How tools write the folder beside images/.
+_LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 # Coordinates that rounding moved outside the image by less than this are no mistake.
 _ROUNDING = 0.01
 
@@ -57,14 +62,23 @@ def find(path: Path) -> Found | None:
     file = path if path.is_file() else existing(path, "data.yaml", "dataset.yaml", "data.yml", "obj.data")
     if file is None:
         # Ultralytics' own are named after their data, such as coco8.yaml.
-        described = [file for file in path.glob("*.y*ml") if file.is_file() and _describes(file)]
-        file = described[0] if len(described) == 1 else None
+        files = (file for file in sorted(path.glob("*.y*ml")) if file.is_file() and not is_hidden(file.name))
+        described = [file for file in files if _describes(file)]
+        for other in described[1:]:
+            if _read_yaml(other) != _read_yaml(described[0]):
+                raise DataError(
+                    f"{path}: {described[0].name} and {other.name} both describe data, but not the same; "
+                    "data.train.annotations and data.val.annotations should name one"
+                )
+        file = next(iter(described), None)
     if file is None:
         return _from_folders(path)
     if file.suffix == ".data":
         values = dict(line.split("=", 1) for line in read_text(file, "key = value").splitlines() if "=" in line)
         content: Any = {key.strip(): value.strip() for key, value in values.items()}
-        names: list[str] | None = _read_names(_below(file.parent, str(content.get("names", ""))))
+        listed = _below(file.parent, str(content.get("names", "")))
+        names: list[str] | None = _read_names(listed)
+        _check_count(file, content, "classes", names or [], listed.name)
     elif file.suffix in (".yaml", ".yml"):
         content = _read_yaml(file)
         names = _names(file, content) if isinstance(content, dict) else None
@@ -86,7 +100,7 @@ def find(path: Path) -> Found | None:
 
 
 def _describes(file: Path) -> bool:
-    """Whether a YAML file has the keys of a data set; it is parsed only if it is the only one."""
+    """Whether a YAML file has the keys of a data set; others are not parsed."""
     with file.open("rb") as opened:
         start = opened.read(2**20)
     return all(re.search(keys, start, re.MULTILINE) for keys in (rb"^(train|val)\s*:", rb"^(names|nc)\s*:"))
@@ -100,7 +114,7 @@ def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path
         for record, name in zip(annotations.records, relative_names(annotations), strict=True):
             path = folder / "images" / split / name
             place(record.path, path)
-            label = _label_path(path, folder)
+            label = _label_paths(path, folder)[0]
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text("".join(_lines(record)), encoding="utf-8")
     categories = next(iter(splits.values())).categories
@@ -125,10 +139,18 @@ def _lines(record: ImageRecord) -> Iterator[str]:
 def _from_folders(root: Path) -> Found | None:
     """images/ and labels/ with the splits inside or without, train/images/ and so on, or images with texts beside."""
     lists = [root / name for name in _LISTS_OF_NAMES if (root / name).is_file()]
-    if not lists and not any(any(root.glob(f"{place}/*.txt")) for place in ("labels", "labels/train", "train/labels")):
+    places = [place for name in _LABEL_FOLDERS for place in (name, f"{name}/train", f"train/{name}")]
+    texts = (file for place in places for file in root.glob(f"{place}/*.txt"))
+    if not lists and all(is_hidden(file.name) for file in texts):
         return None
     folder = _Folder(root, lists[0] if lists else root, _read_names(lists[0]) if lists else None)
-    for pattern in ("images/{}", "{}/images", "{}"):
+    for other in lists[1:]:
+        # Tools add names at the end.
+        for number, (name, own) in enumerate(zip(_read_names(other), folder.names or [], strict=False)):
+            if name != own:
+                text = f"{other}: class {number} is {shown(name)}, but {shown(own)} in {lists[0]}"
+                raise DataError(f"{text}; lists of classes should have the same order")
+    for pattern in ("images/{}", "Images/{}", "{}/images", "{}/Images", "{}"):
         found = {
             split: name
             for split, words in SPLIT_NAMES.items()
@@ -136,7 +158,8 @@ def _from_folders(root: Path) -> Found | None:
         }
         if "train" in found:
             return Found("YOLO", {split: _split(folder, name) for split, name in found.items()})
-    return Found("YOLO", {"train": _split(folder, "images" if (root / "images").is_dir() else ".")})
+    images = existing(root, "images", "Images")
+    return Found("YOLO", {"train": _split(folder, images.name if images and images.is_dir() else ".")})
 
 
 def _split(folder: _Folder, value: Any) -> Split:
@@ -160,17 +183,24 @@ def _read(folder: _Folder, places: Sequence[Path], problems: Findings, images: P
     found = {path: _find_label(path, folder.root) for path in paths}
     labels = {path: label for path, label in found.items() if os.path.isfile(label)}
     if not labels:
-        wanted = _label_path(paths[0], folder.root) if paths else "labels/"
+        wanted = _label_paths(paths[0], folder.root)[0] if paths else "labels/"
         problems.add("annotation file", f"{wanted}: no such file, nor labels of any other image", stops=True)
     elif len(labels) < len(paths):
         bare = [path for path in paths if path not in labels]
         problems.add("image without a label file, has no object", str(bare[0]), count=len(bare))
-    records = []
+    shared = [label for label, count in Counter(labels.values()).items() if count > 1]
+    if shared:
+        one, other, *_ = (path for path, label in labels.items() if label == shared[0])
+        text = f"{folder.file}: {one} and {other.name} have one label file, {shared[0]}, and so the same objects"
+        problems.add(SHARED, f"{text} ({len(shared)} such files)" if len(shared) > 1 else text, count=len(shared))
+    records, listed = [], []
     for number, (path, size) in enumerate(zip(paths, image_sizes(paths, problems), strict=True), start=1):
         if size is not None:
-            text = labels.get(path)
-            objects = _objects(text, size, categories, folder.keypoints, problems) if text else ()
+            label = labels.get(path)
+            objects = list(_objects(label, size, categories, folder.keypoints, problems)) if label else []
             records.append(make_record(number, path, size, objects, problems))
+            listed.append((size, objects))
+    check_form(folder.file, listed, problems, "YOLO")
     return Annotations(folder.file, categories, tuple(records))
 
 
@@ -199,12 +229,16 @@ def _parse(
     except ValueError:
         raise DataError(f"{where}, should be numbers: class x y width height, or class x y x y x y ...") from None
     values = values[:4] if keypoints else values
+    # 2 marks a keypoint that is visible.
+    hint = "; for keypoints data.yaml should have kpt_shape" if len(values) > 6 and max(values) <= 2 else ""
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        raise DataError(f"{where} has {len(words)} numbers, should be class x y width height, or class x y x y x y ...")
+        text = f"{where} has {len(words)} numbers, should be class x y width height, or class x y x y x y ..."
+        raise DataError(f"{text}{hint}")
     if not label.is_integer() or not 0 <= label < count:
         raise DataError(f"{where} has class {words[0]}, should be 0 to {count - 1}, as there are {count} classes")
     if not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
-        raise DataError(f"{where} has coordinates outside 0 to 1, should be parts of the image's width and height")
+        text = f"{where} has coordinates outside 0 to 1, should be parts of the image's width and height"
+        raise DataError(f"{text}{hint}")
     if len(values) == 4:
         x, y, w, h = values
         return int(label), (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
@@ -240,18 +274,20 @@ def _below(root: Path, text: str) -> Path:
 
 
 def _find_label(image: Path, root: Path) -> Path:
-    label = _label_path(image, root)
-    return label if os.path.isfile(label) else image.with_suffix(".txt")
+    beside = image.with_suffix(".txt")
+    return next((label for label in _label_paths(image, root) if os.path.isfile(label)), beside)
 
 
-def _label_path(image: Path, root: Path) -> Path:
-    """The text of an image: in labels/ where the image is in images/, else beside it."""
+def _label_paths(image: Path, root: Path) -> list[Path]:
+    """The texts that may be those of an image: in labels/ where the image is in images/, else beside it."""
     inside = image.is_relative_to(root)
-    parts = list((image.relative_to(root) if inside else image).with_suffix(".txt").parts)
-    places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
-    if places:
-        parts[places[-1]] = "labels"
-    return root.joinpath(*parts) if inside else Path(*parts)
+    parts = (image.relative_to(root) if inside else image).with_suffix(".txt").parts
+    places = [i for i, part in enumerate(parts[:-1]) if part.lower() == "images"]
+    if not places:
+        return [image.with_suffix(".txt")]
+    place = max(places, key=lambda i: (parts[i] == "images", i))
+    start = root if inside else Path()
+    return [start.joinpath(*parts[:place], name, *parts[place + 1 :]) for name in _LABEL_FOLDERS]
 
 
 def _read_yaml(file: Path) -> Any:
@@ -276,19 +312,30 @@ def _names(file: Path, content: dict[str, Any]) -> list[str] | None:
     names = value = content["names"]
     if isinstance(value, dict):
         names = [value.get(str(i)) for i in range(len(value))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"{file}: names is {shown(value)}, should be class names, a list or 0: name, 1: name")
+    _check_count(file, content, "nc", names, "names")
     return names
 
 
+def _check_count(file: Path, content: dict[str, Any], key: str, names: Sequence[str], where: str) -> None:
+    count = str(content.get(key, ""))
+    if count.isdecimal() and count.lstrip("0") != str(len(names)):
+        raise DataError(f"{file}: {key} is {count[:20]}, but {where} has {len(names)}")
+
+
 def _read_names(file: Path) -> list[str]:
-    return [line.strip() for line in read_text(file, "a class name on each line").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(file, "a class name on each line").rstrip().splitlines()]
+    if "" in lines:
+        raise DataError(f"{file}:{lines.index('') + 1}: is blank, should be a class name, as lines number the classes")
+    return lines
 
 
 def _numbers(root: Path) -> list[str]:
     """Numbers as the names of the classes, up to the largest that any label below `root` has."""
     largest = -1
-    for path in root.glob("**/labels/**/*.txt"):
+    folders = (folder for name in _LABEL_FOLDERS for folder in root.glob(f"**/{name}"))
+    for path in (Path(path) for folder in folders for path in list_files(folder) if path.endswith(".txt")):
         lines = [line.split() for line in read_text(path, "lines of class x y width height").splitlines()]
         # A longer number is no class.
         largest = max([largest, *(int(words[0]) for words in lines if words and re.fullmatch("[0-9]{1,18}", words[0]))])
