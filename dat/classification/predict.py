@@ -8,7 +8,7 @@ from PIL import Image
 from dat.classification.classifier import Classifier
 from dat.classification.draw import sheet_title
 from dat.utils.errors import ConfigError
-from dat.utils.files import UniqueNames, file_name, file_names
+from dat.utils.files import UniqueNames, atomic_write, file_name, file_names
 from dat.utils.media import Frames
 from dat.utils.plots import draw_grid, thumbnail
 from dat.utils.progress import progress_bar
@@ -67,7 +67,8 @@ def predict(
                 if crops:
                     folder = out / "crops" / folders[found.label]
                     folder.mkdir(parents=True, exist_ok=True)
-                    frame.image.save(folder / f"{names(file_name(frame.name), frame.name)}.png")
+                    with atomic_write(folder / f"{names(file_name(frame.name), frame.name)}.png") as temporary:
+                        frame.image.save(temporary)
             bar.update(len(batch))
             # Before the next batch is read: an image may take a gigabyte.
             del batch, frame, found

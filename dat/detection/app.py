@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import uvicorn
@@ -105,7 +106,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         415: "not an image of a supported format",
         429: "too many requests are waiting, or come from this client",
         500: "the model fails on this image",
-        503: "too many bytes are waiting, or the server is stopping",
+        503: "too many bytes are waiting, no process starts to decode, or the server is stopping",
     }.items()
 }
 UPLOAD = {
@@ -154,6 +155,11 @@ def serve(
             await super().startup(sockets)
             print(printable(f"{address}: {detector.path}, {len(detector.categories)} classes"), flush=True)
 
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # uvicorn would take a second Ctrl-C as a reason to leave the processes that decode, with a traceback.
+            if not self.should_exit:
+                super().handle_exit(sig, frame)
+
     app = create_app(detector, limits, (host, *hosts), token)
     # Interrupting is the way to stop a server.
     with listener, suppress(KeyboardInterrupt):
@@ -175,7 +181,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        searches.start()
+        searches.decoders.start()
         yield
         searches.close()
 
@@ -230,10 +236,6 @@ class Searches:
         self.decode_turns, self.model_turns = asyncio.Semaphore(DECODERS), asyncio.Semaphore(1)
         self.slots = asyncio.Semaphore(DECODERS)
         self.waiting = self.held = 0
-
-    def start(self) -> None:
-        """Starts the processes that decode, in the background."""
-        self.decode_threads.submit(self.decoders.start)
 
     def close(self) -> None:
         """Ends the processes; what the model computes is left alone."""

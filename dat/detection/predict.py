@@ -9,7 +9,7 @@ from dat.detection.detections import Detections
 from dat.detection.detector import Detector
 from dat.detection.points import Points, detect_with_points, draw_points
 from dat.utils.errors import ConfigError
-from dat.utils.files import UniqueNames, real_path, short_name
+from dat.utils.files import UniqueNames, atomic_write, real_path, short_name
 from dat.utils.media import Frame, Frames, Media
 from dat.utils.progress import progress_bar
 from dat.utils.tables import Tables
@@ -45,7 +45,8 @@ class Output:
         if frame.number is not None:
             target = target / f"{frame.number:06d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        drawn.draw().save(target)
+        with atomic_write(target) as temporary:
+            drawn.draw().save(temporary)
         if self.crops:
             self._cut(drawn, target)
         if points is not None and len(drawn):
@@ -71,7 +72,8 @@ class Output:
             folder = self.folder / "crops" / self.crops[name]
             folder.mkdir(parents=True, exist_ok=True)
             crop = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-            crop.save(folder / f"{stem}_{i}.png")
+            with atomic_write(folder / f"{stem}_{i}.png") as temporary:
+                crop.save(temporary)
 
 
 def choose_targets(media: Sequence[Media], out: Path) -> dict[Media, Path]:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -21,6 +22,8 @@ from dat.utils.images import UNREADABLE, check_size, read_image
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
 # Bytes that a process may take to decode an image: per pixel (several copies, 32 bits per channel) and besides.
 BYTES_PER_PIXEL, OTHER_BYTES = 64, 2**28
+# Signals that end a server, often sent to all of its processes.
+ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
 class Refused(UserError):
@@ -40,7 +43,7 @@ class DecodeLimits:
 
 
 class DecodePool:
-    """Processes that decode images, one at a time each.
+    """Processes that decode images, one at a time each, once `start` was called.
 
     Args:
         count: number of processes.
@@ -55,13 +58,16 @@ class DecodePool:
             context.set_forkserver_preload([__name__])
         self._workers = [_Worker(context, limits) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
 
     def start(self) -> None:
-        """Starts the processes, which takes seconds; otherwise the first images would wait for them."""
+        """Starts the processes, which takes seconds, in the background."""
+        # Python waits for other threads before it exits, and so for processes that are only being started.
+        threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
         for worker in self._workers:
             worker.start()
+            self._idle.put(worker)
 
     def decode(self, content: bytes | bytearray) -> Image.Image:
         """An image file in RGB; waits for a process that is free. Raises Refused."""
@@ -75,35 +81,48 @@ class DecodePool:
         """Ends the processes, whatever they do."""
         for worker in self._workers:
             worker.close()
+        # Threads that wait for a process take this one in turn, and are refused.
+        self._idle.put(self._workers[0])
 
 
 class _Worker:
-    """A process that decodes images; it is started again after one that ended it."""
+    """A process that decodes images, used by one thread at a time; it is started again after one that ended it."""
 
     def __init__(self, context: BaseContext, limits: DecodeLimits) -> None:
         self.context, self.limits = context, limits
         self.process: multiprocessing.process.BaseProcess | None = None
         self.connection: Connection | None = None
         self.closed = False
-        self.starting = threading.Lock()
 
     def start(self) -> None:
-        with self.starting:
-            if self.process is not None or self.closed:
-                return
-            connection, other = self.context.Pipe()
-            process = self.context.Process(target=_work, args=(other, self.limits), daemon=True)  # type: ignore[attr-defined]
+        """Starts the process if there is none. It may fail: then there is none afterwards either."""
+        if self.process is not None or self.closed:
+            return
+        connection, other = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(other, self.limits), daemon=True)  # type: ignore[attr-defined]
+        # The process from which others are forked imports torch first, and would end with a traceback: it inherits
+        # that the signals wait. Starting the tracker would let them through again.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
             process.start()
+        except (EOFError, OSError):
+            connection.close()
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             other.close()
-            self.process, self.connection = process, connection
-            # The server may have been closed in the meantime.
-            if self.closed:
-                process.kill()
+        self.process, self.connection = process, connection
+        # The server may have been closed in the meantime.
+        if self.closed:
+            process.kill()
 
     def decode(self, content: bytes | bytearray) -> Image.Image:
         self.start()
-        if self.connection is None:
+        if self.closed:
             raise Refused(503, "the server is stopping")
+        if self.connection is None:
+            raise Refused(503, "no process starts to decode the image, try again later")
         try:
             self.connection.send_bytes(content)
             # JSON and pixels: a pickle could run code of a process that a file has taken over.
@@ -117,24 +136,27 @@ class _Worker:
     def _reap(self) -> tuple[int, str]:
         """Forgets a process that has ended; returns the status and the reason."""
         process, self.process, self.connection = self.process, None, None
-        if self.closed or process is None:
+        if process is not None and not self.closed:
+            process.join(5)
+            process.kill()
+        if process is None or self.closed or process.exitcode == -signal.SIGTERM:
             return 503, "the server is stopping"
-        process.join(5)
-        process.kill()
         if process.exitcode == -signal.SIGALRM:
             return 413, f"decoding the image takes more than {self.limits.seconds:g} seconds"
         return 400, "the image is damaged: decoding it fails"
 
     def close(self) -> None:
         self.closed = True
-        if self.process is not None:
-            self.process.kill()
+        process = self.process
+        if process is not None:
+            process.kill()
 
 
 def _work(connection: Connection, limits: DecodeLimits) -> None:
     """Answers image files with their size and pixels, or with the reason why not, until the connection ends."""
     # Interrupting the command interrupts its processes too; the server ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     _limit_memory(limits.pixels * BYTES_PER_PIXEL + OTHER_BYTES)
     # Importing Pillow's plugins is not the time of the first image.
     Image.init()

@@ -1,10 +1,11 @@
 """Image and video files that a command is given: files, folders and patterns."""
 
 import glob
+import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from dat.utils.errors import ConfigError, DataError, ImageError, TooManyFilesErr
 from dat.utils.files import find_images
 from dat.utils.images import HEIC, check_size, lacks_heif, read_image
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gifv", ".3gp"})
+VIDEO_SUFFIXES = frozenset((
+    ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".gifv", ".3gp", ".ts", ".mts",
+    ".m2ts", ".vob", ".flv",
+))  # fmt: skip
 # FFmpeg's names of the containers that hold a video themselves. A playlist under the name of a video could have other
 # files and addresses opened.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,gif,image2"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,gif,image2"
 # Of a frame of a video: Pillow's limit for images. A video of a few kilobytes may state sizes that fill the memory.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 # The reason to leave out other files; see ImageError.
 NO_IMAGE = "of no image format"
+# Part of the duration that it states which a whole video has at least.
+WHOLE = 0.9
 # Pixels beyond which a batch takes no further frame.
 BATCH_PIXELS = 2**26
 # How images are turned by display matrices (a, b, c, d): x' = ax + cy and y' = bx + dy, where y points down.
@@ -102,10 +108,11 @@ def find_media(sources: Sequence[str | Path], exclude: Path | None = None) -> tu
     return [named[path] for path in paths], [named[path] for path in others if path not in paths]
 
 
-def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
+def read_frames(media: Media, every: int = 1) -> Generator[Frame, None, str]:
     """The image, or every N-th frame of the video, one in memory at a time.
 
-    The rotation and mirroring that a video states, as phones' do, are followed.
+    The rotation and mirroring that a video states, as phones' do, are followed. The generator returns how much there is
+    of a video that was cut off, such as "5.6 of 10.0 seconds", where the file states its duration; else "".
 
     Raises:
         ImageError: a file that cannot be read, or an image or frame that is too small or too large.
@@ -115,12 +122,12 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
         image = read_image(media.path)
         check_size(image, media.path)
         yield Frame(media, image)
-        return
+        return ""
     try:
         import av
     except ImportError as error:
         raise ConfigError(f'{media.path}: reading videos needs PyAV: pip install "dat-vision[video]"') from error
-    empty = True
+    empty, end, stated = True, math.inf, 0
     try:
         # FFmpeg decodes a frame of each stream to learn about it.
         limit = {"max_pixels": str(MOST_PIXELS)}
@@ -135,10 +142,19 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
             stream.codec_context.options = limit
             for number, frame in enumerate(container.decode(stream)):
                 empty = False
+                # In units of time_base. Where the frames do not say when they end, the video counts as whole.
+                duration = getattr(frame, "duration", None)
+                end = frame.pts + duration if frame.pts is not None and duration else math.inf
                 if number % every == 0:
                     image = _turn(frame)
                     check_size(image, f"{media.path}: frame {number}")
                     yield Frame(media, image, number)
+            # Without a number of frames, as in most containers but AVI and MP4, the duration is an estimate. Times are
+            # compared, since frames may be absent from the file (AVI) or not be shown (MP4). FFmpeg shortens the
+            # duration of a truncated AVI, whose unit of time is a frame.
+            if stream.frames:
+                stated = stream.frames if container.format.name == "avi" else stream.duration or 0
+            seconds = float(stream.time_base or 0)
     except av.error.ArgumentError as error:
         # FFmpeg's error for too many pixels says no more.
         message = f"it cannot be decoded, or its frames have more than {MOST_PIXELS} pixels"
@@ -150,6 +166,7 @@ def read_frames(media: Media, every: int = 1) -> Iterator[Frame]:
         raise ImageError(f"{media.path}: cannot be read as a video: {one_line(error)}") from error
     if empty:
         raise ImageError(f"{media.path}: cannot be read as a video: it has no frames")
+    return f"{end * seconds:.1f} of {stated * seconds:.1f} seconds" if end < WHOLE * stated else ""
 
 
 def _turn(frame: Any) -> Image.Image:
@@ -173,6 +190,7 @@ class Frames:
         total: number of images; None if there are videos, whose frames are not known.
         count: number of frames read so far.
         left_out: the files that are not used, by reason; `others` are among them from the start.
+        cut_off: the videos that end before they should, each with how much there is of it.
     """
 
     def __init__(self, media: Sequence[Media], others: Sequence[Media], every: int) -> None:
@@ -180,6 +198,7 @@ class Frames:
         self.total = None if any(one.is_video for one in media) else len(media)
         self.count = 0
         self.left_out: dict[str, list[str]] = defaultdict(list)
+        self.cut_off: list[str] = []
         self._error: ImageError | None = None
         for other in others:
             self.left_out[HEIC if lacks_heif(other.path) else NO_IMAGE].append(other.name)
@@ -207,17 +226,22 @@ class Frames:
     def _frames(self) -> Iterator[Frame]:
         for one in self.media:
             try:
-                yield from read_frames(one, self.every)
+                if part := (yield from read_frames(one, self.every)):
+                    self.cut_off.append(f"{one.name} (it ends after {part})")
             except ImageError as error:
                 self._error = self._error or error
                 cause = f" ({one_line(error.__cause__, 80)})" if error.__cause__ and error.reason != HEIC else ""
                 self.left_out[error.reason].append(one.name + cause)
 
     def summary(self) -> str:
-        """A line such as "12 images, 1 left out: 1 of 1x1 pixels (too small): dot.png"; "" if nothing was left out."""
-        groups = [
-            f"{len(names)} {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for reason, names in self.left_out.items()
-        ]
+        """A line such as "12 images, 1 left out: 1 of 1x1 pixels (too small): dot.png"; "" if nothing is."""
+
+        def group(names: Sequence[str], reason: str) -> str:
+            return f"{len(names)} {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+        groups = [group(names, reason) for reason, names in self.left_out.items()]
         total = sum(map(len, self.left_out.values()))
-        return f"{self.count} images, {total} left out: {'; '.join(groups)}" if groups else ""
+        parts = [f"{total} left out: {'; '.join(groups)}"] if groups else []
+        if self.cut_off:
+            parts.append(group(self.cut_off, "cut off"))
+        return f"{self.count} images, {'; '.join(parts)}" if parts else ""

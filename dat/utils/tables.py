@@ -15,8 +15,8 @@ from dat.utils.text import printable
 class Tables:
     """Writes rows to `stem`.json, a list of objects, and to `stem`.csv as they come: hours of video need no memory.
 
-    Both files replace earlier ones when the block ends; so they do when it is interrupted by Ctrl-C, and hold the rows
-    before that. Any other exception leaves earlier files as they were. For the cells see write_csv.
+    Both files replace earlier ones when the block ends; so they do when Ctrl-C interrupts it after a row, and hold the
+    rows before that. Any other exception leaves earlier files as they were. For the cells see write_csv.
     """
 
     def __init__(self, stem: Path, columns: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class Tables:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, KeyboardInterrupt):
+        if error is None or (isinstance(error, KeyboardInterrupt) and self._count > 0):
             if self._count < 0:
                 self._open()
             self._json.write("\n]\n")
@@ -50,7 +50,6 @@ class Tables:
 
     def _open(self) -> None:
         """Opens temporary files; not before the first row, so that a failure leaves no empty folder."""
-        self._count = 0
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.stem.parent)
         paths = [self._files.enter_context(atomic_write(Path(f"{self.stem}{suffix}"))) for suffix in (".json", ".csv")]
@@ -58,6 +57,8 @@ class Tables:
         self._json.write("[\n")
         self._csv = csv.DictWriter(table, self.columns, extrasaction="ignore")
         self._csv.writeheader()
+        # Last, as an interrupted opening has no files to end.
+        self._count = 0
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Images, videos, tables and sampling points of `dat detect predict`, of checkpoints and of exported models."""
 
 import csv
+import errno
 import json
 import os
 import sys
@@ -81,6 +82,25 @@ def test_classes_and_crops(checkpoint, folder, tmp_path, capsys):
             assert crop.height == pytest.approx(max(result["bbox"][3], 1), abs=1.6)
     with pytest.raises(ConfigError, match="--classes: no class 'green', there are blue, red"):
         run(checkpoint, folder, "--out", out, "--classes", "green")
+
+
+@pytest.mark.parametrize("failing", ["a.png", "crops/red/a_1.png"])
+def test_a_full_disk_is_said_with_the_file_and_leaves_no_half_of_it(checkpoint, tmp_path, monkeypatch, failing):
+    (tmp_path / "in").mkdir()
+    noise((64, 64)).save(tmp_path / "in/a.png")
+    out, save = tmp_path / "out", Image.Image.save
+
+    def save_on_full_disk(image, path):
+        if path.parent == (out / failing).parent:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", save_on_full_disk)
+    with pytest.raises(OSError, match="MiB are free") as error:
+        run(checkpoint, tmp_path / "in", "--out", out, "--classes", "red", "--crops")
+    assert error.value.filename == str(out / failing)
+    assert list((out / failing).parent.glob("*a*")) == []
 
 
 def test_names_that_look_alike_lose_no_crop_and_no_points(checkpoint, tmp_path):

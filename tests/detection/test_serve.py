@@ -4,6 +4,8 @@ import copy
 import http.client
 import io
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -254,6 +256,35 @@ def test_the_command_prints_its_address_once_it_listens(tmp_path):
             process.wait(10)
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+def test_the_command_ends_soon_while_its_processes_only_start(tmp_path, signals):
+    """The signals go to all processes, as those of a terminal and of systemd do."""
+    path = write_detector(tmp_path / "best.pth")
+    command = [sys.executable, "-m", "detection.serve", str(path), "--port", "0", "--device", "cpu"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+    try:
+        port = int(process.stdout.readline().split(": ")[0].rpartition(":")[2])
+        with ThreadPoolExecutor(6) as pool:
+            answers = [pool.submit(detect, port, encode(draw_image(0))) for _ in range(6)]
+            time.sleep(0.3)
+            for number in signals:
+                os.killpg(process.pid, number)
+                time.sleep(0.3)
+            # Where the processes start within the seconds that requests have to end, these are answered.
+            for answer in answers:
+                assert answer.result()[0] in (200, 503)
+        process.wait(20)
+    finally:
+        process.kill()
+        # What is left of the processes has ended when nobody writes any more.
+        process.stdout.read()
+    lines = (tmp_path / "errors").read_text().splitlines()
+    assert [line for line in lines if "Cancel 6 running task" not in line] == []
 
 
 def test_a_port_in_use_is_named(detector, port):

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,6 +58,7 @@ def ask(port, *arguments, **headers):
 def test_an_image_that_takes_too_long_costs_one_process():
     pool = upload.DecodePool(1, upload.DecodeLimits(9000 * 9000, 0.1))
     slow = encode(9000, 9000)
+    pool.start()
     try:
         for _ in range(2):
             with pytest.raises(upload.Refused, match=r"decoding the image takes more than 0.1 seconds") as refused:
@@ -74,8 +76,45 @@ def test_pixels_of_the_process_are_those_of_the_file():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
+    pool.start()
     try:
         assert np.array_equal(np.asarray(pool.decode(file.getvalue())), pixels)
+    finally:
+        pool.close()
+
+
+def test_images_that_wait_while_processes_only_start_are_refused_when_the_pool_closes(monkeypatch):
+    pool, begun, held = upload.DecodePool(2, upload.DecodeLimits(10**6, 10)), threading.Event(), threading.Event()
+    monkeypatch.setattr(upload._Worker, "start", lambda worker: begun.set() or held.wait(20))
+    pool.start()
+    assert begun.wait(20)
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(pool.decode, encode()) for _ in range(2)]
+        time.sleep(0.1)
+        assert not any(answer.done() for answer in answers)
+        monkeypatch.undo()
+        pool.close()
+        for answer in answers:
+            assert answer.exception(10).status == 503
+            assert str(answer.exception(10)) == "the server is stopping"
+    held.set()
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError()])
+def test_an_image_that_no_process_starts_for_may_come_again(monkeypatch, error):
+    pool = upload.DecodePool(1, upload.DecodeLimits(10**6, 10))
+
+    def fail(process):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fail)
+    pool.start()
+    try:
+        with pytest.raises(upload.Refused, match=r"no process starts to decode the image, try again later") as refused:
+            pool.decode(encode())
+        assert refused.value.status == 503
+        monkeypatch.undo()
+        assert pool.decode(encode()).size == (120, 90)
     finally:
         pool.close()
 

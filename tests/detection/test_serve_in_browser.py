@@ -229,17 +229,52 @@ def test_a_report_with_names_of_strangers_runs_no_script(browser, tmp_path):
     assert dialogs == []
 
 
+def drop(page, path, count):
+    """Drops a picture `count` times, beside the place that is meant for it."""
+    page.evaluate(
+        """([bytes, count]) => {
+            const data = new DataTransfer();
+            for (let i = 1; i <= count; i++)
+                data.items.add(new File([new Uint8Array(bytes)], `photo${i}.jpg`, {type: "image/jpeg"}));
+            document.querySelector("h1").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+        }""",
+        [list(path.read_bytes()), count],
+    )
+
+
+def test_files_that_are_left_out_are_said(page, picture, tmp_path):
+    slide(page, 0)
+    drop(page, picture, 3)
+    page.get_by_text("; only photo1.jpg was taken of 3 files").wait_for()
+    assert page.inner_text("#message").startswith("found ")
+    (tmp_path / "notes.txt").write_text("hello")
+    drop(page, tmp_path / "notes.txt", 2)
+    page.get_by_role("alert").filter(has_text="; only photo1.jpg was taken of 2 files").wait_for()
+
+
+@pytest.mark.parametrize(("status", "reason"), [(502, "the server refused it (502)"), (200, "another server answers")])
+def test_answers_of_proxies_are_no_riddle(page, picture, status, reason):
+    page.get_by_text("images of up to").wait_for()
+    page.route("**/detect?*", lambda route: route.fulfill(status=status, body="<html>gateway</html>"))
+    page.set_input_files("#file", picture)
+    page.get_by_role("alert").filter(has_text=f"photo.jpg: {reason}").wait_for()
+    page.route("**/model", lambda route: route.fulfill(status=status, body="<html>gateway</html>"))
+    page.reload()
+    page.get_by_role("alert").filter(has_text=reason).wait_for()
+
+
+def test_the_picture_follows_the_height_of_the_window(page, picture):
+    page.set_viewport_size({"width": 1000, "height": 500})
+    upload(page, picture)
+    page.set_viewport_size({"width": 1000, "height": 800})
+    page.wait_for_function("Math.abs(document.querySelector('#canvas').getBoundingClientRect().height - 640) < 3")
+
+
 def test_a_picture_may_be_dropped_anywhere_on_a_phone_too(page, picture):
     page.set_viewport_size({"width": 360, "height": 740})
     slide(page, 0)
-    page.evaluate(
-        """async bytes => {
-            const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "photo.jpg", {type: "image/jpeg"}));
-            document.querySelector("h1").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
-        }""",
-        list(picture.read_bytes()),
-    )
+    drop(page, picture, 1)
     page.locator("#list button").first.wait_for()
+    assert "taken" not in page.inner_text("#message")
     # nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -124,6 +124,71 @@ def test_frames_of_another_size_end_a_video_but_not_the_others(tmp_path, size, m
         list(read_frames(Media(path, path.name)))
 
 
+def write_clip(path, times, codec="mpeg4", rate=10, **options):
+    """A video of noise with frames at these times, in units of 1 / rate seconds."""
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w", options=options) as container:
+        # All frames have the same size in bytes.
+        stream = container.add_stream(codec, rate=rate, options={"g": "1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, time, 0), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.ts", "mpeg2video"),
+        ("a.MTS", "mpeg2video"),
+        ("a.m2ts", "mpeg2video"),
+        ("a.vob", "mpeg2video"),
+        ("a.flv", "flv1"),
+        ("a.asf", "wmv2"),
+    ],
+)
+def test_videos_of_cameras_and_recorders_are_read(tmp_path, name, codec):
+    write_clip(tmp_path / name, range(5), codec, rate=25)
+    media, others = find_media([tmp_path])
+    assert others == []
+    assert [frame.name for frame in read_frames(media[0])] == [f"{name}#{number}" for number in range(5)]
+
+
+def test_a_video_that_was_cut_off_is_named(tmp_path):
+    write_clip(tmp_path / "card.avi", range(40))
+    write_clip(tmp_path / "load.mp4", range(40), movflags="faststart")
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 6 // 10])
+    write_clip(tmp_path / "whole.avi", range(10))
+    frames = Frames(*find_media([tmp_path]), every=10)
+    list(frames.batches(2))
+    summary = re.sub(r"[12]\.\d of", "2.x of", frames.summary())
+    cut_off = "card.avi (it ends after 2.x of 4.0 seconds), load.mp4 (it ends after 2.x of 4.0 seconds)"
+    assert summary == f"{frames.count} images, 2 cut off: {cut_off}"
+
+
+def test_videos_with_gaps_and_of_part_of_their_frames_are_whole(tmp_path):
+    av = pytest.importorskip("av", reason="the extra 'video'")
+    write_clip(tmp_path / "dropped.avi", [*range(5), *range(20, 25)])
+    write_clip(tmp_path / "slides.mp4", [0, 10, 11, 40])
+    write_clip(tmp_path / "all.mp4", range(20))
+    # As phones do: the frames before the beginning stay in the file.
+    with av.open(str(tmp_path / "all.mp4")) as source, av.open(str(tmp_path / "trimmed.mp4"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - int(1 / packet.time_base), packet.dts - int(1 / packet.time_base)
+                packet.stream = stream
+                container.mux(packet)
+    frames = Frames(*find_media([tmp_path]), every=1)
+    assert len(list(frames.batches(1))) == 20 + 10 + 4 + 10
+    assert frames.summary() == ""
+
+
 def test_a_video_without_a_decoder_is_named(tmp_path):
     path = tmp_path / "clip.mkv"
     write_frames(path, (96, 80))

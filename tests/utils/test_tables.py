@@ -39,6 +39,23 @@ def test_an_interruption_keeps_the_rows_before_it(tmp_path):
     assert read(tmp_path / "found") == (ROWS[:1], [["name"], ["a"]])
 
 
+def test_an_interruption_before_the_first_row_keeps_the_files_before_it(tmp_path, monkeypatch):
+    stem = tmp_path / "found"
+    with Tables(stem, ("name",)) as tables:
+        tables.add(ROWS[0])
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        write_and_raise(stem, KeyboardInterrupt())
+
+    def interrupt(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dat.utils.tables.remove_leftovers", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        write_and_raise(stem, AssertionError, ROWS[1])
+    assert read(stem) == (ROWS[:1], [["name"], ["a"]])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_failure_keeps_the_files_before_it_and_makes_no_folder(tmp_path):
     stem = tmp_path / "found"
     with Tables(stem, ("name",)) as tables:
