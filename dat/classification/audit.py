@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dat.classification.config import ClassificationConfig, DataConfig, check_config
-from dat.classification.data import check_classes
+from dat.classification.data import check_classes, check_readable_classes
 from dat.classification.readers import Split, open_split
 from dat.engine.audit import Findings, format_problems
 from dat.engine.config import apply_overrides, load_config
@@ -63,10 +63,14 @@ def audit(data: DataConfig) -> dict[str, SplitAudit]:
         class_names = class_names or split.class_names
         found[name] = audit_split(split.note or place, split, class_names)
         if name == "train":
-            try:
-                check_classes(split)
-            except DataError as error:
-                found[name].add("only one class", str(error), stops=True)
+            for kind, check in (
+                ("only one class", check_classes),
+                ("class without an image that can be read", check_readable_classes),
+            ):
+                try:
+                    check(split)
+                except DataError as error:
+                    found[name].add(kind, str(error), stops=True)
     _find_training_images(found["train"], found["val"])
     return found
 
@@ -78,7 +82,7 @@ def audit_split(place: str, split: Split, class_names: Sequence[str]) -> SplitAu
     def check(index: int) -> tuple[int, str, Any]:
         """The index, the file's digest, and the decoded image's facts and class, or an error."""
         try:
-            # A tar is one open file for all threads, so they read one at a time.
+            # Readers of other packages may not be made for threads.
             with lock:
                 file, label = split.open(index)
                 with file:

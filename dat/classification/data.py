@@ -26,6 +26,8 @@ from dat.utils.text import printable
 
 # More unreadable images than this in a row mean that something else is wrong.
 MAX_IN_A_ROW = 100
+# Of so many classes one image each is read before training.
+MOST_CLASSES = 100
 
 
 def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> Any:
@@ -96,16 +98,39 @@ def check_classes(split: Split) -> None:
 
 def check_readable(split: Split, name: str) -> None:
     """Raises DataError if no image of a split can be read, or none of many of them."""
-    chosen = np.linspace(0, len(split) - 1, min(len(split), MAX_IN_A_ROW)).astype(int).tolist()
+    chosen = np.linspace(0, len(split) - 1, min(len(split), MAX_IN_A_ROW)).astype(int)
+    reason = _none_readable(split, chosen)
+    if reason or not len(split):
+        tried = f"{len(chosen)} of {len(split)} were tried" if len(chosen) < len(split) else f"there are {len(split)}"
+        raise DataError(f"data.{name}: no image can be read, {tried}, such as {reason}")
+
+
+def check_readable_classes(split: Split) -> None:
+    """Raises DataError if no image for training of a class can be read; of more than MOST_CLASSES some are tried."""
+    labels = getattr(split.reader, "labels", getattr(split.reader, "targets", None))
+    # Other readers would read every sample for its class.
+    if labels is None:
+        return
+    labels = np.array(labels)[split.indices]
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    groups = [group for group in groups if (labels[group] >= 0).any()]
+    for k in np.linspace(0, len(groups) - 1, min(len(groups), MOST_CLASSES)).astype(int):
+        if reason := _none_readable(split, groups[k]):
+            name = split.class_names[labels[groups[k][0]]]
+            raise DataError(f"data.train: none of the {len(groups[k])} images of class {name!r} can be read: {reason}")
+
+
+def _none_readable(split: Split, indices: np.ndarray) -> str:
+    """Why the first of some images cannot be read, if none of them can; "": one can."""
     reason = ""
-    for index in chosen:
+    for index in indices.tolist():
         try:
             split.read(index)
-            return
+            return ""
         except UNREADABLE as error:
             reason = reason or split.describe_error(index, error)
-    tried = f"{len(chosen)} of {len(split)} were tried" if len(chosen) < len(split) else f"there are {len(split)}"
-    raise DataError(f"data.{name}: no image can be read, {tried}, such as {reason}")
+    return reason
 
 
 class TrainImages(Dataset[tuple[Tensor, int, int, int, int]]):

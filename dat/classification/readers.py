@@ -3,9 +3,12 @@
 import importlib.util
 import os
 import posixpath
+import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +16,17 @@ import numpy as np
 from PIL import Image
 from timm.data import add_img_extensions, get_img_extensions
 from timm.data.readers import create_reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils import natural_key
 
 from dat.classification.config import DataConfig, SplitConfig
-from dat.classification.shards import WebReader, read_records, read_web
+from dat.classification.shards import WebReader, check_end, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
 from dat.utils.files import HELD_OUT, IMAGE_EXTENSIONS, SPLIT_NAMES, is_hidden, is_image, list_files
 from dat.utils.images import UNREADABLE, check_size, image_error, read_image
+
+# Endings of files that have to be unpacked.
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 @dataclass
@@ -159,7 +166,13 @@ def open_place(place: Path, key: str, class_names: Sequence[str] | None = None) 
         # timm supports PNG and JPEG only, and takes no extensions for a .tar.
         add_img_extensions(list(IMAGE_EXTENSIONS - get_img_extensions(as_set=True)))
         try:
-            split = _without_hidden(create_reader("", root=str(place)))
+            # Opened for each image, so that the workers of a loader have separate positions in the file.
+            reader = create_reader("", root=str(place), cache_tarfiles=False)
+            _check_rest(reader, place)
+            split = _without_hidden(reader)
+        except tarfile.TarError as error:
+            reason = f"is truncated or damaged: {one_line(error)}; it should be a whole .tar, not compressed"
+            raise DataError(f"{key}: {place} {reason}") from error
         # timm reports a tar without images as a ValueError.
         except UNREADABLE as error:
             raise DataError(f"{key}: {place} holds no readable images in class folders") from error
@@ -223,6 +236,17 @@ def _without_hidden(reader: Any) -> Split:
     return Split(reader, [names[label] for label in present])
 
 
+def _check_rest(reader: Any, place: Path) -> None:
+    """Raises tarfile.ReadError where the last image that timm found in a .tar is not the last that it should hold."""
+    last = max((tar or member for member, _, tar in reader.samples), key=lambda member: member.offset)
+    with tarfile.open(place, "r:") as tar:
+        # The header of the first member has been read.
+        tar.offset = max(tar.offset, last.offset)
+        while tar.next():
+            pass
+        check_end(tar)
+
+
 def _check_folders(reader: Any, where: str) -> None:
     """Raises DataError where timm, whose class is the innermost folder in a .tar, makes several folders one class."""
     first: dict[int, tuple[str, str]] = {}
@@ -268,6 +292,8 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     key, place = f"data.{name}.path", root / getattr(data, name).path
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist; it should be the folder of the data")
+    if not any(found.values()):
+        _check_unpacked(data, name, there)
     if default and not any(found.values()) and (problem := _other_images(root)):
         raise DataError(
             f"{key}: {place} does not exist, and {root} {problem}; folders of classes in data.root should hold the "
@@ -275,6 +301,9 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
         )
     there = found[name] or there
     names = ", ".join(path.name for path in there[:6]) or "neither folders nor .tar files"
+    names += ", ..." if len(there) > 6 else ""
+    if default and not any(found.values()) and not tars and (image := _first_images(root)[2]):
+        names += f" with images deeper than folders of classes, such as {image}"
     # Only what is named as this split, or a .tar that may be of any, and for validation a test set.
     free = [path for path in there if path not in found[other]]
     tests = [path for path in free if name == "val" and _is_named(path, "test")]
@@ -282,9 +311,24 @@ def find_place(data: DataConfig, name: str) -> tuple[Path, bool]:
     likely = [*(found[name] and free), *tests, *plain]
     example = f", such as {key}={likely[0].name}" if likely else ""
     raise DataError(
-        f"{key}: {place} does not exist, {root} holds {names}{', ...' if len(there) > 6 else ''}; "
+        f"{key}: {place} does not exist, {root} holds {names}; "
         f"{key} should name a folder or a .tar with one folder per class{example}"
     )
+
+
+def _check_unpacked(data: DataConfig, name: str, there: Sequence[Path]) -> None:
+    """Raises DataError where there is only an archive, or only the folder that one was unpacked into."""
+    root = Path(data.root)
+    for path in () if there else (root, *sorted(root.glob("*"))):
+        if path.is_file() and path.name.lower().endswith(ARCHIVES) and not is_hidden(path.name):
+            raise DataError(f"data.{name}.path: {path} is an archive; it should be unpacked")
+    if len(there) != 1 or there[0].suffix == ".tar" or any(_is_named(there[0], split) for split in SPLIT_NAMES):
+        return
+    try:
+        find_place(replace(data, root=str(there[0])), name)
+    except DataError:
+        return
+    raise DataError(f"data.root: is {root}, should be {there[0]}, the folder in it that has the data")
 
 
 def _shown(root: Path) -> list[Path]:
@@ -319,14 +363,19 @@ def _class_folders(root: Path) -> set[Path]:
     return folders
 
 
-def _other_images(root: Path) -> str:
-    """Names an image in a folder of `root` and one that lies elsewhere; "" if all are in such folders, or none is."""
+def _first_images(root: Path) -> list[str]:
+    """The first image in `root` itself, in a folder in it and deeper; "" where there is none."""
     names: tuple[list[str], ...] = ([], [], [])
     for path in list_files(root, follow_links=True):
         if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:
             name = os.path.relpath(path, root)
             names[min(name.count(os.sep), 2)].append(name)
-    outside, inside, deep = (min(group, key=natural_key, default="") for group in names)
+    return [min(group, key=natural_key, default="") for group in names]
+
+
+def _other_images(root: Path) -> str:
+    """Names an image in a folder of `root` and one that lies elsewhere; "" if all are in such folders, or none is."""
+    outside, inside, deep = _first_images(root)
     if not inside or not (deep or outside):
         return ""
     return f"has {inside}, but {deep} lies deeper" if deep else f"has {inside}, but {outside} outside of folders"
@@ -376,15 +425,41 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
     if class_names is not None and isinstance(split.reader, WebReader):
         split.class_names = [class_names[k] for k in np.unique(split.reader.labels)]
     elif class_names is not None:
-        index = {name: k for k, name in enumerate(class_names)}
-        unknown = [name for name in split.class_names if name not in index]
-        if unknown:
+        # macOS writes accents as letters of their own (NFD).
+        index = {_composed(name): k for k, name in enumerate(class_names)}
+        index |= {name: k for k, name in enumerate(class_names)}
+        split.numbers = [index.get(name, index.get(_composed(name), -1)) for name in split.class_names]
+        if unknown := [name for name, k in zip(split.class_names, split.numbers, strict=True) if k < 0]:
             raise DataError(
                 f"{where} has {len(split.class_names)} classes, {len(unknown)} of them (such as {unknown[0]!r}) not "
                 f"among the {len(class_names)} classes of the training data"
             )
-        split.numbers = [index[name] for name in split.class_names]
+        split.class_names = [class_names[k] for k in split.numbers]
     return split
+
+
+def shared_images(data: DataConfig, train: Split, val: Split) -> int:
+    """How many images of `val` are those of `train`: the same files, also by links, or samples of the same data set."""
+    if isinstance(train.reader, FolderReader) and isinstance(val.reader, FolderReader):
+        # Of images for training, which may be many, links are looked for only where there are some for validation.
+        known = set(_real_paths(train, links=any(map(os.path.islink, val.reader.paths))))
+        return sum(path in known for path in _real_paths(val, links=True))
+    tars = [split.reader.root for split in (train, val) if isinstance(split.reader, ReaderImageInTar)]
+    same = os.path.samefile(*tars) if len(tars) == 2 else data.train == data.val
+    return len({*train.indices} & {*val.indices}) if same else 0
+
+
+def _real_paths(split: Split, links: bool) -> list[str]:
+    """The path of each image without links to folders; `links`: and without those to images."""
+    real = cache(os.path.realpath)
+    paths = [os.path.split(split.reader.paths[index]) for index in split.indices]
+    places = (os.path.join(real(folder), name) for folder, name in paths)
+    return [os.path.realpath(place) if links and os.path.islink(place) else place for place in places]
+
+
+def _composed(name: str) -> str:
+    """The name in Unicode's form NFC, in which equal names have equal letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_hub(

@@ -5,6 +5,7 @@ samples have no name, and no place of an epoch can be resumed. Here an index of 
 split is opened, and each sample is read from its place.
 """
 
+import logging
 import os
 import struct
 import tarfile
@@ -84,7 +85,14 @@ def read_web(
         raise DataError(f"{place} should be a folder of WebDataset shards on this machine")
     if class_names is None and data.class_names:
         class_names = (Path(data.root) / data.class_names).read_text(encoding="utf-8").splitlines()
-    info = create_reader("wds/", root=str(place), split=settings.split).split_info
+    # timm warns where there is no _info.json, which a pattern in `split` does not need.
+    logger = logging.getLogger("timm.data.readers.reader_wds")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        info = create_reader("wds/", root=str(place), split=settings.split).split_info
+    finally:
+        logger.setLevel(level)
     paths = [str(place / name) for name in info.filenames]
     lengths = info.shard_lengths if len(info.shard_lengths) == len(paths) else [0] * len(paths)
     extensions, label_key = (settings.image_key or EXTENSIONS).lower().split(";"), settings.label_key or info.alt_label
@@ -125,12 +133,23 @@ def _samples(path: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, tu
             for key, members in groupby(files, key=lambda file: file[0]):
                 if key is not None:
                     yield key, {ext.lower(): (member.offset_data, member.size) for _, ext, member in members}
-            # tarfile ends without an error at a damaged header; only zeros may follow the last file.
-            tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"no tar from byte {tar.offset} on")
+            check_end(tar)
     except (tarfile.TarError, OSError) as error:
         left_out.append(f"{os.path.basename(path)}: {error}")
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """Raises ReadError unless a block of zeros, as at the end of every .tar, follows the members that were found.
+
+    tarfile itself ends without an error at a header that is damaged or not there.
+    """
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+    if any(block):
+        raise tarfile.ReadError(f"no tar from byte {tar.offset} on")
 
 
 def _label(file: Any, members: dict[str, tuple[int, int]], label_key: str) -> int | str | None:

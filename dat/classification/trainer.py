@@ -19,11 +19,12 @@ from dat.classification.data import (
     UserTransform,
     check_classes,
     check_readable,
+    check_readable_classes,
     make_transform,
 )
 from dat.classification.evaluate import evaluate
 from dat.classification.model import build_classifier
-from dat.classification.readers import Split, first_class
+from dat.classification.readers import Split, first_class, shared_images
 from dat.classification.report import write_report
 from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
@@ -84,6 +85,7 @@ class ClassificationTrainer(Trainer):
     ):
         check_classes(train_set)
         check_readable(train_set, "train")
+        check_readable_classes(train_set)
         check_readable(val_set, "val")
         self.train_set, self.val_set, self.class_names = train_set, val_set, train_set.class_names
         self.transform = transform
@@ -94,6 +96,8 @@ class ClassificationTrainer(Trainer):
         missing = [name for name in self.class_names if name not in val_set.class_names]
         if missing:
             self.warnings.append(f"data.val has no images of {len(missing)} classes, such as {missing[0]!r}")
+        if shared := shared_images(config.data, train_set, val_set):
+            self.warnings.append(f"{shared} of {len(val_set)} validation images are training images")
         for name, split in (("train", train_set), ("val", val_set)):
             if deep := split.deep:
                 text = f"{len(deep)} images in folders of class folders; {first_class(deep[0])}"

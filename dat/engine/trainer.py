@@ -87,6 +87,13 @@ class Trainer(Task):
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = train.total_steps(self.steps_per_epoch)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self.warmup_steps = train.warmup_steps or round(train.warmup_epochs * self.steps_per_epoch)
+        if self.warmup_steps >= self.total_steps:
+            key = "warmup_steps" if train.warmup_steps else "warmup_epochs"
+            self.warnings.append(
+                f"train.{key} is {getattr(train, key):g}, a warm-up of {self.warmup_steps} steps in a run of "
+                f"{self.total_steps}: the learning rate only rises; the warm-up should be a small part of the run"
+            )
         self.lr = optim.scaled_lr(train.lr, self.sampler.images, train.lr_batch_size, train.lr_scaling)
         self.progress = Progress()
         # On a GPU the values of a step are read during the next one.
@@ -123,7 +130,7 @@ class Trainer(Task):
         self.scheduler = optim.make_scheduler(
             self.optimizer,
             self.total_steps,
-            train.warmup_steps or round(train.warmup_epochs * self.steps_per_epoch),
+            self.warmup_steps,
             train.schedule,
             [epoch * self.steps_per_epoch for epoch in train.decay_epochs],
             min_lr=train.min_lr_scale * self.lr,

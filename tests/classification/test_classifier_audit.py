@@ -90,6 +90,10 @@ def test_what_stops_training_gives_exit_code_1(pictures, tmp_path, capsys):
     text = run(capsys, config, "--out", tmp_path / "out", code=1)
     assert "STOPS TRAINING: cannot be opened (1)" in text
     assert "crimson" in problems(tmp_path / "out", "val")["cannot be opened"]["examples"][0]
+    for number in range(8):
+        (pictures / f"train/red/{number}.png").write_bytes(b"")
+    text = run(capsys, config, "--out", tmp_path / "out", code=1)
+    assert "STOPS TRAINING: class without an image that can be read (1)" in text
     for path in (pictures / "train").rglob("*.png"):
         path.write_bytes(b"")
     text = run(capsys, config, "--out", tmp_path / "out", code=1)

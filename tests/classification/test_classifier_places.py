@@ -8,7 +8,7 @@ from odd_images import encode
 from PIL import Image
 
 from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig
-from dat.classification.readers import READERS, open_split, register_reader
+from dat.classification.readers import READERS, open_place, open_split, register_reader
 from dat.classification.train import train
 from dat.engine.config import from_dict
 from dat.utils.errors import DataError
@@ -95,6 +95,11 @@ def test_two_tars_are_found(tmp_path, prefix):
         (["a/b/1.png"], ["valid.tar", "x.tar", "y.tar"], r"holds a, valid.tar, x.tar, y.tar; .*=x.tar$"),
         (["Train/cat/1.png", "training/cat/1.png"], [], r"holds Train, training; .* such as data.train.path=Train$"),
         (["val/cat/1.png", "cat/1.png", "dog/1.png"], [], r"/train does not exist, \S+ holds cat, dog, val;"),
+        (
+            ["a/b/1.png", "a/c/1.png", "d/e/1.png"],
+            [],
+            r"holds a, d with images deeper .*, such as a/b/1.png; .* folder per",
+        ),
         ([], ["a.tar", "b.tar"], r"holds a.tar, b.tar; .* such as data.train.path=a.tar$"),
         ([], ["a_train.tar", "b_train.tar", "val.tar"], r"holds a_train.tar, b_train.tar; .*=a_train.tar$"),
         ([f"{k}/{i}.png" for k in "ab" for i in range(4)], [], r"0 of 8 images\), too few; data.train.path and"),
@@ -183,6 +188,56 @@ def test_the_innermost_folder_of_a_tar_is_the_class(tmp_path):
     message = r"train.tar has cat/in/1.png and dog/in/1.png; in a .tar the class is the innermost folder, 'in' of both"
     with pytest.raises(DataError, match=message):
         open_split(data, "train")
+
+
+def test_a_tar_that_ends_early_is_refused(tmp_path):
+    """tarfile reads the members up to there without an error."""
+    whole = tmp_path / "all.tar"
+    write_tar(whole, ["cat/1.png", "dog/1.png", "cat/2.png", "notes.txt"])
+    content = whole.read_bytes()
+    # Each member has one block of header and one of content.
+    for size, reason in (
+        (6 * 512, "unexpected end of data"),
+        (6 * 512 + 100, "unexpected end of data"),
+        (6 * 512 - 30, "unexpected end of data"),
+        (5 * 512 + 30, "unexpected end of data"),
+        (7 * 512 + 30, "unexpected end of data"),
+        (8 * 512, "unexpected end of data"),
+        (512, "unexpected end of data"),
+    ):
+        whole.write_bytes(content[:size])
+        with pytest.raises(
+            DataError, match=rf"here: \S+/all.tar is truncated or damaged: {reason}; it should be a whole"
+        ):
+            open_place(whole, "here")
+    for start, end, reason in ((2 * 512, 3 * 512, "no tar from byte 1024 on"), (0, 512, "invalid header|bad checksum")):
+        whole.write_bytes(content[:start] + b"x" * (end - start) + content[end:])
+        with pytest.raises(DataError, match=reason):
+            open_place(whole, "here")
+    # GNU tar reads those of one block of zeros, with a warning.
+    whole.write_bytes(content[: 9 * 512])
+    assert names(open_place(whole, "here")) == ["cat/1.png", "cat/2.png", "dog/1.png"]
+    write_tar(whole, ["cat/1.png"])
+    assert names(open_place(whole, "here")) == ["cat/1.png"]
+
+
+def test_what_is_left_to_unpack_or_was_unpacked_into_a_folder_is_named(tmp_path):
+    data = DataConfig(str(tmp_path))
+    for name in ("train.tar.gz", "pets.ZIP"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(
+            DataError, match=rf"data.train.path: {tmp_path}/{name} is an archive; it should be unpacked"
+        ):
+            open_split(data, "train")
+        with pytest.raises(DataError, match=rf"{name} is an archive"):
+            open_split(DataConfig(str(tmp_path / name)), "train")
+        (tmp_path / name).rename(tmp_path / "pets.csv.gz")
+    for inside in ("a/train/cat/1.png", "b/cat/1.png"):
+        root = tmp_path / inside[0]
+        write_files(root / "pets", [inside[2:], inside[2:].replace("cat", "dog")])
+        with pytest.raises(DataError, match=rf"data.root: is {root}, should be {root}/pets, the folder in it that has"):
+            open_split(DataConfig(str(root)), "train")
+        assert len(open_split(DataConfig(str(root / "pets")), "train")) if inside[0] == "a" else True
 
 
 def test_a_path_that_is_given_is_taken_at_its_word(tmp_path):

@@ -152,6 +152,21 @@ def test_what_is_broken_is_listed_and_all_else_is_read(web):
     assert names == ["000", "001", *(f"{i:03}" for i in range(8, 13)), "017", "018", "019", "022", "023"]
 
 
+def test_a_shard_that_ends_between_two_samples_is_listed(web):
+    whole = (web / "train-1.tar").read_bytes()
+    (web / "train-1.tar").write_bytes(whole[: 5 * 2 * 1024])
+    split = open_split(data_of(web, "train-1.tar"), "train")
+    assert (len(split), split.left_out) == (5, ["train-1.tar: unexpected end of data"])
+
+
+def test_shards_need_no_file_of_splits(web, caplog):
+    (web / "_info.json").unlink()
+    assert len(open_split(data_of(web, "train-{0..2}.tar"), "train")) == 24
+    with pytest.raises(DataError, match=r"data.train: cannot load split 'train' of wds/web: split train not found"):
+        open_split(data_of(web), "train")
+    assert not caplog.records
+
+
 def test_a_run_on_shards(web, settings, tmp_path):
     """It meets every sample, tells of the broken one, and goes on after a stop as if nothing had been."""
     broken = samples(17, 7)

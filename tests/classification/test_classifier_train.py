@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dat.classification import Classifier
 from dat.classification import draw as drawing
-from dat.classification.config import ClassificationConfig, check_config
-from dat.classification.data import MixPairs, TrainImages, UserTransform, make_transform
-from dat.classification.readers import open_place
+from dat.classification.config import ClassificationConfig, DataConfig, SplitConfig, check_config
+from dat.classification.data import (
+    EvalImages,
+    MixPairs,
+    TrainImages,
+    UserTransform,
+    check_readable_classes,
+    make_transform,
+)
+from dat.classification.readers import open_place, open_split, shared_images
 from dat.classification.train import train
 from dat.classification.trainer import ClassificationTrainer, make_loss
 from dat.engine.checkpoint import load_checkpoint
@@ -150,6 +158,21 @@ def test_tars_are_read_like_folders(settings, pictures, tmp_path):
     assert all(torch.equal(value, tar["state_dict"][name]) for name, value in folder["state_dict"].items())
 
 
+def test_workers_read_a_tar_each_for_itself(tmp_path):
+    """Processes that share an open file move each other's position in it."""
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for i in range(200):
+            Image.effect_noise((64, 64), 80).save(tmp_path / "noise.png")
+            tar.add(tmp_path / "noise.png", f"{'ab'[i % 2]}/{i}.png")
+    split = open_place(tmp_path / "all.tar", "here")
+    # Before training one image is read in the main process.
+    split.read(0)
+    first, second = split.open(0)[0], split.open(1)[0]
+    assert first.raw.fileobj.fileno() != second.raw.fileobj.fileno()
+    loader = Loader(EvalImages(split, pil_to_tensor), 2, False, batch_size=10)
+    assert all((labels >= 0).all() for _, labels, _ in loader)
+
+
 def test_unreadable_pictures_are_replaced_and_listed(settings, pictures, tmp_path):
     whole = (pictures / "train/red/0.png").read_bytes()
     (pictures / "train/red/0.png").write_bytes(whole[: len(whole) // 2])
@@ -186,6 +209,40 @@ def test_nothing_readable_is_an_error(settings, pictures, capsys):
     assert error.startswith("error: data.train: no image can be read: 24 in a row from ")
 
 
+def test_a_class_of_which_nothing_can_be_read_stops_training(settings, pictures):
+    """One image of a class is enough, in any place."""
+    for number in range(8):
+        (pictures / f"train/green/{number}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 8 images of class 'green' can be read: green/0.png: .* no known"):
+        run(settings)
+    shutil.copy(pictures / "train/red/7.png", pictures / "train/green/7.png")
+    check_readable_classes(open_place(pictures / "train", "here"))
+
+
+def test_validation_on_training_images_is_said(settings, pictures, tmp_path):
+    shutil.copytree(pictures / "val", pictures / "part")
+    (pictures / "linked").symlink_to("val")
+    for number in range(2):
+        (pictures / f"part/red/{number}.png").unlink()
+        (pictures / f"part/red/{number}.png").symlink_to(f"../../train/red/{number}.png")
+    with tarfile.open(pictures / "all.tar", "w") as tar:
+        tar.add(pictures / "train", "train")
+    for train_path, val_path, shared in (
+        ("train", "train", 24), ("train", "part", 2), ("val", "linked", 6), ("train", "val", 0),
+        ("part", "part", 6), (".", "all.tar", 0), ("all.tar", "./all.tar", 24),
+    ):  # fmt: skip
+        data = DataConfig(str(pictures), SplitConfig(train_path), SplitConfig(val_path, "validation"))
+        splits = open_place(pictures / train_path, "here"), open_place(pictures / val_path, "here")
+        assert shared_images(data, *splits) == shared, (train_path, val_path)
+    # Held-out images of one folder, or .tar, are others.
+    for root in (pictures / "train", pictures / "all.tar"):
+        data = DataConfig(str(root))
+        assert shared_images(data, open_split(data, "train"), open_split(data, "val")) == 0
+    settings["data"]["val"] = {"path": "train"}
+    run(settings, epochs=1)
+    assert "warning: 24 of 24 validation images are training images" in (tmp_path / "run/train.log").read_text()
+
+
 def test_weights_that_are_not_finite_are_never_saved(settings, tmp_path, monkeypatch):
     step = Trainer.train_step
 
@@ -211,6 +268,20 @@ def test_classes_of_the_splits_must_agree(settings, pictures, tmp_path):
     assert "no images of 1 classes, such as 'blue'" in (tmp_path / "run/train.log").read_text()
 
 
+def test_names_of_classes_may_be_composed_or_not(tmp_path):
+    """macOS writes é as e and an accent."""
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for name in (decomposed, "tea"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    split = open_place(tmp_path, "here", ["tea", composed])
+    assert [split.read(index)[1] for index in range(2)] == [1, 0]
+    assert split.class_names == [composed, "tea"]
+    # A data set that has both as classes keeps them apart.
+    split = open_place(tmp_path, "here", [decomposed, composed, "tea"])
+    assert (split.read(0)[1], split.class_names[0]) == (0, decomposed)
+
+
 def test_missing_data_is_named(settings, pictures):
     settings["data"]["val"] = {"path": "test"}
     with pytest.raises(DataError, match=r"data.val.path: .*pictures/test does not exist"):
@@ -223,7 +294,7 @@ def test_missing_data_is_named(settings, pictures):
         run(settings)
     (pictures / "x.tar").write_bytes(b"no tar")
     settings["data"]["val"] = {"path": "x.tar"}
-    with pytest.raises(DataError, match=r"x.tar holds no readable images"):
+    with pytest.raises(DataError, match=r"x.tar is truncated or damaged: truncated header; it should be a whole .tar"):
         run(settings)
 
 

@@ -266,6 +266,18 @@ def test_a_finished_run_names_the_key_that_sets_its_length(tmp_path, key, length
     assert trainer._describe().endswith(f"\nnothing left to train; raise train.{key} to go on")
 
 
+def test_a_warmup_as_long_as_the_run_is_said(tmp_path):
+    """An epoch has three steps."""
+    for number, (options, text) in enumerate((
+        ({"warmup_epochs": 2}, "train.warmup_epochs is 2, a warm-up of 6 steps in a run of 6: the learning rate only "),
+        ({"warmup_steps": 200}, "train.warmup_steps is 200, a warm-up of 200 steps in a run of 6: "),
+        ({"warmup_steps": 5}, None),
+        ({"warmup_epochs": 1.5}, None),
+    )):  # fmt: skip
+        warnings = make(tmp_path / str(number), **options).warnings
+        assert [warning.startswith(text) for warning in warnings] == [True] * bool(text), options
+
+
 def test_a_run_ends_when_it_is_good_enough(tmp_path):
     assert make(tmp_path, epochs=9).run(until=5)["steps"] == 6
 
