@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dat  # noqa: F401  registers its models
 from benchmarks.process import Measured
-from benchmarks.timing import medians, memory_kept, write_json
+from benchmarks.timing import integers, medians, names_of, write_json
 from benchmarks.trainings import last_entries, train
 
 CONFIG = "configs/classification/small_pictures.yaml"
@@ -76,21 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", default="train.tar")
     parser.add_argument("--val", default="val.tar")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--models", type=names_of(MODELS), default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
     options = parser.parse_args(argv)
     if options.seeds and options.data is None:
         parser.error("--data is needed, the folder of the images")
-    names = options.models.split(",")
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for seed in map(int, filter(None, options.seeds.split(","))):
-        for name in names:
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.models}
+    for seed in options.seeds:
+        for name in options.models:
             results[name].append(accuracy(name, seed, options))
-    steps = {name: training_step(create(MODELS[name])) for name in names}
-    with memory_kept():
-        seconds = medians(steps, torch.device("cpu"), repeats=9, budget=math.inf)
+    steps = {name: training_step(create(MODELS[name])) for name in options.models}
+    seconds = medians(steps, torch.device("cpu"), repeats=9, budget=math.inf)
     rows = []
     for name, runs in results.items():
         top1 = [run["top1"] for run in runs]

@@ -1,10 +1,10 @@
 """Measures `deform_attn` and `neighborhood_attn` beside other ways to compute DAT's attentions.
 
-    python -m benchmarks.attention [--only TEXT] [--natten PYTHON] [--flex] [--out FILE.json]
+    python -m benchmarks.attention [--only TEXT] [--natten PYTHON] [--out FILE.json]
 
 `deform_attn` is compared with the formulation of DAT's official code, in time and memory; `neighborhood_attn` with
-unfolded windows, dense attention with a mask and, if asked for, NATTEN 0.14 and FlexAttention. All in float32; "over" a
-peer is its time or memory divided by ours.
+unfolded windows, dense attention with a mask and, if asked for, NATTEN 0.14. All in float32, ours in bfloat16 too;
+"over" a peer is its time or memory divided by ours in float32.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import deform_attn, neighborhood_attn
+from benchmarks import deform_attn, neighborhood_attn, timing
 from benchmarks.natten_peer import Natten
 from benchmarks.timing import PASSES, medians, peak_bytes, write_json
 
@@ -26,17 +26,16 @@ OPS = {"deform_attn": deform_attn, "neighborhood_attn": neighborhood_attn}
 BUDGET = 8.0
 
 
-def measure(op: str, name: str, device: torch.device, natten: Natten | None, flex: bool) -> Row:
+def measure(op: str, name: str, device: torch.device, natten: Natten | None) -> Row:
     """Milliseconds of one workload, forward and with backward, and the largest error of each output against float64.
 
-    `natten` and `flex` concern neighborhood_attn. Compiled FlexAttention has no backward on a CPU: forward alone.
+    `natten` concerns neighborhood_attn.
     """
     module, work = OPS[op], OPS[op].WORKS[name]
     tensors, forms = module.inputs(work, device), module.forms(work)
-    forward_forms = neighborhood_attn.forward_forms(work) if flex and module is neighborhood_attn else {}
     exact = forms["ours"](*(t.double() for t in tensors))
     row: Row = {"op": op, "work": name, "device": device.type}
-    outputs = {form: function(*tensors) for form, function in (forms | forward_forms).items()}
+    outputs = {form: function(*tensors) for form, function in forms.items()}
     if natten is not None and module is neighborhood_attn:
         natten.load(tensors, **neighborhood_attn.options(work))
         row["natten_versions"] = natten.versions
@@ -46,8 +45,6 @@ def measure(op: str, name: str, device: torch.device, natten: Natten | None, fle
     half = [*(t.bfloat16() for t in tensors[:3]), *tensors[3:]]
     for pass_name, make in PASSES.items():
         runs = {form: make(function, tensors) for form, function in forms.items()}
-        if pass_name == "forward":
-            runs |= {form: make(function, tensors) for form, function in forward_forms.items()}
         runs["ours_bfloat16"] = make(forms["ours"], half)
         elsewhere = {"natten": partial(natten.seconds, pass_name)} if "natten" in outputs else {}
         seconds = medians(runs, device, budget=BUDGET, elsewhere=elsewhere)
@@ -56,7 +53,7 @@ def measure(op: str, name: str, device: torch.device, natten: Natten | None, fle
 
 
 def measure_memory(name: str, device: torch.device) -> Row:
-    """Peak memory of deform_attn beyond its inputs, in megabytes, forward and with backward."""
+    """Peak memory of deform_attn beyond its inputs, in MB of 2**20 bytes, forward and with backward."""
     work = deform_attn.MEMORY_WORKS[name]
     tensors = deform_attn.inputs(work, device)
     row: Row = {"op": "deform_attn", "work": f"memory, {name}", "device": device.type}
@@ -89,11 +86,11 @@ def text(row: Row) -> str:
     return "\n".join(lines)
 
 
-def works(device: torch.device, natten: Natten | None, flex: bool) -> dict[str, Callable[[], Row]]:
+def works(device: torch.device, natten: Natten | None) -> dict[str, Callable[[], Row]]:
     """Functions that measure a row, by its heading."""
     runs: dict[str, Callable[[], Row]] = {}
     for op, module in OPS.items():
-        runs |= {f"{op}: {name}": partial(measure, op, name, device, natten, flex) for name in module.WORKS}
+        runs |= {f"{op}: {name}": partial(measure, op, name, device, natten) for name in module.WORKS}
     for name in deform_attn.MEMORY_WORKS:
         runs[f"deform_attn: memory, {name}"] = partial(measure_memory, name, device)
     return runs
@@ -102,10 +99,9 @@ def works(device: torch.device, natten: Natten | None, flex: bool) -> dict[str, 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=timing.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="part of a heading, such as 'neighborhood_attn: 56x56'")
     parser.add_argument("--natten", metavar="PYTHON", help="a Python 3.10 or later that has NATTEN 0.14, for a CPU")
-    parser.add_argument("--flex", action="store_true", help="FlexAttention, too; compiling it takes a minute a map")
     args = parser.parse_args(argv)
     if args.natten and args.device.type != "cpu":
         parser.error(f"--natten is measured on a CPU only, got --device {args.device}")
@@ -116,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
                 natten = stack.enter_context(Natten(args.natten, torch.get_num_threads()))
             except (OSError, RuntimeError) as error:
                 parser.error(f"--natten: {error}")
-        chosen = {name: run for name, run in works(args.device, natten, args.flex).items() if args.only in name}
+        chosen = {name: run for name, run in works(args.device, natten).items() if args.only in name}
         if not chosen:
             parser.error(f"--only must be part of a heading, as of neighborhood_attn: 56x56, got {args.only}")
         rows = []

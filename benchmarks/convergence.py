@@ -1,7 +1,7 @@
 """DETR beside Deformable DETR on generated scenes: AP against epochs and seconds.
 
     python -m benchmarks.convergence [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants detr,two_stage]
-    python -m benchmarks.convergence --data FOLDER --runs runs/mine --out mine.json --plot mine.png [key.path=value]
+    python -m benchmarks.convergence --data FOLDER --runs runs/mine [--out FILE.json] [--plot FILE.png] [key.path=value]
 
 Tests the claims of Zhu et al. (ICLR 2021, arXiv:2010.04159) at small scale: Deformable DETR reaches DETR's AP in a
 tenth of the epochs, and is better on small objects. All variants use configs/detection/scenes.yaml: the same scenes,
@@ -15,8 +15,8 @@ less with 4e-4; that of single-scale Deformable DETR equally with 4e-4 and 8e-4,
 
 Every run is the command `detection.train`. Finished runs are not repeated, interrupted ones continue. Seconds count
 training steps only: their number times the median time of a step, measured with the variants in turns in one process.
-On a CPU this is processor time, which other work on the machine hardly changes. FOLDER holds train.json, val.json and
-images/.
+On a CPU this is processor time, which other work on the machine hardly changes. FOLDER is data as `dat detect train`
+takes them.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ VARIANTS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, VARIANTS, "convergence").parse_args(argv)
-    reference = "detr_10x" if "detr_10x" in options.variants.split(",") else "detr"
+    reference = "detr_10x" if "detr_10x" in options.variants else "detr"
     compare(VARIANTS, options, reference, on_data("DETR and Deformable DETR", options))
 
 

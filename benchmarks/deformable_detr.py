@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
+from benchmarks import timing
 from benchmarks.timing import medians, write_json
 from dat.ops import compat
 
@@ -66,16 +67,15 @@ def measure(models: dict[str, nn.Module], size: tuple[int, int], batch: int, dev
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=timing.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
-    device = torch.device(args.device)
-    model = build(device)
+    model = build(args.device)
     models = {"transformers": model, "switched": copy.deepcopy(model)}
     compat.switch(models["switched"])
     rows = []
     for size in SIZES:
-        row = measure(models, size, args.batch, device)
+        row = measure(models, size, args.batch, args.device)
         rows.append(row)
         print(
             f"{row['size']:>9} transformers {row['transformers_ms']:8.1f} ms  switched {row['switched_ms']:8.1f} ms  "

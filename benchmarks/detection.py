@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import parse_size, show
+from benchmarks.models import show, sizes
 from benchmarks.process import Process, peaks, take_turns
-from benchmarks.timing import write_json
+from benchmarks.timing import device, names_of, write_json
 
 FOLDER = Path("configs/detection")
 REFINED = {"with_box_refine": True}
@@ -45,7 +45,7 @@ def starter(config: str, size: tuple[int, int], options: argparse.Namespace) -> 
             "options": peer_options,
             "batch": options.batch,
             "size": size,
-            "device": options.device,
+            "device": str(options.device),
             "threads": torch.get_num_threads(),
         }
         return Process("benchmarks.detector_process", [json.dumps(spec)])
@@ -57,7 +57,7 @@ def measure(config: str, size: tuple[int, int], options: argparse.Namespace) -> 
     """Rows of one configuration at one size: complexity, then times and memory of each pass."""
     start = starter(config, size, options)
     names = ("ours", "transformers") if config in PEERS else ("ours",)
-    head = {"model": config, "size": list(size), "batch": options.batch, "device": options.device}
+    head = {"model": config, "size": list(size), "batch": options.batch, "device": str(options.device)}
     rows = []
     with start("ours") as process:
         rows.append({**head, "what": "complexity", **process.ask("complexity")})
@@ -72,18 +72,19 @@ def measure(config: str, size: tuple[int, int], options: argparse.Namespace) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--configs", default=",".join(DEFAULT), help="names in configs/detection, with commas between")
-    parser.add_argument("--sizes", default="480x640,800x1333")
+    known = names_of(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    parser.add_argument("--configs", type=known, default=",".join(DEFAULT), help=f"of {FOLDER}, with commas between")
+    parser.add_argument("--sizes", type=sizes, default="480x640,800x1333", help="sides or HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--train", action="store_true", help="training steps too")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
     options = parser.parse_args(argv)
     rows = []
-    for config in options.configs.split(","):
-        for size in map(parse_size, options.sizes.split(",")):
+    for config in options.configs:
+        for size in options.sizes:
             for row in measure(config, size, options):
                 show(row)
                 rows.append(row)

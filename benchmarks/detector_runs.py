@@ -1,12 +1,12 @@
 """Trains variants of one detector in the same way, with several seeds each, and gathers their AP.
 
-Used by `benchmarks.convergence` and `benchmarks.backbones`: the scenes, the pre-training of backbones as classifiers,
-the runs, which continue after an interruption, the time of a step of each variant, results and plot.
+Used by `benchmarks.convergence`, `benchmarks.backbones` and `benchmarks.recipes`: the scenes, the pre-training of
+backbones as classifiers, the runs, which continue after an interruption, the time of a step of each variant, results
+and plot.
 """
 
 import argparse
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import curves
-from benchmarks.timing import machine, medians, write_json
+from benchmarks.timing import integers, machine, medians, names_of, write_json
 from benchmarks.trainings import arguments, entries, finished, train
 from dat.detection.config import DetectionConfig
 from dat.detection.data import read_dataset
@@ -28,7 +28,7 @@ from dat.engine.backbones import without_weights
 from dat.engine.config import load_config
 from dat.engine.distributed import setup_distributed
 from dat.utils.modules import evaluating
-from examples.digits import make_crops, make_scenes
+from examples.digits import make_crops, make_scenes, make_whole
 
 CONFIG = Path("configs/detection/scenes.yaml")
 CLASSIFIER = Path("configs/classification/demo.yaml")
@@ -76,28 +76,18 @@ class Comparison:
 
     def __init__(self, variants: Mapping[str, Variant], options: argparse.Namespace, sizes: Sizes) -> None:
         self.variants, self.options, self.sizes = variants, options, sizes
-        self.names = options.variants.split(",")
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        self.seeds = {name: seeds[: variants[name].seeds] for name in self.names}
+        self.names = options.variants
+        self.seeds = {name: options.seeds[: variants[name].seeds] for name in self.names}
         self.data = options.data or options.scenes / "data"
         self.described: dict[str, Row] = {}
 
     def make_data(self) -> None:
         """Scenes and crops, each whole or not at all."""
         sizes = self.sizes
-        make: dict[Path, Callable[[Path], None]] = {
-            self.options.scenes / "crops": partial(
-                make_crops, train=sizes.crops[0], val=sizes.crops[1], size=sizes.crop
-            )
-        }
+        crops = partial(make_crops, train=sizes.crops[0], val=sizes.crops[1], size=sizes.crop)
+        make_whole(self.options.scenes / "crops", crops)
         if self.options.data is None:
-            make[self.data] = partial(make_scenes, train=sizes.train, val=sizes.val, size=sizes.scene)
-        for folder, function in make.items():
-            if not folder.exists():
-                temporary = folder.with_name(f".{folder.name}")
-                shutil.rmtree(temporary, ignore_errors=True)
-                function(temporary)
-                temporary.rename(folder)
+            make_whole(self.data, partial(make_scenes, train=sizes.train, val=sizes.val, size=sizes.scene))
 
     def pretrained(self, name: str) -> Path:
         """Path of the pre-trained backbone of a variant; variants with the same backbone use the same one."""
@@ -201,8 +191,8 @@ class Comparison:
         rows = self.rows()
         curves.summarise(rows, reference)
         if any(row["runs"] for row in rows):
-            write_json(self.options.out, rows)
-            curves.draw(rows, machine(), self.options.plot, title)
+            write_json(self.options.out or self.options.runs / "results.json", rows)
+            curves.draw(rows, machine(), self.options.plot or self.options.runs / "curves.png", title)
         return rows
 
 
@@ -225,16 +215,18 @@ def parser(doc: str, variants: Mapping[str, Variant], name: str) -> argparse.Arg
     """The options of a benchmark `name`, described by the first line of `doc`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"of {CONFIG}, for all runs")
-    parser.add_argument("--variants", default=",".join(variants), help=f"of {','.join(variants)}")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--variants", type=names_of(variants), default=",".join(variants), help=f"of {','.join(variants)}"
+    )
+    parser.add_argument("--seeds", type=integers, default="0,1,2")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--pretrain", type=int, default=4, help="epochs in which backbones learn to classify")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where the runs are kept")
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="where the scenes are kept")
-    parser.add_argument("--data", type=Path, help="folder with train.json, val.json and images/, instead of scenes")
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}_cpu.json"))
-    parser.add_argument("--plot", type=Path, default=Path(f"docs/{name}.png"))
+    parser.add_argument("--data", type=Path, help="folder of data, instead of scenes")
+    parser.add_argument("--out", type=Path, help="the results; default: results.json in --runs")
+    parser.add_argument("--plot", type=Path, help="default: curves.png in --runs")
     return parser
 
 
@@ -262,8 +254,7 @@ def compare(
     with ThreadPoolExecutor(options.jobs) as pool:
         owners = {comparison.pretrained(name): name for name in comparison.names}
         list(pool.map(comparison.pretrain, owners.values()))
-        seeds = map(int, options.seeds.split(","))
-        pairs = [(name, seed) for seed in seeds for name in comparison.names if seed in comparison.seeds[name]]
+        pairs = [(name, seed) for seed in options.seeds for name in comparison.names if seed in comparison.seeds[name]]
         try:
             for future in as_completed([pool.submit(comparison.run, *pair) for pair in pairs]):
                 future.result()

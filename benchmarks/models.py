@@ -22,7 +22,7 @@ import torch
 
 import dat  # noqa: F401  registers its models
 from benchmarks.process import Process, peaks, take_turns
-from benchmarks.timing import write_json
+from benchmarks.timing import device, integers, names_of, write_json
 from dat.layers import DeformableAttention, NeighborhoodAttention, WindowAttention
 from dat.models.dat import DAT
 
@@ -80,7 +80,7 @@ class Competition:
             "model": self.name,
             "batch": self.batch,
             "size": [-(-side // multiple) * multiple for side in self.size],
-            "device": self.options.device,
+            "device": str(self.options.device),
             "threads": torch.get_num_threads(),
             "weights": str(self.folder / "weights.pth"),
             "neighborhood": "natten" if self.options.natten else self.options.neighborhood,
@@ -131,16 +131,18 @@ def show(row: Row) -> None:
     print(head, *figures, sep="  ", flush=True)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
+def sizes(text: str) -> list[tuple[int, int]]:
+    """A type of arguments: sides or HEIGHTxWIDTH with commas between, as (height, width)."""
+    sides = [part.partition("x") for part in text.split(",")]
+    return [(int(height), int(width or height)) for height, _, width in sides]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="dat_pp_tiny", help="names with commas between")
-    parser.add_argument("--sizes", default="224,384,800x1333")
-    parser.add_argument("--batches", default="8,2,1", help="images of a batch, for each size")
+    known = timm.list_models(module="dat")
+    parser.add_argument("--models", type=names_of(known), default="dat_pp_tiny", help="names with commas between")
+    parser.add_argument("--sizes", type=sizes, default="224,384,800x1333", help="sides or HEIGHTxWIDTH")
+    parser.add_argument("--batches", type=integers, default="8,2,1", help="images of a batch, for each size")
     parser.add_argument("--peers", default=",".join(PEERS), help="timm models to measure beside")
     parser.add_argument("--no-official", action="store_true", help="ours beside the timm models alone")
     parser.add_argument("--train", action="store_true", help="training steps too")
@@ -149,24 +151,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--natten", help="Python interpreter of an environment with natten 0.14.6")
     parser.add_argument("--neighborhood", choices=("plain", "ours"), default="plain", help="of the official form")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON, with the machine's description")
     options = parser.parse_args(argv)
+    if len(options.sizes) != len(options.batches):
+        parser.error(f"--batches needs one number for each of the {len(options.sizes)} sizes")
+    peers = list(filter(None, options.peers.split(",")))
+    if unknown := [name for name in peers if not timm.is_model(name)]:
+        parser.error(f"--peers must be models of timm, got {', '.join(unknown)}")
     rows: list[Row] = []
 
     def add(*more: Row) -> None:
         for row in more:
             show(row)
-            rows.append(row | {"device": options.device})
+            rows.append(row | {"device": str(options.device)})
         if options.out:
             write_json(options.out, rows)
 
     official = () if options.no_official else ("official",)
-    implementations = ("ours", *official, *filter(None, options.peers.split(",")))
+    implementations = ("ours", *official, *peers)
     passes = ("forward", "step") if options.train else ("forward",)
-    for name in options.models.split(","):
-        for text, batch in zip(options.sizes.split(","), options.batches.split(","), strict=True):
-            with Competition(name, parse_size(text), int(batch), options) as competition:
+    for name in options.models:
+        for size, batch in zip(options.sizes, options.batches, strict=True):
+            with Competition(name, size, batch, options) as competition:
                 if official:
                     add(competition.difference())
                 for what in passes:

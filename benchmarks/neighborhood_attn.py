@@ -4,14 +4,14 @@ The workloads are DAT++'s: windows of 7 x 7, heads of 32 channels, the maps of t
 NATTEN, which the official code is built on, dropped the position bias in 0.20: `benchmarks.natten_peer`.
 """
 
+import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dat.ops import neighborhood_attn
 from dat.ops.reference import neighbors
@@ -59,36 +59,6 @@ def dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[i
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), scale=scale)
 
 
-@cache
-def flex_parts(size: tuple[int, int], device: torch.device) -> tuple[Callable[..., Tensor], BlockMask, Tensor]:
-    """Parts of FlexAttention that a map needs once: the compiled function, its block mask, displacements of pairs.
-
-    Displacements are looked up, because Inductor fails to compile index arithmetic in a score for CPUs.
-    """
-    (H, W), reach = size, KERNEL - 1
-    row, column = torch.arange(H, device=device).repeat_interleave(W), torch.arange(W, device=device).repeat(H)
-    first_row, first_column = (row - KERNEL // 2).clamp(0, H - KERNEL), (column - KERNEL // 2).clamp(0, W - KERNEL)
-
-    def near(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        dy, dx = row[key] - first_row[query], column[key] - first_column[query]
-        return (dy >= 0) & (dy < KERNEL) & (dx >= 0) & (dx < KERNEL)
-
-    dy, dx = ((at - at[:, None]).clamp(-reach, reach) + reach for at in (row, column))
-    mask = create_block_mask(near, None, None, H * W, H * W, device=device)
-    return torch.compile(flex_attention, dynamic=False), mask, dy * (2 * KERNEL - 1) + dx
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-    """FlexAttention; on a CPU it has no gradients."""
-    attention, mask, displacement = flex_parts(size, query.device)
-    flat = bias.flatten(1)
-
-    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + flat[h, displacement[query, key]]
-
-    return attention(query, key, value, score_mod=biased, block_mask=mask, scale=scale)
-
-
 def inputs(work: Work, device: torch.device) -> list[Tensor]:
     """Query, key and value in the layout of a layer's projections, and the bias."""
     generator = torch.Generator().manual_seed(0)
@@ -105,16 +75,6 @@ def options(work: Work) -> dict[str, Any]:
 
 def forms(work: Work) -> dict[str, Callable[..., Tensor]]:
     """Functions of the tensors of `inputs`, by name."""
-    peers = {"unfold": unfolded, **({"dense": dense} if fits(work) else {})}
+    peers = {"unfold": unfolded, **({"dense": dense} if math.prod(work.size) <= DENSE_CELLS else {})}
     by_name = {key: partial(peer, size=work.size, scale=CHANNELS**-0.5) for key, peer in peers.items()}
     return {"ours": partial(neighborhood_attn, **options(work)), **by_name}
-
-
-def forward_forms(work: Work) -> dict[str, Callable[..., Tensor]]:
-    """Functions that have no gradients and take long to compile."""
-    return {"flex": partial(flex, size=work.size, scale=CHANNELS**-0.5)} if fits(work) else {}
-
-
-def fits(work: Work) -> bool:
-    """Whether a tensor with an entry for each pair of pixels fits in memory."""
-    return work.size[0] * work.size[1] <= DENSE_CELLS

@@ -1,6 +1,6 @@
 """Measures the ops beside every other implementation that this machine can run.
 
-    python -m benchmarks.ops [--quick] [--only encoder,decoder] [--out benchmarks/results] [--plot FILE.png]
+    python -m benchmarks.ops [--quick] [--only encoder,decoder] [--out benchmarks/results]
 
 Time, peak memory and error against float64, forward and backward, in float32 and half precision. The workloads are
 Deformable DETR's attention (encoder: a query for every pixel, decoder: 300 queries; 8 heads of 32 channels, 4 levels, 4
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import ops_cuda_peers, ops_measure, ops_plot, ops_table, ops_work
+from benchmarks import ops_cuda_peers, ops_measure, ops_table, ops_work
 from benchmarks.ops_peers import OURS, compiled_peers, peer, sampling_peers, whole_path
-from benchmarks.timing import machine, write_json
+from benchmarks.timing import device, machine, names_of, write_json
 
 Rows = Iterator[dict[str, Any]]
 
@@ -111,22 +111,20 @@ def missing(args: argparse.Namespace) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--quick", action="store_true", help="less work, few repeats; not written unless --out says where"
     )
-    parser.add_argument("--only", help=f"of {','.join(SECTIONS)}; rows of others stay in the file")
+    parser.add_argument(
+        "--only", type=names_of(SECTIONS), help=f"of {','.join(SECTIONS)}; rows of others stay in the file"
+    )
     parser.add_argument("--out", type=Path, help="folder or .json file; default: benchmarks/results")
-    parser.add_argument("--plot", type=Path, help="where to draw the speed-ups (png, svg, ...)")
-    for name in ("original", "dcnv4", "triton"):
-        parser.add_argument(f"--{name}", type=Path, help=f"folder with {getattr(ops_cuda_peers, name).__doc__}")
+    original = "folder with the built extension MultiScaleDeformableAttention of fundamentalvision/Deformable-DETR"
+    parser.add_argument("--original", type=Path, help=original)
+    parser.add_argument("--dcnv4", type=Path, help="folder with the built package DCNv4 of OpenGVLab/DCNv4")
     args = parser.parse_args(argv)
-    names = [name for name in SECTIONS if not args.quick or name not in SLOW]
-    args.only = args.only.split(",") if args.only else names
-    unknown = [name for name in args.only if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--only must be of {','.join(SECTIONS)}, got {','.join(unknown)}")
-    args.folders = {name: getattr(args, name) for name in ("original", "dcnv4", "triton")}
+    args.only = args.only or [name for name in SECTIONS if not args.quick or name not in SLOW]
+    args.folders = {name: getattr(args, name) for name in ("original", "dcnv4")}
     args.budget = 1.0 if args.quick else 10.0
     if args.out is None and not args.quick:
         args.out = Path("benchmarks/results")
@@ -150,8 +148,6 @@ def main(argv: list[str] | None = None) -> None:
         rows += kept(args.out, args.only)
         rows.sort(key=lambda row: list(SECTIONS).index(row["section"]))
         write_json(args.out, rows)
-    if args.plot:
-        ops_plot.draw(rows, machine(), args.plot)
 
 
 if __name__ == "__main__":

@@ -42,17 +42,6 @@ def original(folder: Path) -> Implementation:
     return Implementation("original CUDA op", function, (torch.float32,))
 
 
-def triton(folder: Path) -> Implementation:
-    """The package `msda_triton` (rziga/msda-triton)."""
-    # Its public function falls back to grid_sample silently.
-    sample = _load(folder, "msda_triton.frontend").triton_multiscale_deformable_attention
-
-    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return sample(value, work.sizes, locations, weights, "zeros", False)
-
-    return Implementation("msda-triton", function, (torch.float32,))
-
-
 def dcnv4(folder: Path) -> Implementation:
     """`FlashDeformAttnFunction` of the package `DCNv4` (OpenGVLab/DCNv4), whose softmax is in the kernel; float16."""
     apply = _load(folder, "DCNv4.functions.flash_deform_attn_func").FlashDeformAttnFunction.apply
@@ -66,9 +55,9 @@ def dcnv4(folder: Path) -> Implementation:
 
 
 def load(device: torch.device, folders: dict[str, Path | None]) -> tuple[list[Implementation], list[str]]:
-    """Implementations of attention from the folders of "original", "dcnv4" and "triton", and why others are missing."""
+    """Implementations of attention from the folders of "original" and "dcnv4", and why others are missing."""
     found, missing = [], []
-    for name, make in (("original", original), ("dcnv4", dcnv4), ("triton", triton)):
+    for name, make in (("original", original), ("dcnv4", dcnv4)):
         folder = folders[name]
         if device.type != "cuda":
             missing.append(f"{name}: runs on a GPU only")

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import ops_work
 from benchmarks.ops_peers import EXACT, OURS, Implementation
 from benchmarks.ops_work import Work
-from benchmarks.timing import PASSES, exponent, medians, memory_kept, peak_bytes
+from benchmarks.timing import PASSES, exponent, medians, peak_bytes
 
 # Few pixels, so that work per pixel does not hide the growth with queries.
 GROWTH_SHAPES = ((8, 10), (4, 5), (2, 3), (1, 2))
@@ -99,8 +99,7 @@ def growth(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     for variable, works in (("Q", by_queries), ("B", by_batches)):
         for name in PASSES:
             runs = {str(size): run_of(name, OURS["attention"], work) for size, work in works.items()}
-            with memory_kept():
-                seconds = list(medians(runs, device, 15, budget).values())
+            seconds = list(medians(runs, device, 15, budget).values())
             memory = [peak_bytes(run, device) for run in runs.values()]
             yield {
                 "section": "growth",

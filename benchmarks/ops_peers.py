@@ -83,20 +83,6 @@ def transformers_layer() -> Implementation:
     return Implementation("transformers", function, (torch.float32,))
 
 
-def mmcv_function() -> Implementation:
-    """mmcv's function: grid_sample on a CPU, its CUDA op on a GPU."""
-    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
-
-    def function(work: Work, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        if value.is_cuda:
-            out = MultiScaleDeformableAttnFunction.apply(value, work.sizes, work.starts, locations, weights, 64)
-        else:
-            out = multi_scale_deformable_attn_pytorch(value, work.sizes, locations, weights)
-        return out.unflatten(-1, value.shape[2:])
-
-    return Implementation("mmcv", function, (torch.float32,))
-
-
 def peer(op: str, device: torch.device) -> Implementation:
     """The peer that everybody can run for workload `op` on `device`."""
     return EXACT[op] if device.type == "cuda" else EXACT[op].only(torch.float32)
@@ -109,11 +95,10 @@ def sampling_peers(device: torch.device) -> tuple[list[Implementation], list[str
         # It counts pixels in 16 bits there, and reads wrong addresses beyond 32767.
         missing += ["grid_sample in half precision: torch's CPU kernel reads outside of such maps"]
         missing += ["torchvision in half precision: no bfloat16 on a CPU, and float16 slower than float32"]
-    for name, make in (("transformers", transformers_layer), ("mmcv", mmcv_function)):
-        try:
-            found.append(make())
-        except ImportError as error:
-            missing.append(f"{name}: {error}")
+    try:
+        found.append(transformers_layer())
+    except ImportError as error:
+        missing.append(f"transformers: {error}")
     return found, missing
 
 

@@ -54,7 +54,7 @@ def _threads(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _megabytes(amount: int | None) -> str:
-    return "-" if amount is None else f"{amount / 1e6:.1f}"
+    return "-" if amount is None else f"{amount / 2**20:.1f}"
 
 
 def _align(cells: list[list[str]]) -> list[str]:

@@ -128,7 +128,7 @@ class Measured:
         return seconds_of(getattr(self, name), calls, self.device)
 
     def peak(self, name: str) -> float | None:
-        """Peak memory of a pass beyond weights and inputs, in megabytes."""
+        """Peak memory of a pass beyond weights and inputs, in MB of 2**20 bytes."""
         return megabytes(peak_bytes(getattr(self, name), self.device))
 
 

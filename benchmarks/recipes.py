@@ -1,7 +1,7 @@
 """Measures what each ingredient of DINO adds to Deformable DETR: AP against epochs and seconds.
 
     python -m benchmarks.recipes [--seeds 0,1,2] [--epochs 6] [--jobs 2] [--variants two_stage,dino]
-    python -m benchmarks.recipes --data FOLDER --epochs 16 --runs runs/mine --out mine.json --plot mine.png [key=value]
+    python -m benchmarks.recipes --data FOLDER --epochs 16 --runs runs/mine [--out FILE.json] [key.path=value]
 
 Every row has the ingredients of the rows above it, the data, the backbone and the epochs of `benchmarks.convergence`,
 whose last row is the first one here. Sources: two-stage Deformable DETR (arXiv:2010.04159); DINO's mixed query

@@ -2,7 +2,7 @@
 
     pip install accelerate
     python -m examples.efficientnet runs/efficientnet_lite0.pth
-    python -m benchmarks.recipes_transformers BCCD runs/efficientnet_lite0.pth [--minutes 27] [--steps 2500]
+    python -m benchmarks.recipes_transformers BCCD runs/efficientnet_lite0.pth [--minutes 27] [--steps 2482]
 
 The same data, ImageNet-trained backbone, widths, depths, queries, sizes of images, flips, rates, images a step and
 bfloat16 as in configs/detection/finetune.yaml with the keys of its comments, and the same evaluation. transformers has

@@ -1,8 +1,9 @@
-"""Interleaved timing of peers, peak memory, growth, and a description of the machine.
+"""Interleaved timing of peers, peak memory, growth, a description of the machine, and types of commands' arguments.
 
 It needs only torch, so that a peer in another environment can measure itself with it.
 """
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -12,7 +13,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,27 +81,28 @@ def medians(
     """Median seconds of each run. Runs take turns, so that a change of the machine's speed affects all of them.
 
     A run that is quicker than `TURN_SECONDS` is called several times a turn. Slow runs get fewer turns, at least three,
-    so that all together take about `budget` seconds. Runs in other processes are given as functions of a number of
-    calls that return what `seconds_of` returns.
+    so that all together take about `budget` seconds. On a CPU, freed memory is kept for later calls (`memory_kept`).
+    Runs in other processes are given as functions of a number of calls that return what `seconds_of` returns.
     """
     timers = {name: partial(seconds_of, run, device=device) for name, run in runs.items()} | (elsewhere or {})
     calls = {}
-    for name, timer in timers.items():
-        seconds = timer(1)
-        # The first call may fill caches; that does not matter for a call as slow as this.
-        if seconds < 1:
-            seconds = timer(1)
-        calls[name] = max(1, min(100, int(TURN_SECONDS / seconds)))
     times: dict[str, list[float]] = {name: [] for name in timers}
-    begin = time.perf_counter()
-    for repeat in range(repeats):
+    with memory_kept() if device.type == "cpu" else contextlib.nullcontext():
         for name, timer in timers.items():
-            # The first of several calls finds caches and memory as the previous run left them.
-            if calls[name] > 1:
-                timer(1)
-            times[name].append(timer(calls[name]))
-        if repeat >= 2 and time.perf_counter() - begin > budget:
-            break
+            seconds = timer(1)
+            # The first call may fill caches; that does not matter for a call as slow as this.
+            if seconds < 1:
+                seconds = timer(1)
+            calls[name] = max(1, min(100, int(TURN_SECONDS / seconds)))
+        begin = time.perf_counter()
+        for repeat in range(repeats):
+            for name, timer in timers.items():
+                # The first of several calls finds caches and memory as the previous run left them.
+                if calls[name] > 1:
+                    timer(1)
+                times[name].append(timer(calls[name]))
+            if repeat >= 2 and time.perf_counter() - begin > budget:
+                break
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -185,3 +187,30 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = ",\n".join(map(json.dumps, rows))
     temporary.write_text(f'{{"machine": {json.dumps(machine())}, "rows": [\n{lines}\n]}}\n')
     temporary.replace(path)
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A type of arguments: names with commas between, all of them known."""
+
+    def names(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {', '.join(unknown)}")
+        return text.split(",")
+
+    return names
+
+
+def integers(text: str) -> list[int]:
+    """A type of arguments: integers with commas between, or nothing."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def device(text: str) -> torch.device:
+    """A type of arguments: a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    # torch without CUDA raises AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(text)

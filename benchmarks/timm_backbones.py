@@ -10,11 +10,11 @@ The detector is a small Deformable DETR with random weights, and the step is on 
 model counts as trained if the loss is finite and its gradient reaches the first layers of the backbone.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
 import resource
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -176,8 +176,13 @@ def page(rows: dict[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     files = timm_files()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of timm, such as resnet")
+    arguments = parser.parse_args(argv).files
+    if unknown := [file for file in arguments if file not in files]:
+        parser.error(f"FILE must be of {', '.join(files)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for file in arguments or [file for file in files if file not in rows]:
         rows[file] = run(files[file])
@@ -187,4 +192,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

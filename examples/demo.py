@@ -8,37 +8,19 @@ metrics and the training curve to runs/demo. After an interruption the same comm
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 
 import dat  # noqa: F401  registers its models with timm
-from examples.digits import make_crops, make_scenes
+from examples.digits import make_crops, make_scenes, make_whole
 
 OUTPUT = Path("runs/demo")
-
-
-def make_data() -> None:
-    """Makes scenes and crops; an interruption leaves no half of either."""
-    for name, make in (("digits", make_digits), ("scenes", make_detection)):
-        if not (OUTPUT / name).exists():
-            temporary = OUTPUT / f".{name}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            make(temporary)
-            temporary.rename(OUTPUT / name)
-
-
-def make_digits(root: Path) -> None:
-    make_crops(root, train=6400, val=397, size=64)
-
-
-def make_detection(root: Path) -> None:
-    make_scenes(root, train=800, val=100, size=176)
 
 
 def run(module: str, config: str) -> None:
@@ -73,9 +55,11 @@ def estimate_minutes() -> float:
 
 def main() -> None:
     start = time.perf_counter()
-    print(f"This takes about {max(1, round(estimate_minutes()))} minutes on {os.cpu_count()} CPU cores", flush=True)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    print(f"This takes about {max(1, round(estimate_minutes()))} minutes on {where}", flush=True)
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    make_data()
+    make_whole(OUTPUT / "digits", partial(make_crops, train=6400, val=397, size=64))
+    make_whole(OUTPUT / "scenes", partial(make_scenes, train=800, val=100, size=176))
     run("classification.train", "configs/classification/demo.yaml")
     run("detection.train", "configs/detection/demo.yaml")
     metrics = json.loads((OUTPUT / "metrics.json").read_text())
@@ -86,7 +70,7 @@ def main() -> None:
         f"  metrics   {OUTPUT / 'metrics.json'}\n"
         f"  curve     {OUTPUT / 'curve.png'}\n"
         f"  images    {OUTPUT / 'predictions'}\n"
-        f"Draw your own: python -m detection.predict {OUTPUT / 'best.pth'} IMAGE --out runs/predictions"
+        f"Draw your own: {sys.executable} -m detection.predict {OUTPUT / 'best.pth'} IMAGE --out runs/predictions"
     )
 
 

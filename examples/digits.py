@@ -5,7 +5,8 @@ scenes are drawn with digits that no training image shows.
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,15 @@ def scene(
     if rng.random() < 0.3:
         canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     return canvas, objects
+
+
+def make_whole(folder: Path, make: Callable[[Path], None]) -> None:
+    """Makes a folder of data, unless it exists; an interruption leaves no half of it."""
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        make(temporary)
+        temporary.rename(folder)
 
 
 def make_scenes(root: Path, train: int, val: int, size: int) -> None:

@@ -129,7 +129,7 @@ def check(name: str, form: str, checkpoint: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models; those of the issue by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all of CLASSIFIERS and DETECTORS by default")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="FILE", help="trained models")
     args = parser.parse_args()

@@ -157,7 +157,11 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         """As model.checkpoint_path takes it."""
         model = load_detector(detectors()[0], torch.device("cpu")).model
         state = {"model": model.state_dict()}
-        return Kind(".pth", (save(state),), lambda path: void(official.load(model, path)), checkpoint)
+
+        def use(path: Path) -> None:
+            official.load(model, path)
+
+        return Kind(".pth", (save(state),), use, checkpoint)
 
     def classifier_kind() -> Kind:
         return Kind(".pth", read(classifier()), label, checkpoint)
@@ -370,10 +374,6 @@ def call_op(path: Path) -> None:
         getattr(torch.ops.dat, str(case["op"]))(*map(build, case["arguments"]))
 
 
-def void(value: object) -> None:
-    """For what should give nothing."""
-
-
 def fails(kind: Kind, path: Path) -> str | None:
     """What is wrong with how a damaged file ends, if anything is."""
     try:
@@ -452,9 +452,12 @@ def main() -> None:
         work(options.work, options.first, options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    kinds = make_kinds(options.out)
+    if unknown := [name for name in options.kinds if name not in kinds]:
+        parser.error(f"KIND must be of {', '.join(kinds)}, got {', '.join(unknown)}")
     passed = [argument for argument in sys.argv[1:] if argument not in options.kinds]
     total = 0
-    for name in options.kinds or list(make_kinds(options.out)):
+    for name in options.kinds or kinds:
         failed = run(name, passed, options)
         total += len(failed)
         print(f"{name}: {len(failed)} of {options.count} files do not end well", flush=True)

@@ -119,7 +119,7 @@ class WindowAttention(nn.Module):
         if (x.device.type == "cpu" and torch.is_grad_enabled()) or torch.jit.is_tracing():
             # No fused CPU kernel differentiates the bias, and PyTorch's substitute copies more than this. Nor does this
             # fix the batch of a trace.
-            scores = ((q * self.scale) @ k.mT).unflatten(0, (-1, len(bias))) + bias
+            scores = ((q * self.scale) @ k.transpose(-2, -1)).unflatten(0, (-1, len(bias))) + bias
             x = scores.softmax(-1).flatten(0, 1) @ v
         else:
             bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
@@ -148,7 +148,7 @@ class WindowAttention(nn.Module):
         """Whether the pixels of each pair in a window may attend to each other: bool [windows, h*w, h*w]."""
         regions = []
         for length, total, roll in zip(size, padded, shift, strict=True):
-            index = torch.arange(total, device=device).roll(-roll)
+            index = torch.arange(total, device=device).roll(-roll, 0)
             # 0: unmoved pixels, 1: pixels rolled to the end, 2: padding, which attends to itself: no row is all masked.
             wrapped = (index < self.shift_size).long()
             regions.append(torch.where(index < length, wrapped, 2))

@@ -128,7 +128,7 @@ class DAT(nn.Module):
         stem_dims: channels of the embedding; None: those of the first stage.
         in_chans: channels of the image.
         num_classes: width of the classifier; 0: none.
-        global_pool: timm's pooling before the classifier, "" for none (only without a classifier).
+        global_pool: timm's pooling before the classifier; "" for none: the classifier then classifies every pixel.
         mlp_ratio: hidden width of the MLPs over their width.
         drop_rate: dropout before the classifier, 0..1.
         proj_drop_rate: dropout in attention projections and MLPs, 0..1.
@@ -176,7 +176,7 @@ class DAT(nn.Module):
         self.num_features = dim
         self.norm: nn.Module = nn.LayerNorm(dim, **dd)
         self.head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = dim * self.head.global_pool.feat_mult()
 
     def _map_size(self, stage: int) -> tuple[int, int]:
         """Size of the map that a stage's tables are made for: rounded down, as in the official code."""
@@ -229,7 +229,7 @@ class DAT(nn.Module):
         self.head.in_features = self.num_features
         self.head.reset(num_classes, global_pool)
         self.head.to(weight.device, weight.dtype)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -291,11 +291,16 @@ class DAT(nn.Module):
         return self.norm(x).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B, num_features, H', W'] to logits [B, num_classes], or to the classifier's input."""
+        """Features [B, num_features, H', W'] to logits [B, num_classes], or to the classifier's input.
+
+        Without pooling, both are maps [B, channels, H', W'].
+        """
+        if not self.global_pool:
+            return self.head(x.permute(0, 2, 3, 1), pre_logits=pre_logits).permute(0, 3, 1, 2)
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to logits [B, num_classes]."""
+        """Images [B, in_chans, H, W] to logits [B, num_classes], or without pooling [B, num_classes, H', W']."""
         return self.forward_head(self.forward_features(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -37,10 +37,10 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     write_scenes(tmp_path / "data", "val", 2, seed=1)
     out, runs = tmp_path / "results" / "rows.json", tmp_path / "runs"
     plot = tmp_path / "plots" / "curves.png"
-    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes"), "--out", str(out), "--plot", str(plot)]
+    folders = ["--runs", str(runs), "--scenes", str(tmp_path / "scenes")]
     arguments = [*folders, "--variants", "two_stage", "--seeds", "3", "--epochs", "2", "--pretrain", "1"]
     arguments += ["--data", str(tmp_path / "data"), "model.embed_dim=32"]
-    convergence.main(arguments)
+    convergence.main(["--out", str(out), "--plot", str(plot), *arguments])
     (found,) = json.loads(out.read_text())["rows"]
     (run,) = found["runs"]
     assert run["finished"]
@@ -56,9 +56,12 @@ def test_convergence_trains_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     assert config["model"]["backbone"]["checkpoint_path"] == str(runs / "pretrain_detr" / "best.pth")
     assert config["data"]["root"] == str(tmp_path / "data")
     assert (config["model"]["embed_dim"], config["seed"], config["train"]["decay_epochs"]) == (32, 3, [1])
-    # again: nothing is left to do
+    # again: nothing is left to do, and results and plot lie beside the runs unless told otherwise
     monkeypatch.setattr(trainings, "subprocess", None)
     convergence.main(arguments)
+    (again,) = json.loads((runs / "results.json").read_text())["rows"]
+    assert again["runs"] == found["runs"]
+    assert (runs / "curves.png").exists()
 
 
 def test_scenes_have_objects_of_both_sizes(tmp_path):
@@ -94,6 +97,16 @@ def test_backbones_take_equal_flops_and_vary_in_nothing_else(tmp_path):
         flops.append(detector_runs.mflops(backbone, torch.zeros(1, 3, backbones.SIDE, backbones.SIDE)))
     assert max(flops) < 1.01 * min(flops)
     assert all(keys == overrides[0] for keys in overrides)
+
+
+@pytest.mark.parametrize(
+    ("command", "variants"),
+    [(convergence, convergence.VARIANTS), (backbones, backbones.VARIANTS), (recipes, recipes.variants())],
+)
+def test_an_unknown_variant_is_named(capsys, command, variants):
+    with pytest.raises(SystemExit):
+        command.main(["--variants", f"{next(iter(variants))},nothing"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("got nothing")
 
 
 def test_a_command_that_fails_is_named_with_its_log(tmp_path):

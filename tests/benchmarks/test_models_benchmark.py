@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks import models
+from benchmarks import models, timm_backbones
 from benchmarks.model_process import MeasuredBackbone, plain
 from benchmarks.official_form import OfficialForm
 from benchmarks.process import Process, ProcessEnded, peaks
@@ -65,6 +66,23 @@ def test_rows(tmp_path, capsys, monkeypatch):
         assert forward[name]["images_per_second"] == pytest.approx(2e3 / forward[name]["ms"], rel=0.05)
     assert forward["official"]["ratio"] == pytest.approx(forward["official"]["ms"] / forward["ours"]["ms"], abs=0.02)
     assert "dat_pp_nano" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "message"),
+    [
+        (models, ["--models", "nothing"], "argument --models: must be of dat_base, .*, got nothing"),
+        (models, ["--peers", "nothing"], "--peers must be models of timm, got nothing"),
+        (models, ["--sizes", "big"], "argument --sizes: invalid sizes value: 'big'"),
+        (models, ["--sizes", "224"], "--batches needs one number for each of the 1 sizes"),
+        (models, ["--device", "cuda:99"], "argument --device: cuda:99 cannot be used"),
+        (timm_backbones, ["nothing"], "FILE must be of .*resnet.*, got nothing"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, command, argv, message):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(argv)
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 class Stand(Process):

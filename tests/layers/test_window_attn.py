@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,16 @@ def test_gradient_reaches_table_and_is_finite_with_padding():
     for tensor in (x, *layer.parameters()):
         assert tensor.grad.isfinite().all()
         assert tensor.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_runs_in_onnx_files_of_the_torchscript_exporter():
+    """Which timm's onnx_export.py uses."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x, file = make_layer(window_size=4, shift_size=2).float().eval(), torch.randn(1, 8, 5, 12), io.BytesIO()
+    torch.onnx.export(layer, (x,), file, input_names=["x"], dynamo=False)
+    (out,) = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), layer(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

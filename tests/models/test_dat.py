@@ -258,6 +258,27 @@ def test_classifier(nano):
     torch.testing.assert_close(nano(image), features)
 
 
+def test_head_hidden_size_is_the_width_of_the_pooled_features(nano):
+    """ "catavgmax" doubles it."""
+    features = nano.forward_features(torch.randn(1, 3, 64, 64))
+    for classes, pool, width in ((5, "catavgmax", 512), (0, None, 512), (5, "avg", 256), (0, "", 256)):
+        nano.reset_classifier(classes, pool)
+        assert nano.head_hidden_size == nano.forward_head(features, pre_logits=True).shape[1] == width
+    assert timm.create_model("dat_nano", img_size=64, global_pool="catavgmax").head_hidden_size == 512
+
+
+def test_logits_of_every_pixel_without_pooling(nano):
+    """As timm's Swin has them, but channels first as the features are."""
+    image = torch.randn(2, 3, 64, 96)
+    expected = nano(image)
+    state = nano.state_dict()
+    nano.reset_classifier(7, "")
+    nano.load_state_dict(state)
+    logits = nano(image)
+    assert logits.shape == (2, 7, 2, 3)
+    torch.testing.assert_close(logits.mean((2, 3)), expected)
+
+
 def test_new_classifier_is_where_the_model_is(name):
     """Also after it had none, which leaves a head without parameters."""
     model = timm.create_model(name, device="meta", dtype=torch.float64)
