@@ -77,6 +77,7 @@ def test_everything_that_is_wrong_is_listed_at_once(scenes, tmp_path, capsys):
         "box outside its image, dropped": 1,
         "box reaches outside its image, clipped": 1,
         "file listed more than once": 1,
+        "image listed again with other objects, each time without the others": 1,
         "image id used twice": 1,
         "malformed image entry": 1,
         "missing image file": 2,

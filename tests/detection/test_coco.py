@@ -130,6 +130,10 @@ def test_crowds_do_not_train(scenes):
             lambda data: data.update(categories=data["categories"] * 2),
             "category id 3 is used more than once|11 is used",
         ),
+        (
+            lambda data: data["categories"][0].update(name=" "),
+            "category with id 11 has the name ' '; it should have one",
+        ),
         (lambda data: data["categories"][0].update(name="blue"), "category name 'blue' is used more than once"),
         (lambda data: data["annotations"][2].update(area="abc"), r"annotations\[2\] has 'area' 'abc'; it should be a"),
         (lambda data: data["annotations"][2].update(area=-1), r"annotations\[2\] has 'area' -1"),

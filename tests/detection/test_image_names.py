@@ -141,6 +141,14 @@ def test_an_absent_image_is_one_line_with_the_override_that_finds_it(scenes, tmp
     assert f"data.train.images={folder} has it" in capsys.readouterr().out
 
 
+def test_a_broken_link_is_named(scenes):
+    (scenes / "images/train_3.jpg").unlink()
+    (scenes / "images/train_3.jpg").symlink_to("gone.jpg")
+    train = TrainDataConfig(annotations="train.json", images="images")
+    with pytest.raises(DataError, match=r"images: .*images/train_3.jpg is a broken link to gone.jpg$"):
+        read_dataset(DataConfig(str(scenes), train=train), "train")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_annotations_in_the_encodings_of_windows(scenes, encoding):
     expected = read_coco(scenes / "train.json", scenes / "images").to_coco()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
 from dat.detection.data import (
@@ -195,3 +196,100 @@ def test_two_files_that_could_be_a_split_are_named(scenes):
         (scenes / name).write_bytes((scenes / "val.json").read_bytes())
     with pytest.raises(DataError, match=r"holds instances_train2014.json, instances_train2017.json, of which any"):
         read_dataset(data_at(scenes), "train")
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def warnings(scenes):
+    return [split.warnings for split in readers.read_splits(data_at(scenes))]
+
+
+def test_images_of_training_in_validation_are_a_warning(scenes):
+    assert warnings(scenes) == [[], []]
+    text = "validation images are training images, such as"
+    (scenes / "images/val_1.jpg").unlink()
+    (scenes / "images/val_1.jpg").symlink_to("train_1.jpg")
+    found = f"{scenes / 'val.json'}: 1 of 4 {text} train_1.jpg: their AP says little about others"
+    assert warnings(scenes) == [[], [found]]
+    (scenes / "val.json").write_bytes((scenes / "train.json").read_bytes())
+    found = f"{scenes / 'val.json'}: 4 of 4 {text} train_0.jpg: their AP says little about others"
+    assert warnings(scenes) == [[], [found]]
+
+
+def test_classes_that_only_validation_shows_are_a_warning(scenes):
+    change(scenes / "train.json", lambda data: [entry.update(category_id=11) for entry in data["annotations"]])
+    assert warnings(scenes) == [[f"{scenes / 'train.json'}: no training object of 1 class of data.val, blue"], []]
+    # A list of classes may be longer than either split needs.
+    change(scenes / "val.json", lambda data: [entry.update(category_id=11) for entry in data["annotations"]])
+    assert warnings(scenes) == [[], []]
+
+
+def test_equal_objects_and_images_listed_once_for_each_object_are_warnings(scenes):
+    wanted = read_coco(scenes / "train.json", scenes / "images")
+    change(scenes / "train.json", lambda data: data.update(annotations=data["annotations"] * 2))
+    assert warnings(scenes) == [[f"{scenes / 'train.json'}: same annotation twice (8)"], []]
+
+    def list_each(data):
+        names = {image["id"]: image for image in data["images"]}
+        pairs = list(enumerate(data["annotations"][:8]))
+        data["images"] = [{**names[entry["image_id"]], "id": number} for number, entry in pairs]
+        data["annotations"] = [{**entry, "image_id": number} for number, entry in pairs]
+
+    change(scenes / "train.json", list_each)
+    text = "image listed again with other objects, each time without the others (4)"
+    assert warnings(scenes) == [[f"{scenes / 'train.json'}: {text}"], []]
+
+    # An image may be listed again to count for more.
+    def repeat(data):
+        data.update(wanted.to_coco())
+        data["images"] += [{**image, "id": image["id"] + 1000} for image in data["images"]]
+        data["annotations"] += [{**entry, "image_id": entry["image_id"] + 1000} for entry in data["annotations"]]
+
+    change(scenes / "train.json", repeat)
+    assert warnings(scenes) == [[], []]
+
+
+@pytest.mark.parametrize(("train", "val"), [("caf\u00e9", "cafe\u0301"), ("red", " red "), ("red ", "red")])
+def test_class_names_that_look_the_same_are_the_same(scenes, train, val):
+    for name, text in (("train", train), ("val", val)):
+        change(scenes / f"{name}.json", lambda data, text=text: data["categories"][0].update(name=text))
+    found = readers.read_splits(data_at(scenes))
+    assert [[category.name for category in split.categories] for split in found] == [["blue", train]] * 2
+    change(scenes / "val.json", lambda data: data["categories"][0].update(name=val.upper()))
+    with pytest.raises(DataError, match="they should be those of training"):
+        readers.read_splits(data_at(scenes))
+
+
+def test_data_in_the_only_folder_of_a_folder_is_named(scenes, tmp_path):
+    outer = tmp_path / "outer"
+    (outer / "__MACOSX").mkdir(parents=True)
+    (outer / "notes.txt").touch()
+    (outer / "a").mkdir()
+    scenes.rename(outer / "a/b")
+    with pytest.raises(DataError, match=rf"outer holds .*notes.txt; {outer}/a/b is COCO: data.root={outer}/a/b$"):
+        read_dataset(data_at(outer), "train")
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", (60, 80)), ("val", (80, 61)), ("val", None)])
+def test_files_that_do_not_fit_their_annotations_stop_before_training(scenes, split, size):
+    path = scenes / f"images/{split}_2.jpg"
+    if size:
+        Image.new("RGB", size).save(path)
+    else:
+        path.write_bytes(b"nothing")
+    text = f"is {size[0]}x{size[1]}, but its annotations say 80x60" if size else "cannot be read as an image"
+    with pytest.raises(DataError, match=f"{path}: {text}"):
+        readers.read_splits(data_at(scenes))
+
+
+def test_turned_images_may_have_the_stored_size(scenes):
+    exif = Image.Exif()
+    # 6: to be turned by 90 degrees
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 60)).save(scenes / "images/train_0.jpg", exif=exif)
+    Image.new("RGB", (60, 80)).save(scenes / "images/train_2.jpg", exif=exif)
+    assert warnings(scenes) == [[], []]

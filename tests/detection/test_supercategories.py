@@ -70,7 +70,8 @@ def test_a_supercategory_with_objects_in_one_split_where_validation_lacks_a_clas
         assert train.categories == (Category(0, "shapes"), *CLASSES, Category(20, "green"))
         # Validation has its own ids; the class that it lacks has the id of training.
         assert val.categories == train.categories
-        assert [train.warnings, val.warnings] == [[], []]
+        lacking = f"{train.path}: no training object of 1 class of data.val, shapes"
+        assert [train.warnings, val.warnings] == [[lacking] if split == "val" else [], []]
         data["annotations"].pop()
         write_json(scenes / f"{split}.json", data)
 

@@ -14,6 +14,7 @@ import numpy as np
 from dat.detection.config import DataConfig
 from dat.detection.data.box_checks import check_objects
 from dat.detection.data.image_names import absent_text, suggest_override
+from dat.detection.data.objects import check_repeats
 from dat.detection.data.readers import collecting, read_split, require_categories
 from dat.detection.data.records import Annotations, ImageRecord, check_annotated_size
 from dat.engine.audit import Findings
@@ -118,11 +119,7 @@ def _check_objects(found: SplitAudit) -> None:
     for path, count in Counter(record.path for record in records).items():
         if count > 1:
             found.add("file listed more than once", f"{path.name}: {count} times")
-    for record in records:
-        boxes = Counter(zip(record.labels.tolist(), map(tuple, record.boxes.tolist()), strict=True))
-        for (label, box), count in boxes.items():
-            if count > 1:
-                found.add("same annotation twice", f"{categories[label].name} {box} in {record.path.name}")
+    check_repeats(found.annotations, found)
     for category, count in zip(categories, found.objects(), strict=True):
         if not count:
             found.add("class without objects", f"{category.id} {category.name}")

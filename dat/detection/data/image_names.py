@@ -49,7 +49,14 @@ def absent_text(record: ImageRecord, more: str = "") -> str:
     path, name = record.path, record.file_name or record.path.name
     tried = path.parent / name
     reason = f"{tried} leads outside it" if os.path.exists(tried) else f"there is no {tried}"
+    if broken := broken_link(path):
+        reason = f"{path} {broken}"
     return f"the image {name}, which is absent from {path.parent}{more}: {reason}"
+
+
+def broken_link(path: Path) -> str:
+    """A text for a link whose file is not there; "" for any other path."""
+    return f"is a broken link to {os.readlink(path)}" if os.path.islink(path) and not os.path.exists(path) else ""
 
 
 def suggest_override(root: Path, key: str, record: ImageRecord) -> str:
@@ -61,7 +68,7 @@ def suggest_override(root: Path, key: str, record: ImageRecord) -> str:
     for folder, _, files in islice(os.walk(root), MOST_FOLDERS):
         for parts in _readings(name):
             for file in files:
-                if _key(file) == _key(parts[-1]):
+                if _key(file) == _key(parts[-1]) and os.path.isfile(os.path.join(folder, file)):
                     path = Path(os.path.relpath(folder, root), file)
                     same = _common(path.parts, parts)
                     return f"; {key}={Path(*path.parts[: len(path.parts) - same]).as_posix()} has it"
@@ -118,8 +125,13 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split(r"[/\\]", name) if part] or [""]
 
 
+def plain_name(name: str) -> str:
+    """A name in one Unicode form, of several that look the same, and without spaces around it."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
 def _key(part: str) -> str:
-    return unicodedata.normalize("NFC", part.strip()).casefold()
+    return plain_name(part).casefold()
 
 
 def _common(file: Sequence[str], name: Sequence[str]) -> int:

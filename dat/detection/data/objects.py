@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dat.detection.data.box_checks import CLIPPED, EMPTY, OUTSIDE
+from dat.detection.data.image_names import broken_link
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, one_line, shown
@@ -76,12 +77,31 @@ def make_record(
 
 
 def make_categories(names: Sequence[str], where: Path) -> tuple[Category, ...]:
-    """Classes with the ids 0, 1, 2, ... Raises DataError for a name that is used twice, or for none at all."""
+    """Classes with the ids 0, 1, 2, ... Raises DataError for a name that is empty or used twice, or for none at all."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not names:
         fault = f"class {twice[0]!r} is listed more than once" if twice else "names no classes, should name one or more"
         raise DataError(f"{where}: {fault}")
+    for i, name in enumerate(names):
+        if not name.strip():
+            raise DataError(f"{where}: class {i} has the name {name!r}, should have one")
     return tuple(Category(i, name) for i, name in enumerate(names))
+
+
+def check_repeats(found: Annotations, problems: Findings) -> None:
+    """Adds to `problems` the equal objects of an image, and the entries of one image that differ in their objects."""
+    counts = Counter(record.path for record in found.records)
+    first: dict[Path, Counter[Any]] = {}
+    for record in found.records:
+        objects = Counter(zip(record.labels.tolist(), map(tuple, record.boxes.tolist()), strict=True))
+        if len(objects) < len(record.labels):
+            for (label, box), count in objects.items():
+                if count > 1:
+                    text = f"{found.categories[label].name} {box} in {record.path.name}"
+                    problems.add("same annotation twice", text)
+        # An image that is listed again with the same objects only counts for more.
+        if counts[record.path] > 1 and first.setdefault(record.path, objects) != objects:
+            problems.add("image listed again with other objects, each time without the others", record.path.name)
 
 
 def parse_side(text: str) -> int:
@@ -111,7 +131,7 @@ def _image_size(path: Path) -> tuple[int, int] | str:
     try:
         return upright_size(path)
     except FileNotFoundError:
-        return "no such image"
+        return broken_link(path) or "no such image"
     except UNREADABLE as error:
         return f"cannot be read as an image: {one_line(error)}"
 
@@ -133,6 +153,11 @@ def is_number(value: Any) -> bool:
 def is_box(value: Any) -> bool:
     """Whether a value of JSON is a list of four numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def to_whole(value: Any) -> Any:
+    """The integer that a float stands for, as pandas writes integers where a column lacks some; others as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_text(path: Path, what: str) -> str:

@@ -11,11 +11,15 @@ from typing import Literal, NamedTuple, Protocol
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
 from dat.detection.data.box_checks import WHOLE_KINDS, check_objects
-from dat.detection.data.image_names import absent_text, suggest_override
-from dat.detection.data.records import Annotations, Category, ImageRecord, merge_classes
+from dat.detection.data.image_names import absent_text, plain_name, suggest_override
+from dat.detection.data.objects import check_repeats, image_sizes
+from dat.detection.data.records import Annotations, Category, ImageRecord, load_image, merge_classes
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import HELD_OUT, path_order
+from dat.utils.files import HELD_OUT, is_hidden, path_order, real_path
+
+# Images of a split that are opened before training, evenly spaced: those of COCO would take half a minute.
+MOST_FILES = 10_000
 
 
 class Split(NamedTuple):
@@ -71,16 +75,28 @@ def register_reader(name: str, find: Callable[[Path], Found | None], layout: str
 
 def find_format(path: Path) -> Found:
     """The splits of a folder, or of a file of annotations. Raises DataError where no format recognises it."""
-    for reader in READERS.values():
-        found = reader.find(path)
-        if found is not None and found.splits:
-            return found
+    found = _recognise(path)
+    if found:
+        return found
     layouts = "; ".join(f"{name}: {reader.layout}" for name, reader in READERS.items())
     if path.is_file():
         raise DataError(f"{path}: is of no known format ({layouts})")
     names = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
     holds = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+    inner = path
+    # Archives often hold one folder, in which there is everything.
+    for _ in range(3):
+        folders = [child for child in inner.iterdir() if child.is_dir() and not is_hidden(child.name)]
+        if len(folders) == 1:
+            (inner,) = folders
+            if found := _recognise(inner):
+                raise DataError(f"{path} holds {holds}; {inner} is {found.format}: data.root={inner}")
     raise DataError(f"{path} holds {holds}; it should hold data of a known format ({layouts})")
+
+
+def _recognise(path: Path) -> Found | None:
+    found = (reader.find(path) for reader in READERS.values())
+    return next((some for some in found if some is not None and some.splits), None)
 
 
 def existing(folder: Path, *names: str) -> Path | None:
@@ -115,17 +131,51 @@ def read_dataset(
             raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
         if found.annotated:
             check_objects(found, getattr(data, name), problems)
+            check_repeats(found, problems)
         return found
 
     return read_strictly(read, categories, partial(suggest_override, Path(data.root), f"data.{name}.images"))
 
 
 def read_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
-    """The splits for training and validation, of the same classes. Raises DataError as read_dataset does."""
+    """The splits for training and validation, of the same classes.
+
+    Raises DataError as read_dataset does, and for files that are no images, or of another size than the annotations.
+    The `notes` of the splits say what only both show: shared images, and classes of validation only.
+    """
     train, val = read_dataset(data, "train"), read_dataset(data, "val")
     # A supercategory may have objects in validation images only.
     train = train.with_categories(val.categories)
-    return train, require_categories(val, train.categories)
+    val = require_categories(val, train.categories)
+    labels = [{label for r in split.records for label in r.labels[~r.crowd].tolist()} for split in (train, val)]
+    if lacking := [train.categories[label].name for label in sorted(labels[1] - labels[0])]:
+        count = f"{len(lacking)} class{'es' * (len(lacking) > 1)} of data.val"
+        text = f"no training object of {count}, {', '.join(lacking[:10])}{', ...' * (len(lacking) > 10)}"
+        train = replace(train, notes=(*train.notes, text))
+    trained = set(_real_paths(train))
+    if shared := [path.name for path in _real_paths(val) if path in trained]:
+        text = f"{len(shared)} of {len(val.records)} validation images are training images, such as {shared[0]}"
+        val = replace(val, notes=(*val.notes, f"{text}: their AP says little about others"))
+    for split in (train, val):
+        _check_files(split.records)
+    return train, val
+
+
+def _real_paths(found: Annotations) -> list[Path]:
+    """The paths of the images without symbolic links; folders are followed once, since that takes long."""
+    folders = {folder: real_path(folder) for folder in {record.path.parent for record in found.records}}
+    paths = [record.path for record in found.records]
+    return [real_path(path) if os.path.islink(path) else folders[path.parent] / path.name for path in paths]
+
+
+def _check_files(records: Sequence[ImageRecord]) -> None:
+    """Raises DataError where one of MOST_FILES images cannot be opened, or has another size than annotated."""
+    records = records[:: -(-len(records) // MOST_FILES) or 1]
+    sizes = image_sizes([record.path for record in records], FirstProblem())
+    for record, size in zip(records, sizes, strict=True):
+        # EXIF of a turned image may be ignored, which reading decides.
+        if size != (record.width, record.height):
+            load_image(record.path, (record.width, record.height))
 
 
 def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findings) -> Annotations:
@@ -221,12 +271,21 @@ def read_strictly(
 def require_categories(found: Annotations, categories: tuple[Category, ...]) -> Annotations:
     """The annotations with the categories of training, by name: in its order, and with those that they lack.
 
-    Ids stay those of `found`. Raises DataError for a category that training does not have.
+    Ids stay those of `found`. Names may differ in their Unicode form or spaces around them. Raises DataError for a
+    category that training does not have.
     """
     found = found.with_categories(categories)
     names = [category.name for category in categories]
+    spelling = {plain_name(name): name for name in names}
+    found = replace(
+        found,
+        categories=tuple(
+            c if c.name in names else replace(c, name=spelling.get(plain_name(c.name), c.name))
+            for c in found.categories
+        ),
+    )
     own = {category.name: category for category in found.categories}
-    if list(own) == names:
+    if [category.name for category in found.categories] == names:
         return found
     if not own.keys() <= set(names):
         raise DataError(

@@ -60,6 +60,7 @@ class Annotations:
     `annotated` is False where the images have no annotations at all, as in COCO's test files. `format` and `extent` say
     how the data set was read, and which part of it.
     `roots`: supercategories without objects, which the file lists as categories, but which are no classes.
+    `notes`: further lines for the user, on the split beside the other one.
     """
 
     path: Path
@@ -70,11 +71,13 @@ class Annotations:
     format: str = ""
     extent: str = ""
     roots: tuple[Category, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
-        """Lines for the user: boxes and categories that are left out."""
-        return [*filter(None, [self.warning]), *(f"{self.path}: {text}" for text in self.dropped_roots)]
+        """Lines for the user: boxes and categories that are left out, and `notes`."""
+        texts = (*self.dropped_roots, *self.notes)
+        return [*filter(None, [self.warning]), *(f"{self.path}: {text}" for text in texts)]
 
     @property
     def dropped_roots(self) -> list[str]:

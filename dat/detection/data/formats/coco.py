@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dat.detection.data.box_checks import check_form
 from dat.detection.data.image_names import find_files
-from dat.detection.data.objects import Object, image_sizes, is_box, is_number, make_record
+from dat.detection.data.objects import Object, image_sizes, is_box, is_number, make_record, to_whole
 from dat.detection.data.readers import collecting, read_strictly
 from dat.detection.data.records import Annotations, Category
 from dat.engine.audit import Findings
@@ -97,10 +97,7 @@ def _get(path: Path, entry: Any, where: str, **kinds: type) -> list[Any]:
     for key, kind in kinds.items():
         if not isinstance(entry, dict) or key not in entry:
             raise DataError(f"{path}: is not COCO: {where} has no '{key}'")
-        value: Any = entry[key]
-        # pandas writes integers so, where a column lacks some.
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        value: Any = to_whole(entry[key]) if kind is int else entry[key]
         known = isinstance(value, kind) and not isinstance(value, bool)
         if not known:
             name = {str: "a string", list: "a list", int: "an integer"}[kind]
@@ -126,6 +123,9 @@ def _categories(
     for category, _ in listed:
         if category in roots:
             continue
+        if not category.name.strip():
+            text = f"{path}: the category with id {category.id} has the name {category.name!r}; it should have one"
+            problems.add("category without a name", text, stops=True)
         for key in ("id", "name"):
             value = getattr(category, key)
             if value in [getattr(other, key) for other in found.values()]:

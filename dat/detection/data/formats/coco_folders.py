@@ -12,7 +12,7 @@ from dat.detection.data.readers import Found, Split, existing, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import SPLIT_NAMES, write_json
+from dat.utils.files import SPLIT_NAMES, is_hidden, write_json
 
 _ROBOFLOW = "_annotations.coco.json"
 
@@ -56,7 +56,7 @@ def _file(root: Path, split_names: tuple[str, ...]) -> Path | None:
     for word in split_names:
         for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
                         f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
-            files = sorted(root.glob(pattern))
+            files = sorted(file for file in root.glob(pattern) if not is_hidden(file.name))
             if len(files) > 1:
                 names = ", ".join(file.relative_to(root).as_posix() for file in files[:5])
                 keys = "data.train.annotations and data.val.annotations"

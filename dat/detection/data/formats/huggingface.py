@@ -8,7 +8,7 @@ README.md or of the .parquet file. Images of .parquet files are extracted once, 
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import cached_assets_path
 
 from dat.detection.data.box_checks import check_form
+from dat.detection.data.image_names import find_files
 from dat.detection.data.objects import (
     Object,
     image_sizes,
@@ -25,20 +26,23 @@ from dat.detection.data.objects import (
     make_record,
     number_classes,
     read_text,
+    to_whole,
 )
 from dat.detection.data.readers import Found, Split, collecting, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import ConfigError, DataError, shown
-from dat.utils.files import SPLIT_NAMES, parse_json, path_order
+from dat.utils.files import SPLIT_NAMES, is_hidden, parse_json, path_order
 from dat.utils.safe_yaml import parse_yaml
 
 _NAMES = SPLIT_NAMES | {"val": (*SPLIT_NAMES["val"], "dev")}
+# Box, class, crowd and area of an object.
+_Entry = tuple[Any, Any, Any, Any]
 _CLASS_KEYS = ("categories", "category", "labels", "label", "category_id")
 
 
 class _Row(NamedTuple):
-    """An image and its objects; `where` names its line or row in messages."""
+    """An image, a path or a name to look for, and its objects; `where` names its line or row in messages."""
 
     image: Any
     objects: Any
@@ -69,40 +73,45 @@ def find(path: Path) -> Found | None:
 def _files(root: Path, split_names: Sequence[str]) -> list[Path]:
     for word in split_names:
         for pattern in (f"{word}/metadata.jsonl", f"data/{word}-*.parquet", f"{word}/*.parquet", f"{word}*.parquet"):
-            if found := sorted(root.glob(pattern)):
+            if found := sorted(path for path in root.glob(pattern) if not is_hidden(path.name)):
                 return found
     return []
 
 
 def _has_objects(file: Path) -> bool:
-    """Whether the first line has objects; .parquet files are opened only when they are read."""
+    """Whether a line has objects; .parquet files are opened only when they are read."""
     if file.suffix == ".parquet":
         return True
     with file.open("rb") as opened:
-        return b'"objects"' in opened.readline(2**20)
+        return any(b'"objects"' in line for line in opened)
 
 
 def _read(
     root: Path, files: Sequence[Path], everything: Sequence[Path], problems: Findings, images: Path | None
 ) -> Annotations:
+    rows = []
+    # The names of the classes come later: without them the fault would be that there are none.
+    for row in sorted(_rows(files, problems, images), key=lambda row: path_order(row.image)):
+        with collecting(problems, "malformed row"):
+            rows.append((row, _entries(row)))
     known = _names_in_readme(root / "README.md") or next(filter(None, map(_names_in_parquet, everything)), None)
     names = known or _names_in_use(everything)
     categories = make_categories(names, files[0])
     numbers = {str(value): label for label, name in enumerate(names) for value in ((name, label) if known else (name,))}
-    rows = sorted(_rows(files, problems, images), key=lambda row: path_order(row.image))
+    sizes = image_sizes([row.image for row, _ in rows], problems)
     records, listed = [], []
-    for number, (row, size) in enumerate(zip(rows, image_sizes([row.image for row in rows], problems), strict=True), 1):
+    for number, ((row, entries), size) in enumerate(zip(rows, sizes, strict=True), start=1):
         if size is not None:
             with collecting(problems, "malformed row"):
-                objects = list(_objects(row, numbers))
+                objects = list(_objects(row, entries, numbers))
                 records.append(make_record(number, row.image, size, objects, problems))
                 listed.append((size, objects))
-    check_form(files[0], listed, problems)
+    check_form(files[0], listed, problems, "Hugging Face")
     return Annotations(files[0], categories, tuple(records))
 
 
-def _objects(row: _Row, numbers: dict[str, int]) -> Iterator[Object]:
-    for box, name, crowd, area in _entries(row):
+def _objects(row: _Row, entries: Sequence[_Entry], numbers: dict[str, int]) -> Iterator[Object]:
+    for box, name, crowd, area in entries:
         if not is_box(box):
             raise DataError(f"{row.where}: bbox is {shown(box)}, should be four numbers x, y, width, height")
         if isinstance(name, bool) or not isinstance(name, (int, str)) or str(name) not in numbers:
@@ -114,8 +123,8 @@ def _objects(row: _Row, numbers: dict[str, int]) -> Iterator[Object]:
         yield Object((x, y, x + w, y + h), numbers[str(name)], row.where, bool(crowd), area)
 
 
-def _entries(row: _Row) -> Iterable[tuple[Any, Any, Any, Any]]:
-    """(box, class, crowd, area) of each object, from a dictionary of lists or a list of dictionaries."""
+def _entries(row: _Row) -> list[_Entry]:
+    """The objects, from a dictionary of lists or a list of dictionaries. Raises DataError for anything else."""
     # Images without objects may lack the key.
     objects: Any = [] if row.objects is None else row.objects
     if isinstance(objects, list) and all(isinstance(entry, dict) for entry in objects):
@@ -130,19 +139,19 @@ def _entries(row: _Row) -> Iterable[tuple[Any, Any, Any, Any]]:
     for name, values in (("iscrowd", crowds), ("area", areas)):
         if not isinstance(values, list) or len(values) != len(boxes):
             raise DataError(f"{row.where}: {name} is {shown(values)}, should be a list as long as bbox")
-    return zip(boxes, objects[key], crowds, areas, strict=True)
+    return list(zip(boxes, map(to_whole, objects[key]), crowds, areas, strict=True))
 
 
-def _rows(files: Sequence[Path], problems: Findings, images: Path | None = None) -> Iterator[_Row]:
+def _rows(files: Sequence[Path], problems: Findings, images: Path | None) -> Iterator[_Row]:
     for file in files:
-        if file.suffix == ".parquet":
-            yield from _extracted(file)
-        else:
-            for where, row in _lines(file, problems):
-                yield _Row((images or file.parent) / row["file_name"], row.get("objects"), where)
+        rows = list(_extracted(file) if file.suffix == ".parquet" else _lines(file, problems))
+        named = [row.image for row in rows if isinstance(row.image, str)]
+        paths = iter(find_files(images or file.parent, named, problems, file))
+        for row in rows:
+            yield row._replace(image=next(paths)) if isinstance(row.image, str) else row
 
 
-def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(file: Path, problems: Findings) -> Iterator[_Row]:
     with file.open("rb") as opened:
         for number, content in enumerate(opened, start=1):
             line = content.decode("utf-8-sig", errors="replace")
@@ -156,14 +165,7 @@ def _lines(file: Path, problems: Findings) -> Iterator[tuple[str, dict[str, Any]
                     raise DataError(f"{where}: {line.strip()[:100]!r} is not JSON: {error}") from error
                 if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                     raise DataError(f"{where}: {line.strip()[:100]!r} should be an object with file_name and objects")
-                _check_inside(where, row["file_name"])
-                yield where, row
-
-
-def _check_inside(where: str, name: str) -> None:
-    """Raises DataError for the name of an image that would lead out of the folder of the data."""
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise DataError(f"{where}: the image is {shown(name)}, should be a path inside the folder, without ..")
+                yield _Row(row["file_name"], row.get("objects"), where)
 
 
 def _parquet(file: Path) -> Any:
@@ -193,18 +195,19 @@ def _extracted(file: Path) -> Iterator[_Row]:
         for row in batch.to_pylist():
             image, where = row["image"], f"{file}: row {number}"
             if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
-                raise DataError(f"{where}: image is {str(image)[:100]}, should have bytes or a path")
+                raise DataError(f"{where}: image is {shown(image)}, should have bytes or a path")
+            content, name = image.get("bytes") or b"", image.get("path") or ""
+            for key, value, kind, should in (("bytes", content, bytes, "those of a file"), ("path", name, str, "text")):
+                if not isinstance(value, kind):
+                    raise DataError(f"{where}: image.{key} is {shown(value)}, should be {should}")
             # Rows may have the same name; the number keeps the order of the file.
-            path = folder / f"{file.stem}_{number:07d}_{Path(image.get('path') or 'image').name}"
-            if not image.get("bytes"):
-                _check_inside(where, image["path"])
-                path = file.parent / image["path"]
-            elif not os.path.isfile(path) or path.stat().st_size != len(image["bytes"]):
+            path = folder / f"{file.stem}_{number:07d}_{Path(name or 'image').name}".replace("\0", "")
+            if content and (not os.path.isfile(path) or path.stat().st_size != len(content)):
                 # Other processes of torchrun may extract the same file.
                 temporary = path.with_name(f"{path.name}.{os.getpid()}")
-                temporary.write_bytes(image["bytes"])
+                temporary.write_bytes(content)
                 os.replace(temporary, path)
-            yield _Row(path, row["objects"], where)
+            yield _Row(path if content else name, row["objects"], where)
             number += 1
 
 
@@ -214,9 +217,10 @@ def _names_in_use(files: Sequence[Path]) -> list[str]:
     for file in files:
         if file.suffix == ".parquet":
             batches = _parquet(file).iter_batches(columns=["objects"])
-            rows = [_Row(None, row["objects"], str(file)) for batch in batches for row in batch.to_pylist()]
+            # Splits without annotations may lack the column.
+            rows = [_Row(None, row.get("objects"), str(file)) for batch in batches for row in batch.to_pylist()]
         else:
-            rows = [_Row(None, row.get("objects"), where) for where, row in _lines(file, Findings())]
+            rows = list(_lines(file, Findings()))
         for row in rows:
             try:
                 found |= {

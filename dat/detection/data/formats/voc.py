@@ -32,7 +32,7 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import IMAGE_EXTENSIONS, SPLIT_NAMES, path_order
+from dat.utils.files import IMAGE_EXTENSIONS, SPLIT_NAMES, list_files, path_order
 from dat.utils.safe_xml import Node, read_xml
 
 _LISTS = SPLIT_NAMES | {"train": (*SPLIT_NAMES["train"], "trainval")}
@@ -55,12 +55,14 @@ class _Folder(NamedTuple):
 
 
 def find(path: Path) -> Found | None:
-    """The splits of a folder, of a folder of XML files, or of a list in ImageSets/Main."""
+    """The splits of a folder, of a folder of XML files, or of a list in ImageSets/Main or beside Annotations."""
     if path.is_file():
-        if path.suffix != ".txt" or path.parent.parent.name != "ImageSets":
+        if path.suffix != ".txt":
             return None
-        given = path.parent.parent.with_name("Annotations")
-        return Found("Pascal VOC", {"train": _split(given, given.parent, path)} if _is_voc(given) else {})
+        root = path.parent.parent.parent if path.parent.parent.name == "ImageSets" else path.parent
+        given = root / "Annotations"
+        known = _is_voc(given) and (root != path.parent or _lists_names(path, given))
+        return Found("Pascal VOC", {"train": _split(given, root, path)} if known else {})
     devkits = [*path.glob("VOCdevkit/VOC*/Annotations"), *path.glob("VOC*/Annotations")]
     if len(devkits) == 1:
         return find(devkits[0].parent)
@@ -69,6 +71,9 @@ def find(path: Path) -> Found | None:
         lists = {
             split: existing(path, *(f"ImageSets/Main/{name}.txt" for name in names)) for split, names in _LISTS.items()
         }
+        if not any(lists.values()):
+            beside = {split: existing(path, *(f"{name}.txt" for name in names)) for split, names in _LISTS.items()}
+            lists = {split: file if file and _lists_names(file, folder) else None for split, file in beside.items()}
         # trainval.txt has the images of val.txt too.
         both, val = lists["train"], lists["val"]
         left_out = val if both and both.stem == "trainval" else None
@@ -131,8 +136,20 @@ def _to_xml(record: ImageRecord, name: Path, categories: Sequence[Category]) -> 
 
 def _is_voc(folder: Path) -> bool:
     """Whether a folder has XML files, the first of which is VOC's."""
-    first = next(folder.rglob("*.xml"), None)
+    first = next(_xml_files(folder), None)
     return first is not None and re.search(rb"<annotation[\s>]", first.read_bytes()[:4096]) is not None
+
+
+def _xml_files(folder: Path) -> Iterator[Path]:
+    """In any order, and without hidden ones, such as those that macOS leaves."""
+    return (Path(path) for path in list_files(folder) if path.endswith(".xml"))
+
+
+def _lists_names(file: Path, folder: Path) -> bool:
+    """Whether the first line of a list names an XML file of the folder; other tools' lists have paths of images."""
+    with file.open("rb") as opened:
+        name = opened.readline(4096).decode("utf-8-sig", errors="replace").strip()
+    return os.path.isfile(folder / f"{name}.xml")
 
 
 def _split(folder: Path, root: Path, file: Path | None = None, left_out: Path | None = None) -> Split:
@@ -147,7 +164,7 @@ def _split(folder: Path, root: Path, file: Path | None = None, left_out: Path | 
         shorter = {line: re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line}
         names = [line if os.path.isfile(folder / f"{line}.xml") else short for line, short in shorter.items()]
     name = (file or folder).relative_to(root).as_posix()
-    found = _Folder(folder, images or root, names, sorted(root.rglob("*.xml")), root)
+    found = _Folder(folder, images or root, names, sorted(_xml_files(root)), root)
     if left_out:
         name += f" without {left_out.name}"
     return Split(name if file else f"{name}/", partial(_read, found))
@@ -156,13 +173,11 @@ def _split(folder: Path, root: Path, file: Path | None = None, left_out: Path | 
 def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotations:
     images = images or folder.images
     if folder.names is None:
-        files = sorted(folder.folder.rglob("*.xml"))
+        files = sorted(_xml_files(folder.folder))
     else:
         files = [folder.folder / f"{name}.xml" for name in folder.names]
-    categories = make_categories(_class_names(folder), folder.folder)
     below_1 = any(_BELOW_1.search(path.read_bytes()) for path in folder.everything)
-    label_of = {category.name: label for label, category in enumerate(categories)}
-    there = [path for path in sorted(images.rglob("*")) if path.suffix.lower() in IMAGE_EXTENSIONS]
+    there = [path for path in sorted(map(Path, list_files(images))) if path.suffix.lower() in IMAGE_EXTENSIONS]
     by_stem, named = {path.with_suffix(""): path for path in there}, set(there)
     roots: list[tuple[Path, Path, Node]] = []
     for file in files:
@@ -174,6 +189,9 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
             image = given if given.stem == stem.name and given in named else by_stem.get(stem)
             roots.append((image or images / given.name, file, root))
     roots.sort(key=lambda item: path_order(item[0]))
+    # After the files: if none can be read, the first says why.
+    categories = make_categories(_class_names(folder), folder.folder)
+    label_of = {category.name: label for label, category in enumerate(categories)}
     sizes = _sizes(roots, problems)
     records, listed = [], []
     for number, ((image, file, root), size) in enumerate(zip(roots, sizes, strict=True), start=1):
@@ -181,7 +199,7 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
             objects = list(_objects(root, file, label_of, 0 if below_1 else 1, problems))
             records.append(make_record(number, image, size, objects, problems))
             listed.append((size, objects))
-    check_form(folder.folder, listed, problems)
+    check_form(folder.folder, listed, problems, "VOC")
     return Annotations(folder.folder, categories, tuple(records))
 
 
