@@ -83,9 +83,9 @@ def cuda_architectures(version: tuple[int, int]) -> tuple[str, list[str]]:
     if given:
         return given, []
     ampere = "-gencode=arch=compute_80,code=sm_80"
-    # torch, and so every machine that it can use, needs 7.5 from CUDA 13 on.
+    least = (7, 5) if version >= (13, 0) else (5, 0)
     visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    older = sorted(capability for capability in visible if capability < (8, 0))
+    older = sorted(capability for capability in visible if least <= capability < (8, 0))
     names = "".join(f"{major}.{minor};" for major, minor in older)
     flags = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in older] + [ampere]
     if version < (12, 8):

@@ -108,10 +108,11 @@ def check_readable(split: Split, name: str) -> None:
 def check_readable_classes(split: Split) -> None:
     """Raises DataError if no image for training of a class can be read; of more than MOST_CLASSES some are tried."""
     labels = getattr(split.reader, "labels", getattr(split.reader, "targets", None))
-    # Other readers would read every sample for its class.
-    if labels is None:
+    labels = np.array(labels)
+    # Other readers would read every sample for its class, or do not number classes.
+    if labels.dtype.kind not in "iu":
         return
-    labels = np.array(labels)[split.indices]
+    labels = labels[split.indices]
     order = np.argsort(labels, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     groups = [group for group in groups if (labels[group] >= 0).any()]

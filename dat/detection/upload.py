@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -66,7 +67,9 @@ class DecodePool:
 
     def _start(self) -> None:
         for worker in self._workers:
-            worker.start()
+            # What fails here fails again, and is answered, at an image.
+            with suppress(OSError, RuntimeError):
+                worker.start()
             self._idle.put(worker)
 
     def decode(self, content: bytes | bytearray) -> Image.Image:
@@ -98,7 +101,10 @@ class _Worker:
         """Starts the process if there is none. It may fail: then there is none afterwards either."""
         if self.process is not None or self.closed:
             return
-        connection, other = self.context.Pipe()
+        try:
+            connection, other = self.context.Pipe()
+        except OSError:
+            return
         process = self.context.Process(target=_work, args=(other, self.limits), daemon=True)  # type: ignore[attr-defined]
         # The process from which others are forked imports torch first, and would end with a traceback: it inherits
         # that the signals wait. Starting the tracker would let them through again.

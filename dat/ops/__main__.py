@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def libraries() -> dict[str, str]:
             found["architectures"] = architectures(path) or "unknown"
     if torch.cuda.is_available():
         why = why_no_triton()
-        found["Triton"] = f"not in use: {why}" if why else metadata.version("triton")
+        found["Triton"] = f"not in use: {why}" if why else import_module("triton").__version__
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dat.utils.files import atomic_write, remove_leftovers
+from dat.utils.files import atomic_write
 from dat.utils.text import printable
 
 
@@ -31,8 +31,9 @@ class Tables:
         """Adds a row; `more` are columns of the CSV alone. Raises OSError."""
         if self._count < 0:
             self._open()
-        self._json.write((",\n" if self._count else "") + json.dumps(row))
-        self._csv.writerow(_cells({**row, **more}))
+        text, cells = json.dumps(row), _cells({**row, **more})
+        self._json.write((",\n" if self._count else "") + text)
+        self._csv.writerow(cells)
         self._count += 1
 
     def __exit__(
@@ -51,7 +52,6 @@ class Tables:
     def _open(self) -> None:
         """Opens temporary files; not before the first row, so that a failure leaves no empty folder."""
         self.stem.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.stem.parent)
         paths = [self._files.enter_context(atomic_write(Path(f"{self.stem}{suffix}"))) for suffix in (".json", ".csv")]
         self._json, table = (self._files.enter_context(path.open("w", newline="", encoding="utf-8")) for path in paths)
         self._json.write("[\n")

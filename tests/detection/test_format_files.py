@@ -163,23 +163,25 @@ def form_lines(form, count, seed=0):
     return "".join(f"0 {' '.join(f'{value:.6f}' for value in form(*box))}\n" for box in boxes)
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        (
-            lambda x, y, w, h: (x, y, x + w, y + h),
-            "they look like x0, y0, x1, y1; YOLO's are centre x, centre y, width,",
-        ),
-        (
-            lambda x, y, w, h: (x, y, w, h),
-            "they look like x, y of the upper left, width, height; YOLO's are centre x, ce",
-        ),
-    ],
-)
-def test_boxes_of_yolo_in_another_form_stop(write, scenes, form, message):
-    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": form_lines(form, 20)}, "images/train", "images/val")
-    with pytest.raises(DataError, match=rf"data.yaml: \d+ of 20 boxes reach outside their images: {message}"):
+def test_corners_in_the_place_of_yolos_boxes_stop(write, scenes):
+    lines = form_lines(lambda x, y, w, h: (x, y, x + w, y + h), 20)
+    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": lines}, "images/train", "images/val")
+    message = (
+        r"data.yaml: \d+ of 20 boxes reach outside their images: they look like x0, y0, x1, y1; YOLO's are centre x,"
+    )
+    with pytest.raises(DataError, match=message):
         read(root)
+
+
+@pytest.mark.parametrize(
+    ("form", "question"), [(lambda *box: box, True), (lambda x, y, w, h: (x / 4, y + h / 2, w, h), False)]
+)
+def test_the_upper_left_in_the_place_of_yolos_centre_is_asked_about(write, scenes, form, question):
+    """Not where boxes reach outside at one edge, as those of objects that come in do."""
+    root = write({"data.yaml": YAML, "labels/train/scene_1.txt": form_lines(form, 20)}, "images/train", "images/val")
+    warning = read(root).warning
+    assert ("are they x, y of the upper left, width, height? YOLO's are centre x" in warning) == question
+    assert "reach outside" in warning
 
 
 def test_boxes_of_yolo_that_reach_outside_give_a_warning(write, scenes):
@@ -197,7 +199,9 @@ def test_images_that_share_a_label_file_give_a_warning(write, scenes):
 
 def test_two_yaml_files_are_one_if_they_agree(write, scenes):
     other = YAML.replace("0: blue\n  1: red", "0: red\n  1: blue")
-    files = {"a.yaml": YAML, "b.yaml": f"# a comment\n{YAML}", "._c.yaml": other}
+    same = YAML.replace("names:", "path: elsewhere\nnc: 2\nnames:")
+    options = "train: true\nnc: 2\nlr0: 0.1\n"
+    files = {"a.yaml": YAML, "b.yaml": same, "._c.yaml": other, "hyp.yaml": options}
     root = write({**files, **labels(scenes, "labels/train")}, "images/train", "images/val")
     assert [category.name for category in read(root).categories] == ["blue", "red"]
     (root / "b.yaml").write_text(other)
@@ -216,10 +220,10 @@ def test_lists_of_classes_may_go_on_but_not_differ(write, scenes):
         "labels/val/classes.txt": "blue\nred\na\n",
     }
     root = write({**files, **labels(scenes, "labels/train")}, "images/train", "images/val")
-    assert [category.name for category in read(root).categories] == ["blue", "red"]
+    assert [category.name for category in read(root).categories] == ["blue", "red", "a"]
     (root / "labels/val/classes.txt").write_text("red\nblue\n")
     with pytest.raises(
-        DataError, match=r"val/classes.txt: class 0 is 'red', but 'blue' in .*root/classes.txt; lists of"
+        DataError, match=r"val/classes.txt: class 0 is 'red', but 'blue' in another list of .*root; lists of"
     ):
         read(root)
 

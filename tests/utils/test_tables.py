@@ -2,6 +2,7 @@
 
 import csv
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -40,16 +41,14 @@ def test_an_interruption_keeps_the_rows_before_it(tmp_path):
 
 
 def test_an_interruption_before_the_first_row_keeps_the_files_before_it(tmp_path, monkeypatch):
+    """Also while the files are opened."""
     stem = tmp_path / "found"
     with Tables(stem, ("name",)) as tables:
         tables.add(ROWS[0])
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         write_and_raise(stem, KeyboardInterrupt())
 
-    def interrupt(folder):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dat.utils.tables.remove_leftovers", interrupt)
+    monkeypatch.setattr("dat.utils.tables.atomic_write", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         write_and_raise(stem, AssertionError, ROWS[1])
     assert read(stem) == (ROWS[:1], [["name"], ["a"]])

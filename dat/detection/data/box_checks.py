@@ -80,10 +80,9 @@ def check_form(
         return
     elif cut.mean() >= NOTABLE and corners.mean() > 0.95:
         text = f"{reach}: they look like x0, y0, x1, y1; {form}"
-    elif many and cut.sum() > 1 and upper_left.mean() > 0.99:
-        text = f"{reach}: they look like x, y of the upper left, width, height; {form}"
-        # Among few right boxes, those that reach outside may do so there by chance.
-        stops = bool(cut.sum() >= max(FEW, NOTABLE * len(cut)))
+    elif many and (low < -extent / 10).any(0).all() and upper_left.mean() > 0.99:
+        # Right boxes may reach outside there too.
+        text, stops = f"{reach}: are they x, y of the upper left, width, height? {form}", False
     elif lost.mean() > 0.5 and not yolo:
         text = f"{reach}, most of them by more than half: they look like boxes of images of another size"
     elif cut.mean() >= NOTABLE:

@@ -17,6 +17,7 @@ from dat.detection.data.records import Annotations, Category, ImageRecord, load_
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
 from dat.utils.files import HELD_OUT, is_hidden, path_order, real_path
+from dat.utils.images import open_image
 
 # Images of a split that are opened before training, evenly spaced: those of COCO would take half a minute.
 MOST_FILES = 10_000
@@ -131,7 +132,9 @@ def read_dataset(
             raise DataError(f"{found.path}: has no annotations, data.{name} needs them")
         if found.annotated:
             check_objects(found, getattr(data, name), problems)
-            check_repeats(found, problems)
+            # With the classes made one, boxes of several are no mistake.
+            if not data.single_class:
+                check_repeats(found, problems)
         return found
 
     return read_strictly(read, categories, partial(suggest_override, Path(data.root), f"data.{name}.images"))
@@ -173,9 +176,13 @@ def _check_files(records: Sequence[ImageRecord]) -> None:
     records = records[:: -(-len(records) // MOST_FILES) or 1]
     sizes = image_sizes([record.path for record in records], FirstProblem())
     for record, size in zip(records, sizes, strict=True):
-        # EXIF of a turned image may be ignored, which reading decides.
-        if size != (record.width, record.height):
-            load_image(record.path, (record.width, record.height))
+        annotated = record.width, record.height
+        if size is not None and size == annotated[::-1]:
+            # The annotations may ignore that EXIF turns the image.
+            with open_image(record.path) as image:
+                size = image.size
+        if size != annotated:
+            load_image(record.path, annotated)
 
 
 def read_split(data: DataConfig, name: Literal["train", "val"], problems: Findings) -> Annotations:

@@ -237,7 +237,7 @@ def _ids_and_bbox(
 
 def _crowd_and_area(path: Path, entry: dict[str, Any], where: str) -> tuple[bool, float | None]:
     """iscrowd, False where it is absent or null, and the area in pixels or None likewise. Raises DataError."""
-    crowd, area = entry.get("iscrowd"), entry.get("area")
+    crowd, area = to_whole(entry.get("iscrowd")), entry.get("area")
     crowd = 0 if crowd is None else crowd
     if not isinstance(crowd, int) or crowd not in (0, 1):
         raise DataError(f"{path}: {where} has 'iscrowd' {shown(crowd)}; it should be 0 or 1")

@@ -126,7 +126,7 @@ def _objects(row: _Row, entries: Sequence[_Entry], numbers: dict[str, int]) -> I
 def _entries(row: _Row) -> list[_Entry]:
     """The objects, from a dictionary of lists or a list of dictionaries. Raises DataError for anything else."""
     # Images without objects may lack the key.
-    objects: Any = [] if row.objects is None else row.objects
+    objects: Any = row.objects or []
     if isinstance(objects, list) and all(isinstance(entry, dict) for entry in objects):
         keys = {key for entry in objects for key in entry}
         objects = {key: [entry.get(key) for entry in objects] for key in keys} or {"bbox": [], "category": []}
@@ -144,11 +144,18 @@ def _entries(row: _Row) -> list[_Entry]:
 
 def _rows(files: Sequence[Path], problems: Findings, images: Path | None) -> Iterator[_Row]:
     for file in files:
+        folder = images or file.parent
         rows = list(_extracted(file) if file.suffix == ".parquet" else _lines(file, problems))
-        named = [row.image for row in rows if isinstance(row.image, str)]
-        paths = iter(find_files(images or file.parent, named, problems, file))
+        # Folders of images may be links to other disks; other names are looked for.
+        rows = [row._replace(image=folder / row.image) if _is_file(folder, row.image) else row for row in rows]
+        paths = iter(find_files(folder, [row.image for row in rows if isinstance(row.image, str)], problems, file))
         for row in rows:
             yield row._replace(image=next(paths)) if isinstance(row.image, str) else row
+
+
+def _is_file(folder: Path, name: Any) -> bool:
+    inside = isinstance(name, str) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+    return inside and os.path.isfile(folder / name)
 
 
 def _lines(file: Path, problems: Findings) -> Iterator[_Row]:

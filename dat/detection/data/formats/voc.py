@@ -73,7 +73,8 @@ def find(path: Path) -> Found | None:
         }
         if not any(lists.values()):
             beside = {split: existing(path, *(f"{name}.txt" for name in names)) for split, names in _LISTS.items()}
-            lists = {split: file if file and _lists_names(file, folder) else None for split, file in beside.items()}
+            if beside["train"] and _lists_names(beside["train"], folder):
+                lists = {split: file if file and _lists_names(file, folder) else None for split, file in beside.items()}
         # trainval.txt has the images of val.txt too.
         both, val = lists["train"], lists["val"]
         left_out = val if both and both.stem == "trainval" else None
@@ -146,10 +147,9 @@ def _xml_files(folder: Path) -> Iterator[Path]:
 
 
 def _lists_names(file: Path, folder: Path) -> bool:
-    """Whether the first line of a list names an XML file of the folder; other tools' lists have paths of images."""
-    with file.open("rb") as opened:
-        name = opened.readline(4096).decode("utf-8-sig", errors="replace").strip()
-    return os.path.isfile(folder / f"{name}.xml")
+    """Whether a line of a list begins with the name of an XML file in the folder; other tools' lists have paths."""
+    lines = file.read_bytes()[: 2**20].decode("utf-8-sig", errors="replace").replace("\0", "").splitlines()
+    return any(os.path.isfile(folder / f"{line.split()[0][:200]}.xml") for line in lines if line.strip())
 
 
 def _split(folder: Path, root: Path, file: Path | None = None, left_out: Path | None = None) -> Split:

@@ -63,14 +63,15 @@ def find(path: Path) -> Found | None:
     if file is None:
         # Ultralytics' own are named after their data, such as coco8.yaml.
         files = (file for file in sorted(path.glob("*.y*ml")) if file.is_file() and not is_hidden(file.name))
-        described = [file for file in files if _describes(file)]
-        for other in described[1:]:
-            if _read_yaml(other) != _read_yaml(described[0]):
+        described = {file: _description(file) for file in files if _describes(file)}
+        described = {file: description for file, description in described.items() if description is not None}
+        file = next(iter(described), None)
+        for other, description in described.items():
+            if file is not None and description != described[file]:
                 raise DataError(
-                    f"{path}: {described[0].name} and {other.name} both describe data, but not the same; "
+                    f"{path}: {file.name} and {other.name} both describe data, but not the same; "
                     "data.train.annotations and data.val.annotations should name one"
                 )
-        file = next(iter(described), None)
     if file is None:
         return _from_folders(path)
     if file.suffix == ".data":
@@ -104,6 +105,15 @@ def _describes(file: Path) -> bool:
     with file.open("rb") as opened:
         start = opened.read(2**20)
     return all(re.search(keys, start, re.MULTILINE) for keys in (rb"^(train|val)\s*:", rb"^(names|nc)\s*:"))
+
+
+def _description(file: Path) -> Any:
+    """What a YAML file says of a data set: names and splits; None for one of another purpose, as of `train: true`."""
+    content = _read_yaml(file)
+    splits = [content.get(name) for name in ("train", "val")] if isinstance(content, dict) else []
+    texts = [text for value in splits for text in _listed(value) if isinstance(value, (str, list))]
+    paths = any(re.search(r"[/\\.]", text) or (file.parent / text).exists() for text in texts)
+    return (_names(file, content), splits) if paths else None
 
 
 def write(folder: Path, splits: Mapping[str, Annotations], place: Callable[[Path, Path], None]) -> list[str]:
@@ -143,12 +153,13 @@ def _from_folders(root: Path) -> Found | None:
     texts = (file for place in places for file in root.glob(f"{place}/*.txt"))
     if not lists and all(is_hidden(file.name) for file in texts):
         return None
-    folder = _Folder(root, lists[0] if lists else root, _read_names(lists[0]) if lists else None)
-    for other in lists[1:]:
-        # Tools add names at the end.
-        for number, (name, own) in enumerate(zip(_read_names(other), folder.names or [], strict=False)):
+    # Tools add names at the end.
+    names = max(map(_read_names, lists), key=len, default=None)
+    folder = _Folder(root, lists[0] if lists else root, names)
+    for other in lists:
+        for number, (name, own) in enumerate(zip(_read_names(other), names or [], strict=False)):
             if name != own:
-                text = f"{other}: class {number} is {shown(name)}, but {shown(own)} in {lists[0]}"
+                text = f"{other}: class {number} is {shown(name)}, but {shown(own)} in another list of {root}"
                 raise DataError(f"{text}; lists of classes should have the same order")
     for pattern in ("images/{}", "Images/{}", "{}/images", "{}/Images", "{}"):
         found = {
@@ -325,7 +336,7 @@ def _check_count(file: Path, content: dict[str, Any], key: str, names: Sequence[
 
 
 def _read_names(file: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(file, "a class name on each line").rstrip().splitlines()]
+    lines = [line.strip() for line in read_text(file, "a class name on each line").strip().splitlines()]
     if "" in lines:
         raise DataError(f"{file}:{lines.index('') + 1}: is blank, should be a class name, as lines number the classes")
     return lines
