@@ -27,7 +27,7 @@ from dat.utils.text import printable
 # More unreadable images than this in a row mean that something else is wrong.
 MAX_IN_A_ROW = 100
 # Of so many classes one image each is read before training.
-MOST_CLASSES = 100
+TRIED_CLASSES = 100
 
 
 def make_transform(data: DataConfig, training: bool, normalize: bool = True) -> Any:
@@ -106,7 +106,7 @@ def check_readable(split: Split, name: str) -> None:
 
 
 def check_readable_classes(split: Split) -> None:
-    """Raises DataError if no image for training of a class can be read; of more than MOST_CLASSES some are tried."""
+    """Raises DataError if no image for training of a class can be read; of more than TRIED_CLASSES some are tried."""
     labels = getattr(split.reader, "labels", getattr(split.reader, "targets", None))
     labels = np.array(labels)
     # Other readers would read every sample for its class, or do not number classes.
@@ -116,7 +116,7 @@ def check_readable_classes(split: Split) -> None:
     order = np.argsort(labels, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     groups = [group for group in groups if (labels[group] >= 0).any()]
-    for k in np.linspace(0, len(groups) - 1, min(len(groups), MOST_CLASSES)).astype(int):
+    for k in np.linspace(0, len(groups) - 1, min(len(groups), TRIED_CLASSES)).astype(int):
         if reason := _none_readable(split, groups[k]):
             name = split.class_names[labels[groups[k][0]]]
             raise DataError(f"data.train: none of the {len(groups[k])} images of class {name!r} can be read: {reason}")

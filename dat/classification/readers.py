@@ -8,7 +8,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from timm.utils import natural_key
 from dat.classification.config import DataConfig, SplitConfig
 from dat.classification.shards import WebReader, check_end, read_records, read_web
 from dat.utils.errors import ConfigError, DataError, one_line
-from dat.utils.files import HELD_OUT, IMAGE_EXTENSIONS, SPLIT_NAMES, is_hidden, is_image, list_files
+from dat.utils.files import HELD_OUT, IMAGE_EXTENSIONS, SPLIT_NAMES, is_hidden, is_image, list_files, real_paths
 from dat.utils.images import UNREADABLE, check_size, image_error, read_image
 
 # Endings of files that have to be unpacked.
@@ -442,19 +441,12 @@ def shared_images(data: DataConfig, train: Split, val: Split) -> int:
     """How many images of `val` are those of `train`: the same files, also by links, or samples of the same data set."""
     if isinstance(train.reader, FolderReader) and isinstance(val.reader, FolderReader):
         # Of images for training, which may be many, links are looked for only where there are some for validation.
-        known = set(_real_paths(train, links=any(map(os.path.islink, val.reader.paths))))
-        return sum(path in known for path in _real_paths(val, links=True))
+        train_paths, val_paths = ([split.reader.paths[index] for index in split.indices] for split in (train, val))
+        known = set(real_paths(train_paths, files=any(map(os.path.islink, val_paths))))
+        return sum(path in known for path in real_paths(val_paths))
     tars = [split.reader.root for split in (train, val) if isinstance(split.reader, ReaderImageInTar)]
     same = os.path.samefile(*tars) if len(tars) == 2 else data.train == data.val
     return len({*train.indices} & {*val.indices}) if same else 0
-
-
-def _real_paths(split: Split, links: bool) -> list[str]:
-    """The path of each image without links to folders; `links`: and without those to images."""
-    real = cache(os.path.realpath)
-    paths = [os.path.split(split.reader.paths[index]) for index in split.indices]
-    places = (os.path.join(real(folder), name) for folder, name in paths)
-    return [os.path.realpath(place) if links and os.path.islink(place) else place for place in places]
 
 
 def _composed(name: str) -> str:

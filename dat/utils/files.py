@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,13 @@ def _add_hash(name: str, text: str) -> str:
 def real_path(path: str | Path) -> Path:
     """The absolute path without symbolic links. One that leads to itself stays, where Path.resolve may raise."""
     return Path(os.path.realpath(path))
+
+
+def real_paths(paths: Iterable[str | Path], files: bool = True) -> list[str]:
+    """The absolute paths without links to folders, each looked up once, and with `files` without links to files."""
+    real = cache(os.path.realpath)
+    places = [os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in paths]
+    return [os.path.realpath(place) if files and os.path.islink(place) else place for place in places]
 
 
 def check_folder(folder: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from dat.detection.data.objects import check_repeats, image_sizes
 from dat.detection.data.records import Annotations, Category, ImageRecord, load_image, merge_classes
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import HELD_OUT, is_hidden, path_order, real_path
+from dat.utils.files import HELD_OUT, is_hidden, path_order, real_paths
 from dat.utils.images import open_image
 
 # Images of a split that are opened before training, evenly spaced: those of COCO would take half a minute.
@@ -155,20 +155,14 @@ def read_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
         count = f"{len(lacking)} class{'es' * (len(lacking) > 1)} of data.val"
         text = f"no training object of {count}, {', '.join(lacking[:10])}{', ...' * (len(lacking) > 10)}"
         train = replace(train, notes=(*train.notes, text))
-    trained = set(_real_paths(train))
-    if shared := [path.name for path in _real_paths(val) if path in trained]:
+    trained, evaluated = (real_paths(record.path for record in split.records) for split in (train, val))
+    known = set(trained)
+    if shared := [os.path.basename(path) for path in evaluated if path in known]:
         text = f"{len(shared)} of {len(val.records)} validation images are training images, such as {shared[0]}"
         val = replace(val, notes=(*val.notes, f"{text}: their AP says little about others"))
     for split in (train, val):
         _check_files(split.records)
     return train, val
-
-
-def _real_paths(found: Annotations) -> list[Path]:
-    """The paths of the images without symbolic links; folders are followed once, since that takes long."""
-    folders = {folder: real_path(folder) for folder in {record.path.parent for record in found.records}}
-    paths = [record.path for record in found.records]
-    return [real_path(path) if os.path.islink(path) else folders[path.parent] / path.name for path in paths]
 
 
 def _check_files(records: Sequence[ImageRecord]) -> None:
