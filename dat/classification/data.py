@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dat.classification.config import DataConfig, TrainConfig
-from dat.classification.readers import Split
+from dat.classification.readers import Split, listed_labels
 from dat.engine.distributed import Distributed, gather
 from dat.engine.pipelines import is_albumentations, run_albumentations
 from dat.engine.seeds import isolated_rng
@@ -26,7 +26,7 @@ from dat.utils.text import printable
 
 # More unreadable images than this in a row mean that something else is wrong.
 MAX_IN_A_ROW = 100
-# Of so many classes one image each is read before training.
+# The number of classes of which an image is read before training.
 TRIED_CLASSES = 100
 
 
@@ -106,11 +106,10 @@ def check_readable(split: Split, name: str) -> None:
 
 
 def check_readable_classes(split: Split) -> None:
-    """Raises DataError if no image for training of a class can be read; of more than TRIED_CLASSES some are tried."""
-    labels = getattr(split.reader, "labels", getattr(split.reader, "targets", None))
-    labels = np.array(labels)
+    """Raises DataError if no training image of a class can be read; of more than TRIED_CLASSES, that many are tried."""
+    labels = listed_labels(split.reader)
     # Other readers would read every sample for its class, or do not number classes.
-    if labels.dtype.kind not in "iu":
+    if labels is None or labels.dtype.kind not in "iu":
         return
     labels = labels[split.indices]
     order = np.argsort(labels, kind="stable")

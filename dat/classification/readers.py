@@ -399,15 +399,20 @@ def _hold_out(split: Split, place: Path, validation: bool) -> Split:
     return split
 
 
+def listed_labels(reader: Any) -> np.ndarray | None:
+    """The label [n] of every image of a reader that has a list of them: ours, and timm's of tars; None for others."""
+    labels = getattr(reader, "labels", getattr(reader, "targets", None))
+    return None if labels is None else np.array(labels)
+
+
 def reader_labels(reader: Any) -> np.ndarray:
-    """The label [n] of every image of a reader, without its file where the reader has a list of them."""
-    if hasattr(reader, "labels"):
-        return np.array(reader.labels)
-    # timm's readers of the hub and of tars.
+    """The label [n] of every image of a reader, without its file where the reader allows it."""
+    listed = listed_labels(reader)
+    if listed is not None:
+        return listed
+    # timm's reader of the hub.
     if hasattr(reader, "iter_targets"):
         return np.array(list(reader.iter_targets()))
-    if hasattr(reader, "targets"):
-        return np.array(reader.targets)
     labels = []
     for index in range(len(reader)):
         file, label = reader[index]
@@ -440,7 +445,7 @@ def _number_classes(split: Split, class_names: Sequence[str] | None, where: str)
 def shared_images(data: DataConfig, train: Split, val: Split) -> int:
     """How many images of `val` are those of `train`: the same files, also by links, or samples of the same data set."""
     if isinstance(train.reader, FolderReader) and isinstance(val.reader, FolderReader):
-        # Of images for training, which may be many, links are looked for only where there are some for validation.
+        # There may be many training images: they are checked for links only if some validation images are links.
         train_paths, val_paths = ([split.reader.paths[index] for index in split.indices] for split in (train, val))
         known = set(real_paths(train_paths, files=any(map(os.path.islink, val_paths))))
         return sum(path in known for path in real_paths(val_paths))

@@ -23,7 +23,7 @@ FORM, NOTHING, MANY = "boxes are written in another form", "no object to learn",
 SHARED = "label file of several images"
 WHOLE_KINDS = (FORM, NOTHING, MANY, SHARED)
 
-# What the four numbers of a box are in each format, by the end of its name.
+# The four numbers of a box in each format. The key is how the name of the format ends.
 FORMS = {
     "COCO": "x, y, width, height in pixels of the file",
     "Hugging Face": "x, y, width, height in pixels of the file",

@@ -63,15 +63,14 @@ def find(path: Path) -> Found | None:
     if file is None:
         # Ultralytics' own are named after their data, such as coco8.yaml.
         files = (file for file in sorted(path.glob("*.y*ml")) if file.is_file() and not is_hidden(file.name))
-        described = {file: _description(file) for file in files if _describes(file)}
-        described = {file: description for file, description in described.items() if description is not None}
-        file = next(iter(described), None)
-        for other, description in described.items():
-            if file is not None and description != described[file]:
+        described = [(file, says) for file in files if _describes(file) and (says := _description(file))]
+        for other, says in described[1:]:
+            if says != described[0][1]:
                 raise DataError(
-                    f"{path}: {file.name} and {other.name} both describe data, but not the same; "
+                    f"{path}: {described[0][0].name} and {other.name} both describe data, but not the same; "
                     "data.train.annotations and data.val.annotations should name one"
                 )
+        file = described[0][0] if described else None
     if file is None:
         return _from_folders(path)
     if file.suffix == ".data":
@@ -108,7 +107,7 @@ def _describes(file: Path) -> bool:
 
 
 def _description(file: Path) -> Any:
-    """What a YAML file says of a data set: names and splits; None for one of another purpose, as of `train: true`."""
+    """The names and splits in a YAML file; None if it describes no data, such as options with `train: true`."""
     content = _read_yaml(file)
     splits = [content.get(name) for name in ("train", "val")] if isinstance(content, dict) else []
     texts = [text for value in splits for text in _listed(value) if isinstance(value, (str, list))]
@@ -148,16 +147,16 @@ def _lines(record: ImageRecord) -> Iterator[str]:
 
 def _from_folders(root: Path) -> Found | None:
     """images/ and labels/ with the splits inside or without, train/images/ and so on, or images with texts beside."""
-    lists = [root / name for name in _LISTS_OF_NAMES if (root / name).is_file()]
+    lists = {path: _read_names(path) for name in _LISTS_OF_NAMES if (path := root / name).is_file()}
     places = [place for name in _LABEL_FOLDERS for place in (name, f"{name}/train", f"train/{name}")]
     texts = (file for place in places for file in root.glob(f"{place}/*.txt"))
     if not lists and all(is_hidden(file.name) for file in texts):
         return None
     # Tools add names at the end.
-    names = max(map(_read_names, lists), key=len, default=None)
-    folder = _Folder(root, lists[0] if lists else root, names)
-    for other in lists:
-        for number, (name, own) in enumerate(zip(_read_names(other), names or [], strict=False)):
+    names = max(lists.values(), key=len, default=None)
+    folder = _Folder(root, next(iter(lists), root), names)
+    for other, listed in lists.items():
+        for number, (name, own) in enumerate(zip(listed, names or [], strict=False)):
             if name != own:
                 text = f"{other}: class {number} is {shown(name)}, but {shown(own)} in another list of {root}"
                 raise DataError(f"{text}; lists of classes should have the same order")
