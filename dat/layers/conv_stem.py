@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dat.layers.norm import layer_norm
+
 
 class ConvStem(nn.Module):
     """Two 3x3 convolutions of stride 2 with LayerNorms, and a GELU between them.
@@ -32,5 +34,5 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = F.gelu(layer_norm(self.norm1, self.conv1(x).permute(0, 2, 3, 1)))
+        return layer_norm(self.norm2, self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dat.layers.autocast import calls_forward_only
+from dat.layers.norm import is_fused, layer_norm
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
 from dat.ops._common import autocast, full_precision
@@ -202,11 +203,12 @@ class DeformableAttention(nn.Module):
         else:
             x = conv(x.reshape(B * groups, C // groups, *x.shape[2:])).unflatten(0, (B, groups)).flatten(1, 2)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
-        if x.dtype == norm.weight.dtype:
-            return self.offset_proj(F.gelu(norm(x)))
         # Autocast would cast between these layers, four launches more, and round positions.
+        if not is_fused(norm, x):
+            x = x.to(norm.weight.dtype)
+        x = layer_norm(norm, x)
         with full_precision(x):
-            return self.offset_proj(F.gelu(norm(x.to(norm.weight.dtype))))
+            return self.offset_proj(F.gelu(x))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A parameter of the convolution, which all groups share, repeated for each of them and cast in one copy.

@@ -7,6 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dat.layers.norm import layer_norm
+
 
 class SpatialReductionAttention(nn.Module):
     """Attention of pixels to a strided convolution of the map (PVT, https://arxiv.org/abs/2102.12122, section 3.3).
@@ -56,4 +58,4 @@ class SpatialReductionAttention(nn.Module):
             return x
         missing = [max(self.sr_ratio - side, 0) for side in x.shape[1:3]]
         x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        return self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return layer_norm(self.norm, self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), before_linear=True)

@@ -19,6 +19,7 @@ from dat.layers import (
 )
 from dat.layers.autocast import casts_parameters_together
 from dat.layers.mlp import depthwise, residual_depthwise
+from dat.layers.norm import add_layer_norm, layer_norm
 
 # These branch on shapes, dtypes or whether gradients are enabled, which torch.fx cannot trace: keep them as leaves.
 for _layer in (
@@ -116,8 +117,9 @@ class Block(nn.Module):
     @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        branch = self.drop_path1(self.ls1(self.attn(layer_norm(self.norm1, x, before_linear=True))))
+        x, normed = add_layer_norm(self.norm2, x, branch)
+        return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
 
 class ConvBlock(nn.Module):
@@ -146,7 +148,7 @@ class ConvBlock(nn.Module):
     @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
-        return x + self.drop_path(self.mlp(self.norm(depthwise(self.conv, x))))
+        return x + self.drop_path(self.mlp(layer_norm(self.norm, depthwise(self.conv, x), before_linear=True)))
 
 
 def create_mlp(config: StageConfig, mlp_ratio: float, drop: float, **dd: Any) -> nn.Module:

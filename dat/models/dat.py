@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from dat.layers import DeformableAttention
 from dat.layers.conv_stem import ConvStem
+from dat.layers.norm import layer_norm
 from dat.models.blocks import Block, ConvBlock, StageConfig
 from dat.models.checkpoint import checkpoint_filter_fn, load_into_features
 from dat.ops.sizes import is_exporting
@@ -79,7 +80,7 @@ class Downsample(nn.Module):
             # An exported graph serves all sizes and always pads: the convolution ignores a single row.
             odd = (1, 1) if is_exporting() else (x.shape[2] % 2, x.shape[1] % 2)
             x = F.pad(x, (0, 0, 0, odd[0], 0, odd[1]))
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return layer_norm(self.norm, self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Stage(nn.Module):

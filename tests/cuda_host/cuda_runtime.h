@@ -98,6 +98,8 @@ T __shfl_xor_sync(
   return x;
 }
 
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
 template <typename T>
 T __ldg(const checked::View<const T>& from) {
   return *from;

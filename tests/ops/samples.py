@@ -12,6 +12,16 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal float32 numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """NaN, which shows what a kernel did not write."""
+    return torch.full_like(tensor, float("nan"))
+
+
 def close(ours: Tensor, exact: Tensor, tolerance: float, least: float = 1e-6) -> None:
     """Assert that no element is off by more than `tolerance` times the largest of `exact`, or times `least`."""
     assert ours.shape == exact.shape

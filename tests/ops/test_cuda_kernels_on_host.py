@@ -146,10 +146,21 @@ class Case:
         return self.numbers(6, *size).to(self.dtype)
 
 
+def run_on_host(library: ctypes.CDLL, arguments: ctypes.Structure, tensors: dict[str, Tensor], *names: str) -> None:
+    """Runs the kernels on `tensors`, by the names of the arguments' buffers; raises what the emulator found."""
+    for name, tensor in tensors.items():
+        assert tensor.is_contiguous()
+        # An empty tensor is not a missing one.
+        setattr(arguments, name, Buffer(tensor.data_ptr() or 16, tensor.numel() * tensor.element_size()))
+    error = library.run(ctypes.byref(arguments), *(name.encode() for name in names))
+    if error:
+        raise RuntimeError(error.decode())
+
+
 def call(
     libraries: dict[torch.dtype, ctypes.CDLL], case: Case, tensors: dict[str, Tensor], deterministic: bool = False
 ):
-    """Runs the kernels on `tensors`, by the names of BUFFERS; raises what the emulator found."""
+    """Runs the kernels on `tensors`, by the names of BUFFERS."""
     sizes = [size for shape in case.shapes for size in shape]
     arguments = Arguments(
         **{name: getattr(case, name) for name in "BHDQP"},
@@ -159,18 +170,10 @@ def call(
         deterministic=deterministic,
         **{name: int(getattr(case, name)) for name in FLAGS if name != "deterministic"},
     )
-    kept = []
-    for name, tensor in tensors.items():
-        assert tensor.is_contiguous()
-        if case.unaligned and name in ("value", "grad"):
-            tensor = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:]
-        kept.append(tensor)
-        # An empty tensor is not a missing one.
-        address = tensor.data_ptr() or 16
-        setattr(arguments, name, Buffer(address, tensor.numel() * tensor.element_size()))
-    error = libraries[case.dtype].run(ctypes.byref(arguments))
-    if error:
-        raise RuntimeError(error.decode())
+    if case.unaligned:
+        moved = {name: tensors[name] for name in ("value", "grad") if name in tensors}
+        tensors = tensors | {name: torch.cat((t.new_zeros(1), t.flatten()))[1:] for name, t in moved.items()}
+    run_on_host(libraries[case.dtype], arguments, tensors)
 
 
 def forward(libraries, case: Case, inputs: dict[str, Tensor], *size: int) -> Tensor:

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from ops import samples
-from ops.test_cuda_kernels_on_host import CXX, Buffer, build
+from ops.samples import drawn, empty_like
+from ops.test_cuda_kernels_on_host import CXX, Buffer, build, run_on_host
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,14 +36,6 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (nchw + F.conv2d(nchw, weight, bias, padding=1, groups=len(weight))).permute(0, 2, 3, 1)
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    return torch.full_like(tensor, float("nan"))
-
-
 @dataclass(frozen=True)
 class Case:
     shape: tuple[int, int, int, int]
@@ -60,16 +53,10 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 
 def call(library: ctypes.CDLL, case: Case, tensors: dict[str, Tensor], last_lane_first: bool) -> None:
-    """Runs the kernels on `tensors`, by the names of BUFFERS; raises what the emulator found."""
+    """Runs the kernels on `tensors`, by the names of BUFFERS."""
     sizes = dict(zip("BHWC", case.shape, strict=True))
     arguments = Arguments(**sizes, processors=case.processors, last_lane_first=last_lane_first)
-    for name, tensor in tensors.items():
-        assert tensor.is_contiguous()
-        # An empty tensor is not a missing one.
-        setattr(arguments, name, Buffer(tensor.data_ptr() or 16, tensor.numel() * tensor.element_size()))
-    error = library.run(ctypes.byref(arguments), str(case.dtype).encode())
-    if error:
-        raise RuntimeError(error.decode())
+    run_on_host(library, arguments, tensors, str(case.dtype))
 
 
 def check(library: ctypes.CDLL, case: Case) -> None:

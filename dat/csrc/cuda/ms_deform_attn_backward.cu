@@ -13,7 +13,7 @@ cudaError_t launch_backward(
     const AttentionArguments& args, const Tensor& grad, bool with_reference, bool deterministic, Gradients& gradients) {
   const Geometry& g = args.geometry;
   const auto in = args.input<Real>();
-  const auto scratch = [&](const Tensor& like) { return empty(args.value, like.sizes(), true); };
+  const auto scratch = [&](const Tensor& like) { return empty(args.value, like.sizes(), real_type(args.value)); };
   std::optional<Tensor> grad_weights, grad_pixels, pixels, weights;
   AttentionGrads<Real> grads = {};
   grads.grad_offsets = mutable_data<char>(gradients.grad_offsets),

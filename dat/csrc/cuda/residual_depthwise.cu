@@ -7,12 +7,6 @@ namespace {
 
 constexpr const char* kResidualDepthwise = "residual_depthwise";
 
-// The kernels read four neighbouring channels at once, which a slice of other memory need not be aligned for.
-Tensor packed(const Tensor& tensor) {
-  const Tensor dense = make_contiguous(tensor);
-  return aligned(dense) ? dense : torch::stable::clone(dense);
-}
-
 struct Sizes {
   int64_t B, H, W, C;
 };

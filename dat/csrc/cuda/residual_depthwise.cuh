@@ -2,18 +2,17 @@
 // sum is in float32 and in a fixed order.
 #pragma once
 
-#include "launch.cuh"
+#include "channel_sums.cuh"
 
 namespace dat {
 
-constexpr int kPack = 4;
 constexpr int kTaps = 9;
 // A thread walks down at most so many rows, and loads two more.
 constexpr int kStripRows = 8;
 // The convolution's threads compute two neighbouring columns from four: one column would take three loads for itself.
 constexpr int kColumns = 2;
 constexpr int kConvolveThreads = 128, kConvolveBlocks = 4;
-constexpr int kGradThreads = 256, kGradBlocks = 2;
+constexpr int kGradBlocks = 2;
 // Sums of a channel: those of the nine taps, and the bias's.
 constexpr int kSums = kTaps + 1;
 // Rows that a thread has on their way from memory, which divide the three that its loops are unrolled by.
@@ -139,28 +138,6 @@ __global__ __launch_bounds__(kConvolveThreads, kConvolveBlocks) void convolve_ke
   }
 }
 
-template <int kCount>
-using GradStage = SharedArray<SharedArray<Pack<float, kPack>, kGradThreads / 2>, kCount>;
-
-// Adds to the sums of the first `lanes` threads those of all others, thread by thread in the same order every time.
-template <int kCount>
-__device__ __forceinline__ void sum_groups(int lanes, float (&sums)[kCount][kPack]) {
-  auto& stage = shared_memory<GradStage<kCount>>();
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int half = kGradThreads / 2; half >= lanes; half /= 2) {
-#pragma unroll
-    for (int k = 0; k < kCount; k++)
-      if (thread >= half && thread < 2 * half) memcpy(&stage[k][thread - half], sums[k], sizeof(sums[k]));
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; k++)
-#pragma unroll
-      for (int j = 0; j < kPack; j++)
-        if (thread < half) sums[k][j] += stage[k][thread].x[j];
-    __syncthreads();
-  }
-}
-
 // A strip's part in the gradients of the taps and the bias. A row of x meets those of the gradient above, beside and below
 // it, of which the strip needs one column only.
 template <typename T>
@@ -220,30 +197,6 @@ __global__ __launch_bounds__(kGradThreads, kGradBlocks) void weight_grad_kernel(
   for (int k = 0; k < kSums; k++) put_pack<kPack, float>(parts + (int64_t(part) * kSums + k) * m.C + channel, sums[k]);
 }
 
-// Lanes of sum_parts_kernel: 64 bytes of every part.
-constexpr int kSumLanes = 4;
-
-// The gradients of weight [C, 9] and bias [C] from their parts.
-static __global__ __launch_bounds__(kGradThreads, 1) void sum_parts_kernel(
-    int C, int count, Pointer<const float> parts, Pointer<float> grad_weight, Pointer<float> grad_bias) {
-  const int64_t size = int64_t(kSums) * C;
-  const int64_t place = (int64_t(blockIdx.x) * kSumLanes + threadIdx.x % kSumLanes) * kPack;
-  float sums[1][kPack] = {};
-  for (int p = static_cast<int>(threadIdx.x) / kSumLanes; p < count && place < size; p += kGradThreads / kSumLanes) {
-    float x[kPack];
-    widen(get_pack<kPack, float>(parts + p * size + place), x);
-#pragma unroll
-    for (int j = 0; j < kPack; j++) sums[0][j] += x[j];
-  }
-  sum_groups(kSumLanes, sums);
-  if (threadIdx.x >= kSumLanes || place >= size) return;
-  const int64_t tap = place / C, channel = place % C;
-  for (int j = 0; j < kPack; j++) {
-    const int64_t c = channel + j;
-    put<float>(tap < kTaps ? grad_weight + c * kTaps + tap : grad_bias + c, sums[0][j]);
-  }
-}
-
 // Slots are counted in 32 bits, and steps from one to a later one: memory ends long before.
 constexpr int64_t kMaxSlots = INT32_MAX / 2;
 
@@ -290,10 +243,7 @@ cudaError_t run_weight_grad(
   const Pointer<float> parts = take(count * kSums * C);
   const cudaError_t error = launch(weight_grad_kernel<T>, count * m.tiles, 1, 1, kGradThreads, stream, m, grad, x, parts);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = (kSums * C / kPack + kSumLanes - 1) / kSumLanes;
-  return launch(
-      sum_parts_kernel, blocks, 1, 1, kGradThreads, stream, m.C, static_cast<int>(count), Pointer<const float>(parts),
-      grad_weight, grad_bias);
+  return run_sum_parts(m.C, kTaps, count, parts, grad_weight, grad_bias, stream);
 }
 
 }  // namespace dat

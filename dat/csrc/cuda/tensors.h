@@ -26,15 +26,19 @@ inline Tensor make_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Memory for `sizes` in the dtype and on the device of `like`, or in the dtype of its sums. torch::stable::new_empty finds
-// its operator by name in each call, which costs a small call more than the memory does.
-inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, bool of_sums = false) {
+// Memory for `sizes` on the device of `like`, and in its dtype unless another is given. torch::stable::new_empty finds its
+// operator by name in each call, which costs a small call more than the memory does.
+inline Tensor empty(
+    const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> type = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
   int32_t dtype = 0, device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (type) {
+    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  if (of_sums) dtype = real_type(like) == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   AtenTensorHandle tensor = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device, like.get_device_index(), &tensor));
@@ -100,6 +104,12 @@ T* mutable_data(const std::optional<Tensor>& tensor) {
 
 inline bool aligned(const Tensor& tensor) { return aligned(static_cast<const char*>(tensor.const_data_ptr())); }
 
+// For kernels that read four neighbouring channels at once, which a slice of other memory need not be aligned for.
+inline Tensor packed(const Tensor& tensor) {
+  const Tensor dense = make_contiguous(tensor);
+  return aligned(dense) ? dense : torch::stable::clone(dense);
+}
+
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -120,7 +130,7 @@ inline void check_launch(const char* op, const Tensor& tensor, cudaError_t error
 
 // Sums of gradients by `value` that are still zero.
 inline Tensor zero_sums(const char* op, const Tensor& value) {
-  Tensor sums = empty(value, value.sizes(), true);
+  Tensor sums = empty(value, value.sizes(), real_type(value));
   const size_t bytes = static_cast<size_t>(sums.numel()) * (real_type(value) == ScalarType::Double ? 8 : 4);
   if (bytes) check_launch(op, value, cudaMemsetAsync(sums.mutable_data_ptr(), 0, bytes, current_stream(value)));
   return sums;

@@ -1,0 +1,94 @@
+// Registers layer_norm and its backward for CUDA tensors.
+#include "layer_norm.cuh"
+#include "tensors.h"
+
+namespace dat {
+namespace {
+
+constexpr const char* kLayerNorm = "layer_norm";
+
+// Calls call(X(), Y()) with the types of `x` and of its norm: either may be in half precision where the other is float32.
+template <typename Call>
+void with_norm_types(const Tensor& x, ScalarType dtype, const Call& call) {
+  const ScalarType of_x = x.scalar_type();
+  const auto run = [&](auto of_x, auto of_norm) { check_launch(kLayerNorm, x, call(of_x, of_norm)); };
+  if (of_x == ScalarType::Float && dtype == ScalarType::Float) return run(float(), float());
+  if (of_x == ScalarType::Float && dtype == ScalarType::BFloat16) return run(float(), __nv_bfloat16());
+  if (of_x == ScalarType::Float && dtype == ScalarType::Half) return run(float(), __half());
+  if (of_x == ScalarType::BFloat16 && dtype == ScalarType::Float) return run(__nv_bfloat16(), float());
+  if (of_x == ScalarType::Half && dtype == ScalarType::Float) return run(__half(), float());
+  STD_TORCH_CHECK(false, kLayerNorm, ": x or the result must be float32, and the other float32, bfloat16 or float16");
+}
+
+NormRows checked_rows(const Tensor& x, const Tensor& weight, double eps) {
+  STD_TORCH_CHECK(x.dim() > 0, kLayerNorm, ": x must have a dimension of channels");
+  const int64_t C = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(
+      C > 0 && C % kPack == 0 && C <= kNormChannels, kLayerNorm, ": channels must be a multiple of 4 up to ", kNormChannels,
+      ", got ", C);
+  check_tensor(kLayerNorm, "weight", x, weight, {C});
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, kLayerNorm, ": weight must be float32");
+  return make_rows(x.numel() / C, C, eps);
+}
+
+// A tensor of the shape of `x`, or none.
+std::optional<Tensor> checked(const char* name, const Tensor& x, const std::optional<Tensor>& tensor, ScalarType dtype) {
+  if (!tensor) return std::nullopt;
+  const auto sizes = tensor->sizes(), wanted = x.sizes();
+  STD_TORCH_CHECK(
+      std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()) && tensor->scalar_type() == dtype &&
+          tensor->get_device_index() == x.get_device_index(),
+      kLayerNorm, ": ", name, " must have the shape and device of x, and the dtype of its place");
+  return packed(*tensor);
+}
+
+const std::vector<int64_t> kNone = {0};
+
+std::tuple<Tensor, Tensor> forward(
+    Tensor x, std::optional<Tensor> branch, Tensor weight, Tensor bias, double eps, ScalarType dtype) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const NormRows n = checked_rows(x, weight, eps);
+  check_tensor(kLayerNorm, "bias", x, bias, {n.C});
+  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float, kLayerNorm, ": bias must be float32");
+  branch = checked("branch", x, branch, dtype);
+  x = packed(x), weight = packed(weight), bias = packed(bias);
+  Tensor sum = empty(x, branch ? x.sizes() : kNone), out = empty(x, x.sizes(), dtype);
+  with_norm_types(x, dtype, [&]<typename X, typename Y>(X, Y) {
+    return run_norm<X, Y>(
+        n, data<X>(x), data<Y>(branch), data<float>(weight), data<float>(bias), mutable_data<X>(sum), mutable_data<Y>(out),
+        current_stream(x));
+  });
+  return {out, sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, std::optional<Tensor> grad_sum, Tensor x, Tensor weight, double eps, bool with_branch, bool with_weight) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const NormRows n = checked_rows(x, weight, eps);
+  const ScalarType dtype = grad.scalar_type();
+  grad = *checked("grad", x, grad, dtype), grad_sum = checked("grad_sum", x, grad_sum, x.scalar_type());
+  x = packed(x), weight = packed(weight);
+  const std::vector<int64_t> channels = {n.C};
+  Tensor grad_x = empty(x, x.sizes()), grad_branch = empty(grad, with_branch ? x.sizes() : kNone),
+         grad_weight = empty(weight, with_weight ? channels : kNone),
+         grad_bias = empty(weight, with_weight ? channels : kNone);
+  int processors = 0;
+  check_launch(kLayerNorm, x, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  with_norm_types(x, dtype, [&]<typename X, typename Y>(X, Y) {
+    std::optional<Tensor> parts;
+    return run_norm_grad<X, Y>(
+        n, processors, data<Y>(grad), data<X>(grad_sum), data<X>(x), data<float>(weight), mutable_data<X>(grad_x),
+        with_branch ? mutable_data<Y>(grad_branch) : nullptr, with_weight ? mutable_data<float>(grad_weight) : nullptr,
+        mutable_data<float>(grad_bias), current_stream(x),
+        [&](int64_t count) { return mutable_data<float>(parts = empty(weight, {count})); });
+  });
+  return {grad_x, grad_branch, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace dat
+
+STABLE_TORCH_LIBRARY_IMPL(dat, CUDA, m) {
+  m.impl("layer_norm", TORCH_BOX(&dat::forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&dat::backward));
+}

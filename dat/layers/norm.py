@@ -1,0 +1,41 @@
+"""Layer norms of maps, by our kernels where they take them."""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from dat.layers.autocast import calls_forward_only
+from dat.ops import layer_norm as fused
+from dat.ops._common import PLAIN, autocast_dtype
+
+
+def layer_norm(norm: nn.Module, x: Tensor, before_linear: bool = False) -> Tensor:
+    """norm(x) of [..., C]; where our kernels take it, in autocast's dtype if layers follow that would cast it."""
+    if not is_fused(norm, x):
+        return norm(x)
+    dtype = _half(x) if before_linear and x.dtype == torch.float32 else torch.float32
+    return fused.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def add_layer_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """x + branch and its `layer_norm` before a linear layer."""
+    if is_fused(norm, x) and x.dtype == torch.float32 and _is_branch(branch, x):
+        return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+    x = x + branch
+    return x, layer_norm(norm, x, before_linear=True)
+
+
+def is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
+    """Whether our kernels do what a call of `norm` would do, and take maps in half precision too."""
+    return type(norm) is nn.LayerNorm and fused.has_layer_norm(x, norm.weight, norm.bias) and calls_forward_only(norm)
+
+
+def _is_branch(branch: Tensor, x: Tensor) -> bool:
+    """Whether our kernels add `branch` to `x`: it comes from a linear layer, and no type but Tensor sees it."""
+    return type(branch) in PLAIN and branch.shape == x.shape and branch.dtype == _half(x)
+
+
+def _half(x: Tensor) -> torch.dtype:
+    """The dtype of linear layers: autocast's, float32 without it."""
+    return autocast_dtype(x) or torch.float32

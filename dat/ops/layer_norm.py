@@ -1,0 +1,106 @@
+"""Layer normalisation on a GPU, of a sum if wanted, in the dtype that is wanted: one kernel, and three for gradients.
+
+torch's kernels give a block of threads to each row of channels, which few channels leave idle, and under autocast their
+results are cast in a launch of their own, as are their gradients.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from dat.ops._common import PLAIN, autocast_dtype, differentiable, is_traced, second_derivatives
+from dat.ops._library import LIBRARY
+
+# CUDA kernels only: other devices, and whatever traces, take torch's. Compilers write such kernels themselves.
+LIBRARY.define(
+    "layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool with_branch, "
+    "bool with_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+DEVICE = "cuda"
+# `dat.ops` has loaded the libraries before anybody imports this module.
+BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("dat::layer_norm", "CUDA")
+MOST_CHANNELS = 1024
+
+
+def has_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether `layer_norm` takes this call: on a GPU, eager, of its kernels' shapes and dtypes."""
+    return (
+        # First, as tensors of torch.fx have no device.
+        type(x) in PLAIN
+        and x.device.type == DEVICE
+        and BUILT
+        and weight is not None
+        and bias is not None
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN
+        and not is_traced((x, weight, bias))
+        and forward_ad._current_level < 0
+        # Without autocast, torch refuses a map in half precision with weights in float32.
+        and x.dtype in (torch.float32, autocast_dtype(x))
+        and weight.dtype == bias.dtype == torch.float32
+        and weight.shape == x.shape[-1:]
+        and weight.shape[0] % 4 == 0
+        and 0 < weight.shape[0] <= MOST_CHANNELS
+    )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """F.layer_norm over the last dimension, where `has_layer_norm`.
+
+    Args:
+        x: [..., C], C a multiple of 4 up to 1024; float32, bfloat16 or float16.
+        weight, bias: [C], float32.
+        eps: added to the variance.
+        dtype: of the result: float32 or, for float32 `x`, also bfloat16 or float16.
+
+    Returns:
+        [..., C] in `dtype`, rounded once, from sums in float32. Differentiable any number of times, in reverse mode;
+        sums are taken in the same order every time.
+    """
+    return _norm(x.contiguous(), None, weight, bias, eps, dtype)[0]
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of float32 `x` and of `branch`, and its `layer_norm` in the dtype of `branch`, both [..., C]."""
+    normed, total = _norm(x.contiguous(), branch.contiguous(), weight, bias, eps, branch.dtype)
+    return total, normed
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, branch, weight, bias, ctx.eps, ctx.dtype = inputs
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    if branch is None:
+        ctx.mark_non_differentiable(output[1])
+    # In the place of two parts their sum, whose gradient is theirs.
+    ctx.save_for_backward(x if branch is None else output[1], weight, bias)
+
+
+def _autograd(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x: Any
+    x, weight, bias = ctx.saved_tensors
+    alone = ctx.branch_dtype is None
+    if torch.is_grad_enabled():
+        # Gradients of these gradients are wanted.
+        def formula(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            normed = F.layer_norm(x.float(), weight.shape, weight, bias, ctx.eps).to(ctx.dtype)
+            return (normed,) if alone else (normed, x)
+
+        grad_x, *grads = second_derivatives(formula, (x, weight, bias), (grad,) if alone else (grad, grad_sum))
+        return grad_x, None if alone else grad_x.to(ctx.branch_dtype), *grads, None, None
+    # A branch in the dtype of the sum has the sum's gradient itself.
+    with_branch, with_weight = not alone and ctx.branch_dtype != x.dtype, any(ctx.needs_input_grad[2:4])
+    grad_x, grad_branch, *grads = torch.ops.dat.layer_norm_backward.default(
+        grad, None if alone else grad_sum, x, weight, ctx.eps, with_branch, with_weight
+    )
+    if not with_branch:
+        grad_branch = None if alone else grad_x
+    return grad_x, grad_branch, *(grads if with_weight else (None, None)), None, None
+
+
+_norm = differentiable("layer_norm", _setup_context, _autograd)
