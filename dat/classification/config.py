@@ -84,7 +84,8 @@ class TrainConfig(BaseTrainConfig):
 
     `mixup` and `cutmix` are timm's alphas, 0: off. They are drawn for each pair of images (timm's mode "pair"), so that
     they do not depend on how a step is split into batches and processes. With them, `smoothing` is applied by timm's
-    Mixup. `class_weights` needs the cross-entropy. `balance`: draw all classes equally often.
+    Mixup. `class_weights` needs the cross-entropy. `balance`: draw all classes equally often. `cuda_graphs`: on one
+    GPU, replay the model's forward and backward passes as CUDA graphs, which a slow host does not hold up.
     """
 
     epochs: int = 300
@@ -105,6 +106,7 @@ class TrainConfig(BaseTrainConfig):
     mixup: float = 0.8
     cutmix: float = 1.0
     balance: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass
@@ -131,5 +133,9 @@ def check_config(config: ClassificationConfig) -> None:
         raise ConfigError("data.augment.scale and ratio should be [smallest, largest]")
     if train.class_weights is not None and train.loss != "cross_entropy":
         raise ConfigError(f"train.class_weights needs train.loss=cross_entropy, it is {train.loss}")
+    if train.cuda_graphs:
+        for key, only in (("compile", False), ("fsdp", False), ("grad_checkpointing", False), ("accumulate", 1)):
+            if (value := getattr(train, key)) != only:
+                raise ConfigError(f"train.{key} is {value}, should be {only} with train.cuda_graphs")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         raise ConfigError(f"train.batch_size is {train.batch_size}, should be even with train.mixup or train.cutmix")

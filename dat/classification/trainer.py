@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from dat.engine.loaders import EpochBatchSampler, Loader
 from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
+from dat.utils.errors import ConfigError
 
 # Images [B, 3, H, W], labels [B] or soft labels [B, K], indices that were asked for and used [B], epoch [B].
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -61,6 +63,27 @@ def make_loss(train: TrainConfig, weights: Tensor | None = None) -> nn.Module:
     if weights is not None:
         return WeightedCrossEntropy(weights, label_smoothing=smoothing)
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+class Graphed(nn.Module):
+    """A model whose training passes, for images of one shape, are CUDA graphs.
+
+    The model itself stays as it is, for evaluation and for the search of numbers that are not finite.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, amp: str) -> None:
+        super().__init__()
+        self.model = model
+        # Passes before the capture count batches in norms.
+        before = [buffer.clone() for buffer in model.buffers()]
+        # Copies in autocast's cache would not outlive the capture.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16", cache_enabled=False):
+            torch.cuda.make_graphed_callables(self.train(), (images,))
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
 
 
 class ClassificationTrainer(Trainer):
@@ -133,6 +156,17 @@ class ClassificationTrainer(Trainer):
 
     def build_model(self, weights: bool = True) -> nn.Module:
         return build_classifier(self.config.model.backbone, len(self.class_names), weights)
+
+    def _prepare_model(self) -> None:
+        train, distributed, size = self.config.train, self.distributed, self.config.data.img_size
+        if train.cuda_graphs and (self.device.type != "cuda" or distributed.world_size > 1):
+            found = f"{distributed.world_size} processes on {self.device.type}"
+            raise ConfigError(f"train.cuda_graphs needs one process on a GPU, there are {found}")
+        super()._prepare_model()
+        if train.cuda_graphs:
+            # Before the loader pins memory, which must not happen during a capture.
+            images = self.to_device(torch.zeros(train.batch_size, 3, size, size), images=True)
+            self.wrapped = Graphed(self.model, images, train.amp)
 
     def train_step(self, batches: Sequence[Batch]) -> None:
         for *_, index, used, _ in batches:

@@ -67,7 +67,7 @@ def casts_parameters_together(forward: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(forward)
     def wrapped(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # First, as compilers trace no threads and tensors of torch.fx have no device.
-        if is_traced((x,)) or not torch.is_autocast_cache_enabled():
+        if is_traced((x,)):
             return forward(self, x, *args, **kwargs)
         if not torch.is_grad_enabled() and threading.active_count() > 1:
             return forward(self, x, *args, **kwargs)

@@ -29,7 +29,7 @@ from dat.classification.data import (
 )
 from dat.classification.readers import open_place, open_split, shared_images
 from dat.classification.train import train
-from dat.classification.trainer import ClassificationTrainer, make_loss
+from dat.classification.trainer import ClassificationTrainer, Graphed, make_loss
 from dat.engine.checkpoint import load_checkpoint
 from dat.engine.command import main_guard
 from dat.engine.config import from_dict
@@ -396,11 +396,30 @@ def test_training_on_rare_classes(settings, pictures):
         ),
         ({"class_weights": "balanced", "loss": "bce"}, "train.class_weights needs train.loss=cross_entropy, it is bce"),
         ({"early_stop": -1}, "train.early_stop is -1, should be at least 0"),
+        ({"cuda_graphs": True}, "train.cuda_graphs needs one process on a GPU, there are 1 processes on cpu"),
+        ({"cuda_graphs": True, "compile": True}, "train.compile is True, should be False with train.cuda_graphs"),
+        ({"cuda_graphs": True, "accumulate": 2}, "train.accumulate is 2, should be 1 with train.cuda_graphs"),
     ],
 )
 def test_options_that_cannot_work_are_named(settings, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(settings, **changes)
+
+
+def test_a_capture_leaves_the_model_as_it_was(monkeypatch):
+    def capture(module, args):
+        with torch.enable_grad():
+            assert torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
+            assert module.training
+            module(*args).sum().backward()
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    model, images = timm.create_model("resnet10t", num_classes=3), torch.randn(4, 3, 32, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graphed = Graphed(model, images, "bf16")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(graphed.eval()(images), model(images))
 
 
 def test_a_balanced_run_resumes_to_the_same_weights(settings, pictures, tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Every model on the GPU beside the CPU; a training step under autocast; compiled, and in CUDA graphs."""
 
+import json
+
 import pytest
 import timm
 import torch
+from class_folders import make_settings, write_splits
 from gpu.calls import FUNCTIONS, assert_close, inputs, with_gradients
 from gpu.device import DEVICE, DRY, needs_card
 
@@ -80,3 +83,25 @@ def test_a_model_trains_in_graphs_of_one_size():
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         assert_close([t.clone() for t in step(compiled, x)], expected, 1e-2)
+
+
+@needs_card
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_training_in_graphs_equals_an_eager_one(amp, tmp_path):
+    pytest.importorskip("yaml", reason="training needs what `pip install dat` brings")
+    from dat.classification.config import ClassificationConfig
+    from dat.classification.train import train
+    from dat.engine.config import from_dict
+
+    write_splits(tmp_path)
+    losses = []
+    for cuda_graphs in (False, True):
+        settings = make_settings(tmp_path)
+        settings["model"]["backbone"]["name"] = "dat_pp_nano"
+        settings["train"] |= {"device": "cuda", "amp": amp, "cuda_graphs": cuda_graphs}
+        settings["output"] += str(cuda_graphs)
+        train(from_dict(ClassificationConfig, settings, "test"))
+        lines = (tmp_path / f"run{cuda_graphs}/log.jsonl").read_text().splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"])
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2 if amp == "none" else 5e-2)

@@ -80,10 +80,10 @@ def test_threads_that_predict_and_float32_see_the_parameters_themselves(monkeypa
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(2, 6))
         assert model.seen[0] == dtype
-    # A user who turns autocast's cache off wants parameters cast where they are used.
+    # Graphs are captured without autocast's cache.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         model(torch.randn(2, 6))
-    assert model.seen[0] == torch.float32
+    assert model.seen[0] == torch.bfloat16
 
 
 def test_frozen_and_unused_parameters_and_subclasses_are_left_as_autocast_leaves_them():
