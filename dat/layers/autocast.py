@@ -25,7 +25,7 @@ CAST = {
 }
 
 # Where the classes of modules are defined whose layers are looked for.
-OWN = ("dat.", "torch.nn.", "timm.layers.")
+OWN = ("dat.", "torch.nn.", "timm.layers.", "timm.models._features", "timm.models.resnet")
 
 
 class _Cast(torch.autograd.Function):

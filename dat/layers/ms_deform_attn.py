@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dat.ops import ms_deform_attn
-from dat.ops._common import Shapes
+from dat.ops._common import Shapes, autocast
 
 
 class MSDeformAttn(nn.Module):
@@ -63,6 +63,8 @@ class MSDeformAttn(nn.Module):
             [B, Q, C].
         """
         B, Q, _ = query.shape
+        # Once, for both of its projections.
+        query = autocast(query)
         values = self.value_proj(value)
         if padding_mask is not None:
             values = values.masked_fill(padding_mask.unsqueeze(-1), 0.0)

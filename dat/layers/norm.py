@@ -18,12 +18,13 @@ def layer_norm(norm: nn.Module, x: Tensor, before_linear: bool = False) -> Tenso
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
-def add_layer_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """x + branch and its `layer_norm` before a linear layer."""
+def add_layer_norm(norm: nn.Module, x: Tensor, branch: Tensor, before_linear: bool = False) -> tuple[Tensor, Tensor]:
+    """x + branch and its `layer_norm`."""
     if is_fused(norm, x) and x.dtype == torch.float32 and _is_branch(branch, x):
-        return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
+        dtype = branch.dtype if before_linear else torch.float32
+        return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)
     x = x + branch
-    return x, layer_norm(norm, x, before_linear=True)
+    return x, layer_norm(norm, x, before_linear)
 
 
 def is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:

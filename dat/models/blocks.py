@@ -118,7 +118,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
         branch = self.drop_path1(self.ls1(self.attn(layer_norm(self.norm1, x, before_linear=True))))
-        x, normed = add_layer_norm(self.norm2, x, branch)
+        x, normed = add_layer_norm(self.norm2, x, branch, before_linear=True)
         return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
 

@@ -19,8 +19,8 @@ LIBRARY.define(
     "layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool with_branch, "
-    "bool with_weight) -> (Tensor, Tensor, Tensor, Tensor)"
+    "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, "
+    "ScalarType? branch, bool with_weight) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 DEVICE = "cuda"
 # `dat.ops` has loaded the libraries before anybody imports this module.
@@ -66,41 +66,50 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     return _norm(x.contiguous(), None, weight, bias, eps, dtype)[0]
 
 
-def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of float32 `x` and of `branch`, and its `layer_norm` in the dtype of `branch`, both [..., C]."""
-    normed, total = _norm(x.contiguous(), branch.contiguous(), weight, bias, eps, branch.dtype)
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + branch and its `layer_norm`, where x is float32, and `dtype` float32 or that of the branch."""
+    normed, total = _norm(x.contiguous(), branch.contiguous(), weight, bias, eps, dtype)
     return total, normed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, branch, weight, bias, ctx.eps, ctx.dtype = inputs
-    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.branch = None if branch is None else branch.dtype
+    ctx.set_materialize_grads(False)
     if branch is None:
         ctx.mark_non_differentiable(output[1])
     # In the place of two parts their sum, whose gradient is theirs.
     ctx.save_for_backward(x if branch is None else output[1], weight, bias)
 
 
-def _autograd(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x: Any
+def _autograd(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    alone = ctx.branch_dtype is None
-    if torch.is_grad_enabled():
+    grads: Any = (None, None)
+    grad_branch = None
+    if grad is None:
+        # Nobody uses the norm.
+        grad_x: Any = grad_sum
+    elif torch.is_grad_enabled():
         # Gradients of these gradients are wanted.
-        def formula(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-            normed = F.layer_norm(x.float(), weight.shape, weight, bias, ctx.eps).to(ctx.dtype)
-            return (normed,) if alone else (normed, x)
+        def norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+            return (F.layer_norm(x.float(), weight.shape, weight, bias, ctx.eps).to(ctx.dtype),)
 
-        grad_x, *grads = second_derivatives(formula, (x, weight, bias), (grad,) if alone else (grad, grad_sum))
-        return grad_x, None if alone else grad_x.to(ctx.branch_dtype), *grads, None, None
-    # A branch in the dtype of the sum has the sum's gradient itself.
-    with_branch, with_weight = not alone and ctx.branch_dtype != x.dtype, any(ctx.needs_input_grad[2:4])
-    grad_x, grad_branch, *grads = torch.ops.dat.layer_norm_backward.default(
-        grad, None if alone else grad_sum, x, weight, ctx.eps, with_branch, with_weight
-    )
-    if not with_branch:
-        grad_branch = None if alone else grad_x
-    return grad_x, grad_branch, *(grads if with_weight else (None, None)), None, None
+        grad_x, *grads = second_derivatives(norm, (x, weight, bias), (grad,))
+        grad_x = grad_x if grad_sum is None else grad_x + grad_sum
+    else:
+        # A branch in the dtype of the sum has the sum's gradient itself.
+        other = ctx.branch if ctx.branch != x.dtype else None
+        with_weight = any(ctx.needs_input_grad[2:4])
+        grad_x, grad_branch, *found = torch.ops.dat.layer_norm_backward.default(
+            grad, grad_sum, x, weight, ctx.eps, other, with_weight
+        )
+        grads = found if with_weight else grads
+        grad_branch = None if other is None else grad_branch
+    if grad_branch is None and ctx.branch is not None and grad_x is not None:
+        grad_branch = grad_x.to(ctx.branch)
+    return grad_x, grad_branch, *grads, None, None
 
 
 _norm = differentiable("layer_norm", _setup_context, _autograd)

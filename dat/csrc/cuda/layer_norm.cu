@@ -7,17 +7,25 @@ namespace {
 
 constexpr const char* kLayerNorm = "layer_norm";
 
-// Calls call(X(), Y()) with the types of `x` and of its norm: either may be in half precision where the other is float32.
+// Calls call(X(), Branch(), Y()) with the types of `x`, of a branch that is added to it and of their norm.
 template <typename Call>
-void with_norm_types(const Tensor& x, ScalarType dtype, const Call& call) {
-  const ScalarType of_x = x.scalar_type();
-  const auto run = [&](auto of_x, auto of_norm) { check_launch(kLayerNorm, x, call(of_x, of_norm)); };
-  if (of_x == ScalarType::Float && dtype == ScalarType::Float) return run(float(), float());
-  if (of_x == ScalarType::Float && dtype == ScalarType::BFloat16) return run(float(), __nv_bfloat16());
-  if (of_x == ScalarType::Float && dtype == ScalarType::Half) return run(float(), __half());
-  if (of_x == ScalarType::BFloat16 && dtype == ScalarType::Float) return run(__nv_bfloat16(), float());
-  if (of_x == ScalarType::Half && dtype == ScalarType::Float) return run(__half(), float());
-  STD_TORCH_CHECK(false, kLayerNorm, ": x or the result must be float32, and the other float32, bfloat16 or float16");
+void with_norm_types(const Tensor& x, std::optional<ScalarType> branch, ScalarType norm, const Call& call) {
+  constexpr ScalarType kFloat = ScalarType::Float, kBFloat = ScalarType::BFloat16, kHalf = ScalarType::Half;
+  const auto run = [&](auto of_x, auto of_branch, auto of_norm) {
+    check_launch(kLayerNorm, x, call(of_x, of_branch, of_norm));
+  };
+  const ScalarType of_x = x.scalar_type(), of_branch = branch.value_or(of_x == kFloat ? norm : kFloat);
+  if (of_x == kFloat && of_branch == kFloat && norm == kFloat) return run(float(), float(), float());
+  if (of_x == kFloat && of_branch == kBFloat && norm == kFloat) return run(float(), __nv_bfloat16(), float());
+  if (of_x == kFloat && of_branch == kHalf && norm == kFloat) return run(float(), __half(), float());
+  if (of_x == kFloat && of_branch == kBFloat && norm == kBFloat) return run(float(), __nv_bfloat16(), __nv_bfloat16());
+  if (of_x == kFloat && of_branch == kHalf && norm == kHalf) return run(float(), __half(), __half());
+  if (!branch && of_x == kBFloat && norm == kFloat) return run(__nv_bfloat16(), float(), float());
+  if (!branch && of_x == kHalf && norm == kFloat) return run(__half(), float(), float());
+  STD_TORCH_CHECK(
+      false, kLayerNorm,
+      ": x must be float32, and the result float32 or in the dtype of the branch, or, without one, either "
+      "of them float32, and the other float32, bfloat16 or float16");
 }
 
 NormRows checked_rows(const Tensor& x, const Tensor& weight, double eps) {
@@ -50,35 +58,37 @@ std::tuple<Tensor, Tensor> forward(
   const NormRows n = checked_rows(x, weight, eps);
   check_tensor(kLayerNorm, "bias", x, bias, {n.C});
   STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float, kLayerNorm, ": bias must be float32");
-  branch = checked("branch", x, branch, dtype);
+  const std::optional<ScalarType> of_branch = branch ? std::optional<ScalarType>(branch->scalar_type()) : std::nullopt;
+  branch = checked("branch", x, branch, of_branch.value_or(dtype));
   x = packed(x), weight = packed(weight), bias = packed(bias);
   Tensor sum = empty(x, branch ? x.sizes() : kNone), out = empty(x, x.sizes(), dtype);
-  with_norm_types(x, dtype, [&]<typename X, typename Y>(X, Y) {
-    return run_norm<X, Y>(
-        n, data<X>(x), data<Y>(branch), data<float>(weight), data<float>(bias), mutable_data<X>(sum), mutable_data<Y>(out),
-        current_stream(x));
+  with_norm_types(x, of_branch, dtype, [&]<typename X, typename Branch, typename Y>(X, Branch, Y) {
+    return run_norm<X, Branch, Y>(
+        n, data<X>(x), data<Branch>(branch), data<float>(weight), data<float>(bias), mutable_data<X>(sum),
+        mutable_data<Y>(out), current_stream(x));
   });
   return {out, sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, std::optional<Tensor> grad_sum, Tensor x, Tensor weight, double eps, bool with_branch, bool with_weight) {
+    Tensor grad, std::optional<Tensor> grad_sum, Tensor x, Tensor weight, double eps, std::optional<ScalarType> branch,
+    bool with_weight) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const NormRows n = checked_rows(x, weight, eps);
   const ScalarType dtype = grad.scalar_type();
   grad = *checked("grad", x, grad, dtype), grad_sum = checked("grad_sum", x, grad_sum, x.scalar_type());
   x = packed(x), weight = packed(weight);
   const std::vector<int64_t> channels = {n.C};
-  Tensor grad_x = empty(x, x.sizes()), grad_branch = empty(grad, with_branch ? x.sizes() : kNone),
+  Tensor grad_x = empty(x, x.sizes()), grad_branch = empty(x, branch ? x.sizes() : kNone, branch),
          grad_weight = empty(weight, with_weight ? channels : kNone),
          grad_bias = empty(weight, with_weight ? channels : kNone);
   int processors = 0;
   check_launch(kLayerNorm, x, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  with_norm_types(x, dtype, [&]<typename X, typename Y>(X, Y) {
+  with_norm_types(x, branch, dtype, [&]<typename X, typename Branch, typename Y>(X, Branch, Y) {
     std::optional<Tensor> parts;
-    return run_norm_grad<X, Y>(
+    return run_norm_grad<X, Branch, Y>(
         n, processors, data<Y>(grad), data<X>(grad_sum), data<X>(x), data<float>(weight), mutable_data<X>(grad_x),
-        with_branch ? mutable_data<Y>(grad_branch) : nullptr, with_weight ? mutable_data<float>(grad_weight) : nullptr,
+        branch ? mutable_data<Branch>(grad_branch) : nullptr, with_weight ? mutable_data<float>(grad_weight) : nullptr,
         mutable_data<float>(grad_bias), current_stream(x),
         [&](int64_t count) { return mutable_data<float>(parts = empty(weight, {count})); });
   });

@@ -69,9 +69,9 @@ __device__ __forceinline__ float center(const NormRows& n, int channel, NormPart
 }
 
 // out = norm(x), or, with a branch, norm(sum) of sum = x + branch.
-template <int kPacks, typename X, typename Y>
+template <int kPacks, typename X, typename Branch, typename Y>
 __global__ __launch_bounds__(kGradThreads) void norm_kernel(
-    const __grid_constant__ NormRows n, Pointer<const X> x, Pointer<const Y> branch, Pointer<const float> weight,
+    const __grid_constant__ NormRows n, Pointer<const X> x, Pointer<const Branch> branch, Pointer<const float> weight,
     Pointer<const float> bias, Pointer<X> sum, Pointer<Y> out) {
   const int64_t row = int64_t(blockIdx.x) * (kGradThreads / n.lanes) + threadIdx.x / n.lanes, offset = row * n.C;
   const int channel = row < n.rows ? static_cast<int>(threadIdx.x % n.lanes) * kPack : n.C;
@@ -92,10 +92,10 @@ __global__ __launch_bounds__(kGradThreads) void norm_kernel(
 
 // grad_x = grad_sum + the gradient of norm(x) by x; also in the dtype of the branch, if that is wanted. Block p sums its
 // rows' gradients by weight and bias, parts[p] of [parts, 2, C].
-template <int kPacks, typename X, typename Y>
+template <int kPacks, typename X, typename Branch, typename Y>
 __global__ __launch_bounds__(kGradThreads, norm_grad_blocks(kPacks)) void norm_grad_kernel(
     const __grid_constant__ NormRows n, Pointer<const Y> grad, Pointer<const X> grad_sum, Pointer<const X> x,
-    Pointer<const float> weight, Pointer<X> grad_x, Pointer<Y> grad_branch, Pointer<float> parts) {
+    Pointer<const float> weight, Pointer<X> grad_x, Pointer<Branch> grad_branch, Pointer<float> parts) {
   const int lane = threadIdx.x % n.lanes, group = threadIdx.x / n.lanes, groups = kGradThreads / n.lanes;
   NormPart<kPacks> w, x_hat, g, other;
   get_part(n, lane * kPack, weight, w);
@@ -150,21 +150,22 @@ cudaError_t with_packs(const NormRows& n, const Call& call) {
   return call(std::integral_constant<int, kNormPacks>());
 }
 
-template <typename X, typename Y>
+template <typename X, typename Branch, typename Y>
 cudaError_t run_norm(
-    const NormRows& n, Pointer<const X> x, Pointer<const Y> branch, Pointer<const float> weight, Pointer<const float> bias,
-    Pointer<X> sum, Pointer<Y> out, cudaStream_t stream) {
+    const NormRows& n, Pointer<const X> x, Pointer<const Branch> branch, Pointer<const float> weight,
+    Pointer<const float> bias, Pointer<X> sum, Pointer<Y> out, cudaStream_t stream) {
   const int64_t groups = kGradThreads / n.lanes, blocks = (n.rows + groups - 1) / groups;
   return with_packs(n, [&](auto packs) {
-    return launch(norm_kernel<packs, X, Y>, blocks, 1, 1, kGradThreads, stream, n, x, branch, weight, bias, sum, out);
+    return launch(
+        norm_kernel<packs, X, Branch, Y>, blocks, 1, 1, kGradThreads, stream, n, x, branch, weight, bias, sum, out);
   });
 }
 
 // `take(count)` is memory for so many floats. Without grad_weight there are no gradients of weight and bias.
-template <typename X, typename Y, typename Take>
+template <typename X, typename Branch, typename Y, typename Take>
 cudaError_t run_norm_grad(
     const NormRows& n, int processors, Pointer<const Y> grad, Pointer<const X> grad_sum, Pointer<const X> x,
-    Pointer<const float> weight, Pointer<X> grad_x, Pointer<Y> grad_branch, Pointer<float> grad_weight,
+    Pointer<const float> weight, Pointer<X> grad_x, Pointer<Branch> grad_branch, Pointer<float> grad_weight,
     Pointer<float> grad_bias, cudaStream_t stream, const Take& take) {
   const int64_t groups = kGradThreads / n.lanes;
   return with_packs(n, [&](auto packs) {
@@ -172,8 +173,8 @@ cudaError_t run_norm_grad(
         std::min<int64_t>((n.rows + groups - 1) / groups, int64_t(norm_grad_blocks(packs)) * std::max(1, processors));
     const Pointer<float> parts = grad_weight ? take(blocks * 2 * n.C) : nullptr;
     const cudaError_t error = launch(
-        norm_grad_kernel<packs, X, Y>, blocks, 1, 1, kGradThreads, stream, n, grad, grad_sum, x, weight, grad_x, grad_branch,
-        parts);
+        norm_grad_kernel<packs, X, Branch, Y>, blocks, 1, 1, kGradThreads, stream, n, grad, grad_sum, x, weight, grad_x,
+        grad_branch, parts);
     if (error != cudaSuccess || !grad_weight) return error;
     return run_sum_parts(n.C, 1, blocks, parts, grad_weight, grad_bias, stream);
   });

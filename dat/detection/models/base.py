@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dat.detection.matcher import Scores
 from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
+from dat.layers.autocast import casts_parameters_together
 from dat.utils.errors import ConfigError
 
 # Widths and numbers of layers and queries are no larger than this, so that no weights overflow memory's addresses.
@@ -144,7 +145,11 @@ class BaseDETR(nn.Module):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
         if targets is not None and denoising is None:
             denoising = self.make_denoising(targets)
-        return self.detect(*self.features(*pad_to_multiple(images, mask, self.pad_multiple)), denoising)
+        return self._detect_images(*pad_to_multiple(images, mask, self.pad_multiple), denoising)
+
+    @casts_parameters_together
+    def _detect_images(self, images: Tensor, mask: Tensor | None, denoising: Denoising | None) -> dict[str, Any]:
+        return self.detect(*self.features(images, mask), denoising)
 
     def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
         """Denoising queries of targets; None in evaluation and for models without denoising."""
@@ -209,7 +214,8 @@ def resize_masks(mask: Tensor | None, levels: list[Tensor]) -> list[Tensor] | No
     """The mask [B, H, W] at the size of each level [B, C, h, w]: that of the nearest pixel above and to the left."""
     if mask is None:
         return None
-    return [F.interpolate(mask[:, None].float(), size=x.shape[-2:])[:, 0].bool() for x in levels]
+    image = mask[:, None].float()
+    return [F.interpolate(image, size=x.shape[-2:])[:, 0].bool() for x in levels]
 
 
 def box_head(embed_dim: int) -> nn.Sequential:

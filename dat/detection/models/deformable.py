@@ -13,7 +13,7 @@ from dat.detection.matcher import Scores
 from dat.detection.models.backbone import feature_maps
 from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.denoising import Denoising, make_denoising, query_mask
-from dat.detection.models.position_encoding import sine_position
+from dat.detection.models.position_encoding import sine_positions
 from dat.detection.models.transformer import (
     DeformableDecoderLayer,
     DeformableEncoderLayer,
@@ -112,7 +112,7 @@ class DeformableModel(BaseDETR):
     enc_output: nn.Linear
     enc_output_norm: nn.LayerNorm
     label_enc: nn.Embedding
-    # Image positions are encoded with these, see sine_position.
+    # Image positions are encoded with these, see sine_positions.
     position_temperature: float = 10000.0
     position_anchor: float = 0.5
 
@@ -225,19 +225,9 @@ class DeformableModel(BaseDETR):
         shapes: Shapes = tuple((x.shape[-2], x.shape[-1]) for x in levels)
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
         padding_mask = None if masks is None else torch.cat([m.flatten(1) for m in masks], 1)
-        positions = [
-            sine_position(
-                None if masks is None else masks[i],
-                shapes[i],
-                x.shape[-1],
-                like=x,
-                anchor=self.position_anchor,
-                temperature=self.position_temperature,
-            )
-            + self.level_embed[i]
-            for i in range(len(levels))
-        ]
-        pos = torch.cat(positions, 1)
+        pos = sine_positions(masks, shapes, x.shape[-1], x, self.position_anchor, self.position_temperature)
+        embeds = [embed.expand(h * w, -1) for embed, (h, w) in zip(self.level_embed, shapes, strict=True)]
+        pos = pos + torch.cat(embeds)
         centres, ratios = reference_grid(shapes, masks, x.device)
         reference = (centres[:, :, None] * ratios[:, None]).expand(x.shape[0], -1, -1, -1)
         for layer in self.encoder:
@@ -260,8 +250,9 @@ class DeformableModel(BaseDETR):
         # The box that a prediction corrects: the reference, with its gradient in look forward twice.
         start = reference
         outputs = []
+        box_ratios = torch.cat((ratios, ratios), -1)
         for i, layer in enumerate(self.decoder):
-            scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
+            scale = ratios if reference.shape[-1] == 2 else box_ratios
             pos = self.query_position(reference, encoded) if queries.pos is None else queries.pos
             located = reference[:, :, None] * scale[:, None]
             x = self.run_layer(layer, x, pos, located, memory, shapes, padding_mask, query_mask)
@@ -272,8 +263,11 @@ class DeformableModel(BaseDETR):
             outputs.append({"pred_logits": self.class_embed[head](decoded), "pred_boxes": boxes})
             if self.box_refine and i < len(self.decoder) - 1:
                 # Boxes are refined before the norm.
-                raw = delta if self.decoder_norm is None else self.bbox_embed[head](x)
-                refined = self._correct(reference, raw)
+                if self.decoder_norm is None and start is reference:
+                    refined = boxes
+                else:
+                    raw = delta if self.decoder_norm is None else self.bbox_embed[head](x)
+                    refined = self._correct(reference, raw)
                 reference = refined.detach()
                 start = refined if self.look_forward_twice else reference
         return outputs
@@ -281,7 +275,9 @@ class DeformableModel(BaseDETR):
     def _correct(self, reference: Tensor, delta: Tensor) -> Tensor:
         """Boxes [B, T, 4] from references and what a head predicts."""
         # A point gives the centre only, the width and height come from the head.
-        start = F.pad(inverse_sigmoid(reference, self.eps), (0, 4 - reference.shape[-1]))
+        start = inverse_sigmoid(reference, self.eps)
+        if reference.shape[-1] == 2:
+            start = F.pad(start, (0, 2))
         return (delta + start).sigmoid()
 
     def propose(self, encoded: Encoded, class_head: nn.Module, box_head: nn.Module) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from dat.detection.matcher import Scores
 from dat.detection.models.backbone import feature_maps
 from dat.detection.models.base import BaseDETR, ModelConfig, box_head, feature_channels, resize_masks
 from dat.detection.models.denoising import Denoising
-from dat.detection.models.position_encoding import sine_position
+from dat.detection.models.position_encoding import sine_positions
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
 from dat.layers.autocast import casts_parameters_together
@@ -156,7 +156,7 @@ class DETR(BaseDETR):
         (level,) = levels
         x = level.flatten(2).transpose(1, 2)
         mask = None if masks is None else masks[0]
-        pos = sine_position(mask, (level.shape[-2], level.shape[-1]), x.shape[-1], like=x, anchor=1.0)
+        pos = sine_positions(masks, [(level.shape[-2], level.shape[-1])], x.shape[-1], like=x, anchor=1.0)
         padding_mask = None if mask is None else _attended(mask.flatten(1))
         for layer in self.encoder:
             x = self.run_layer(layer, x, pos, padding_mask)

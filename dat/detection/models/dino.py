@@ -48,7 +48,7 @@ class DINO(DeformableModel):
     Args:
         share_heads: one pair of heads for all decoder layers, instead of one for each layer (detrex).
         share_encoder_heads: the encoder has this pair too, instead of its own.
-        position_temperature, position_anchor: of image positions, as in sine_position; 20 and 1 are those of the
+        position_temperature, position_anchor: of image positions, as in sine_positions; 20 and 1 are those of the
             official weights, 10000 and 0.5 those of detrex'.
 
     Raises:

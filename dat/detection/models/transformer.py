@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat.layers.autocast import casts_parameters_together
 from dat.layers.ms_deform_attn import MSDeformAttn
+from dat.layers.norm import add_layer_norm
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -44,11 +44,11 @@ class DeformableEncoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm2 = nn.LayerNorm(embed_dim)
 
-    @casts_parameters_together
     def forward(self, x: Tensor, pos: Tensor, reference: Tensor, shapes: Shapes, padding_mask: Tensor | None) -> Tensor:
         """x [B, S, C], pos [B or 1, S, C], reference [B, S, L, 2], padding_mask [B, S] -> [B, S, C]."""
-        x = self.norm1(x + self.drop(self.self_attn(x + pos, reference, x, shapes, padding_mask)))
-        return self.norm2(x + self.mlp(x))
+        branch = self.drop(self.self_attn(x + pos, reference, x, shapes, padding_mask))
+        x = add_layer_norm(self.norm1, x, branch)[1]
+        return add_layer_norm(self.norm2, x, self.mlp(x))[1]
 
 
 class DeformableDecoderLayer(TransformerLayer):
@@ -65,7 +65,6 @@ class DeformableDecoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm3 = nn.LayerNorm(embed_dim)
 
-    @casts_parameters_together
     def forward(
         self,
         x: Tensor,
@@ -81,15 +80,16 @@ class DeformableDecoderLayer(TransformerLayer):
         query_mask [Q, Q]: True where the query of the row may not attend to that of the column.
         """
         query = x + pos
-        x = self.norm2(x + self.drop(self.self_attn(query, query, x, need_weights=False, attn_mask=query_mask)[0]))
-        x = self.norm1(x + self.drop(self.cross_attn(x + pos, reference, memory, shapes, padding_mask)))
-        return self.norm3(x + self.mlp(x))
+        branch = self.drop(self.self_attn(query, query, x, need_weights=False, attn_mask=query_mask)[0])
+        x = add_layer_norm(self.norm2, x, branch)[1]
+        branch = self.drop(self.cross_attn(x + pos, reference, memory, shapes, padding_mask))
+        x = add_layer_norm(self.norm1, x, branch)[1]
+        return add_layer_norm(self.norm3, x, self.mlp(x))[1]
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """log(x / (1 - x)) with both terms at least `eps`, so that 0 and 1 stay finite."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def reference_grid(shapes: Shapes, masks: list[Tensor] | None, device: torch.device) -> tuple[Tensor, Tensor]:
