@@ -1,4 +1,4 @@
-"""Casts of parameters under autocast, for all layers of a block at once.
+"""Casts of parameters under autocast, for all layers of a model at once.
 
 Autocast casts every weight and every bias by itself, and every gradient back: in a training step of a small model on a
 GPU a quarter of all launches.
@@ -100,12 +100,12 @@ def calls_forward_only(module: nn.Module) -> bool:
 def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Layers with the names and values of their parameters on `device` that autocast casts."""
     found: list[tuple[nn.Module, str, nn.Parameter]] = []
-    # Several times as fast as `modules()`, which counts here: this runs for every block in every step.
+    # Several times as fast as `modules()`, which counts here: this runs in every step.
     layers = [module]
     for layer in layers:
         layers.extend(part for part in layer._modules.values() if part is not None and _is_ours(part))
         names = CAST.get(type(layer), ())
-        if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1) and calls_forward_only(layer):
+        if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
             for name in names:
                 parameter = layer._parameters.get(name)
                 if (
@@ -120,8 +120,7 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
 
 def _is_ours(part: nn.Module) -> bool:
     """Whether we know what a call of the part does: others may turn autocast off, or keep the weights' addresses."""
-    ours = type(part).__module__.startswith(OWN) and "forward" not in part.__dict__
-    return ours and part._compiled_call_impl is None
+    return type(part).__module__.startswith(OWN) and part._compiled_call_impl is None and calls_forward_only(part)
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

@@ -17,7 +17,6 @@ from dat.layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
-from dat.layers.autocast import casts_parameters_together
 from dat.layers.mlp import depthwise, residual_depthwise
 from dat.layers.norm import add_layer_norm, layer_norm
 
@@ -114,7 +113,6 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
         branch = self.drop_path1(self.ls1(self.attn(layer_norm(self.norm1, x, before_linear=True))))
@@ -145,7 +143,6 @@ class ConvBlock(nn.Module):
         self.mlp = create_mlp(config, mlp_ratio, proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
         return x + self.drop_path(self.mlp(layer_norm(self.norm, depthwise(self.conv, x), before_linear=True)))

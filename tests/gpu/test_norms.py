@@ -35,20 +35,21 @@ def on_device(norm, *tensors):
     return norm.to(DEVICE), *(t.to(DEVICE) for t in tensors)
 
 
-def with_gradients(norm, x, branch, grad_sum, grad):
+def with_gradients(norm, x, branch, grad_sum, grad, before_linear=True):
     leaves = [t.detach().requires_grad_() for t in (x, branch)]
-    outs = add_layer_norm(norm, *leaves)
+    outs = add_layer_norm(norm, *leaves, before_linear)
     return [t.detach() for t in (*outs, *torch.autograd.grad(outs, [*leaves, *norm.parameters()], (grad_sum, grad)))]
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("half", "before_linear"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_equal_those_of_the_cpu_in_float64_and_repeat_to_the_bit(shape, half):
+def test_sums_equal_those_of_the_cpu_in_float64_and_repeat_to_the_bit(shape, half, before_linear):
     norm, x, branch, grad_sum, grad = on_device(*make(shape))
     with torch.autocast(DEVICE.type, HALF, enabled=half):
         if half:
-            branch, grad = branch.to(HALF), grad.to(add_layer_norm(norm, x, branch.to(HALF))[1].dtype)
-        ours, again = (with_gradients(norm, x, branch, grad_sum, grad) for _ in range(2))
+            branch = branch.to(HALF)
+        grad = grad.to(add_layer_norm(norm, x, branch, before_linear)[1].dtype)
+        ours, again = (with_gradients(norm, x, branch, grad_sum, grad, before_linear) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     exact = with_gradients(norm.double().cpu(), *(t.double().cpu() for t in (x, branch, grad_sum, grad)))
     assert_close(ours, exact, 2e-2 if half else 1e-5)
@@ -88,7 +89,7 @@ def test_a_step_takes_one_launch_and_two():
         with_gradients(norm, x, branch, x, branch)
         x.requires_grad_()
         branch.requires_grad_()
-        forward, outs = kernels(lambda: add_layer_norm(norm, x, branch))
+        forward, outs = kernels(lambda: add_layer_norm(norm, x, branch, before_linear=True))
     grads = [torch.ones_like(out) for out in outs]
     backward, _ = kernels(lambda: torch.autograd.grad(outs, [x, branch, *norm.parameters()], grads))
     assert (forward, backward) == (1, 2)
@@ -103,12 +104,12 @@ def test_ops_refuse_arguments_that_do_not_fit():
         (ops.layer_norm, (wide, None, wide[0], wide[0], 1e-5, float32), "multiple of 4 up to 1024"),
         (ops.layer_norm, (x.double(), None, weight, weight, 1e-5, float32), "must be float32"),
         (ops.layer_norm, (x.half(), None, weight, weight, 1e-5, HALF), "must be float32"),
+        (ops.layer_norm, (x, x, weight, weight, 1e-5, HALF), "must be float32"),
         (ops.layer_norm, (x, x[1:], weight, weight, 1e-5, float32), "branch must have"),
-        (ops.layer_norm, (x, x.half(), weight, weight, 1e-5, float32), "branch must have"),
         (ops.layer_norm, (x, None, weight[1:], weight, 1e-5, float32), "weight must be"),
         (ops.layer_norm, (x, None, weight, weight.half(), 1e-5, float32), "bias must be"),
-        (ops.layer_norm_backward, (x[1:], None, x, weight, 1e-5, False, True), "grad must have"),
-        (ops.layer_norm_backward, (x, x.half(), x, weight, 1e-5, False, True), "grad_sum must have"),
+        (ops.layer_norm_backward, (x[1:], None, x, weight, 1e-5, None, True), "grad must have"),
+        (ops.layer_norm_backward, (x, x.half(), x, weight, 1e-5, None, True), "grad_sum must have"),
     ):
         with pytest.raises(RuntimeError, match=f"layer_norm: .*{message}"):
             op(*args)

@@ -19,8 +19,9 @@ from dat.layers.norm import layer_norm as layer
 from dat.ops import layer_norm as fused
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
-# The dtypes of maps and of their norms.
+# The dtypes of maps and of their norms, and of branches and the norms of sums.
 PAIRS = [(FLOAT, FLOAT), (FLOAT, BFLOAT), (FLOAT, HALF), (BFLOAT, FLOAT), (HALF, FLOAT)]
+BRANCHES = [(FLOAT, FLOAT), (BFLOAT, BFLOAT), (HALF, HALF), (BFLOAT, FLOAT), (HALF, FLOAT)]
 BUFFERS = (
     *("x", "branch", "weight", "bias", "sum", "out", "grad", "grad_sum"),
     *("grad_x", "grad_branch", "grad_weight", "grad_bias"),
@@ -46,7 +47,7 @@ class Case:
     C: int
     dtype: torch.dtype = FLOAT
     of_norm: torch.dtype = FLOAT
-    branch: bool = False
+    branch: torch.dtype | None = None
     with_weight: bool = True
     eps: float = 1e-5
     # Multiprocessors of the device: the parts that the weight's gradient is summed in.
@@ -62,14 +63,16 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 def call(library: ctypes.CDLL, case: Case, tensors: dict[str, Tensor], last_lane_first: bool) -> None:
     sizes = {name: getattr(case, name) for name in ("rows", "C", "processors", "eps")}
-    run_on_host(library, Arguments(**sizes, last_lane_first=last_lane_first), tensors, f"{case.dtype} {case.of_norm}")
+    branch = case.branch or (case.of_norm if case.dtype == FLOAT else FLOAT)
+    arguments = Arguments(**sizes, last_lane_first=last_lane_first)
+    run_on_host(library, arguments, tensors, f"{case.dtype} {branch} {case.of_norm}")
 
 
 def check(library: ctypes.CDLL, case: Case) -> None:
     """Forward and gradients against float64, and the same bits in whatever order threads run."""
     x = drawn(case.rows, case.C).to(case.dtype)
     parameters = {"weight": drawn(case.C, seed=1), "bias": drawn(case.C, seed=2)}
-    branch = {"branch": drawn(case.rows, case.C, seed=3).to(case.of_norm)} if case.branch else {}
+    branch = {"branch": drawn(case.rows, case.C, seed=3).to(case.branch)} if case.branch else {}
     grads = {"grad": drawn(case.rows, case.C, seed=4).to(case.of_norm)}
     if case.branch:
         grads["grad_sum"] = drawn(case.rows, case.C, seed=5)
@@ -79,7 +82,7 @@ def check(library: ctypes.CDLL, case: Case) -> None:
         outs = {"out": empty_like(x).to(case.of_norm)} | ({"sum": empty_like(x)} if case.branch else {})
         call(library, case, {"x": x} | branch | parameters | outs, last_lane_first)
         found = {"grad_x": empty_like(x)}
-        if case.branch and case.of_norm != case.dtype:
+        if case.branch not in (None, case.dtype):
             found["grad_branch"] = empty_like(branch["branch"])
         if case.with_weight:
             found |= {f"grad_{name}": empty_like(t) for name, t in parameters.items()}
@@ -96,7 +99,7 @@ def check(library: ctypes.CDLL, case: Case) -> None:
     if case.branch:
         assert torch.equal(found["sum"], total)
     if "grad_branch" in found:
-        assert torch.equal(found["grad_branch"], found["grad_x"].to(case.of_norm))
+        assert torch.equal(found["grad_branch"], found["grad_x"].to(case.branch))
     if case.with_weight:
         close(found["grad_weight"], theirs[1], 2e-6)
         close(found["grad_bias"], theirs[2], 2e-6)
@@ -108,15 +111,20 @@ def test_kernels_equal_float64(library, C, dtypes):
     # More rows than the blocks of one processor take at a time, and no multiple of them.
     rows = 4 * 256 * 4 // max(C, 64) * 3 + 5
     check(library, Case(rows, C, *dtypes))
-    if dtypes[0] == FLOAT:
-        check(library, Case(rows, C, *dtypes, branch=True))
+
+
+@pytest.mark.parametrize("dtypes", BRANCHES, ids=str)
+@pytest.mark.parametrize("C", [12, 64, 256, 1024])
+def test_kernels_of_sums_equal_float64(library, C, dtypes):
+    branch, of_norm = dtypes
+    check(library, Case(3 * 4096 // max(C, 64) + 5, C, FLOAT, of_norm, branch))
 
 
 CASES = {
     "one-row": Case(1, 64),
     "no-rows": Case(0, 64),
-    "no-rows-with-branch": Case(0, 64, FLOAT, BFLOAT, branch=True),
-    "frozen": Case(9, 64, FLOAT, BFLOAT, branch=True, with_weight=False),
+    "no-rows-with-branch": Case(0, 64, FLOAT, BFLOAT, branch=BFLOAT),
+    "frozen": Case(9, 64, FLOAT, BFLOAT, branch=BFLOAT, with_weight=False),
     "no-eps": Case(3, 96, eps=0.0),
     "more-blocks-than-rows": Case(5, 64, processors=132),
     "many-parts": Case(700, 128, processors=30),
@@ -138,7 +146,7 @@ def test_a_mean_far_from_zero(library):
 
 
 def test_infinity_and_nan_stay_in_their_rows(library):
-    case = Case(9, 64, FLOAT, BFLOAT, branch=True)
+    case = Case(9, 64, FLOAT, BFLOAT, branch=BFLOAT)
     x, parameters = drawn(9, 64), {"weight": drawn(64, seed=1), "bias": drawn(64, seed=2)}
     x[2, 5], x[7, 0] = float("inf"), float("nan")
     outs = {"sum": empty_like(x), "out": empty_like(x).to(BFLOAT)}
@@ -157,15 +165,15 @@ def calls(monkeypatch):
         out = F.layer_norm(total.float(), weight.shape, weight, bias, eps).to(dtype)
         return out, x.new_empty(0) if branch is None else total
 
-    def backward(grad, grad_sum, x, weight, eps, with_branch, with_weight):
+    def backward(grad, grad_sum, x, weight, eps, branch, with_weight):
         called.append("backward" if with_weight else "backward of x")
         wide = x.float()
         mean, scale = wide.mean(-1, keepdim=True), (wide.var(-1, keepdim=True, correction=0) + eps).rsqrt()
         shape, mask = weight.shape, [True, with_weight, with_weight]
         grads = torch.ops.aten.native_layer_norm_backward(grad.float(), wide, shape, mean, scale, weight, weight, mask)
         grad_x = grads[0] if grad_sum is None else grads[0] + grad_sum
-        branch = grad_x.to(grad.dtype) if with_branch else grad.new_empty(0)
-        return grad_x.to(x.dtype), branch, *(grads[1:] if with_weight else [weight.new_empty(0)] * 2)
+        grad_branch = grad.new_empty(0) if branch is None else grad_x.to(branch)
+        return grad_x.to(x.dtype), grad_branch, *(grads[1:] if with_weight else [weight.new_empty(0)] * 2)
 
     monkeypatch.setattr(fused, "DEVICE", "cpu")
     monkeypatch.setattr(fused, "BUILT", True)
@@ -207,23 +215,24 @@ def test_derivatives_of_any_order(dtypes):
 
 
 @pytest.mark.usefixtures("calls")
-@pytest.mark.parametrize("of_norm", [FLOAT, BFLOAT, HALF], ids=str)
-def test_derivatives_of_sums(of_norm):
-    inputs = [drawn(3, 5, 8), drawn(3, 5, 8, seed=3).to(of_norm), drawn(8, seed=1), drawn(8, seed=2)]
-    ours = derivatives(lambda *tensors: fused.add_layer_norm(*tensors, 1e-5), inputs)
-    assert [t.dtype for t in ours[:4]] == [FLOAT, of_norm, FLOAT, of_norm]
+@pytest.mark.parametrize("dtypes", BRANCHES, ids=str)
+def test_derivatives_of_sums(dtypes):
+    dtype, of_norm = dtypes
+    inputs = [drawn(3, 5, 8), drawn(3, 5, 8, seed=3).to(dtype), drawn(8, seed=1), drawn(8, seed=2)]
+    ours = derivatives(lambda *tensors: fused.add_layer_norm(*tensors, 1e-5, of_norm), inputs)
+    assert [t.dtype for t in ours[:4]] == [FLOAT, of_norm, FLOAT, dtype]
 
     def exact(x, branch, weight, bias):
         return x + branch, F.layer_norm(x + branch, (8,), weight, bias)
 
     for one, other in zip(ours, derivatives(exact, [t.double() for t in inputs]), strict=True):
-        close(one, other, 40 * TOLERANCE[of_norm])
+        close(one, other, 40 * max(TOLERANCE[dtype], TOLERANCE[of_norm]))
 
 
 @pytest.mark.usefixtures("calls")
 def test_gradients_of_one_result_alone():
     inputs = [t.requires_grad_() for t in (drawn(4, 8), drawn(4, 8, seed=3), drawn(8, seed=1), drawn(8, seed=2))]
-    total, normed = fused.add_layer_norm(*inputs, 1e-5)
+    total, normed = fused.add_layer_norm(*inputs, 1e-5, FLOAT)
     grad = drawn(4, 8, seed=4)
     found = torch.autograd.grad(total, inputs[:2], grad, retain_graph=True)
     assert torch.equal(found[0], grad)
@@ -289,10 +298,11 @@ def test_dtypes_under_autocast(calls):
         assert layer(norm, x).dtype == FLOAT
         assert layer(norm, x, before_linear=True).dtype == BFLOAT
         assert layer(norm, x.bfloat16(), before_linear=True).dtype == FLOAT
-        assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16())] == [FLOAT, BFLOAT]
+        assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16())] == [FLOAT, FLOAT]
+        assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16(), before_linear=True)] == [FLOAT, BFLOAT]
         calls.clear()
         # A branch in float32, as layer scale makes it, is added first.
-        assert [t.dtype for t in add_layer_norm(norm, x, x)] == [FLOAT, BFLOAT]
+        assert [t.dtype for t in add_layer_norm(norm, x, x, before_linear=True)] == [FLOAT, BFLOAT]
         assert calls == ["norm"]
 
 

@@ -23,6 +23,7 @@ from dat.detection.models.transformer import (
     reference_grid,
 )
 from dat.engine.config import check_range
+from dat.ops._common import autocast
 
 
 @dataclass
@@ -257,7 +258,8 @@ class DeformableModel(BaseDETR):
             located = reference[:, :, None] * scale[:, None]
             x = self.run_layer(layer, x, pos, located, memory, shapes, padding_mask, query_mask)
             head = 0 if self.share_heads else i
-            decoded = x if self.decoder_norm is None else self.decoder_norm(x)
+            # Cast once, for both heads.
+            decoded = autocast(x if self.decoder_norm is None else self.decoder_norm(x))
             delta = self.bbox_embed[head](decoded)
             boxes = self._correct(start, delta)
             outputs.append({"pred_logits": self.class_embed[head](decoded), "pred_boxes": boxes})
