@@ -18,6 +18,7 @@ from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_positions
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
+from dat.layers.norm import add_layer_norm
 from dat.utils.errors import ConfigError
 
 
@@ -51,8 +52,8 @@ class EncoderLayer(TransformerLayer):
         if self.pre_norm:
             x = x + self._attend(self.norm1(x), pos, padding_mask)
             return x + self.mlp(self.norm2(x))
-        x = self.norm1(x + self._attend(x, pos, padding_mask))
-        return self.norm2(x + self.mlp(x))
+        x = add_layer_norm(self.norm1, x, self._attend(x, pos, padding_mask))[1]
+        return add_layer_norm(self.norm2, x, self.mlp(x))[1]
 
     def _attend(self, x: Tensor, pos: Tensor, padding_mask: Tensor | None) -> Tensor:
         query = x + pos
@@ -78,9 +79,9 @@ class DecoderLayer(TransformerLayer):
             x = x + self._attend_queries(self.norm1(x), pos)
             x = x + self._attend_memory(self.norm2(x), pos, key, memory, padding_mask)
             return x + self.mlp(self.norm3(x))
-        x = self.norm1(x + self._attend_queries(x, pos))
-        x = self.norm2(x + self._attend_memory(x, pos, key, memory, padding_mask))
-        return self.norm3(x + self.mlp(x))
+        x = add_layer_norm(self.norm1, x, self._attend_queries(x, pos))[1]
+        x = add_layer_norm(self.norm2, x, self._attend_memory(x, pos, key, memory, padding_mask))[1]
+        return add_layer_norm(self.norm3, x, self.mlp(x))[1]
 
     def _attend_queries(self, x: Tensor, pos: Tensor) -> Tensor:
         query = x + pos
