@@ -1,4 +1,4 @@
-"""Casts of parameters under autocast, for all layers of a model at once.
+"""Casts of parameters under autocast, for all layers of a block at once.
 
 Autocast casts every weight and every bias by itself, and every gradient back: in a training step of a small model on a
 GPU a quarter of all launches.
@@ -24,8 +24,9 @@ CAST = {
     nn.modules.linear.NonDynamicallyQuantizableLinear: ("weight", "bias"),
 }
 
-# Where the classes of modules are defined whose layers are looked for.
-OWN = ("dat.", "torch.nn.", "timm.layers.", "timm.models._features", "timm.models.resnet")
+# Where the classes of modules are defined whose layers are looked for. Blocks are not among them: each casts its own
+# parameters, that DistributedDataParallel can reduce their gradients while those of other blocks are worked out.
+OWN = ("dat.layers.", "torch.nn.", "timm.layers.", "timm.models._features", "timm.models.resnet")
 
 
 class _Cast(torch.autograd.Function):
@@ -103,7 +104,7 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
     # Several times as fast as `modules()`, which counts here: this runs in every step.
     layers = [module]
     for layer in layers:
-        layers.extend(part for part in layer._modules.values() if part is not None and _is_ours(part))
+        layers.extend(part for part in layer._modules.values() if part is not None and is_ours(part))
         names = CAST.get(type(layer), ())
         if names and not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
             for name in names:
@@ -118,8 +119,11 @@ def _parameters_to_cast(module: nn.Module, device: torch.device) -> list[tuple[n
     return found
 
 
-def _is_ours(part: nn.Module) -> bool:
-    """Whether we know what a call of the part does: others may turn autocast off, or keep the weights' addresses."""
+def is_ours(part: nn.Module) -> bool:
+    """Whether we know what a call of the part does.
+
+    Others may turn autocast off, keep the weights' addresses or need their input in float32.
+    """
     return type(part).__module__.startswith(OWN) and part._compiled_call_impl is None and calls_forward_only(part)
 
 

@@ -208,7 +208,7 @@ class DeformableAttention(nn.Module):
             x = x.to(norm.weight.dtype)
         x = layer_norm(norm, x)
         with full_precision(x):
-            return self.offset_proj(F.gelu(x))
+            return self.offset_proj(F.gelu(x).to(norm.weight.dtype))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A parameter of the convolution, which all groups share, repeated for each of them and cast in one copy.

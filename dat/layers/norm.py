@@ -5,26 +5,29 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dat.layers.autocast import calls_forward_only
+from dat.layers.autocast import calls_forward_only, is_ours
 from dat.ops import layer_norm as fused
 from dat.ops._common import PLAIN, autocast_dtype
 
 
-def layer_norm(norm: nn.Module, x: Tensor, before_linear: bool = False) -> Tensor:
-    """norm(x) of [..., C]; where our kernels take it, in autocast's dtype if layers follow that would cast it."""
+def layer_norm(norm: nn.Module, x: Tensor, before: nn.Module | None = None) -> Tensor:
+    """norm(x) of [..., C]; in autocast's dtype if our kernels take it and `before`, the next layer, would cast it."""
     if not is_fused(norm, x):
         return norm(x)
-    dtype = _half(x) if before_linear and x.dtype == torch.float32 else torch.float32
+    half = before is not None and is_ours(before) and x.dtype == torch.float32
+    dtype = _half(x) if half else torch.float32
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
-def add_layer_norm(norm: nn.Module, x: Tensor, branch: Tensor, before_linear: bool = False) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    norm: nn.Module, x: Tensor, branch: Tensor, before: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
     """x + branch and its `layer_norm`."""
     if is_fused(norm, x) and x.dtype == torch.float32 and _is_branch(branch, x):
-        dtype = branch.dtype if before_linear else torch.float32
+        dtype = branch.dtype if before is not None and is_ours(before) else torch.float32
         return fused.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)
     x = x + branch
-    return x, layer_norm(norm, x, before_linear)
+    return x, layer_norm(norm, x, before)
 
 
 def is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:

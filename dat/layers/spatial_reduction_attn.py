@@ -58,4 +58,4 @@ class SpatialReductionAttention(nn.Module):
             return x
         missing = [max(self.sr_ratio - side, 0) for side in x.shape[1:3]]
         x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
-        return layer_norm(self.norm, self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), before_linear=True)
+        return layer_norm(self.norm, self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), before=self.kv)

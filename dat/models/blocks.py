@@ -17,6 +17,7 @@ from dat.layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
+from dat.layers.autocast import casts_parameters_together
 from dat.layers.mlp import depthwise, residual_depthwise
 from dat.layers.norm import add_layer_norm, layer_norm
 
@@ -113,10 +114,11 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
+    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
-        branch = self.drop_path1(self.ls1(self.attn(layer_norm(self.norm1, x, before_linear=True))))
-        x, normed = add_layer_norm(self.norm2, x, branch, before_linear=True)
+        branch = self.drop_path1(self.ls1(self.attn(layer_norm(self.norm1, x, before=self.attn))))
+        x, normed = add_layer_norm(self.norm2, x, branch, before=self.mlp)
         return x + self.drop_path2(self.ls2(self.mlp(normed)))
 
 
@@ -143,9 +145,10 @@ class ConvBlock(nn.Module):
         self.mlp = create_mlp(config, mlp_ratio, proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
+    @casts_parameters_together
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
-        return x + self.drop_path(self.mlp(layer_norm(self.norm, depthwise(self.conv, x), before_linear=True)))
+        return x + self.drop_path(self.mlp(layer_norm(self.norm, depthwise(self.conv, x), before=self.mlp)))
 
 
 def create_mlp(config: StageConfig, mlp_ratio: float, drop: float, **dd: Any) -> nn.Module:

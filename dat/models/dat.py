@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dat.layers import DeformableAttention
-from dat.layers.autocast import casts_parameters_together
 from dat.layers.conv_stem import ConvStem
 from dat.layers.norm import layer_norm
 from dat.models.blocks import Block, ConvBlock, StageConfig
@@ -233,7 +232,6 @@ class DAT(nn.Module):
         self.head.to(weight.device, weight.dtype)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
-    @casts_parameters_together
     def forward_intermediates(
         self,
         x: Tensor,
@@ -286,7 +284,6 @@ class DAT(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    @casts_parameters_together
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to normed features [B, num_features, H', W'] of the last stage."""
         x = self.patch_embed(x)

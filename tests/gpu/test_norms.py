@@ -20,6 +20,7 @@ CARD_SHAPES = (
 )
 SHAPES = ((2, 9, 13, 260), (3, 7, 7, 32)) if DRY else CARD_SHAPES
 HALF = torch.bfloat16
+LINEAR = nn.Linear(1, 1)
 
 
 def make(shape):
@@ -35,21 +36,21 @@ def on_device(norm, *tensors):
     return norm.to(DEVICE), *(t.to(DEVICE) for t in tensors)
 
 
-def with_gradients(norm, x, branch, grad_sum, grad, before_linear=True):
+def with_gradients(norm, x, branch, grad_sum, grad, before=LINEAR):
     leaves = [t.detach().requires_grad_() for t in (x, branch)]
-    outs = add_layer_norm(norm, *leaves, before_linear)
+    outs = add_layer_norm(norm, *leaves, before)
     return [t.detach() for t in (*outs, *torch.autograd.grad(outs, [*leaves, *norm.parameters()], (grad_sum, grad)))]
 
 
-@pytest.mark.parametrize(("half", "before_linear"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("half", "before"), [(False, LINEAR), (True, LINEAR), (True, None)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_equal_those_of_the_cpu_in_float64_and_repeat_to_the_bit(shape, half, before_linear):
+def test_sums_equal_those_of_the_cpu_in_float64_and_repeat_to_the_bit(shape, half, before):
     norm, x, branch, grad_sum, grad = on_device(*make(shape))
     with torch.autocast(DEVICE.type, HALF, enabled=half):
         if half:
             branch = branch.to(HALF)
-        grad = grad.to(add_layer_norm(norm, x, branch, before_linear)[1].dtype)
-        ours, again = (with_gradients(norm, x, branch, grad_sum, grad, before_linear) for _ in range(2))
+        grad = grad.to(add_layer_norm(norm, x, branch, before)[1].dtype)
+        ours, again = (with_gradients(norm, x, branch, grad_sum, grad, before) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     exact = with_gradients(norm.double().cpu(), *(t.double().cpu() for t in (x, branch, grad_sum, grad)))
     assert_close(ours, exact, 2e-2 if half else 1e-5)
@@ -89,7 +90,7 @@ def test_a_step_takes_one_launch_and_two():
         with_gradients(norm, x, branch, x, branch)
         x.requires_grad_()
         branch.requires_grad_()
-        forward, outs = kernels(lambda: add_layer_norm(norm, x, branch, before_linear=True))
+        forward, outs = kernels(lambda: add_layer_norm(norm, x, branch, before=LINEAR))
     grads = [torch.ones_like(out) for out in outs]
     backward, _ = kernels(lambda: torch.autograd.grad(outs, [x, branch, *norm.parameters()], grads))
     assert (forward, backward) == (1, 2)

@@ -243,3 +243,19 @@ def test_no_gradient_at_all_and_an_interrupted_start():
     with pytest.raises(KeyboardInterrupt), torch.autocast("cpu", torch.bfloat16):
         run(model, x)
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["dat_pp_nano", "dat_tiny"])
+def test_weights_in_half_precision_under_the_autocast_of_gpus(name):
+    """There, norms return float32."""
+
+    def norm(x, shape, weight=None, bias=None, eps=1e-5, _=True):
+        with torch.autocast("cpu", enabled=False):
+            wide = (None if t is None else t.float() for t in (weight, bias))
+            return nn.functional.layer_norm(x.float(), shape, *wide, eps)
+
+    model = timm.create_model(name, num_classes=5, img_size=64).bfloat16().eval()
+    with torch.library._scoped_library("aten", "IMPL") as implementation:
+        implementation.impl("layer_norm", norm, "AutocastCPU")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.randn(1, 3, 64, 64).bfloat16()).isfinite().all()

@@ -28,6 +28,7 @@ BUFFERS = (
 )
 # Errors that are allowed, relative to the largest value: kernels sum in float32 and round once.
 TOLERANCE = {FLOAT: 2e-6, BFLOAT: 2**-8, HALF: 2**-11}
+LINEAR = nn.Linear(1, 1)
 close = partial(samples.close, least=1.0)
 
 
@@ -266,7 +267,7 @@ def hooked(norm):
 def test_other_norms_are_called(calls, make):
     norm, x, branch = make(), drawn(3, 4, 8), drawn(3, 4, 8, seed=3).bfloat16()
     with torch.autocast("cpu", BFLOAT):
-        assert torch.equal(layer(norm, x, before_linear=True), norm(x))
+        assert torch.equal(layer(norm, x, before=LINEAR), norm(x))
         total, normed = add_layer_norm(norm, x, branch)
         assert torch.equal(total, x + branch)
         assert torch.equal(normed, norm(x + branch))
@@ -293,16 +294,16 @@ def test_maps_that_the_kernels_take(calls, monkeypatch):
 
 def test_dtypes_under_autocast(calls):
     norm, x = norm_of(), drawn(3, 8)
-    assert layer(norm, x, before_linear=True).dtype == FLOAT
+    assert layer(norm, x, before=LINEAR).dtype == FLOAT
     with torch.autocast("cpu", BFLOAT):
         assert layer(norm, x).dtype == FLOAT
-        assert layer(norm, x, before_linear=True).dtype == BFLOAT
-        assert layer(norm, x.bfloat16(), before_linear=True).dtype == FLOAT
+        assert layer(norm, x, before=LINEAR).dtype == BFLOAT
+        assert layer(norm, x.bfloat16(), before=LINEAR).dtype == FLOAT
         assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16())] == [FLOAT, FLOAT]
-        assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16(), before_linear=True)] == [FLOAT, BFLOAT]
+        assert [t.dtype for t in add_layer_norm(norm, x, x.bfloat16(), before=LINEAR)] == [FLOAT, BFLOAT]
         calls.clear()
         # A branch in float32, as layer scale makes it, is added first.
-        assert [t.dtype for t in add_layer_norm(norm, x, x, before_linear=True)] == [FLOAT, BFLOAT]
+        assert [t.dtype for t in add_layer_norm(norm, x, x, before=LINEAR)] == [FLOAT, BFLOAT]
         assert calls == ["norm"]
 
 

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from dat.detection.matcher import Scores
 from dat.detection.models.denoising import Denoising
 from dat.engine.config import check_range
-from dat.layers.autocast import casts_parameters_together
 from dat.utils.errors import ConfigError
 
 # Widths and numbers of layers and queries are no larger than this, so that no weights overflow memory's addresses.
@@ -145,11 +144,7 @@ class BaseDETR(nn.Module):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, should be [B, H, W] = {expected}")
         if targets is not None and denoising is None:
             denoising = self.make_denoising(targets)
-        return self._detect_images(*pad_to_multiple(images, mask, self.pad_multiple), denoising)
-
-    @casts_parameters_together
-    def _detect_images(self, images: Tensor, mask: Tensor | None, denoising: Denoising | None) -> dict[str, Any]:
-        return self.detect(*self.features(images, mask), denoising)
+        return self.detect(*self.features(*pad_to_multiple(images, mask, self.pad_multiple)), denoising)
 
     def make_denoising(self, targets: list[dict[str, Any]]) -> Denoising | None:
         """Denoising queries of targets; None in evaluation and for models without denoising."""

@@ -18,6 +18,7 @@ from dat.detection.models.denoising import Denoising
 from dat.detection.models.position_encoding import sine_positions
 from dat.detection.models.registry import register
 from dat.detection.models.transformer import TransformerLayer, attention
+from dat.layers.autocast import casts_parameters_together
 from dat.layers.norm import add_layer_norm
 from dat.utils.errors import ConfigError
 
@@ -47,6 +48,7 @@ class EncoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm2 = nn.LayerNorm(embed_dim)
 
+    @casts_parameters_together
     def forward(self, x: Tensor, pos: Tensor, padding_mask: Tensor | None) -> Tensor:
         """x [B, S, C], pos [B or 1, S, C], padding_mask [B, S] -> [B, S, C]."""
         if self.pre_norm:
@@ -73,6 +75,7 @@ class DecoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm3 = nn.LayerNorm(embed_dim)
 
+    @casts_parameters_together
     def forward(self, x: Tensor, pos: Tensor, key: Tensor, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
         """x [B, Q, C], pos [1, Q, C], key and memory [B, S, C] (with and without positions) -> [B, Q, C]."""
         if self.pre_norm:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dat.layers.autocast import casts_parameters_together
 from dat.layers.ms_deform_attn import MSDeformAttn
 from dat.layers.norm import add_layer_norm
 
@@ -44,6 +45,7 @@ class DeformableEncoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm2 = nn.LayerNorm(embed_dim)
 
+    @casts_parameters_together
     def forward(self, x: Tensor, pos: Tensor, reference: Tensor, shapes: Shapes, padding_mask: Tensor | None) -> Tensor:
         """x [B, S, C], pos [B or 1, S, C], reference [B, S, L, 2], padding_mask [B, S] -> [B, S, C]."""
         branch = self.drop(self.self_attn(x + pos, reference, x, shapes, padding_mask))
@@ -65,6 +67,7 @@ class DeformableDecoderLayer(TransformerLayer):
         self.add_mlp(embed_dim, mlp_dim, drop_rate)
         self.norm3 = nn.LayerNorm(embed_dim)
 
+    @casts_parameters_together
     def forward(
         self,
         x: Tensor,
