@@ -155,9 +155,12 @@ class SetCriterion(nn.Module):
         for stack in self._match(self._stacks(outputs, targets)):
             scaled = normalizers._replace(boxes=normalizers.boxes * stack.repeats)
             values = {name: getattr(self, name)(stack, scaled) for name in self.weight_dict}
-            # Not by index, whose backward pass would fill a tensor of zeros for each layer.
-            layers = zip(stack.suffixes, *(value.unbind() for value in values.values()), strict=True)
-            losses |= {name + end: loss for end, *one in layers for name, loss in zip(values, one, strict=True)}
+            # Not by index, whose backward pass would fill a tensor of zeros for each layer, nor by `unbind`, whose
+            # results may not be changed in place.
+            layers = zip(stack.suffixes, *(value.unsafe_split(1) for value in values.values()), strict=True)
+            losses |= {
+                name + end: loss.squeeze(0) for end, *one in layers for name, loss in zip(values, one, strict=True)
+            }
         return losses
 
     def _stacks(self, outputs: dict[str, Any], targets: Targets) -> list[Stack]:

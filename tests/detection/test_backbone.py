@@ -1,5 +1,7 @@
 """timm models for images of one size, of fixed strides or of one stride become a detector's backbone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -8,16 +10,18 @@ import yaml
 from commands import dat
 from exporting import write_detector
 from PIL import Image
+from torch import nn
 
 from dat.detection import Detector
 from dat.detection.checkpoint import load_detector
 from dat.detection.config import DetectionConfig, check_config
 from dat.detection.models import build_model
-from dat.detection.models.backbone import SimplePyramid, build_backbone, fit_sizes
+from dat.detection.models.backbone import SimplePyramid, build_backbone, feature_maps, fit_sizes
 from dat.detection.models.base import pad_to_multiple
 from dat.detection.models.deformable_detr import DeformableDETRConfig
 from dat.engine.checkpoint import load_checkpoint, save_checkpoint
 from dat.engine.config import from_dict
+from dat.layers import autocast as casts
 from dat.utils.errors import ConfigError
 
 SMALL = {"num_queries": 5, "embed_dim": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1, "mlp_dim": 16}
@@ -46,6 +50,34 @@ def test_images_of_odd_sizes_train(backbone, multiple):
         outputs["pred_logits"].sum().backward()
     first = next(p for p in model.backbone.parameters() if p.requires_grad)
     assert first.grad.abs().sum() > 0
+
+
+class Precise(nn.Module):
+    """A user's backbone that works in float32 under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 16, 16)
+        self.feature_info = SimpleNamespace(channels=lambda: [16], reduction=lambda: [16])
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return [self.conv(x)]
+
+
+def test_under_autocast_weights_of_resnets_are_cast_together_and_those_of_others_left_alone(monkeypatch):
+    seen, original = [], casts._Cast.apply
+    monkeypatch.setattr(
+        casts._Cast, "apply", lambda dtype, *tensors: seen.append(len(tensors)) or original(dtype, *tensors)
+    )
+    resnet = timm.create_model("resnet10t", features_only=True)
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in resnet.modules())
+    with torch.autocast("cpu", torch.bfloat16):
+        feature_maps(resnet, torch.randn(2, 3, 32, 32))[-1].sum().backward()
+        assert seen == [convolutions]
+        assert all(parameter.grad is not None for parameter in resnet.parameters())
+        feature_maps(Precise(), torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert len(seen) == 1
 
 
 def test_normed_maps_of_a_swin_are_recomputed_alike():

@@ -206,6 +206,18 @@ def test_number_of_boxes_is_averaged_over_processes(counts, others, alone_boxes,
         torch.testing.assert_close(losses[name], alone[name] * alone_boxes / average)
 
 
+def test_losses_may_be_added_in_place():
+    outputs = {**layer(seed=1), "aux_outputs": [layer(seed=2)]}
+    losses = SetCriterion(4, HungarianMatcher())(outputs, targets(2, 1))
+    expected = sum(losses.values()).item()
+    total = losses["loss_ce"]
+    for name, loss in losses.items():
+        if name != "loss_ce":
+            total += loss
+    assert total.item() == pytest.approx(expected)
+    total.backward()
+
+
 def test_total_weights():
     names = ("loss_ce", "loss_bbox", "loss_giou")
     ones = {name + suffix: torch.tensor(1.0) for name in names for suffix in ("", "_0", "_enc")}

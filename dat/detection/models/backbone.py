@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import dat  # noqa: F401  registers the backbones with timm
 from dat.engine.backbones import classifier_weights, create_timm_model, without_weights
-from dat.layers.autocast import casts_parameters_together
+from dat.layers.autocast import casts_parameters_together, is_ours
 from dat.utils.errors import ConfigError
 
 # Heights and widths to try a backbone on, smaller and larger than most are made for, of various remainders.
@@ -236,7 +236,7 @@ class _PaddedSwinBlock(SwinTransformerBlock):
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps of a timm feature extractor, [B, C, h, w] each, coarsest last."""
-    maps = _run(backbone, images)
+    maps = _run(backbone, images) if is_ours(backbone) else backbone(images)
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         maps = [x.permute(0, 3, 1, 2) for x in maps]
     return maps
