@@ -172,6 +172,18 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     return call
 
 
+def fits_kernels(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether kernels that take parameters in float32 may take this map: no subclass and no dual tensor sees the call."""
+    return (
+        # First, as tensors of torch.fx have no device.
+        type(x) in PLAIN
+        and all(p is None or (type(p) in PLAIN and p.dtype == torch.float32) for p in parameters)
+        and forward_ad._current_level < 0
+        # Without autocast, torch refuses a map in half precision with weights in float32.
+        and x.dtype in (torch.float32, autocast_dtype(x))
+    )
+
+
 def is_traced(args: Sequence[Any]) -> bool:
     """Whether anything but autograd may want to see a call: torch.compile, export, torch.func, modes or subclasses."""
     return (

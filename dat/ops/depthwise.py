@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from dat.ops._common import PLAIN, autocast_dtype, differentiable, is_traced, second_derivatives
+from dat.ops._common import differentiable, fits_kernels, is_traced, second_derivatives
 from dat.ops._library import LIBRARY
 from dat.ops.sizes import is_exporting
 
@@ -27,14 +26,7 @@ def has_residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         x.device.type == DEVICE
         and BUILT
         and (_is_compiled() or not is_traced((x, weight, bias)))
-        # Subclasses that only dispatch, as DTensor, have no mode and no __torch_function__ that would show them.
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
-        and forward_ad._current_level < 0
-        # Without autocast, torch refuses a map in half precision with weights in float32.
-        and x.dtype in (torch.float32, autocast_dtype(x))
-        and weight.dtype == torch.float32
-        and (bias is None or bias.dtype == torch.float32)
+        and fits_kernels(x, weight, bias)
         and weight.shape[0] % 4 == 0
         and weight.shape[1:] == (1, 3, 3)
     )

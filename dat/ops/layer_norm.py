@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from dat.ops._common import PLAIN, autocast_dtype, differentiable, is_traced, second_derivatives
+from dat.ops._common import differentiable, fits_kernels, is_traced, second_derivatives
 from dat.ops._library import LIBRARY
 
 # CUDA kernels only: other devices, and whatever traces, take torch's. Compilers write such kernels themselves.
@@ -25,25 +24,18 @@ LIBRARY.define(
 DEVICE = "cuda"
 # `dat.ops` has loaded the libraries before anybody imports this module.
 BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("dat::layer_norm", "CUDA")
-MOST_CHANNELS = 1024
+MOST_CHANNELS = 512
 
 
 def has_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether `layer_norm` takes this call: on a GPU, eager, of its kernels' shapes and dtypes."""
     return (
-        # First, as tensors of torch.fx have no device.
-        type(x) in PLAIN
+        weight is not None
+        and bias is not None
+        and fits_kernels(x, weight, bias)
         and x.device.type == DEVICE
         and BUILT
-        and weight is not None
-        and bias is not None
-        and type(weight) in PLAIN
-        and type(bias) in PLAIN
         and not is_traced((x, weight, bias))
-        and forward_ad._current_level < 0
-        # Without autocast, torch refuses a map in half precision with weights in float32.
-        and x.dtype in (torch.float32, autocast_dtype(x))
-        and weight.dtype == bias.dtype == torch.float32
         and weight.shape == x.shape[-1:]
         and weight.shape[0] % 4 == 0
         and 0 < weight.shape[0] <= MOST_CHANNELS
@@ -54,7 +46,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """F.layer_norm over the last dimension, where `has_layer_norm`.
 
     Args:
-        x: [..., C], C a multiple of 4 up to 1024; float32, bfloat16 or float16.
+        x: [..., C], C a multiple of 4 up to 512; float32, bfloat16 or float16.
         weight, bias: [C], float32.
         eps: added to the variance.
         dtype: of the result: float32 or, for float32 `x`, also bfloat16 or float16.

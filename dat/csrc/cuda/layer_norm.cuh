@@ -6,8 +6,8 @@
 
 namespace dat {
 
-constexpr int kNormLanes = 32, kNormPacks = 8;
-// The most channels of a row.
+constexpr int kNormLanes = 32, kNormPacks = 4;
+// The most channels of a row: the sums of more would not fit into the registers.
 constexpr int64_t kNormChannels = int64_t(kNormLanes) * kNormPacks * kPack;
 // Blocks of the gradients' kernel that a multiprocessor holds at a time, if each thread has so many packs of a row.
 constexpr int norm_grad_blocks(int packs) { return packs > 2 ? 1 : packs > 1 ? 2 : 4; }
@@ -146,7 +146,6 @@ cudaError_t with_packs(const NormRows& n, const Call& call) {
   const int packs = (n.C / kPack + n.lanes - 1) / n.lanes;
   if (packs <= 1) return call(std::integral_constant<int, 1>());
   if (packs <= 2) return call(std::integral_constant<int, 2>());
-  if (packs <= 4) return call(std::integral_constant<int, 4>());
   return call(std::integral_constant<int, kNormPacks>());
 }
 
