@@ -31,6 +31,7 @@ from dat.classification.results import Results, format_table
 from dat.engine.distributed import Distributed
 from dat.engine.imbalance import balanced_factors, class_weights
 from dat.engine.loaders import EpochBatchSampler, Loader
+from dat.engine.optim import amp_context
 from dat.engine.pipelines import describe_transform
 from dat.engine.task import first_few
 from dat.engine.trainer import Trainer
@@ -77,7 +78,7 @@ class Graphed(nn.Module):
         # Passes before the capture count batches in norms.
         before = [buffer.clone() for buffer in model.buffers()]
         # Copies in autocast's cache would not outlive the capture.
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16", cache_enabled=False):
+        with amp_context(images.device, amp, cache=False):
             torch.cuda.make_graphed_callables(self.train(), (images,))
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
@@ -160,8 +161,8 @@ class ClassificationTrainer(Trainer):
     def _prepare_model(self) -> None:
         train, distributed, size = self.config.train, self.distributed, self.config.data.img_size
         if train.cuda_graphs and (self.device.type != "cuda" or distributed.world_size > 1):
-            found = f"{distributed.world_size} processes on {self.device.type}"
-            raise ConfigError(f"train.cuda_graphs needs one process on a GPU, there are {found}")
+            found = f"device: {self.device.type}, processes: {distributed.world_size}"
+            raise ConfigError(f"train.cuda_graphs is true, which needs one process on a GPU; {found}")
         super()._prepare_model()
         if train.cuda_graphs:
             # Before the loader pins memory, which must not happen during a capture.

@@ -178,6 +178,6 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def amp_context(device: torch.device, amp: str) -> torch.autocast:
+def amp_context(device: torch.device, amp: str, cache: bool = True) -> torch.autocast:
     """Autocast to bfloat16 if amp is "bf16", disabled if it is "none". bfloat16 needs no loss scaler."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16", cache_enabled=cache)

@@ -203,11 +203,11 @@ class DeformableAttention(nn.Module):
         else:
             x = conv(x.reshape(B * groups, C // groups, *x.shape[2:])).unflatten(0, (B, groups)).flatten(1, 2)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
-        # Autocast would cast between these layers, four launches more, and round positions.
-        if not is_fused(norm, x):
-            x = x.to(norm.weight.dtype)
-        x = layer_norm(norm, x)
+        # Autocast would cast between these layers, four launches more, and round positions. Our kernels take half
+        # precision as it is.
+        x = layer_norm(norm, x if is_fused(norm, x) else x.to(norm.weight.dtype))
         with full_precision(x):
+            # Autocast of GPUs makes the norm float32 for weights in half precision too.
             return self.offset_proj(F.gelu(x).to(norm.weight.dtype))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ def layer_norm(norm: nn.Module, x: Tensor, before: nn.Module | None = None) -> T
     if not is_fused(norm, x):
         return norm(x)
     half = before is not None and is_ours(before) and x.dtype == torch.float32
-    dtype = _half(x) if half else torch.float32
+    dtype = _linear_dtype(x) if half else torch.float32
     return fused.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
@@ -31,15 +31,15 @@ def add_layer_norm(
 
 
 def is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
-    """Whether our kernels do what a call of `norm` would do, and take maps in half precision too."""
+    """Whether our kernels may stand in for a call of `norm`: it runs its class's `forward` alone, and they take `x`."""
     return type(norm) is nn.LayerNorm and fused.has_layer_norm(x, norm.weight, norm.bias) and calls_forward_only(norm)
 
 
 def _is_branch(branch: Tensor, x: Tensor) -> bool:
-    """Whether our kernels add `branch` to `x`: it comes from a linear layer, and no type but Tensor sees it."""
-    return type(branch) in PLAIN and branch.shape == x.shape and branch.dtype == _half(x)
+    """Whether our kernels add `branch` to `x`: a plain tensor of its shape, in the dtype that linear layers return."""
+    return type(branch) in PLAIN and branch.shape == x.shape and branch.dtype == _linear_dtype(x)
 
 
-def _half(x: Tensor) -> torch.dtype:
-    """The dtype of linear layers: autocast's, float32 without it."""
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that linear layers return: autocast's, float32 without it."""
     return autocast_dtype(x) or torch.float32

@@ -173,7 +173,11 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
 
 
 def fits_kernels(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether kernels that take parameters in float32 may take this map: no subclass and no dual tensor sees the call."""
+    """Whether a map and its parameters may go to kernels that take parameters in float32.
+
+    Dual tensors may not, nor subclasses: those that only dispatch, as DTensor, have no mode and no __torch_function__
+    that `is_traced` would see.
+    """
     return (
         # First, as tensors of torch.fx have no device.
         type(x) in PLAIN

@@ -1,4 +1,4 @@
-"""Layer normalisation on a GPU, of a sum if wanted, in the dtype that is wanted: one kernel, and three for gradients.
+"""Layer normalisation on a GPU, of a sum if wanted, in the dtype that is wanted: one kernel, and two for gradients.
 
 torch's kernels give a block of threads to each row of channels, which few channels leave idle, and under autocast their
 results are cast in a launch of their own, as are their gradients.

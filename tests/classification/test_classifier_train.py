@@ -396,7 +396,10 @@ def test_training_on_rare_classes(settings, pictures):
         ),
         ({"class_weights": "balanced", "loss": "bce"}, "train.class_weights needs train.loss=cross_entropy, it is bce"),
         ({"early_stop": -1}, "train.early_stop is -1, should be at least 0"),
-        ({"cuda_graphs": True}, "train.cuda_graphs needs one process on a GPU, there are 1 processes on cpu"),
+        (
+            {"cuda_graphs": True},
+            "train.cuda_graphs is true, which needs one process on a GPU; device: cpu, processes: 1",
+        ),
         ({"cuda_graphs": True, "compile": True}, "train.compile is True, should be False with train.cuda_graphs"),
         ({"cuda_graphs": True, "accumulate": 2}, "train.accumulate is 2, should be 1 with train.cuda_graphs"),
     ],

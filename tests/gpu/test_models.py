@@ -87,12 +87,14 @@ def test_a_model_trains_in_graphs_of_one_size():
 
 @needs_card
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_a_training_in_graphs_equals_an_eager_one(amp, tmp_path):
+def test_a_training_in_graphs_equals_an_eager_one(amp, tmp_path, monkeypatch):
     pytest.importorskip("yaml", reason="training needs what `pip install dat` brings")
     from dat.classification.config import ClassificationConfig
     from dat.classification.train import train
     from dat.engine.config import from_dict
 
+    captured, capture = [], torch.cuda.make_graphed_callables
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *args: captured.append(args) or capture(*args))
     write_splits(tmp_path)
     losses = []
     for cuda_graphs in (False, True):
@@ -103,5 +105,6 @@ def test_a_training_in_graphs_equals_an_eager_one(amp, tmp_path):
         train(from_dict(ClassificationConfig, settings, "test"))
         lines = (tmp_path / f"run{cuda_graphs}/log.jsonl").read_text().splitlines()
         losses.append([line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"])
+    assert len(captured) == 1
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-2 if amp == "none" else 5e-2)

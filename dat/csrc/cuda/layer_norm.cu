@@ -24,8 +24,8 @@ void with_norm_types(const Tensor& x, std::optional<ScalarType> branch, ScalarTy
   if (!branch && of_x == kHalf && norm == kFloat) return run(__half(), float(), float());
   STD_TORCH_CHECK(
       false, kLayerNorm,
-      ": x must be float32, and the result float32 or in the dtype of the branch, or, without one, either "
-      "of them float32, and the other float32, bfloat16 or float16");
+      ": x must be float32, and the result float32 or in the dtype of the branch; without a branch x or the result must be "
+      "float32, and the other float32, bfloat16 or float16");
 }
 
 NormRows checked_rows(const Tensor& x, const Tensor& weight, double eps) {
@@ -40,13 +40,13 @@ NormRows checked_rows(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 // A tensor of the shape of `x`, or none.
-std::optional<Tensor> checked(const char* name, const Tensor& x, const std::optional<Tensor>& tensor, ScalarType dtype) {
+std::optional<Tensor> checked(const char* name, const Tensor& x, const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
   const auto sizes = tensor->sizes(), wanted = x.sizes();
   STD_TORCH_CHECK(
-      std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()) && tensor->scalar_type() == dtype &&
+      std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()) &&
           tensor->get_device_index() == x.get_device_index(),
-      kLayerNorm, ": ", name, " must have the shape and device of x, and the dtype of its place");
+      kLayerNorm, ": ", name, " must have the shape and device of x");
   return packed(*tensor);
 }
 
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> forward(
   check_tensor(kLayerNorm, "bias", x, bias, {n.C});
   STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float, kLayerNorm, ": bias must be float32");
   const std::optional<ScalarType> of_branch = branch ? std::optional<ScalarType>(branch->scalar_type()) : std::nullopt;
-  branch = checked("branch", x, branch, of_branch.value_or(dtype));
+  branch = checked("branch", x, branch);
   x = packed(x), weight = packed(weight), bias = packed(bias);
   Tensor sum = empty(x, branch ? x.sizes() : kNone), out = empty(x, x.sizes(), dtype);
   with_norm_types(x, of_branch, dtype, [&]<typename X, typename Branch, typename Y>(X, Branch, Y) {
@@ -76,20 +76,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const NormRows n = checked_rows(x, weight, eps);
   const ScalarType dtype = grad.scalar_type();
-  grad = *checked("grad", x, grad, dtype), grad_sum = checked("grad_sum", x, grad_sum, x.scalar_type());
+  grad = *checked("grad", x, grad), grad_sum = checked("grad_sum", x, grad_sum);
+  STD_TORCH_CHECK(
+      !grad_sum || grad_sum->scalar_type() == x.scalar_type(), kLayerNorm, ": grad_sum must have the dtype of x");
   x = packed(x), weight = packed(weight);
   const std::vector<int64_t> channels = {n.C};
   Tensor grad_x = empty(x, x.sizes()), grad_branch = empty(x, branch ? x.sizes() : kNone, branch),
          grad_weight = empty(weight, with_weight ? channels : kNone),
          grad_bias = empty(weight, with_weight ? channels : kNone);
-  int processors = 0;
-  check_launch(kLayerNorm, x, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
   with_norm_types(x, branch, dtype, [&]<typename X, typename Branch, typename Y>(X, Branch, Y) {
     std::optional<Tensor> parts;
     return run_norm_grad<X, Branch, Y>(
-        n, processors, data<Y>(grad), data<X>(grad_sum), data<X>(x), data<float>(weight), mutable_data<X>(grad_x),
-        branch ? mutable_data<Branch>(grad_branch) : nullptr, with_weight ? mutable_data<float>(grad_weight) : nullptr,
-        mutable_data<float>(grad_bias), current_stream(x),
+        n, multiprocessors(kLayerNorm, x), data<Y>(grad), data<X>(grad_sum), data<X>(x), data<float>(weight),
+        mutable_data<X>(grad_x), branch ? mutable_data<Branch>(grad_branch) : nullptr,
+        with_weight ? mutable_data<float>(grad_weight) : nullptr, mutable_data<float>(grad_bias), current_stream(x),
         [&](int64_t count) { return mutable_data<float>(parts = empty(weight, {count})); });
   });
   return {grad_x, grad_branch, grad_weight, grad_bias};

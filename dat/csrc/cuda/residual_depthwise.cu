@@ -59,9 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
   const std::vector<int64_t> none = {0}, channels = {C};
   Tensor grad_x = empty(x, x.sizes()), grad_weight = empty(weight, with_weight ? weight.sizes() : none),
          grad_bias = empty(weight, with_weight ? channels : none);
-  int processors = 0;
-  check_launch(
-      kResidualDepthwise, x, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  const int processors = multiprocessors(kResidualDepthwise, x);
   const cudaStream_t stream = current_stream(x);
   with_map_type(x, [&]<typename T>(T) {
     const cudaError_t error =

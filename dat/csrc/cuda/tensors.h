@@ -128,6 +128,12 @@ inline void check_launch(const char* op, const Tensor& tensor, cudaError_t error
       ", as TORCH_CUDA_ARCH_LIST says when dat is installed)");
 }
 
+inline int multiprocessors(const char* op, const Tensor& tensor) {
+  int count = 0;
+  check_launch(op, tensor, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
+  return count;
+}
+
 // Sums of gradients by `value` that are still zero.
 inline Tensor zero_sums(const char* op, const Tensor& value) {
   Tensor sums = empty(value, value.sizes(), real_type(value));

@@ -264,12 +264,9 @@ class DeformableModel(BaseDETR):
             boxes = self._correct(start, delta)
             outputs.append({"pred_logits": self.class_embed[head](decoded), "pred_boxes": boxes})
             if self.box_refine and i < len(self.decoder) - 1:
-                # Boxes are refined before the norm.
-                if self.decoder_norm is None and start is reference:
-                    refined = boxes
-                else:
-                    raw = delta if self.decoder_norm is None else self.bbox_embed[head](x)
-                    refined = self._correct(reference, raw)
+                # Boxes are refined before the norm; without one, they are those predicted where both start alike.
+                raw = delta if self.decoder_norm is None else self.bbox_embed[head](x)
+                refined = boxes if raw is delta and start is reference else self._correct(reference, raw)
                 reference = refined.detach()
                 start = refined if self.look_forward_twice else reference
         return outputs
