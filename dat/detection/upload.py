@@ -67,7 +67,7 @@ class DecodePool:
 
     def _start(self) -> None:
         for worker in self._workers:
-            # What fails here fails again, and is answered, at an image.
+            # A process that does not start now is started again for an image, whose answer then says so.
             with suppress(OSError, RuntimeError):
                 worker.start()
             self._idle.put(worker)
