@@ -58,8 +58,8 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
     model = create(STAGES[stage])
     (key, layer), *_ = deformable_blocks(model).items()
     seen = {}
-    positions = layer.positions
-    layer.positions = lambda query: seen.setdefault("positions", positions(query))
+    place_keys = layer._place_keys
+    layer._place_keys = lambda query: seen.setdefault("keys", place_keys(query))
     modules = {layer: "out", layer.q: "query", layer.v: "value"}
 
     def keep(module, args, output):
@@ -67,13 +67,13 @@ def test_recorded_attention_gives_what_the_layer_returns(stage):
 
     handles = [module.register_forward_hook(keep) for module in modules]
     (record,), logits = capture_attention(model, random_image(36, 52))
-    del layer.positions
+    del layer._place_keys
     for handle in handles:
         handle.remove()
     assert record.name == f"stages.{key[0]}.blocks.{key[1]}"
     assert record.size == (9, 13)
     assert logits.shape == (3,)
-    torch.testing.assert_close(record.positions(), seen["positions"][0], rtol=0, atol=0)
+    torch.testing.assert_close(record.positions(), seen["keys"][0][0], rtol=0, atol=0)
     value = seen["value"].unflatten(-1, (4, -1)).transpose(0, 1)
     for row, column in ((0, 0), (3, 7), (8, 12)):
         attention = record.attention(row, column)

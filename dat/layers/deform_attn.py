@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dat.layers.autocast import calls_forward_only
-from dat.layers.norm import is_fused, layer_norm
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
 from dat.ops._common import autocast, full_precision
+from dat.ops.key_positions import Placement, has_key_positions, key_positions
 from dat.ops.reference import grid_coordinates
 from dat.ops.sizes import is_exporting, sym_max
 
@@ -87,7 +87,7 @@ class DeformableAttention(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_groups, self.stride = num_heads, num_groups, stride
-        self.offset_range_factor, self.no_off, self.release = offset_range_factor, no_off, release
+        self.placement, self.no_off, self.release = Placement(offset_range_factor, release), no_off, release
         self.scale = (embed_dims // num_heads) ** -0.5
         if not no_off:
             width = embed_dims // num_groups
@@ -125,8 +125,8 @@ class DeformableAttention(nn.Module):
         # Once, for the projection and for the samples.
         x = autocast(x)
         query = self.q(x)
-        positions = self.positions(query)
-        sampled = self._sample(x, positions)
+        positions, locations = self._place_keys(query)
+        sampled = self._sample(x, locations)
         q = rearrange(query, "b y x (h c) -> b h (y x) c", h=self.num_heads)
         k, v = (rearrange(proj(sampled), "b n (h c) -> b h n c", h=self.num_heads) for proj in (self.k, self.v))
         if self.fixed_bias is not None:
@@ -148,26 +148,35 @@ class DeformableAttention(nn.Module):
         Args:
             query: [B, H, W, C], the projected queries.
         """
+        return self._place_keys(query)[0]
+
+    def _place_keys(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys' positions, and their locations [B, N, num_groups, 1, 1, 2] for `deform_sample`."""
         H, W, C = query.shape[1:]
+        parameters = self._kernel_parameters(query)
+        if parameters:
+            x, eps = self._convolve(query, None), self.offset_norm.eps
+            return key_positions(x, *parameters, eps=eps, placement=self.placement)
         # Compilers choose which values to recompute themselves.
         small = query.device.type != "cpu" or math.prod(self.key_size((H, W))) * C <= LARGE_MAP
         if torch.compiler.is_compiling() or small:
             offset = self._offsets(query)
         else:
             offset = checkpoint(self._offsets, query, use_reentrant=False, preserve_rng_state=False)
-        offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-        Hk, Wk = offset.shape[1:3]
-        factor = self.offset_range_factor
-        limited = factor > 0 or (factor == 0 and self.release == "2023")
-        # The network predicts (y, x), as in the official checkpoints.
-        y, x = (offset.tanh() if limited else offset).unbind(-1)
-        if limited:
-            y, x = y * (factor / self._steps(Hk)), x * (factor / self._steps(Wk))
-        positions = torch.stack((x + self._key_grid(Wk, x)[:, None], y + self._key_grid(Hk, y)[:, None, None]), -1)
-        if factor < 0:
-            # A clamp whose gradient is one kernel instead of five.
-            positions = positions.tanh() if self.release == "2022" else F.hardtanh(positions)
-        return rearrange(positions, "b i j g xy -> b g (i j) xy")
+        return self.placement(offset.to(torch.promote_types(offset.dtype, torch.float32)))
+
+    def _kernel_parameters(self, query: Tensor) -> tuple[Tensor, ...]:
+        """What `key_positions` takes in place of the layers behind the convolution; nothing where it may not."""
+        if self.no_off:
+            return ()
+        conv, norm, proj = self.offset_conv, self.offset_norm, self.offset_proj
+        plain = type(conv) is nn.Conv2d and type(norm) is nn.LayerNorm and type(proj) is Float32Linear
+        if not plain or not all(map(calls_forward_only, (conv, norm, proj))):
+            return ()
+        if conv.bias is None or norm.weight is None or norm.bias is None or proj.bias is not None:
+            return ()
+        parameters = conv.bias, norm.weight, norm.bias, proj.weight
+        return parameters if has_key_positions(query, *parameters) else ()
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (Hk, Wk) of the key map for a query map of `size`."""
@@ -188,27 +197,31 @@ class DeformableAttention(nn.Module):
 
     def _offsets(self, query: Tensor) -> Tensor:
         """Output of the offset network: [B, Hk, Wk, num_groups, 2]."""
-        B, H, W, C = query.shape
-        groups = self.num_groups
         if self.no_off:
-            return query.new_zeros(B, *self.key_size((H, W)), groups, 2)
-        x = query.permute(0, 3, 1, 2)
-        if self.unpadded:
-            x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))
-        conv, norm = self.offset_conv, self.offset_norm
-        if type(conv) is nn.Conv2d and calls_forward_only(conv):
-            weight = self._for_groups(conv.weight, query.dtype)
-            bias = None if conv.bias is None else self._for_groups(conv.bias, query.dtype)
-            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
-        else:
-            x = conv(x.reshape(B * groups, C // groups, *x.shape[2:])).unflatten(0, (B, groups)).flatten(1, 2)
-        x = x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
-        # Autocast would cast between these layers, four launches more, and round positions. Our kernels take half
-        # precision as it is.
-        x = layer_norm(norm, x if is_fused(norm, x) else x.to(norm.weight.dtype))
+            size = self.key_size((query.shape[1], query.shape[2]))
+            return query.new_zeros(query.shape[0], *size, self.num_groups, 2)
+        norm = self.offset_norm
+        x = self._convolve(query, self.offset_conv.bias)
+        # Autocast would cast between these layers and round positions.
+        x = norm(x.to(norm.weight.dtype))
         with full_precision(x):
             # Autocast of GPUs makes the norm float32 for weights in half precision too.
             return self.offset_proj(F.gelu(x).to(norm.weight.dtype))
+
+    def _convolve(self, query: Tensor, bias: Tensor | None) -> Tensor:
+        """The offset network's convolution with its bias or without: [B, Hk, Wk, num_groups, C / num_groups]."""
+        B, H, W, C = query.shape
+        groups, conv = self.num_groups, self.offset_conv
+        x = query.permute(0, 3, 1, 2)
+        if self.unpadded:
+            x = F.pad(x, (0, sym_max(self.stride - W, 0), 0, sym_max(self.stride - H, 0)))
+        if type(conv) is nn.Conv2d and calls_forward_only(conv):
+            weight = self._for_groups(conv.weight, query.dtype)
+            bias = None if bias is None else self._for_groups(bias, query.dtype)
+            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=C)
+        else:
+            x = conv(x.reshape(B * groups, C // groups, *x.shape[2:])).unflatten(0, (B, groups)).flatten(1, 2)
+        return x.permute(0, 2, 3, 1).unflatten(-1, (groups, -1))
 
     def _for_groups(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A parameter of the convolution, which all groups share, repeated for each of them and cast in one copy.
@@ -217,33 +230,13 @@ class DeformableAttention(nn.Module):
         """
         return parameter.expand(self.num_groups, *parameter.shape).to(dtype).flatten(0, 1)
 
-    def _steps(self, length: int) -> int:
-        """Pixels, of a side of `length` keys, that the official code takes its positions -1..1 for."""
-        if self.release == "2022":
-            return length
-        # A single key's position is infinite, and the clamp moves it to 1, as in the official code.
-        return length - 1 if self.offset_range_factor < 0 else sym_max(length - 1, 1)
-
-    def _key_grid(self, length: int, like: Tensor) -> Tensor:
-        """Positions of keys that are not moved, along a side of `length`."""
-        steps = self._steps(length)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or length == 1:
-            return _centers(length, like) / steps * 2 - 1
-        # The same in one kernel, as small kernels take a GPU's host longer than the GPU.
-        return torch.arange(1 / steps - 1, 2 * length / steps - 1, 2 / steps, dtype=like.dtype, device=like.device)
-
-    def _sample(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Values of the map [B, H, W, C] at the keys' `positions`: [B, N, C]."""
+    def _sample(self, x: Tensor, locations: Tensor) -> Tensor:
+        """Values of the map [B, H, W, C] at the keys' `locations`: [B, N, C]."""
         B, H, W, C = x.shape
         if self.no_off:
             return F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).flatten(2).mT
-        sampled = deform_sample(
-            x.reshape(B, H * W, self.num_groups, C // self.num_groups),
-            ((H, W),),
-            (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2,
-            align_corners=True,
-        )
-        return sampled.reshape(B, positions.shape[2], C)
+        value = x.reshape(B, H * W, self.num_groups, C // self.num_groups)
+        return deform_sample(value, ((H, W),), locations, align_corners=True).reshape(B, locations.shape[1], C)
 
     def _attend_log_cpb(
         self, mlp: LogSpacedBias, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, size: tuple[int, int]
@@ -269,11 +262,6 @@ class DeformableAttention(nn.Module):
     def query_grid(self, length: int, like: Tensor) -> Tensor:
         """Positions of the queries along a side of `length`."""
         return grid_coordinates(length, like, self.release == "2023")
-
-
-def _centers(length: int, like: Tensor) -> Tensor:
-    """Centres of `length` pixels, in pixels from the edge of the first."""
-    return torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
 
 
 def _check(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import exp, launch
+from dat.ops.triton_launch import ceil_div, exp, launch
 
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 8
@@ -299,11 +299,6 @@ def table_kernel(
     # A comparison of scalars is no mask to Triton 3.9's interpreter.
     before = tl.load(at, mask=(v < T_w) & (first_key + 0 * v > 0), other=0.0)
     tl.store(at, before + tl.sum(sums, 0), mask=v < T_w)
-
-
-def ceil_div(length: int, size: int) -> int:
-    """Blocks of `size` in `length`; triton.cdiv takes several microseconds on the host."""
-    return -(-length // size)
 
 
 def _is_laid_out(tensor: Tensor) -> bool:

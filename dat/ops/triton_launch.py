@@ -1,4 +1,4 @@
-"""Functions for the Triton kernels: `launch`, which costs the host little for arguments seen before, and `exp`."""
+"""Functions for the Triton kernels, among them `launch`, which costs the host little for arguments seen before."""
 
 # Triton finds out the types of its kernels' arguments when they are called.
 # mypy: disable-error-code="no-untyped-def"
@@ -46,6 +46,11 @@ def launch(
             _compiled.clear()
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, [constants[name] for name in names]
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Blocks of `size` in `length`; triton.cdiv takes several microseconds on the host."""
+    return -(-length // size)
 
 
 @triton.jit

@@ -118,12 +118,35 @@ def interpret_unseen_rows():
             assert torch.equal(one, other)
 
 
-def compile_kernels(dtype, kind, channels):
-    """(name, shared memory, stack) of every kernel as compiled for sm_90, in bytes."""
+def compile_for_sm_90(kernel, types, constants):
+    """Bytes of shared memory and of stack that a kernel takes; arguments are ints unless `types` says otherwise."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    names = kernel.arg_names
+    options = {name: value for name, value in constants.items() if name not in names}
+    options["enable_fp_fusion"] = True
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    # Steps and channels are multiples of 16, as in models, and memory is aligned.
+    aligned = [n for n in names if signature[n].startswith("*") or n == "C" or n[1:] in ("_image", "_head", "_row")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return compiled.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def compile_kernels(dtype, kind, channels):
+    """(name, shared memory, stack) of every kernel as compiled for sm_90, in bytes."""
     from dat.ops import deform_attn_triton as kernels
 
     query, key, _, positions, table = Sample("compiled", c=channels, dtype=dtype).tensors()
@@ -139,25 +162,7 @@ def compile_kernels(dtype, kind, channels):
         (kernels.key_kernel, call.constants | call.key_tile),
         (kernels.table_kernel, {"V": kernels.COLUMNS, "K": kernels.TABLE_KEYS, "num_warps": 1}),
     ):
-        names = kernel.arg_names
-        options = {name: value for name, value in constants.items() if name not in names}
-        options["enable_fp_fusion"] = True
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        # Steps and channels are multiples of 16, as in models, and memory is aligned.
-        aligned = [n for n in names if signature[n].startswith("*") or n == "C" or n[1:] in ("_image", "_head", "_row")]
-        source = ASTSource(
-            kernel,
-            signature,
-            {(names.index(name),): value for name, value in constants.items() if name in names},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        yield kernel.__name__, compiled.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
+        yield kernel.__name__, *compile_for_sm_90(kernel, types, constants)
 
 
 def test_interpreted_kernels_equal_the_reference():

@@ -1,0 +1,193 @@
+"""Triton kernels of `key_positions`: a program works on some keys of all groups, whose channels lie side by side."""
+
+# Triton finds out the types of its kernels' arguments when they are called.
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dat.ops.key_positions import Placement
+from dat.ops.triton_launch import ceil_div, launch
+
+# Elements that a program works on at a time, and programs that keep a large GPU busy.
+ELEMENTS, PROGRAMS = 1024, 512
+
+# Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
+SIZES = ["keys", "groups", "N", "Wk"]
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _hidden(x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps):
+    """Normalised inputs of keys, their factors and norms, the share that the GELU passes on, and offsets (y, x)."""
+    known = channel < C
+    pixels = tl.load(
+        x + key.to(tl.int64)[:, None] * C + channel[None, :], mask=(key < keys)[:, None] & known[None, :], other=0.0
+    )
+    pixels = pixels.to(tl.float32) + tl.load(conv_bias + channel, mask=known, other=0.0)[None, :]
+    mean = tl.sum(pixels, 1) / C
+    centred = tl.where(known[None, :], pixels - mean[:, None], 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    normal = centred * factor[:, None]
+    weight = tl.load(norm_weight + channel, mask=known, other=0.0)
+    norm = normal * weight[None, :] + tl.load(norm_bias + channel, mask=known, other=0.0)[None, :]
+    share = 0.5 + 0.5 * tl.math.erf(norm * 0.7071067811865476)
+    proj_y, proj_x = tl.load(proj + channel, mask=known, other=0.0), tl.load(proj + C + channel, mask=known, other=0.0)
+    y, x = tl.sum(norm * share * proj_y[None, :], 1), tl.sum(norm * share * proj_x[None, :], 1)
+    return normal, factor, norm, share, weight, proj_y, proj_x, y, x
+
+
+@triton.jit
+def _place(offset, index, start, step, reach, LIMITED: tl.constexpr, BOUND: tl.constexpr):
+    """Positions of keys moved by offsets along a side, and their slopes by the offsets."""
+    slope = tl.full(offset.shape, 1.0, tl.float32)
+    if LIMITED:
+        offset = _tanh(offset)
+        slope = (1.0 - offset * offset) * reach
+        offset *= reach
+    position = offset + (start + step * index.to(tl.float32))
+    if BOUND == "tanh":
+        position = _tanh(position)
+        slope *= 1.0 - position * position
+    if BOUND == "clamp":
+        slope = tl.where((position <= -1.0) | (position >= 1.0), 0.0, slope)
+        # NaN stays NaN.
+        position = tl.where(position < -1.0, -1.0, tl.where(position > 1.0, 1.0, position))
+    return position, slope
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    x, conv_bias, norm_weight, norm_bias, proj, positions, locations,
+    keys, groups, N, Wk, C, eps, start_x, step_x, reach_x, start_y, step_y, reach_y,
+    LIMITED: tl.constexpr, BOUND: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    key, channel = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, D)
+    _, _, _, _, _, _, _, offset_y, offset_x = _hidden(
+        x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps
+    )
+    image, pixel, group = key // groups // N, key // groups % N, key % groups
+    position_x, _ = _place(offset_x, pixel % Wk, start_x, step_x, reach_x, LIMITED, BOUND)
+    position_y, _ = _place(offset_y, pixel // Wk, start_y, step_y, reach_y, LIMITED, BOUND)
+    at = positions + ((image * groups + group) * N + pixel) * 2
+    tl.store(at, position_x, mask=key < keys)
+    tl.store(at + 1, position_y, mask=key < keys)
+    tl.store(locations + key * 2, (position_x + 1.0) * 0.5, mask=key < keys)
+    tl.store(locations + key * 2 + 1, (position_y + 1.0) * 0.5, mask=key < keys)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "length"])
+def backward_kernel(
+    grad_positions, grad_locations, x, conv_bias, norm_weight, norm_bias, proj, grad_x, sums,
+    keys, groups, N, Wk, C, length, eps, start_x, step_x, reach_x, start_y, step_y, reach_y,
+    LIMITED: tl.constexpr, BOUND: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Gradients by the map, and `sums` [programs, 5, C] over `length` keys of those by the parameters."""
+    channel = tl.arange(0, D)
+    # By the biases of the convolution and of the norm, the norm's weight, and the projection's two rows.
+    conv_sums, norm_sums = tl.zeros([K, D], tl.float32), tl.zeros([K, D], tl.float32)
+    weight_sums, y_sums, x_sums = conv_sums, conv_sums, conv_sums
+    begin = tl.program_id(0) * length
+    for first in range(begin, tl.minimum(begin + length, keys), K):
+        key = first + tl.arange(0, K)
+        inside = key < keys
+        normal, factor, norm, share, weight, proj_y, proj_x, offset_y, offset_x = _hidden(
+            x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps
+        )
+        image, pixel, group = key // groups // N, key // groups % N, key % groups
+        _, slope_x = _place(offset_x, pixel % Wk, start_x, step_x, reach_x, LIMITED, BOUND)
+        _, slope_y = _place(offset_y, pixel // Wk, start_y, step_y, reach_y, LIMITED, BOUND)
+        at = grad_positions + ((image * groups + group) * N + pixel) * 2
+        of_x = tl.load(at, mask=inside, other=0.0) + 0.5 * tl.load(grad_locations + key * 2, mask=inside, other=0.0)
+        of_y = tl.load(at + 1, mask=inside, other=0.0) + 0.5 * tl.load(
+            grad_locations + key * 2 + 1, mask=inside, other=0.0
+        )
+        of_x, of_y = (of_x * slope_x)[:, None], (of_y * slope_y)[:, None]
+        activation = norm * share
+        y_sums += of_y * activation
+        x_sums += of_x * activation
+        # The density of the normal distribution is the slope of its share.
+        density = 0.3989422804014327 * tl.exp(-0.5 * norm * norm)
+        grad_norm = (of_y * proj_y[None, :] + of_x * proj_x[None, :]) * (share + norm * density)
+        norm_sums += grad_norm
+        weight_sums += grad_norm * normal
+        grad_normal = grad_norm * weight[None, :]
+        mean, slope = tl.sum(grad_normal, 1) / C, tl.sum(grad_normal * normal, 1) / C
+        grad = (grad_normal - mean[:, None] - normal * slope[:, None]) * factor[:, None]
+        grad = tl.where((channel < C)[None, :], grad, 0.0)
+        conv_sums += tl.where(inside[:, None], grad, 0.0)
+        at = grad_x + key.to(tl.int64)[:, None] * C + channel[None, :]
+        tl.store(at, grad.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
+    sums += tl.program_id(0) * 5 * C + channel
+    tl.store(sums, tl.sum(conv_sums, 0), mask=channel < C)
+    tl.store(sums + C, tl.sum(weight_sums, 0), mask=channel < C)
+    tl.store(sums + 2 * C, tl.sum(norm_sums, 0), mask=channel < C)
+    tl.store(sums + 3 * C, tl.sum(y_sums, 0), mask=channel < C)
+    tl.store(sums + 4 * C, tl.sum(x_sums, 0), mask=channel < C)
+
+
+def arguments(x: Tensor, eps: float, placement: Placement) -> tuple[tuple[int, ...], tuple[float, ...], dict[str, Any]]:
+    """Sizes, other numbers and constants of both kernels."""
+    B, Hk, Wk, g, C = x.shape
+    numbers = [eps]
+    for length in (Wk, Hk):
+        steps = placement.steps(length)
+        # Without a step the only key's position is infinite.
+        grid = (1 / steps - 1, 2 / steps) if steps else (math.inf, 0.0)
+        numbers += [*grid, placement.offset_range_factor / steps if placement.limited else 0.0]
+    bound = "" if placement.offset_range_factor >= 0 else "tanh" if placement.release == "2022" else "clamp"
+    channels = max(16, 1 << (C - 1).bit_length())
+    constants = {"LIMITED": placement.limited, "BOUND": bound, "K": max(ELEMENTS // channels, 1), "D": channels}
+    return (B * Hk * Wk * g, g, Hk * Wk, Wk, C), tuple(numbers), constants
+
+
+def forward(
+    x: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    proj: Tensor,
+    eps: float,
+    placement: Placement,
+) -> tuple[Tensor, Tensor]:
+    """Positions and locations of a map [B, Hk, Wk, g, c] that is contiguous and not empty."""
+    B, Hk, Wk, g, _ = x.shape
+    positions, locations = proj.new_empty(B, g, Hk * Wk, 2), proj.new_empty(B, Hk * Wk, g, 1, 1, 2)
+    sizes, numbers, constants = arguments(x, eps, placement)
+    tensors = (x, *(tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj)), positions, locations)
+    launch(forward_kernel, ceil_div(sizes[0], constants["K"]), tensors, (*sizes, *numbers), constants)
+    return positions, locations
+
+
+def backward(
+    grad_positions: Tensor,
+    grad_locations: Tensor,
+    x: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    proj: Tensor,
+    eps: float,
+    placement: Placement,
+) -> tuple[Tensor, ...]:
+    """Gradients by the map and the parameters."""
+    sizes, numbers, constants = arguments(x, eps, placement)
+    keys, C = sizes[0], sizes[-1]
+    blocks = ceil_div(keys, constants["K"])
+    length = ceil_div(blocks, PROGRAMS) * constants["K"]
+    programs = ceil_div(keys, length)
+    grad_x, sums = torch.empty_like(x), proj.new_empty(programs, 5, C)
+    grads = grad_positions.contiguous(), grad_locations.contiguous()
+    parameters = (tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj))
+    launch(backward_kernel, programs, (*grads, x, *parameters, grad_x, sums), (*sizes, length, *numbers), constants)
+    conv_bias, norm_weight, norm_bias, proj = sums.sum(0).split((1, 1, 1, 2))
+    return grad_x, conv_bias[0], norm_weight[0], norm_bias[0], proj
