@@ -162,7 +162,8 @@ class DAT(nn.Module):
         self.patch_embed = create_stem(stem, patch_size, in_chans, dim, **dd)
         depth = sum(len(config.blocks) for config in configs)
         rates = iter(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
-        self.stages = nn.ModuleList()
+        # timm's feature extractors of the kinds "list" and "dict" look for stages in a Sequential.
+        self.stages = nn.Sequential()
         self.feature_info = []
         for i, config in enumerate(configs):
             downsample: nn.Module = nn.Identity()
@@ -286,10 +287,7 @@ class DAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to normed features [B, num_features, H', W'] of the last stage."""
-        x = self.patch_embed(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.norm(x).permute(0, 3, 1, 2)
+        return self.norm(self.stages(self.patch_embed(x))).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, num_features, H', W'] to logits [B, num_classes], or to the classifier's input.
@@ -347,7 +345,7 @@ def _create_dat(variant: str, pretrained: bool = False, **kwargs: Any) -> DAT:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
     if isinstance(model, FeatureGetterNet):

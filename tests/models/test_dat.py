@@ -222,6 +222,18 @@ def test_features_only_equals_intermediates(nano, name):
     assert extractor.feature_info.reduction() == [8, 16]
 
 
+def test_timms_other_feature_extractors():
+    """As timm's Swin, they return maps in the layout of the stages, NHWC."""
+    image = torch.randn(1, 3, 32, 64)
+    model = timm.create_model("dat_nano", features_only=True, out_indices=(1, 2), feature_cls="list").eval()
+    maps = model(image)
+    assert [f.shape[1:] for f in maps] == [(4, 8, 64), (2, 4, 128)]
+    assert model.feature_info.channels() == [64, 128]
+    named = timm.create_model("dat_nano", features_only=True, out_indices=(1, 2), feature_cls="dict").eval()
+    named.load_state_dict(model.state_dict())
+    torch.testing.assert_close(list(named(image).values()), maps)
+
+
 def test_features_of_other_stages():
     """As many as there are, described by StageConfigs or, as a config.json has them, by their arguments."""
     stages = [StageConfig("LD", 8, 2), {"blocks": "S", "embed_dims": 16, "num_heads": 2}]
