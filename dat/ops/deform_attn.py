@@ -61,10 +61,11 @@ def deform_attn(
 
     Returns:
         [B, h, H*W, c] in the dtype of `query`; zeros where there are no keys. Bias and softmax are worked out in
-        float32 (float64 for float64 queries). Differentiable in every tensor, any number of times, in
-        reverse mode. NaN and infinity in the table reach only the queries of pairs that look them up. A bias of
-        minus infinity is no attention, and NaN where a query has nothing else; it may be NaN too where the entry's
-        weight is exactly zero. Gradients by the positions of such pairs may be NaN.
+        float32 (float64 for float64 queries); on a GPU the products of float32 take TF32 where torch allows it for
+        matrix products. Differentiable in every tensor, any number of times, in reverse mode. NaN and infinity in the
+        table reach only the queries of pairs that look them up. A bias of minus infinity is no attention, and NaN where
+        a query has nothing else; it may be NaN too where the entry's weight is exactly zero. Gradients by the positions
+        of such pairs may be NaN.
 
     Raises:
         TypeError: a dtype that is not supported; positions in half precision.

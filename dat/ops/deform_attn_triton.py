@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import ceil_div, exp, launch
+from dat.ops.triton_launch import ceil_div, exp, launch, product_precision
 
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 8
@@ -353,8 +353,7 @@ class Call:
         self.wide = channels * query.element_size() >= 256
         self.constants = {
             "BIASED": self.biased,
-            # Three products of 19-bit numbers are as exact as one of float32.
-            "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+            "PRECISION": product_precision(query.dtype),
             "D": channels,
             "num_warps": 8 if channels * query.element_size() > 256 else 4,
             "num_stages": 1,

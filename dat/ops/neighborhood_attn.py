@@ -64,11 +64,12 @@ def neighborhood_attn(
         dilation: pixels from a neighbour to the next.
 
     Returns:
-        [B, h, H*W, c] in the dtype of `query`. Sums are taken in float32 (float64 for float64). Differentiable in every
-        tensor, any number of times, in reverse mode. NaN and infinity in a pixel of `query`, or of the output's
-        gradient, reach that query alone, in a pixel of `key` or `value` the queries whose windows hold it, and the
-        gradients of pixels that share a window with one of these queries; which channels of a pixel depends on the
-        device. In the gradient of the bias they may reach all of a head. A bias of minus infinity is no attention.
+        [B, h, H*W, c] in the dtype of `query`. Sums are taken in float32 (float64 for float64); on a GPU the products
+        of float32 take TF32 where torch allows it for matrix products. Differentiable in every tensor, any number of
+        times, in reverse mode. NaN and infinity in a pixel of `query`, or of the output's gradient, reach that query
+        alone, in a pixel of `key` or `value` the queries whose windows hold it, and the gradients of pixels that share
+        a window with one of these queries; which channels of a pixel depends on the device. In the gradient of the bias
+        they may reach all of a head. A bias of minus infinity is no attention.
 
     Raises:
         TypeError: a dtype that is not supported, or different dtypes.

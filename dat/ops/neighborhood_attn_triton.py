@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import exp, launch
+from dat.ops.triton_launch import exp, launch, product_precision
 
 TILE = tl.constexpr(8)
 # Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
@@ -80,13 +80,14 @@ def _store(data, value, pixel, step, inside, C, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS: tl.constexpr, K: tl.constexpr
-):
+    q, k, bias, row, column, key_row, key_column, rows, columns, scale,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """Scores of queries and keys, minus infinity for those that are no neighbours; pixels outside the map have none."""
     first_row, first_column = _window_start(row, rows, K)[:, None], _window_start(column, columns, K)[:, None]
     dy, dx = key_row[None, :] - first_row, key_column[None, :] - first_column
     near = (dy >= 0) & (dy < K) & (dx >= 0) & (dx < K) & ((row < rows) & (column < columns))[:, None]
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_BIAS:
         place = (key_row[None, :] - row[:, None] + K - 1) * (2 * K - 1) + key_column[None, :] - column[:, None] + K - 1
         scores += tl.load(bias + place, mask=near, other=0.0)
@@ -166,8 +167,8 @@ def _attend_one(
 def _forward(
     query, key, value, bias, out, q_image, q_head, q_pixel, k_image, k_head, k_pixel, v_image, v_head, v_pixel,
     heads, H, W, C, scale,
-    HAS_BIAS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     image, head, y, x, first_row, first_column = _locate(heads, H, W, DILATION)
     rows, columns = _group_size(H, W, y, x, DILATION)
@@ -189,11 +190,11 @@ def _forward(
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
         k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
-        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, PRECISION, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
         shrink, p = exp(top, _finite(higher)), exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
-        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = higher
     out += image * H * W * heads * C + head * C
     spoiled = inside & _not_finite(sums)
@@ -236,8 +237,8 @@ def _backward_queries(
     grad, query, key, value, bias, grad_query, grad_bias, log_sums, means,
     g_image, g_head, g_pixel, q_image, q_head, q_pixel, k_image, k_head, k_pixel, v_image, v_head, v_pixel,
     heads, H, W, C, scale,
-    HAS_BIAS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, SIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     image, head, y, x, first_row, first_column = _locate(heads, H, W, DILATION)
     rows, columns = _group_size(H, W, y, x, DILATION)
@@ -261,11 +262,11 @@ def _backward_queries(
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
         k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
-        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, PRECISION, KERNEL)
         higher = tl.maximum(top, tl.max(s, 1))
         shrink, p = exp(top, _finite(higher)), exp(s, _finite(higher)[:, None])
         total = total * shrink + tl.sum(p, 1)
-        mean = mean * shrink + tl.sum(p * tl.dot(g, tl.trans(v), input_precision="tf32x3"), 1)
+        mean = mean * shrink + tl.sum(p * tl.dot(g, tl.trans(v), input_precision=PRECISION), 1)
         top = higher
     # Pixels outside the map have no neighbours; their values are set to zero.
     log_sum = tl.where(inside, _finite(top) + tl.log(total), 0.0)
@@ -278,10 +279,10 @@ def _backward_queries(
         key_pixel = _pixel(key_row, key_column, y, x, W, DILATION)
         k = _load(key, key_pixel, k_pixel, key_inside, C, BLOCK_C)
         v = _load(value, key_pixel, v_pixel, key_inside, C, BLOCK_C)
-        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
-        grad_attention = tl.dot(g, tl.trans(v), input_precision="tf32x3")
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, PRECISION, KERNEL)
+        grad_attention = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         grad_scores = exp(s, log_sum[:, None]) * (grad_attention - mean[:, None])
-        query_sums += tl.dot(grad_scores.to(k.dtype), k, input_precision="tf32x3")
+        query_sums += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
         if HAS_BIAS:
             bias_sums += _bias_sums(grad_scores, row, column, key_row, key_column, k.dtype, KERNEL, SIDE, ROWS, COLUMNS)
     log_sums += (image * heads + head) * H * W
@@ -338,8 +339,8 @@ def _backward_keys(
     grad, query, key, value, bias, grad_key, grad_value, log_sums, means,
     g_image, g_head, g_pixel, q_image, q_head, q_pixel, k_image, k_head, k_pixel, v_image, v_head, v_pixel,
     heads, H, W, C, scale,
-    HAS_BIAS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, SIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     image, head, y, x, first_row, first_column = _locate(heads, H, W, DILATION)
     rows, columns = _group_size(H, W, y, x, DILATION)
@@ -370,11 +371,11 @@ def _backward_keys(
         g = _load(grad, pixel, g_pixel, inside, C, BLOCK_C)
         log_sum = tl.load(log_sums + pixel, mask=inside, other=0.0)
         mean = tl.load(means + pixel, mask=inside, other=0.0)
-        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, KERNEL)
+        s = _scores(q, k, bias, row, column, key_row, key_column, rows, columns, scale, HAS_BIAS, PRECISION, KERNEL)
         p = exp(s, log_sum[:, None])
-        value_sums += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="tf32x3")
-        grad_scores = p * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - mean[:, None])
-        key_sums += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision="tf32x3")
+        value_sums += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
+        grad_scores = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - mean[:, None])
+        key_sums += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision=PRECISION)
     grad_key += image * H * W * heads * C + head * C
     grad_value += image * H * W * heads * C + head * C
     spoiled = key_inside & (_not_finite(key_sums) | _not_finite(value_sums))
@@ -417,6 +418,7 @@ def launch_options(query: Tensor, kernel_size: int, dilation: int, biased: bool)
     channels = max(16, power_of_2(query.shape[3]))
     return {
         "HAS_BIAS": biased,
+        "PRECISION": product_precision(query.dtype),
         "KERNEL": kernel_size,
         "DILATION": dilation,
         "BLOCK_C": channels,

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,6 +52,12 @@ def launch(
 def ceil_div(length: int, size: int) -> int:
     """Blocks of `size` in `length`; triton.cdiv takes several microseconds on the host."""
     return -(-length // size)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How exact products are: as those of float32, by three of 19-bit numbers, unless torch allows TF32 for them."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 @triton.jit

@@ -4,19 +4,20 @@ from functools import partial
 
 import pytest
 import torch
-from gpu.calls import assert_close, with_gradients
+from gpu.calls import FUNCTIONS, assert_close, inputs, with_gradients
 from gpu.device import DEVICE, DRY, needs_card
 
-from benchmarks.deform_attn import Work, inputs
+from benchmarks import deform_attn as benchmark
 from benchmarks.timing import peak_bytes
 from dat.ops import deform_attn
 
-WORK = Work(1, 2, 1, (5, 7), (3, 4), 3) if DRY else Work(1, 2, 1, (50, 68), (25, 34), 14)
+WORK = benchmark.Work(1, 2, 1, (5, 7), (3, 4), 3) if DRY else benchmark.Work(1, 2, 1, (50, 68), (25, 34), 14)
+every_attention = pytest.mark.parametrize("name", ["deform_attn", "neighborhood_attn"])
 ATTEND = partial(deform_attn, size=WORK.size, scale=WORK.channels**-0.5)
 
 
 def tensors(dtype):
-    drawn = inputs(WORK, torch.device(DEVICE))
+    drawn = benchmark.inputs(WORK, torch.device(DEVICE))
     return [t.to(dtype) for t in drawn[:3]] + drawn[3:]
 
 
@@ -29,6 +30,20 @@ def test_chunks_of_keys_equal_the_cpu_in_float64_and_repeat_to_the_bit(dtype):
         with_gradients(ATTEND, [t.cpu().double() for t in tensors(dtype)]),
         1e-4 if dtype == torch.float32 else 2e-2,
     )
+
+
+@every_attention
+def test_products_in_tf32_where_torch_allows_it(name):
+    drawn = inputs(name, DEVICE)
+    exact = with_gradients(FUNCTIONS[name], drawn)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rounded = with_gradients(FUNCTIONS[name], drawn)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert DRY or not torch.equal(rounded[0], exact[0])
+    assert_close(rounded, exact, 1e-2)
 
 
 @needs_card

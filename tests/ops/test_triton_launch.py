@@ -117,3 +117,15 @@ def test_tiles_that_a_gpu_has_no_memory_for_run_on_the_reference():
     assert run(OutOfResources(73728, 65536, "shared memory")) == 3
     with pytest.raises(ValueError, match="another"):
         run(ValueError("another"))
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_products_of_float32_are_exact_unless_torch_allows_tf32(allowed, precision):
+    from dat.ops.triton_launch import product_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    try:
+        assert product_precision(torch.float32) == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
