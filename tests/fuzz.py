@@ -312,6 +312,7 @@ def make_kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         "voc": annotations("voc", "Annotations/scene_1.xml"),
         "cvat": annotations("cvat_xml", "annotations.xml"),
         "darknet": annotations("darknet", "train.txt"),
+        "labelme": annotations("labelme", "scene_1.json", change_json),
         "huggingface": annotations("huggingface", "train/metadata.jsonl"),
         "detector": detector,
         "points": points,

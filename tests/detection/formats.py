@@ -1,5 +1,6 @@
 """The same scenes in many formats, written without the code that is tested."""
 
+import itertools
 import json
 import random
 import shutil
@@ -86,6 +87,18 @@ def cvat(scenes: list[dict]) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n{head}\n{images}</annotations>\n'
 
 
+def labelme(scene: dict) -> str:
+    width, height = scene["size"]
+    shapes = [
+        {"label": NAMES[label], "points": [[x, y], [x + w, y + h]], "group_id": None, "shape_type": "rectangle"}
+        for label, (x, y, w, h) in scene["objects"]
+    ]
+    shapes[0] |= {"points": [[x, y] for x, y in itertools.product(*zip(*shapes[0]["points"], strict=True))]}
+    shapes[0] |= {"shape_type": "polygon"}
+    sides = {"imageHeight": height, "imageWidth": width}
+    return json.dumps({"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": scene["name"], **sides})
+
+
 def jsonl(scenes: list[dict]) -> str:
     rows = [
         {
@@ -148,6 +161,8 @@ def write_all(folder: Path) -> dict[str, Path]:
     write("darknet", darknet, {"obj_train_data": scenes})
     beside = {f"{s}/{Path(x['name']).stem}.xml": voc(x) for s, some in (("train", train), ("valid", val)) for x in some}
     write("roboflow_voc", beside, {"train": train, "valid": val})
+    flat = {f"{Path(scene['name']).stem}.json": labelme(scene) for scene in scenes}
+    write("labelme", flat, {"": scenes})
     card = (
         "---\nlicense: mit\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: objects\n"
         "    sequence:\n    - name: bbox\n      sequence: float32\n      length: 4\n    - name: categories\n"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from formats import coco, cvat, jsonl, make_scenes, voc, yolo
+from formats import coco, cvat, jsonl, labelme, make_scenes, voc, yolo
 from PIL import Image
 
 from dat.detection.config import DataConfig, TrainDataConfig, ValDataConfig
@@ -518,6 +518,71 @@ def test_lists_of_voc_may_lie_beside_its_folders(write, scenes):
     for name, text in lists.items():
         (root / name).write_text(text.replace("scene", "JPEGImages/scene"))
     assert len(read(root).records) == 4
+
+
+def test_shapes_of_labelme(write, scenes):
+    """Those of a group are one object, masks have boxes, circles a centre and a point; others are counted."""
+    shapes = [
+        {"label": "red", "points": [[30, 20], [33, 24]], "shape_type": "circle"},
+        {"label": "blue", "points": [[1, 2], [9, 2], [5, 7]], "group_id": 3},
+        {"label": "blue", "points": [[20, 30], [25, 40]], "group_id": 3, "shape_type": "mask", "mask": "iVBOR"},
+        {"label": "red", "points": [[5, 6]], "shape_type": "point"},
+        {"label": "_background_", "points": [[0, 0], [9, 9]], "shape_type": "rectangle"},
+        {"label": "red", "points": [[40.0, 50.0], [10, 12]], "shape_type": "rectangle", "difficult": True},
+    ]
+    first = {**json.loads(labelme(scenes[0])), "shapes": shapes, "imageHeight": None}
+    files = {f"{scene['name'][:-4]}.json": labelme(scene) for scene in scenes[1:]}
+    root = write({"scene_1.json": json.dumps(first), **files, "labels.txt": "__ignore__\nred\nblue\ngreen\n"}, "")
+    found = read(root, train_annotations=".", val_annotations=".")
+    assert [category.name for category in found.categories] == ["red", "blue", "green"]
+    record = next(record for record in found.records if record.path.name == "scene_1.jpg")
+    assert record.boxes.tolist() == [[25, 15, 35, 25], [1, 2, 25, 40], [10, 12, 40, 50]]
+    assert record.labels.tolist() == [0, 1, 0]
+    assert record.crowd.tolist() == [False, False, True]
+    assert "shape that is no box or polygon, left out (1)" in found.warning
+
+
+def test_folders_of_labelme_are_splits_with_the_classes_of_all(write, scenes):
+    files = {
+        f"{'valid' if i == 4 else 'train'}/{scene['name'][:-4]}.json": labelme(scene) for i, scene in enumerate(scenes)
+    }
+    files["valid/scene_5.json"] = files["valid/scene_5.json"].replace('"red"', '"green"').replace('"blue"', '"green"')
+    root = write(files, "train", "valid")
+    train, val = read(root), read(root, "val")
+    assert (
+        [category.name for category in train.categories] == ["blue", "green", "red"] == [c.name for c in val.categories]
+    )
+    assert (len(train.records), len(val.records)) == (4, 1)
+
+
+@pytest.mark.parametrize("name", ["..\\images\\scene_1.jpg", "renamed.jpg", ""])
+def test_images_of_labelme_are_named_as_the_files_or_by_them(write, scenes, name):
+    files = {f"labels/{scene['name'][:-4]}.json": labelme(scene) for scene in scenes}
+    files["labels/scene_1.json"] = json.dumps({**json.loads(labelme(scenes[0])), "imagePath": name})
+    found = read(write(files, "images"), train_annotations=".", val_annotations=".")
+    assert boxes(found) == true_boxes(scenes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shapes": {}}, r"scene_1.json: is not LabelMe: has no list 'shapes'"),
+        ({"shapes": [{"points": [[1, 2], [3, 4]]}]}, r"scene_1.json: shape 0 has no 'label'"),
+        ({"shapes": [{"label": "red", "points": [1, 2]}]}, r"shape 0: points are \[1, 2\], should be a list of two or"),
+        ({"shapes": [{"label": "red", "points": [["a", 2], [3, 4]]}]}, r"shape 0: points are .*, should be a list of"),
+        (
+            {"shapes": [{"label": "red", "points": [[0.1, 0.2], [0.3, 0.4]]}] * 9},
+            r"LabelMe's are points x, y in pixels",
+        ),
+    ],
+)
+def test_malformed_files_of_labelme(write, scenes, change, message):
+    files = {f"{scene['name'][:-4]}.json": labelme(scene) for scene in scenes}
+    files["scene_1.json"] = json.dumps({**json.loads(labelme(scenes[0])), **change})
+    if "pixels" in message:
+        files = {name: files["scene_1.json"].replace("scene_1.jpg", f"{name[:-5]}.jpg") for name in files}
+    with pytest.raises(DataError, match=message):
+        read(write(files, ""), train_annotations=".", val_annotations=".")
 
 
 def test_shapes_of_cvat(write, scenes):

@@ -27,6 +27,7 @@ FORMATS = {
     "label_studio_yolo": "YOLO, images/ {rule}, 2 classes",
     "darknet": "YOLO, data/train.txt {rule}, 2 classes",
     "roboflow_voc": "Pascal VOC, train/ 16 images, valid/ 4 images, 2 classes",
+    "labelme": "LabelMe, ./ {rule}, 2 classes",
     "huggingface": "Hugging Face, train/metadata.jsonl 16 images, validation/metadata.jsonl 4 images, 2 classes",
 }
 RULE = "20 images, no validation split: every 5th image, by name, is for validation (4 of 20 images)"

@@ -28,6 +28,7 @@ FORMS = {
     "COCO": "x, y, width, height in pixels of the file",
     "Hugging Face": "x, y, width, height in pixels of the file",
     "VOC": "xmin, ymin, xmax, ymax in pixels of the file",
+    "LabelMe": "points x, y in pixels of the file",
     "CVAT XML": "xtl, ytl, xbr, ybr in pixels of the file",
     "YOLO": "centre x, centre y, width, height in parts of the image",
 }

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from dat.detection.data.records import ImageRecord
 from dat.engine.audit import Findings
+from dat.utils.files import IMAGE_EXTENSIONS, list_files
 
 # Folders below data.root in which a missing image is looked for.
 MOST_FOLDERS = 10_000
@@ -73,6 +74,26 @@ def suggest_override(root: Path, key: str, record: ImageRecord) -> str:
                     same = _common(path.parts, parts)
                     return f"; {key}={Path(*path.parts[: len(path.parts) - same]).as_posix()} has it"
     return ""
+
+
+class ImagesByStem:
+    """Image files below a folder, for annotation files that are named as their images are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = [path for path in sorted(map(Path, list_files(folder))) if path.suffix.lower() in IMAGE_EXTENSIONS]
+        self._by_stem, self._named = {path.with_suffix(""): path for path in files}, set(files)
+
+    def find(self, annotations: Path, name: str) -> Path:
+        """The image of annotations with this path below a like folder, which call it `name`, in the same subfolder.
+
+        Names that tools give often fit no file; of several images of the same stem, the name tells which.
+        """
+        stem = self.folder / annotations.with_suffix("")
+        given = stem.parent / _parts(name)[-1] if name else stem
+        if given.stem == stem.name and given in self._named:
+            return given
+        return self._by_stem.get(stem, self.folder / given.name)
 
 
 class _Index:

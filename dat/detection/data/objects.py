@@ -172,6 +172,14 @@ def read_text(path: Path, what: str) -> str:
         raise DataError(f"{path}: is not text in UTF-8, should be {what}") from error
 
 
+def lists_shapes(file: Path) -> bool:
+    """Whether a file of JSON begins as those of LabelMe, with a list of shapes."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return re.search(rb'"shapes"\s*:\s*\[', opened.read(4096)) is not None
+
+
 def same_labels(annotations: Annotations) -> None:
     """Raises DataError where two images would have the same label file, as their names differ in the suffix only."""
     seen: dict[Path, Path] = {}

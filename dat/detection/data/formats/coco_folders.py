@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dat.detection.data.formats.coco import parse_coco
-from dat.detection.data.objects import relative_names
+from dat.detection.data.objects import lists_shapes, relative_names
 from dat.detection.data.readers import Found, Split, existing, register_reader
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
@@ -57,6 +57,8 @@ def _file(root: Path, split_names: tuple[str, ...]) -> Path | None:
         for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
                         f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
             files = sorted(file for file in root.glob(pattern) if not is_hidden(file.name))
+            if files and lists_shapes(files[0]):
+                continue
             if len(files) > 1:
                 names = ", ".join(file.relative_to(root).as_posix() for file in files[:5])
                 keys = "data.train.annotations and data.val.annotations"

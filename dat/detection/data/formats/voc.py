@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from dat.detection.data.box_checks import check_form
+from dat.detection.data.image_names import ImagesByStem
 from dat.detection.data.objects import (
     Object,
     image_sizes,
@@ -32,7 +33,7 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations, Category, ImageRecord
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError
-from dat.utils.files import IMAGE_EXTENSIONS, SPLIT_NAMES, list_files, path_order
+from dat.utils.files import SPLIT_NAMES, list_files, path_order
 from dat.utils.safe_xml import Node, read_xml
 
 _LISTS = SPLIT_NAMES | {"train": (*SPLIT_NAMES["train"], "trainval")}
@@ -177,17 +178,13 @@ def _read(folder: _Folder, problems: Findings, images: Path | None) -> Annotatio
     else:
         files = [folder.folder / f"{name}.xml" for name in folder.names]
     below_1 = any(_BELOW_1.search(path.read_bytes()) for path in folder.everything)
-    there = [path for path in sorted(map(Path, list_files(images))) if path.suffix.lower() in IMAGE_EXTENSIONS]
-    by_stem, named = {path.with_suffix(""): path for path in there}, set(there)
+    index = ImagesByStem(images)
     roots: list[tuple[Path, Path, Node]] = []
     for file in files:
         with collecting(problems, "annotation file"):
             root = read_xml(file, _LARGEST)
-            stem = images / file.relative_to(folder.folder).with_suffix("")
-            given = stem.parent / Path(root.findtext("filename") or stem).name
-            # Names that tools give often fit no file; of several of the same stem, the name tells which.
-            image = given if given.stem == stem.name and given in named else by_stem.get(stem)
-            roots.append((image or images / given.name, file, root))
+            image = index.find(file.relative_to(folder.folder), root.findtext("filename") or "")
+            roots.append((image, file, root))
     roots.sort(key=lambda item: path_order(item[0]))
     # After the files: if none can be read, the first says why.
     categories = make_categories(_class_names(folder), folder.folder)
