@@ -14,7 +14,8 @@ from dat.layers.autocast import calls_forward_only
 from dat.layers.position_bias import FixedBias, LogSpacedBias, resize_table
 from dat.ops import deform_attn, deform_sample
 from dat.ops._common import autocast, full_precision
-from dat.ops.key_positions import Placement, has_key_positions, key_positions
+from dat.ops.key_positions import has_key_positions, key_positions
+from dat.ops.placement import Placement
 from dat.ops.reference import grid_coordinates
 from dat.ops.sizes import is_exporting, sym_max
 
@@ -176,7 +177,7 @@ class DeformableAttention(nn.Module):
         if conv.bias is None or norm.weight is None or norm.bias is None or proj.bias is not None:
             return ()
         parameters = conv.bias, norm.weight, norm.bias, proj.weight
-        return parameters if has_key_positions(query, *parameters) else ()
+        return parameters if has_key_positions(query, *parameters, self.num_groups) else ()
 
     def key_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (Hk, Wk) of the key map for a query map of `size`."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.key_positions import Placement
+from dat.ops.placement import Placement
 from dat.ops.triton_launch import ceil_div, launch
 
 # Elements that a program works on at a time, and programs that keep a large GPU busy.
@@ -30,9 +30,9 @@ def _tanh(x):
 def _hidden(x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps):
     """Normalised inputs of keys, their factors and norms, the share that the GELU passes on, and offsets (y, x)."""
     known = channel < C
-    pixels = tl.load(
-        x + key.to(tl.int64)[:, None] * C + channel[None, :], mask=(key < keys)[:, None] & known[None, :], other=0.0
-    )
+    # Beyond the end the last key once more, as zeros might have no variance.
+    at = x + tl.minimum(key, keys - 1).to(tl.int64)[:, None] * C + channel[None, :]
+    pixels = tl.load(at, mask=known[None, :], other=0.0)
     pixels = pixels.to(tl.float32) + tl.load(conv_bias + channel, mask=known, other=0.0)[None, :]
     mean = tl.sum(pixels, 1) / C
     centred = tl.where(known[None, :], pixels - mean[:, None], 0.0)
@@ -123,8 +123,7 @@ def backward_kernel(
         grad_normal = grad_norm * weight[None, :]
         mean, slope = tl.sum(grad_normal, 1) / C, tl.sum(grad_normal * normal, 1) / C
         grad = (grad_normal - mean[:, None] - normal * slope[:, None]) * factor[:, None]
-        grad = tl.where((channel < C)[None, :], grad, 0.0)
-        conv_sums += tl.where(inside[:, None], grad, 0.0)
+        conv_sums += grad
         at = grad_x + key.to(tl.int64)[:, None] * C + channel[None, :]
         tl.store(at, grad.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
     sums += tl.program_id(0) * 5 * C + channel
@@ -157,12 +156,13 @@ def forward(
     norm_bias: Tensor,
     proj: Tensor,
     eps: float,
-    placement: Placement,
+    offset_range_factor: float,
+    release: str,
 ) -> tuple[Tensor, Tensor]:
     """Positions and locations of a map [B, Hk, Wk, g, c] that is contiguous and not empty."""
     B, Hk, Wk, g, _ = x.shape
     positions, locations = proj.new_empty(B, g, Hk * Wk, 2), proj.new_empty(B, Hk * Wk, g, 1, 1, 2)
-    sizes, numbers, constants = arguments(x, eps, placement)
+    sizes, numbers, constants = arguments(x, eps, Placement(offset_range_factor, release))
     tensors = (x, *(tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj)), positions, locations)
     launch(forward_kernel, ceil_div(sizes[0], constants["K"]), tensors, (*sizes, *numbers), constants)
     return positions, locations
@@ -177,10 +177,11 @@ def backward(
     norm_bias: Tensor,
     proj: Tensor,
     eps: float,
-    placement: Placement,
-) -> tuple[Tensor, ...]:
-    """Gradients by the map and the parameters."""
-    sizes, numbers, constants = arguments(x, eps, placement)
+    offset_range_factor: float,
+    release: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the map, and by the parameters [5, C] in their order, the last of which has two rows."""
+    sizes, numbers, constants = arguments(x, eps, Placement(offset_range_factor, release))
     keys, C = sizes[0], sizes[-1]
     blocks = ceil_div(keys, constants["K"])
     length = ceil_div(blocks, PROGRAMS) * constants["K"]
@@ -189,5 +190,4 @@ def backward(
     grads = grad_positions.contiguous(), grad_locations.contiguous()
     parameters = (tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj))
     launch(backward_kernel, programs, (*grads, x, *parameters, grad_x, sums), (*sizes, length, *numbers), constants)
-    conv_bias, norm_weight, norm_bias, proj = sums.sum(0).split((1, 1, 1, 2))
-    return grad_x, conv_bias[0], norm_weight[0], norm_bias[0], proj
+    return grad_x, sums.sum(0)

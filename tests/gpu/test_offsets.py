@@ -46,7 +46,7 @@ def test_positions_equal_those_of_the_cpu_in_float64_and_repeat_to_the_bit(name)
     layer, query = make(name)
     exact = with_gradients(copy.deepcopy(layer).double(), query.double(), torch.float64)
     layer, query = layer.to(DEVICE), query.to(DEVICE)
-    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         ours, again = (with_gradients(layer, query, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     assert_close(ours, exact, 1e-4)

@@ -10,7 +10,8 @@ import torch
 from ops.test_deform_attn_triton import compile_for_sm_90, run
 from torch.nn import functional as F
 
-from dat.ops.key_positions import Placement, key_positions
+from dat.ops.key_positions import key_positions
+from dat.ops.placement import Placement
 
 pytest.importorskip("triton")
 EPS = 1e-5
@@ -40,6 +41,16 @@ def with_gradients(function, tensors, grads, second):
     if not second:
         return *outs, *firsts
     return *outs, *firsts, *torch.autograd.grad(sum(first.square().sum() for first in firsts), leaves)
+
+
+def take_the_cpu():
+    """Has the kernels, which the interpreter runs on the CPU, serve it in the place of a GPU."""
+    from dat.ops import _library
+    from dat.ops import key_positions as module
+
+    module.DEVICE, module.has_triton = "cpu", lambda: True
+    for name, kernel in (("key_positions", module._forward), ("key_positions_backward", module._backward)):
+        torch.library.impl(_library.LIBRARY, name, "CPU")(kernel)
 
 
 def interpret():
@@ -81,8 +92,25 @@ def interpret_half():
     assert positions.isnan().sum() == locations.isnan().sum() == 2
 
 
+def interpret_clamp():
+    """The gradient is zero at both bounds of the clamp, as F.hardtanh's is; also of tensors with gaps in memory."""
+    placement = Placement(-1.0, "2023")
+    (x, conv_bias, norm_weight, norm_bias, proj), grads = make((1, 3, 3, 1, 16))
+    # All offsets are -1/2, exactly, and the grid is -1/2, 1/2, 3/2.
+    norm_weight.zero_()
+    norm_bias.fill_(8)
+    proj.fill_(-(2**-8))
+    tensors = [torch.stack((t, t), -1)[..., 0] for t in (x, conv_bias, norm_weight, norm_bias, proj)]
+    grads = [grad.mT.contiguous().mT for grad in grads]
+    ours = with_gradients(partial(key_positions, eps=EPS, placement=placement), tensors, grads, False)
+    exact = with_gradients(partial(reference, placement), tensors, grads, False)
+    assert set(ours[0].unique().tolist()) == {-1, 0, 1}
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def interpret_layer():
-    """A layer by the kernel and by PyTorch: outputs and gradients of all its parameters."""
+    """A layer by the kernel and by PyTorch: outputs and gradients of all its parameters, batches of gradients too."""
     from dat.layers import DeformableAttention
     from dat.ops import key_positions as module
 
@@ -97,12 +125,12 @@ def interpret_layer():
         x, grad = torch.randn(2, 2, 5, 6, 24)
         results = []
         for device in ("cpu", "cuda"):
-            module.DEVICE, module.has_triton = device, lambda: True
+            module.DEVICE = device
             leaf = x.clone().requires_grad_()
             out = layer(leaf)
-            results.append([out, *torch.autograd.grad(out, [leaf, *layer.parameters()], grad)])
-            launched = "_KeyPositionsBackward" in names_of_graph(out)
-            assert launched == (device == "cpu")
+            assert ("key_positionsBackward" in names_of_graph(out)) == (device == "cpu")
+            results.append([out, *torch.autograd.grad(out, [leaf, *layer.parameters()], grad, retain_graph=True)])
+            results[-1] += torch.autograd.grad(out, [leaf], torch.stack((grad, -grad)), is_grads_batched=True)
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         module.DEVICE = "cpu"
@@ -112,6 +140,46 @@ def interpret_layer():
             torch.testing.assert_close(layer(x), results[0][0], rtol=1e-4, atol=1e-4)
             assert seen, "a hook was not called"
             hook.remove()
+
+
+def interpret_refused():
+    """Layers that are not those of the kernel, which PyTorch computes, or refuses."""
+    from torch import nn
+
+    from dat.layers import DeformableAttention
+
+    def layer(**parts):
+        torch.manual_seed(0)
+        made = DeformableAttention(24, 4, num_groups=2, kernel_size=3, no_off="no_off" in parts)
+        for name, part in parts.items():
+            if name != "no_off":
+                setattr(made, name, part)
+        return made
+
+    class Doubled(nn.LayerNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    projection = type(layer().offset_proj)
+    x = torch.randn(1, 4, 4, 24)
+    assert layer()._kernel_parameters(x)
+    for parts in (
+        {"no_off": True},
+        {"offset_norm": Doubled(12)},
+        {"offset_norm": nn.LayerNorm((2, 12))},
+        {"offset_norm": nn.LayerNorm(12, bias=False)},
+        {"offset_norm": nn.LayerNorm(12, elementwise_affine=False)},
+        {"offset_conv": nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)},
+        {"offset_proj": projection(12, 2)},
+        {"offset_proj": projection(12, 4, bias=False)},
+        {"offset_proj": nn.Linear(12, 2, bias=False)},
+    ):
+        assert not layer(**parts)._kernel_parameters(x), parts
+    assert not layer()._kernel_parameters(x[:0])
+    assert not layer()._kernel_parameters(x.half())
+    assert not layer().double()._kernel_parameters(x.double())
+    with torch.compiler.set_stance("force_eager"), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert not layer()._kernel_parameters(torch.empty(1, 4, 4, 24))
 
 
 def names_of_graph(out):
@@ -125,7 +193,9 @@ def names_of_graph(out):
 
 def test_interpreted_kernels_equal_the_reference_in_float64():
     done = run(
-        "from ops.test_key_positions import *; interpret(); interpret_half(); interpret_layer()", TRITON_INTERPRET="1"
+        "from ops.test_key_positions import *; take_the_cpu(); interpret(); interpret_half(); interpret_clamp(); "
+        "interpret_layer(); interpret_refused()",
+        TRITON_INTERPRET="1",
     )
     assert done.count("equal") == len(PLACEMENTS) * len(SHAPES)
 
