@@ -104,7 +104,7 @@ def test_a_model_of_one_size_keeps_it_and_its_file_says_how_to_crop(tmp_path, ca
 
 def test_a_package_of_machine_code(tmp_path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
-    path = write_classifier(tmp_path / "best.pth", DAT)
+    path = write_classifier(tmp_path / "best.pth", {**DAT, "stages": [{**DAT["stages"][0], "blocks": "D"}]})
     dat("classify", "export", path, "--out", out, "--compile")
     assert "64 pixels, the only size of the package, batch 1 and 2" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="can run any code"):

@@ -185,7 +185,7 @@ def test_a_detector_on_a_plain_vit_trains_predicts_and_is_exported(config_file, 
         "detect",
         "train",
         config_file,
-        "model.backbone={name: test_vit}",
+        "model.backbone={name: test_vit, depth: 3}",
         *("model.num_levels=3", "train.epochs=1", "train.layer_decay=0.7"),
         *("model.two_stage=false", "model.box_refine=false", "model.encoder_depth=0", "model.decoder_depth=1"),
     )

@@ -95,7 +95,7 @@ def test_nothing_to_learn_stops_before_a_model_is_built(
         assert str(raised.value).startswith(f"{scenes / split}.json: ")
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "run").exists()
-    arguments = (scenes, "--config", config_file, "--out", tmp_path / "out", "data.train.sizes=[30,48]")
+    arguments = (scenes, "--config", config_file, "--out", tmp_path / "out", "--samples", 0, "data.train.sizes=[30,48]")
     with pytest.raises(SystemExit) as ended:
         main_guard(lambda: dat("detect", "audit", *arguments))
     assert ended.value.code == 1

@@ -54,6 +54,7 @@ def test_a_compiled_run_has_the_weights_of_another(model, config_file, tmp_path,
     torch.compiler.reset()
     # larger, of which no level has the size 1; no dropout
     overrides = ["data.train.sizes=[96,112,128,144,160]", "data.train.max_size=224", "model.drop_rate=0"]
+    overrides += ["model.backbone.out_indices=[3]", "model.num_levels=2"]
     overrides += ["data.train.crop=0", "train.epochs=3", "train.eval_epochs=3", *model]
     for run, compile_ in (("eager", "false"), ("compiled", "true")):
         dat("detect", "train", config_file, f"output={tmp_path / run}", f"train.compile={compile_}", *overrides)

@@ -314,6 +314,7 @@ def test_bfloat16_without_averaged_weights(config_file, tmp_path):
 
 def test_detr_trains_and_is_evaluated_by_its_own_scores(config_file, scenes, tmp_path):
     options = ["model.kind=detr", "model.box_refine=false", "model.two_stage=false", "model.backbone.out_indices=[3]"]
+    options += ["train.pictures=0", "train.worst=0"]
     dat("detect", "train", config_file, *options, "train.epochs=1")
     checkpoint = load_checkpoint(tmp_path / "run/best.pth")
     # "no object" has a logit too

@@ -23,12 +23,9 @@ from dat.utils.errors import CheckpointError, ConfigError, ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name")
 SIZES = ["--sizes", "64", "96"]
-ONE_MAP = {"encoder_depth": 0, "num_levels": 2}
-# two stages of a small DAT++, with both kinds of its blocks; those of 2022 are in the classifiers' tests
-DAT_PP = [
-    {"blocks": blocks, "embed_dims": 16, "num_heads": 2, "kernel_size": 3, "release": "2023", "conv_mlp": True}
-    for blocks in ("N", "ND")
-]
+ONE_MAP = {"backbone": {"name": "test_resnet", "out_indices": [-1]}, "encoder_depth": 0, "num_levels": 2}
+# a stage of a small DAT++, with both kinds of its blocks; those of 2022 are in the classifiers' tests
+DAT_PP = {"blocks": "ND", "embed_dims": 16, "num_heads": 2, "kernel_size": 3, "release": "2023", "conv_mlp": True}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +34,7 @@ DAT_PP = [
         {"box_refine": True, "two_stage": True},
         {"kind": "detr"},
         {"kind": "dino"},
-        {"backbone": {"name": "dat_pp_nano", "out_indices": [1], "stages": DAT_PP}, **ONE_MAP},
+        {**ONE_MAP, "backbone": {"name": "dat_pp_nano", "out_indices": [0], "stages": [DAT_PP]}},
     ],
     ids=["two-stage", "detr", "dino", "dat-pp"],
 )
@@ -72,7 +69,7 @@ def test_onnx_gives_torchs_detections_of_any_batch_and_size(tmp_path, model, cap
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint that pads images to a multiple, which no side of an image here is."""
-    return write_detector(tmp_path_factory.mktemp("detector") / "best.pth", pad_multiple=40, encoder_depth=0)
+    return write_detector(tmp_path_factory.mktemp("detector") / "best.pth", pad_multiple=40, **ONE_MAP)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +153,7 @@ def test_what_is_compiled_is_given_padded_images(tmp_path, monkeypatch):
         torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
 
     monkeypatch.setattr("dat.export.export.write_compiled", write)
-    backbone = {"name": "test_resnet", "out_indices": [-1]}
-    path = write_detector(tmp_path / "padded.pth", pad_multiple=32, backbone=backbone, **ONE_MAP)
+    path = write_detector(tmp_path / "padded.pth", pad_multiple=32, **ONE_MAP)
     out = tmp_path / "model.pt2"
     dat("detect", "export", path, "--out", out, "--compile", *SIZES)
     image = Image.effect_noise((75, 130), 60).convert("RGB")

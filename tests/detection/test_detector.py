@@ -172,12 +172,13 @@ def test_without_a_network_the_file_to_fetch_is_named(monkeypatch):
 
 
 def test_it_trains_evaluates_and_exports(config_file, scenes, tmp_path):
-    small = {"two_stage": False, "box_refine": False, "encoder_depth": 0, "decoder_depth": 1}
+    small = {"two_stage": False, "box_refine": False, "encoder_depth": 0, "decoder_depth": 1, "num_levels": 1}
     detector = Detector.from_config(
         config_file,
         epochs=1,
         data__val__annotations="train.json",
         data__val__top_k=7,
+        model__backbone={"name": "test_resnet", "out_indices": [3]},
         **{f"model__{name}": value for name, value in small.items()},
     )
     with pytest.raises(ConfigError, match="not trained yet"):

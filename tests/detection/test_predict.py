@@ -109,7 +109,7 @@ def test_names_that_look_alike_lose_no_crop_and_no_points(checkpoint, tmp_path):
     for i, name in enumerate(names):
         noise((64, 64), i).save(tmp_path / "in" / name)
     out = tmp_path / "out"
-    run(checkpoint, tmp_path / "in", "--out", out, "--crops", "--show-points")
+    run(checkpoint, tmp_path / "in", "--out", out, "--crops", "--show-points", "--top-k", 2)
     assert len(list(out.rglob("crops/*/*.png"))) == len(read(out))
     pictures = [path for path in out.rglob("*.png") if "crops" not in path.parts]
     assert len(pictures) == 2 * len(names)

@@ -395,7 +395,7 @@ def test_errors(stage, arguments, message):
 @pytest.mark.parametrize("name", ["dat_nano", "zoo"])
 def test_compiles_to_one_graph(name):
     """The bias table of a block, which the zoo's have not, and the zoo."""
-    model = create(name)
+    model = create(name, stages=ZOO if name == "zoo" else [StageConfig("LD", 16, 2)])
     image = torch.randn(2, 3, 72, 64)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
