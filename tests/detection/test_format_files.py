@@ -555,6 +555,39 @@ def test_folders_of_labelme_are_splits_with_the_classes_of_all(write, scenes):
     assert (len(train.records), len(val.records)) == (4, 1)
 
 
+@pytest.mark.parametrize(
+    ("folder", "images"),
+    [
+        ("{}/labels", "{}/images"),
+        ("{}/images", "{}/images"),
+        ("labels/{}", "images/{}"),
+        ("Annotations/{}", "Images/{}"),
+        ("{}/red", "{}/red"),
+    ],
+)
+def test_layouts_of_labelme(write, scenes, folder, images):
+    files = {f"{folder}/{scene['name'][:-4]}.json": labelme(scene) for scene in scenes}
+    files = {name.format(split): text for name, text in files.items() for split in ("train", "val")}
+    root = write({**files, "labels.txt": "blue\nred\n"}, images.format("train"), images.format("val"))
+    assert boxes(read(root)) == boxes(read(root, "val")) == true_boxes(scenes)
+    assert read(root).format == f"{root}: LabelMe"
+
+
+@pytest.mark.parametrize("kind", ["YOLO", "Pascal VOC", "COCO"])
+def test_data_that_holds_labelmes_files_too_is_of_the_other_format(write, scenes, kind):
+    stems = [scene["name"][:-4] for scene in scenes]
+    beside = {f"{stem}.json": labelme(scene) for stem, scene in zip(stems, scenes, strict=True)}
+    others = {
+        "YOLO": {"classes.txt": "blue\nred\n", **{f"{s}.txt": yolo(x) for s, x in zip(stems, scenes, strict=True)}},
+        "Pascal VOC": {f"{stem}.xml": voc(scene) for stem, scene in zip(stems, scenes, strict=True)},
+        "COCO": {"annotations.json": coco(scenes)},
+    }
+    root = write({**beside, **others[kind]}, "")
+    found = read(root, train_annotations=".", val_annotations=".")
+    assert found.format == f"{root}: {kind}"
+    assert boxes(found) == true_boxes(scenes)
+
+
 @pytest.mark.parametrize("name", ["..\\images\\scene_1.jpg", "renamed.jpg", ""])
 def test_images_of_labelme_are_named_as_the_files_or_by_them(write, scenes, name):
     files = {f"labels/{scene['name'][:-4]}.json": labelme(scene) for scene in scenes}
@@ -566,8 +599,9 @@ def test_images_of_labelme_are_named_as_the_files_or_by_them(write, scenes, name
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shapes": {}}, r"scene_1.json: is not LabelMe: has no list 'shapes'"),
-        ({"shapes": [{"points": [[1, 2], [3, 4]]}]}, r"scene_1.json: shape 0 has no 'label'"),
+        ({"shapes": {}}, r"scene_1.json: shapes is \{\}, should be a list"),
+        ({"shapes": [{"points": [[1, 2], [3, 4]]}]}, r"scene_1.json: the label of shape 0 is None, should be the name"),
+        ({"shapes": [{"label": "x" * 10**6}]}, r"scene_1.json: the label of shape 0 is 'x.{,300}, should be the name"),
         ({"shapes": [{"label": "red", "points": [1, 2]}]}, r"shape 0: points are \[1, 2\], should be a list of two or"),
         ({"shapes": [{"label": "red", "points": [["a", 2], [3, 4]]}]}, r"shape 0: points are .*, should be a list of"),
         (

@@ -118,7 +118,7 @@ def check_objects(found: Annotations, split: Any, problems: Findings) -> None:
     }
     name = next((name for name in FORMS if found.format.endswith(name)), "COCO")
     form, crowds = f"{name}'s are {FORMS[name]}", "are crowds (iscrowd should be 0 for single objects)"
-    if name == "VOC":
+    if name in ("VOC", "LabelMe"):
         crowds = "are difficult (that should be 0 for objects to learn)"
     counts = {
         f"are empty ({form})": dropped[EMPTY],

@@ -173,11 +173,18 @@ def read_text(path: Path, what: str) -> str:
 
 
 def lists_shapes(file: Path) -> bool:
-    """Whether a file of JSON begins as those of LabelMe, with a list of shapes."""
-    if not file.is_file():
+    """Whether a file of JSON is one of LabelMe, with a list of shapes; COCO's have one of images."""
+    try:
+        # The image itself, if the file has it, may come first.
+        if not file.is_file() or file.stat().st_size > LARGEST_FILE:
+            return False
+        with file.open("rb") as opened:
+            content = opened.read(4096)
+            if re.search(rb'"(flags|imageData|imagePath)"\s*:', content):
+                content += opened.read()
+    except OSError:
         return False
-    with file.open("rb") as opened:
-        return re.search(rb'"shapes"\s*:\s*\[', opened.read(4096)) is not None
+    return bool(re.search(rb'"shapes"\s*:\s*\[', content)) and not re.search(rb'"images"\s*:\s*\[', content)
 
 
 def same_labels(annotations: Annotations) -> None:

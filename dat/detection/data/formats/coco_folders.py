@@ -33,7 +33,7 @@ def find(path: Path) -> Found | None:
         "annotations.json": "COCO",
         "labels.json": "COCO",
     }
-    file = existing(path, *single)
+    file = existing(path, *(name for name in single if not lists_shapes(path / name)))
     return Found(single[file.relative_to(path).as_posix()], {"train": _split(file, path)}) if file else None
 
 
@@ -56,9 +56,7 @@ def _file(root: Path, split_names: tuple[str, ...]) -> Path | None:
     for word in split_names:
         for pattern in (f"{word}.json", f"annotations/{word}.json", f"annotations/instances_{word}*.json",
                         f"instances_{word}*.json", f"{word}/{_ROBOFLOW}", f"{word}/*.json"):  # fmt: skip
-            files = sorted(file for file in root.glob(pattern) if not is_hidden(file.name))
-            if files and lists_shapes(files[0]):
-                continue
+            files = sorted(file for file in root.glob(pattern) if not is_hidden(file.name) and not lists_shapes(file))
             if len(files) > 1:
                 names = ", ".join(file.relative_to(root).as_posix() for file in files[:5])
                 keys = "data.train.annotations and data.val.annotations"

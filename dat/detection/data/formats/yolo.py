@@ -20,6 +20,7 @@ from dat.detection.data.objects import (
     MOST_CLASSES,
     Object,
     image_sizes,
+    lists_shapes,
     lost_areas,
     make_categories,
     make_record,
@@ -150,8 +151,11 @@ def _from_folders(root: Path) -> Found | None:
     lists = {path: _read_names(path) for name in _LISTS_OF_NAMES if (path := root / name).is_file()}
     places = [place for name in _LABEL_FOLDERS for place in (name, f"{name}/train", f"train/{name}")]
     texts = (file for place in places for file in root.glob(f"{place}/*.txt"))
-    if not lists and all(is_hidden(file.name) for file in texts):
-        return None
+    if all(is_hidden(file.name) for file in texts):
+        beside = any(file not in lists for file in root.glob("*.txt"))
+        # LabelMe's files may have a list of classes too.
+        if not lists or (not beside and any(map(lists_shapes, root.glob("*.json")))):
+            return None
     # Tools add names at the end.
     names = max(lists.values(), key=len, default=None)
     folder = _Folder(root, next(iter(lists), root), names)
