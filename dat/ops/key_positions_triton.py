@@ -27,8 +27,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _hidden(x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps):
-    """Normalised inputs of keys, their factors and norms, the share that the GELU passes on, and offsets (y, x)."""
+def _offsets(x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps):
+    """The offsets (y, x) of some keys, last, and what their gradients need: the layer norm before and after its weight
+    and bias, the inverse deviations, the normal distribution's CDF (GELU is norm * cdf), and the parameters."""
     known = channel < C
     # Beyond the end the last key once more, as zeros might have no variance.
     at = x + tl.minimum(key, keys - 1).to(tl.int64)[:, None] * C + channel[None, :]
@@ -36,14 +37,14 @@ def _hidden(x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, e
     pixels = pixels.to(tl.float32) + tl.load(conv_bias + channel, mask=known, other=0.0)[None, :]
     mean = tl.sum(pixels, 1) / C
     centred = tl.where(known[None, :], pixels - mean[:, None], 0.0)
-    factor = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
-    normal = centred * factor[:, None]
+    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    normalized = centred * inverse_std[:, None]
     weight = tl.load(norm_weight + channel, mask=known, other=0.0)
-    norm = normal * weight[None, :] + tl.load(norm_bias + channel, mask=known, other=0.0)[None, :]
-    share = 0.5 + 0.5 * tl.math.erf(norm * 0.7071067811865476)
+    norm = normalized * weight[None, :] + tl.load(norm_bias + channel, mask=known, other=0.0)[None, :]
+    cdf = 0.5 + 0.5 * tl.math.erf(norm * 0.7071067811865476)
     proj_y, proj_x = tl.load(proj + channel, mask=known, other=0.0), tl.load(proj + C + channel, mask=known, other=0.0)
-    y, x = tl.sum(norm * share * proj_y[None, :], 1), tl.sum(norm * share * proj_x[None, :], 1)
-    return normal, factor, norm, share, weight, proj_y, proj_x, y, x
+    y, x = tl.sum(norm * cdf * proj_y[None, :], 1), tl.sum(norm * cdf * proj_x[None, :], 1)
+    return normalized, inverse_std, norm, cdf, weight, proj_y, proj_x, y, x
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def forward_kernel(
     LIMITED: tl.constexpr, BOUND: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     key, channel = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, D)
-    _, _, _, _, _, _, _, offset_y, offset_x = _hidden(
+    _, _, _, _, _, _, _, offset_y, offset_x = _offsets(
         x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps
     )
     image, pixel, group = key // groups // N, key // groups % N, key % groups
@@ -100,29 +101,28 @@ def backward_kernel(
     for first in range(begin, tl.minimum(begin + length, keys), K):
         key = first + tl.arange(0, K)
         inside = key < keys
-        normal, factor, norm, share, weight, proj_y, proj_x, offset_y, offset_x = _hidden(
+        normalized, inverse_std, norm, cdf, weight, proj_y, proj_x, offset_y, offset_x = _offsets(
             x, conv_bias, norm_weight, norm_bias, proj, key, channel, keys, C, eps
         )
         image, pixel, group = key // groups // N, key // groups % N, key % groups
         _, slope_x = _place(offset_x, pixel % Wk, start_x, step_x, reach_x, LIMITED, BOUND)
         _, slope_y = _place(offset_y, pixel // Wk, start_y, step_y, reach_y, LIMITED, BOUND)
         at = grad_positions + ((image * groups + group) * N + pixel) * 2
-        of_x = tl.load(at, mask=inside, other=0.0) + 0.5 * tl.load(grad_locations + key * 2, mask=inside, other=0.0)
-        of_y = tl.load(at + 1, mask=inside, other=0.0) + 0.5 * tl.load(
-            grad_locations + key * 2 + 1, mask=inside, other=0.0
-        )
-        of_x, of_y = (of_x * slope_x)[:, None], (of_y * slope_y)[:, None]
-        activation = norm * share
-        y_sums += of_y * activation
-        x_sums += of_x * activation
-        # The density of the normal distribution is the slope of its share.
-        density = 0.3989422804014327 * tl.exp(-0.5 * norm * norm)
-        grad_norm = (of_y * proj_y[None, :] + of_x * proj_x[None, :]) * (share + norm * density)
+        grad_offset_x, grad_offset_y = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
+        at = grad_locations + key * 2
+        grad_offset_x += 0.5 * tl.load(at, mask=inside, other=0.0)
+        grad_offset_y += 0.5 * tl.load(at + 1, mask=inside, other=0.0)
+        grad_offset_x, grad_offset_y = (grad_offset_x * slope_x)[:, None], (grad_offset_y * slope_y)[:, None]
+        activation = norm * cdf
+        y_sums += grad_offset_y * activation
+        x_sums += grad_offset_x * activation
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * norm * norm)
+        grad_norm = (grad_offset_y * proj_y[None, :] + grad_offset_x * proj_x[None, :]) * (cdf + norm * pdf)
         norm_sums += grad_norm
-        weight_sums += grad_norm * normal
-        grad_normal = grad_norm * weight[None, :]
-        mean, slope = tl.sum(grad_normal, 1) / C, tl.sum(grad_normal * normal, 1) / C
-        grad = (grad_normal - mean[:, None] - normal * slope[:, None]) * factor[:, None]
+        weight_sums += grad_norm * normalized
+        grad_normalized = grad_norm * weight[None, :]
+        mean, slope = tl.sum(grad_normalized, 1) / C, tl.sum(grad_normalized * normalized, 1) / C
+        grad = (grad_normalized - mean[:, None] - normalized * slope[:, None]) * inverse_std[:, None]
         conv_sums += grad
         at = grad_x + key.to(tl.int64)[:, None] * C + channel[None, :]
         tl.store(at, grad.to(grad_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
