@@ -88,7 +88,8 @@ class DeformableAttention(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_groups, self.stride = num_heads, num_groups, stride
-        self.placement, self.no_off, self.release = Placement(offset_range_factor, release), no_off, release
+        self.offset_range_factor, self.no_off, self.release = offset_range_factor, no_off, release
+        self.placement = Placement(offset_range_factor, release)
         self.scale = (embed_dims // num_heads) ** -0.5
         if not no_off:
             width = embed_dims // num_groups

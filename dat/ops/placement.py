@@ -42,8 +42,8 @@ class Placement:
         if self.offset_range_factor < 0:
             # A clamp whose gradient is one kernel instead of five.
             positions = positions.tanh() if self.release == "2022" else F.hardtanh(positions)
-        positions = positions.flatten(1, 2)
-        return positions.transpose(1, 2), (positions[:, :, :, None, None] + 1) / 2
+        positions = positions.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return positions, (positions.transpose(1, 2)[:, :, :, None, None] + 1) / 2
 
     def _grid(self, length: int, like: Tensor) -> Tensor:
         """Positions of keys that are not moved, along a side of `length`."""

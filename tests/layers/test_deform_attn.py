@@ -31,7 +31,7 @@ def moved(layer: DeformableAttention, offset: torch.Tensor) -> torch.Tensor:
     sides = offset.shape[1:3]
     spans = sides if layer.release == "2022" else [side - 1 for side in sides]
     reference = pairs(*(centres(side, span) for side, span in zip(sides, spans, strict=True)))
-    factor = layer.placement.offset_range_factor
+    factor = layer.offset_range_factor
     if factor > 0 or (factor == 0 and layer.release == "2023"):
         return reference + offset.tanh() * factor / torch.tensor(spans)
     if factor == 0:
