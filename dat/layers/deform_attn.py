@@ -89,7 +89,6 @@ class DeformableAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_groups, self.stride = num_heads, num_groups, stride
         self.offset_range_factor, self.no_off, self.release = offset_range_factor, no_off, release
-        self.placement = Placement(offset_range_factor, release)
         self.scale = (embed_dims // num_heads) ** -0.5
         if not no_off:
             width = embed_dims // num_groups
@@ -144,6 +143,11 @@ class DeformableAttention(nn.Module):
             out = out + self.lepe(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.proj(out))
 
+    @property
+    def placement(self) -> Placement:
+        """Where offsets move the keys."""
+        return Placement(self.offset_range_factor, self.release)
+
     def positions(self, query: Tensor) -> Tensor:
         """Positions of the keys: [B, num_groups, N, 2], (x, y), -1..1 across the map, in at least float32.
 
@@ -168,7 +172,7 @@ class DeformableAttention(nn.Module):
         return self.placement(offset.to(torch.promote_types(offset.dtype, torch.float32)))
 
     def _kernel_parameters(self, query: Tensor) -> tuple[Tensor, ...]:
-        """What `key_positions` takes in place of the layers behind the convolution; nothing where it may not."""
+        """The parameters that `key_positions` takes; empty where the layers behind the convolution must be called."""
         if self.no_off:
             return ()
         conv, norm, proj = self.offset_conv, self.offset_norm, self.offset_proj

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import ceil_div, exp, launch, product_precision
+from dat.ops.triton_launch import ceil_div, exp, launch, power_of_2, product_precision
 
 # Table columns and keys that a program of the table's gradient works on at a time.
 COLUMNS, TABLE_KEYS = 32, 8
@@ -348,7 +348,7 @@ class Call:
         self.rows, self.heads = query.shape[0] * h, [h, h // positions.shape[1]]
         self.sizes = [*self.heads, size[1], HW, key.shape[2], c, T_h, T_w]
         self.axes = [self.x.start, self.x.step, self.y.start, self.y.step]
-        channels = max(16, 1 << (c - 1).bit_length())
+        channels = max(16, power_of_2(c))
         # Tiles of many channels are smaller, so that they fit into the registers and shared memory of small GPUs.
         self.wide = channels * query.element_size() >= 256
         self.constants = {

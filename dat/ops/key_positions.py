@@ -99,16 +99,18 @@ _place = differentiable("key_positions", _setup_context, _autograd)
 
 
 @torch.library.impl(LIBRARY, "key_positions", "CUDA")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     from dat.ops import key_positions_triton
 
-    with torch.cuda.device_of(x):
-        return key_positions_triton.forward(x, *args)
+    *tensors, eps, factor, release = args
+    with torch.cuda.device_of(tensors[0]):
+        return key_positions_triton.forward(tensors, eps, Placement(factor, release))
 
 
 @torch.library.impl(LIBRARY, "key_positions_backward", "CUDA")
-def _backward(grad_positions: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _backward(*args: Any) -> tuple[Tensor, Tensor]:
     from dat.ops import key_positions_triton
 
-    with torch.cuda.device_of(grad_positions):
-        return key_positions_triton.backward(grad_positions, *args)
+    *tensors, eps, factor, release = args
+    with torch.cuda.device_of(tensors[0]):
+        return key_positions_triton.backward(tensors[:2], tensors[2:], eps, Placement(factor, release))

@@ -4,6 +4,7 @@
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dat.ops.placement import Placement
-from dat.ops.triton_launch import ceil_div, launch
+from dat.ops.triton_launch import ceil_div, launch, power_of_2
 
 # Elements that a program works on at a time, and programs that keep a large GPU busy.
 ELEMENTS, PROGRAMS = 1024, 512
@@ -144,50 +145,33 @@ def arguments(x: Tensor, eps: float, placement: Placement) -> tuple[tuple[int, .
         grid = (1 / steps - 1, 2 / steps) if steps else (math.inf, 0.0)
         numbers += [*grid, placement.offset_range_factor / steps if placement.limited else 0.0]
     bound = "" if placement.offset_range_factor >= 0 else "tanh" if placement.release == "2022" else "clamp"
-    channels = max(16, 1 << (C - 1).bit_length())
+    channels = max(16, power_of_2(C))
     constants = {"LIMITED": placement.limited, "BOUND": bound, "K": max(ELEMENTS // channels, 1), "D": channels}
     return (B * Hk * Wk * g, g, Hk * Wk, Wk, C), tuple(numbers), constants
 
 
-def forward(
-    x: Tensor,
-    conv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    proj: Tensor,
-    eps: float,
-    offset_range_factor: float,
-    release: str,
-) -> tuple[Tensor, Tensor]:
-    """Positions and locations of a map [B, Hk, Wk, g, c] that is contiguous and not empty."""
+def forward(tensors: Sequence[Tensor], eps: float, placement: Placement) -> tuple[Tensor, Tensor]:
+    """Positions and locations of a map [B, Hk, Wk, g, c] that is not empty, the first of the op's tensors."""
+    x, *parameters = (tensor.contiguous() for tensor in tensors)
     B, Hk, Wk, g, _ = x.shape
-    positions, locations = proj.new_empty(B, g, Hk * Wk, 2), proj.new_empty(B, Hk * Wk, g, 1, 1, 2)
-    sizes, numbers, constants = arguments(x, eps, Placement(offset_range_factor, release))
-    tensors = (x, *(tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj)), positions, locations)
-    launch(forward_kernel, ceil_div(sizes[0], constants["K"]), tensors, (*sizes, *numbers), constants)
+    positions = x.new_empty(B, g, Hk * Wk, 2, dtype=torch.float32)
+    locations = x.new_empty(B, Hk * Wk, g, 1, 1, 2, dtype=torch.float32)
+    sizes, numbers, constants = arguments(x, eps, placement)
+    programs = ceil_div(sizes[0], constants["K"])
+    launch(forward_kernel, programs, (x, *parameters, positions, locations), (*sizes, *numbers), constants)
     return positions, locations
 
 
 def backward(
-    grad_positions: Tensor,
-    grad_locations: Tensor,
-    x: Tensor,
-    conv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    proj: Tensor,
-    eps: float,
-    offset_range_factor: float,
-    release: str,
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], eps: float, placement: Placement
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the map, and by the parameters [5, C] in their order, the last of which has two rows."""
-    sizes, numbers, constants = arguments(x, eps, Placement(offset_range_factor, release))
+    x, *parameters = (tensor.contiguous() for tensor in tensors)
+    sizes, numbers, constants = arguments(x, eps, placement)
     keys, C = sizes[0], sizes[-1]
-    blocks = ceil_div(keys, constants["K"])
-    length = ceil_div(blocks, PROGRAMS) * constants["K"]
+    length = ceil_div(ceil_div(keys, constants["K"]), PROGRAMS) * constants["K"]
     programs = ceil_div(keys, length)
-    grad_x, sums = torch.empty_like(x), proj.new_empty(programs, 5, C)
-    grads = grad_positions.contiguous(), grad_locations.contiguous()
-    parameters = (tensor.contiguous() for tensor in (conv_bias, norm_weight, norm_bias, proj))
-    launch(backward_kernel, programs, (*grads, x, *parameters, grad_x, sums), (*sizes, length, *numbers), constants)
+    grad_x, sums = torch.empty_like(x), x.new_empty(programs, 5, C, dtype=torch.float32)
+    inputs = *(grad.contiguous() for grad in grads), x, *parameters
+    launch(backward_kernel, programs, (*inputs, grad_x, sums), (*sizes, length, *numbers), constants)
     return grad_x, sums.sum(0)

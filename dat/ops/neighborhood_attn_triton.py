@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dat.ops.triton_launch import exp, launch, product_precision
+from dat.ops.triton_launch import ceil_div, exp, launch, power_of_2, product_precision
 
 TILE = tl.constexpr(8)
 # Values that differ from stage to stage: kernels specialised on them would be compiled again for each.
@@ -429,13 +429,8 @@ def launch_options(query: Tensor, kernel_size: int, dilation: int, biased: bool)
     }
 
 
-def power_of_2(least: int) -> int:
-    """The first power of 2 that is not below `least`."""
-    return 1 << (least - 1).bit_length()
-
-
 def _num_programs(query: Tensor, H: int, W: int, dilation: int) -> int:
-    rows, columns = (-(-length // (8 * dilation)) for length in (H, W))
+    rows, columns = (ceil_div(length, 8 * dilation) for length in (H, W))
     return query.shape[0] * query.shape[1] * dilation**2 * rows * columns
 
 

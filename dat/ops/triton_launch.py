@@ -54,6 +54,11 @@ def ceil_div(length: int, size: int) -> int:
     return -(-length // size)
 
 
+def power_of_2(least: int) -> int:
+    """The first power of 2 that is not below `least`."""
+    return 1 << (least - 1).bit_length()
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """How exact products are: as those of float32, by three of 19-bit numbers, unless torch allows TF32 for them."""
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"

@@ -23,7 +23,7 @@ from dat.detection.data.readers import Found, Split, collecting, existing, regis
 from dat.detection.data.records import Annotations
 from dat.engine.audit import Findings
 from dat.utils.errors import DataError, shown
-from dat.utils.files import SPLIT_NAMES, list_files, path_order, read_json
+from dat.utils.files import SPLIT_NAMES, is_hidden, list_files, path_order, read_json
 
 # Folders of annotations, whose images may be in a folder beside them.
 _SEPARATE = ("annotations", "labels", "json")
@@ -35,7 +35,7 @@ _LONGEST_LABEL, _LONGEST_PATH = 200, 4096
 
 
 class _Image(NamedTuple):
-    """What a file says of its image: `size` (width, height), None where it does not say, and its shapes."""
+    """An image as its file describes it: its name or "", its `size` (width, height) or None, and its shapes."""
 
     name: str
     size: tuple[int, int] | None
@@ -46,8 +46,7 @@ def find(path: Path) -> Found | None:
     """The folders of the splits, or the one folder of all files."""
     if not path.is_dir():
         return None
-    inner = [child for child in sorted(path.iterdir()) if child.name.lower() in (*_SEPARATE, "images")]
-    for base in (path, *inner):
+    for base in (path, *_inner(path)):
         folders = {split: existing(base, *names) for split, names in SPLIT_NAMES.items()}
         found = {split: _annotations(folder) for split, folder in folders.items() if folder}
         splits = {split: _split(folder, path) for split, folder in found.items() if folder}
@@ -61,12 +60,16 @@ def _annotations(folder: Path) -> Path | None:
     """The folder of the files of LabelMe: this one or one in it."""
     if not folder.is_dir():
         return None
-    inner = [child for child in sorted(folder.iterdir()) if child.name.lower() in (*_SEPARATE, "images")]
-    for place in (folder, *inner):
+    for place in (folder, *_inner(folder)):
         if _has_labelme(place, "*"):
             return place
     # Folders of classes, say.
     return folder if _has_labelme(folder, "*/*") else None
+
+
+def _inner(folder: Path) -> list[Path]:
+    """What is in a folder under the names that folders of annotations or images have."""
+    return [child for child in sorted(folder.iterdir()) if child.name.lower() in (*_SEPARATE, "images")]
 
 
 def _has_labelme(folder: Path, pattern: str) -> bool:
@@ -76,7 +79,7 @@ def _has_labelme(folder: Path, pattern: str) -> bool:
 
 
 def _is_json(file: Path) -> bool:
-    return file.suffix.lower() == ".json" and not file.name.startswith(".")
+    return file.suffix.lower() == ".json" and not is_hidden(file.name)
 
 
 def _split(folder: Path, root: Path) -> Split:
@@ -162,23 +165,20 @@ def _objects(
     shapes: Sequence[dict[str, Any]], file: Path, label_of: Mapping[str, int], problems: Findings
 ) -> Iterator[Object]:
     """The objects of an image. Shapes of one class and group are parts of one, as in LabelMe's own labelme2coco."""
-    parts: dict[Any, list[tuple[float, float]]] = {}
-    first: dict[Any, dict[str, Any]] = {}
+    parts: dict[Any, tuple[dict[str, Any], list[tuple[float, float]]]] = {}
     for i, shape in enumerate(shapes):
         with collecting(problems, "malformed annotation"):
-            label, group = shape["label"], shape.get("group_id")
+            label, group, where = shape["label"], shape.get("group_id"), str(file.parent / shape["where"])
             if label not in label_of:
                 known = ", ".join(list(label_of)[:10])
-                raise DataError(f"{file.parent / shape['where']} has the label {label!r}, should be one of {known}")
-            points = _points(shape.get("points"), shape["shape_type"], f"{file.parent / shape['where']}")
+                raise DataError(f"{where} has the label {label!r}, should be one of {known}")
+            points = _points(shape.get("points"), shape["shape_type"], where)
             key = (label, group) if type(group) is int else i
             if key in parts:
                 problems.add("shapes of one class and group_id, made one object", shape["where"])
-            parts.setdefault(key, []).extend(points)
-            first.setdefault(key, shape)
-    for key, points in parts.items():
+            parts.setdefault(key, (shape, []))[1].extend(points)
+    for shape, points in parts.values():
         xs, ys = zip(*points, strict=True)
-        shape = first[key]
         box = (min(xs), min(ys), max(xs), max(ys))
         yield Object(box, label_of[shape["label"]], shape["where"], shape.get("difficult") is True)
 
